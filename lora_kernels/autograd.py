@@ -1,0 +1,85 @@
+"""LoRA's forward and backward as five products over three contractions, and the one autograd Function.
+
+    forward    s  = scaling · D(x) Aᵀ               shrink
+               y  = x Wᵀ + s Bᵀ + bias              matmul_expand
+    backward   ds = scaling · keep_scale · dy B     shrink
+               dx = dy W + keep · (ds A)            matmul_expand
+               dA = dsᵀ (keep · x)                  wgrad
+               dB = dyᵀ s                           wgrad
+
+The contractions come from a backend (`plan.contractions`); this file knows none of them. Dropout's factor
+`keep_scale` rides in the two shrinks with the scaling, on their accumulators, so everything else sees a 0/1 mask.
+Saved for backward: x, the parameters, s (M·r elements) and, with dropout, the mask; and of these only what the
+gradients that were asked for need. No input is ever written.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from lora_kernels import plan
+from lora_kernels.dropout import keep_scale
+
+__all__ = ["LoRALinearFunction", "forward"]
+
+
+def forward(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
+    scaling: float, dropout_p: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Compute y `[*, out]`, and what backward needs of the way there: s `[M, r]` and the backend's mask."""
+    ops, dtype = plan.contractions(backend), x.dtype
+    rows = _rows(x)
+    s, keep = ops.shrink(rows, lora_A.to(dtype), scaling * keep_scale(dropout_p), dropout_p)
+    y = ops.matmul_expand([(rows, weight), (s, lora_B.to(dtype))], bias)
+    return y.view(*x.shape[:-1], weight.shape[0]), s, keep
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """`forward` with a backward. Differentiable once; a second time raises."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
+        scaling: float, dropout_p: float, backend: str,
+    ) -> Tensor:  # fmt: skip
+        """Compute y and save for backward what the gradients that are needed need."""
+        y, s, keep = forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
+        need_x, need_weight, need_A, need_B, _ = ctx.needs_input_grad[:5]
+        ctx.save_for_backward(
+            x if need_A or need_weight else None,
+            weight if need_x else None,
+            lora_A if need_x or need_A else None,
+            lora_B if need_x or need_A or need_B else None,
+            s if need_B else None,
+            keep if need_x or need_A else None,
+        )
+        ctx.alpha, ctx.backend, ctx.x_shape = scaling * keep_scale(dropout_p), backend, x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients that `ctx.needs_input_grad` asks for, each in its parameter's dtype."""
+        x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
+        need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
+        ops, dy = plan.contractions(ctx.backend), _rows(dy)
+        dx = dweight = d_lora_A = d_lora_B = dbias = None
+        if need_x or need_A:
+            ds, _ = ops.shrink(dy, lora_B.to(dy.dtype).t(), ctx.alpha)
+        if need_x:
+            dx = ops.matmul_expand([(dy, weight.t()), (ds, lora_A.to(dy.dtype).t())], keep=keep).view(ctx.x_shape)
+        if need_A:
+            d_lora_A = ops.wgrad(ds, _rows(x), lora_A.dtype, keep)
+        if need_B:
+            d_lora_B = ops.wgrad(dy, s, lora_B.dtype)
+        if need_weight:
+            dweight = torch.mm(dy.t(), _rows(x))
+        if need_bias:
+            dbias = dy.sum(0)
+        return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None
+
+
+def _rows(t: Tensor) -> Tensor:
+    """View `[*, features]` as `[M, features]`; copies only where no view exists."""
+    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])

@@ -1,0 +1,136 @@
+"""Every error a user can see from the functional call: checked before anything is computed or launched.
+
+Each message names the argument, says what it is, what would be right, and, where there is one, a way out.
+`problem_sizes` is on the path of every call, so it compares first and words the error only when it has to.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_call", "check_dtypes", "check_transforms"]
+
+_SUPPORTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_HALF = (torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def check_call(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float
+) -> None:
+    """Check kinds, shapes, devices and numbers of one call.
+
+    Raises:
+        TypeError: An argument is not a plain dense tensor or has a dtype that is not supported.
+        ValueError: A shape, a device, `scaling` or `dropout_p` does not fit.
+    """
+    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    if bias is not None:
+        tensors["bias"] = bias
+    for name, t in tensors.items():
+        if type(t) not in _PLAIN or t.layout is not torch.strided:
+            _check_kind(name, t)
+        if t.dtype not in _SUPPORTED:
+            raise TypeError(
+                f"lora_linear: {name} has dtype {t.dtype}; supported: bfloat16, float16, float32 (float64 on CPU)."
+            )
+        if t.device != x.device:
+            raise ValueError(
+                f"lora_linear: all tensors must be on one device; x is on {x.device}, {name} on {t.device}."
+            )
+    if x.dim() == 0:
+        raise ValueError("lora_linear: x must have at least 1 dim (…, in_features), got a scalar.")
+    for name in ("weight", "lora_A", "lora_B"):
+        if tensors[name].dim() != 2:
+            raise ValueError(f"lora_linear: {name} must have 2 dims, got shape {_shape(tensors[name])}.")
+    (out_features, in_features), rank = weight.shape, lora_A.shape[0]
+    if x.shape[-1] != in_features:
+        raise ValueError(
+            f"lora_linear: x has {x.shape[-1]} features in its last dim but weight is {_shape(weight)} "
+            f"and expects {in_features}."
+        )
+    if lora_A.shape[1] != in_features:
+        raise ValueError(
+            f"lora_linear: lora_A is {_shape(lora_A)} but must be (r, {in_features}) to match x. "
+            "Did you pass lora_A transposed?"
+        )
+    if lora_B.shape != (out_features, rank):
+        raise ValueError(
+            f"lora_linear: lora_B is {_shape(lora_B)} but must be ({out_features}, {rank}): out_features x rank."
+        )
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(
+            f"lora_linear: bias has {bias.numel()} elements, weight has {out_features} output features."
+            if bias.dim() == 1
+            else f"lora_linear: bias is {_shape(bias)} but must be ({out_features},): one value an output feature."
+        )
+    if not (0.0 <= dropout_p <= 1.0):
+        raise ValueError(
+            f"lora_linear: dropout_p must be in [0, 1), got {dropout_p}. (Exactly 1 drops the whole low-rank term.)"
+        )
+    if not math.isfinite(scaling):
+        raise ValueError(f"lora_linear: scaling must be finite, got {scaling}.")
+
+
+def check_dtypes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
+    """Check the mix of dtypes outside autocast: one dtype throughout, or fp32 adapters over a half base.
+
+    Raises:
+        TypeError: The mix is none of these.
+    """
+    dtype = x.dtype
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != dtype:
+            raise TypeError(
+                f"lora_linear: x is {_name(x)} but {name} is {_name(t)}. "
+                f"Use torch.autocast, or cast x: x.to({name}.dtype)."
+            )
+    for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if t.dtype != dtype and not (t.dtype == torch.float32 and dtype in _HALF):
+            raise TypeError(
+                f"lora_linear: x is {_name(x)} but {name} is {_name(t)}. Adapters must have x's dtype, or be float32 "
+                f"over a float16 or bfloat16 x. Use torch.autocast, or cast: {name}.to(x.dtype)."
+            )
+
+
+def check_transforms(backend: str) -> None:
+    """Refuse functorch transforms (`torch.func.grad`, `vmap`, `jvp`) unless the call asked for plain PyTorch.
+
+    Raises:
+        RuntimeError: A transform is active and backend is not "torch".
+    """
+    if backend != "torch":
+        raise RuntimeError(
+            'lora_linear does not support torch.func transforms; use backend="torch" inside them.'
+        )
+
+
+def _check_kind(name: str, t: object) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"lora_linear: {name} must be a torch.Tensor, got {type(t).__name__}.")
+    kind = type(t).__name__
+    if kind == "DTensor":
+        raise TypeError(
+            f"lora_linear: {name} is a DTensor. Call the module inside its FSDP forward (so it is unsharded) "
+            f"or use {name}.to_local() if it is replicated."
+        )
+    if t.is_nested:
+        raise TypeError(f"lora_linear: {name} is a nested tensor. Use {name}.to_padded_tensor(0.0) or {name}.values().")
+    if t.layout is not torch.strided:
+        raise TypeError(f"lora_linear: {name} has layout {t.layout}. Use {name}.to_dense().")
+    if t.is_quantized:
+        raise TypeError(f"lora_linear: {name} is quantized. Use {name}.dequantize().")
+    if kind not in ("FakeTensor", "FunctionalTensor", "Buffer") and type(t) not in _PLAIN:
+        raise TypeError(
+            f"lora_linear: {name} is a {kind}, a tensor subclass that the kernels cannot read. "
+            f"Pass the dense tensor it stands for."
+        )
+
+
+def _shape(t: Tensor) -> str:
+    return str(tuple(t.shape))
+
+
+def _name(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")

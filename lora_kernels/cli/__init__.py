@@ -1,0 +1,29 @@
+"""The command line, `lora-kernels`: one file a command, each with `add_arguments(parser)` and `run(args) -> int`."""
+
+import argparse
+import importlib
+
+__all__ = ["main"]
+
+_COMMANDS = {
+    "doctor": "what this machine has, and which backend and path each dtype takes, and why",
+    "verify": "check the kernels against float64 on this machine",
+    "bench": "time forward and backward against what you would otherwise run",
+    "demo": "train, adapt, save, reload and merge a small model on real text",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `lora-kernels` with `argv`, the process's own arguments if None; the exit status is returned."""
+    parser = argparse.ArgumentParser(prog="lora-kernels", description="Fused Triton kernels for LoRA.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in _COMMANDS.items():
+        module = importlib.import_module(f"lora_kernels.cli.{name}")
+        sub = commands.add_parser(
+            name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(sub)
+        sub.add_argument("--json", metavar="FILE", help="write everything that is shown, and more, as JSON")
+        sub.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    return args.run(args)

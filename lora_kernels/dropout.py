@@ -1,0 +1,43 @@
+"""The dropout rule: the few numbers that the kernels and the reference must agree on.
+
+Dropout acts on the input of the low-rank path only. Element `(m, k)` of an `[M, K]` input belongs to
+byte `j = m * ceil(K / 8) + k // 8` of a packed mask and to bit `k % 8` of that byte. One call of
+Philox4x32-10 with the seed as key and `j` as counter gives four 32-bit words, that is eight 16-bit
+halves, low half first; half `k % 8` decides the element:
+
+    keep(m, k)  <=>  half >= threshold(p),      threshold(p) = round(p * 65536)
+
+so one call decides eight elements and fills exactly one byte of the mask. Kept elements are scaled by
+`keep_scale(p) = 65536 / (65536 - threshold(p))`, the exact inverse of the probability of being kept, so the
+expectation over seeds is the input itself for every p.
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox), doi:10.1145/2063384.2063405.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["PHILOX_ROUNDS", "draw_seed", "keep_scale", "threshold"]
+
+PHILOX_ROUNDS = 10
+_STEPS = 1 << 16
+
+
+def threshold(p: float) -> int:
+    """The 16-bit threshold below which an element is dropped; `p` is resolved to 1/65536."""
+    return round(p * _STEPS)
+
+
+def keep_scale(p: float) -> float:
+    """What a kept element is multiplied by: 1 / P(keep); 0 when nothing is kept (p = 1)."""
+    kept = _STEPS - threshold(p)
+    return _STEPS / kept if kept else 0.0
+
+
+def draw_seed(device: torch.device | str) -> Tensor:
+    """Draw a seed, an int64 tensor of one element, from the device's own default torch generator.
+
+    It stays on the device: no synchronisation, a new mask at every replay of a CUDA graph, and
+    `torch.manual_seed` and `torch.utils.checkpoint` govern it as they govern `torch.nn.functional.dropout`.
+    """
+    return torch.empty(1, dtype=torch.int64, device=device).random_()

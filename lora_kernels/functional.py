@@ -1,0 +1,89 @@
+"""`lora_linear`: check, apply autocast, choose a backend, and go with or without autograd."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_kernels import autograd, checks, plan, reference
+
+__all__ = ["lora_linear"]
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *,
+    scaling: float = 1.0, bias: Tensor | None = None, dropout_p: float = 0.0, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Apply a linear layer with a low-rank adapter, in one fused pass.
+
+    y = x Wᵀ + scaling · D(x) Aᵀ Bᵀ + bias, where D is inverted dropout. Neither B A nor D(x) is ever stored.
+
+    Args:
+        x: Activations, `[*, in_features]`: any leading dims, any strides; bfloat16, float16, float32, or float64
+            (PyTorch backend).
+        weight: W, `[out_features, in_features]`. Usually frozen; if it requires grad it gets its gradient.
+        lora_A: A, `[r, in_features]`, r >= 0; x's dtype, or float32 over a 16-bit x (PEFT's default), in which case
+            it is rounded to x's dtype for the products and its gradient is float32.
+        lora_B: B, `[out_features, r]`; likewise.
+        scaling: Multiplies the low-rank term; `lora_alpha / r` in PEFT. A run-time number: no value recompiles.
+        bias: `[out_features]` or None.
+        dropout_p: Probability of dropping an element of the low-rank path's input, resolved to 1/65536. Applied
+            whenever > 0, as in `torch.nn.functional.scaled_dot_product_attention`: pass 0 in evaluation. At 1 the
+            low-rank term is zero. The mask comes from the device's torch generator.
+        backend: "triton" for the fused kernels, "torch" for PyTorch's operators, "auto" for Triton on GPUs that can
+            run it and PyTorch otherwise; the environment variable LORA_KERNELS_BACKEND overrides "auto".
+
+    Returns:
+        y, `[*, out_features]`, contiguous, in x's dtype, or autocast's inside `torch.autocast`.
+
+    Raises:
+        TypeError: A dtype, a mix of dtypes, or a kind of tensor that is not supported.
+        ValueError: Shapes, devices, `scaling`, `dropout_p` or `backend` that do not fit.
+        RuntimeError: backend="triton" where it cannot run, a `torch.func` transform, or, from backward, a second
+            differentiation (use `lora_kernels.reference.lora_linear` for that).
+
+    Numerics: fp32 accumulation; s = scaling D(x) Aᵀ, its gradient, and each output are rounded once (the torch
+    backend rounds the base product on its own as well). In float16, s must fit float16's range.
+
+    Source: Hu et al. 2021, arXiv:2106.09685.
+    """
+    device_type = x.device.type if isinstance(x, Tensor) else "cpu"
+    if torch.is_autocast_enabled(device_type):
+        x, weight, bias, adapters_fit = _autocast(device_type, x, weight, bias)
+    else:
+        adapters_fit = False
+    checks.check_call(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    if not adapters_fit:
+        checks.check_dtypes(x, weight, lora_A, lora_B, bias)
+    if torch._C._are_functorch_transforms_active():
+        checks.check_transforms(backend)
+        return reference.lora_linear(
+            x, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling=scaling, bias=bias, dropout_p=dropout_p
+        )
+    rank = lora_A.shape[0]
+    if dropout_p == 1 or rank == 0:
+        return _base_only(x, weight, lora_A, lora_B, bias)
+    empty = x.numel() == 0 or weight.shape[0] == 0
+    if torch.compiler.is_compiling():
+        backend = "torch"
+    backend = plan.choose(x.device, x.dtype, rank, empty, backend)
+    args = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
+        return autograd.LoRALinearFunction.apply(*args)
+    return autograd.forward(*args)[0]
+
+
+def _autocast(
+    device_type: str, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """Cast as autocast casts for `F.linear`; float64 is left alone, as there. Adapters are cast inside."""
+    dtype = torch.get_autocast_dtype(device_type)
+    if any(isinstance(t, Tensor) and t.dtype not in (torch.bfloat16, torch.float16, torch.float32) for t in (x, weight)):
+        return x, weight, bias, False
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), True
+
+
+def _base_only(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
+    """The base layer alone, with zero gradients for the adapters rather than none."""
+    y = F.linear(x, weight, bias)
+    zero = (lora_A.sum() * 0 + lora_B.sum() * 0).to(y.dtype)
+    return y + zero if zero.requires_grad else y

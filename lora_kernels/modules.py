@@ -1,0 +1,155 @@
+"""`LoRALinear`: a frozen linear layer with a trainable low-rank adapter, in PEFT's words."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_kernels.functional import lora_linear
+
+__all__ = ["LoRALinear"]
+
+
+class LoRALinear(nn.Module):
+    """A drop-in for `nn.Linear` whose weight is frozen and whose update has rank r.
+
+    y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ,    scaling = lora_alpha / r, or lora_alpha / √r with rsLoRA
+
+    Args:
+        in_features: Size of each input.
+        out_features: Size of each output.
+        r: Rank of the update, >= 1.
+        lora_alpha: Numerator of `scaling`.
+        lora_dropout: Probability of dropping an element of the adapter's input, in training mode only.
+        bias: Whether the base layer has a bias (frozen, too).
+        use_rslora: Scale by 1/√r in place of 1/r (Kalajdzievski 2023, arXiv:2312.03732).
+        device: Where the parameters live.
+        dtype: Their dtype; adapters of an existing layer may differ, see `from_linear`.
+
+    Attributes:
+        weight: Frozen, `[out_features, in_features]`.
+        bias: Frozen, `[out_features]`, or None.
+        lora_A: Trainable, `[r, in_features]`, drawn as PEFT draws it (Kaiming uniform, a = √5).
+        lora_B: Trainable, `[out_features, r]`, zero at first: the layer starts out as its base.
+        scaling: A plain number, read at each call; set it freely.
+        merged: Whether the update stands in `weight` at the moment.
+
+    A merged layer's state dict is a plain linear layer's (`weight`, `bias`).
+
+    Raises:
+        ValueError: r < 1, or `lora_dropout` outside [0, 1].
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0.0,
+        bias: bool = True, use_rslora: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self._configure(in_features, out_features, r, lora_alpha, lora_dropout, use_rslora)
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._adopt(base, dtype)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0.0,
+        use_rslora: bool = False, dtype: torch.dtype | None = None,
+    ) -> "LoRALinear":  # fmt: skip
+        """Wrap an existing layer: share its weight and bias, copy nothing, freeze both.
+
+        Args:
+            linear: The layer to adapt. Its parameters become the new layer's, and stop requiring grad.
+            r: Rank of the update.
+            lora_alpha: Numerator of `scaling`.
+            lora_dropout: Drop probability of the adapter's input in training.
+            use_rslora: Scale by 1/√r.
+            dtype: Dtype of the adapters; the base's if None. float32 over a 16-bit base is PEFT's default.
+
+        Raises:
+            TypeError: `linear` is not exactly an `nn.Linear` (a subclass may compute something else).
+        """
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"LoRALinear.from_linear: expected an nn.Linear, got {type(linear).__name__}.")
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._configure(linear.in_features, linear.out_features, r, lora_alpha, lora_dropout, use_rslora)
+        self._adopt(linear, dtype)
+        self.train(linear.training)
+        return self
+
+    def reset_lora_parameters(self) -> None:
+        """Draw A anew and zero B, so that the layer computes what its base computes."""
+        if self.merged:
+            raise RuntimeError("LoRALinear is merged; call unmerge() before resetting its adapter.")
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute y, `[*, out_features]`, from x, `[*, in_features]`."""
+        if self.merged:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError("LoRALinear is merged; call unmerge() before training.")
+            return F.linear(x, self.weight, self.bias)
+        return lora_linear(
+            x, self.weight, self.lora_A, self.lora_B,
+            scaling=self.scaling, bias=self.bias, dropout_p=self.lora_dropout if self.training else 0.0,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the update to the weight, in place: W += scaling · B A, computed in fp32 and rounded once.
+
+        The weight is written where it lies, so a layer that shares it changes with it. Does nothing when merged.
+        """
+        if not self.merged:
+            self._merged_scaling = self.scaling
+            self._add_update(self._merged_scaling)
+            self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the update out of the weight again; exact to the rounding of the two sums."""
+        if self.merged:
+            self._add_update(-self._merged_scaling)
+            self.merged = False
+
+    def extra_repr(self) -> str:
+        """The arguments that made the layer."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
+            f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, bias={self.bias is not None}"
+            + (", use_rslora=True" if self.use_rslora else "")
+            + (", merged=True" if self.merged else "")
+        )
+
+    def _configure(
+        self, in_features: int, out_features: int, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool
+    ) -> None:
+        if r < 1:
+            raise ValueError(f"LoRALinear: r must be at least 1, got {r}.")
+        if not 0.0 <= lora_dropout <= 1.0:
+            raise ValueError(f"LoRALinear: lora_dropout must be in [0, 1], got {lora_dropout}.")
+        self.in_features, self.out_features, self.r = in_features, out_features, r
+        self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.merged = False
+
+    def _adopt(self, linear: nn.Linear, dtype: torch.dtype | None) -> None:
+        self.weight = linear.weight.requires_grad_(False)
+        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
+        like = dict(device=self.weight.device, dtype=dtype or self.weight.dtype)
+        self.lora_A = nn.Parameter(torch.empty(self.r, self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, **like))
+        self.reset_lora_parameters()
+
+    def _add_update(self, scaling: float) -> None:
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        update = (self.lora_B.to(wide) @ self.lora_A.to(wide)).mul_(scaling)
+        self.weight.copy_(update.add_(self.weight))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            del destination[prefix + "lora_A"], destination[prefix + "lora_B"]

@@ -1,0 +1,241 @@
+"""How accurate is accurate enough: the rules every backend is held to, and the float64 truth behind them.
+
+A `Problem` is one call and one upstream gradient. `exact` computes its outputs in float64 from the same rounded
+inputs; `bounds` computes how far each element may be from that, before anything is run:
+
+    u     unit roundoff of the dtype: 2^-8 bf16, 2^-11 fp16, 2^-24 fp32, 2^-53 fp64
+    eta   half its smallest subnormal: rounding is absolute down there
+    g(n)  (n + 8) · u_acc: a sum of n products, in any order, in the accumulator (fp32, or fp64 for fp64)
+
+    E_s  = u|s| + eta + (g(K) + u_d)|x_d||A|ᵀ              s and ds are stored once in the dtype
+    E_ds = u|ds| + eta + g(N)·|scaling dy||B|              u_d = u with dropout: D(x) may be rounded
+    E_y  = g(K + r)(|x||W|ᵀ + |s||B|ᵀ + |bias|) + E_s|B|ᵀ
+    E_dx = g(N + r)(|dy||W| + D(|ds||A|)) + D(E_ds|A|)
+    E_dA = (g(M) + u_d)|ds|ᵀ|x_d| + E_dsᵀ|x_d|
+    E_dB = g(M)|dy|ᵀ|s| + |dy|ᵀE_s
+    E_dbias = g(M) Σ|dy|
+
+    rule 1, every element:                  |T - T64| <= 1.05 (E_T + u(|T64| + E_T) + eta)
+    rule 2, outputs of 2,048 or more:       rms(T - T64) <= 2 rms(T_eager - T64) + u rms(T64)
+    rule 3, pooled over many problems:      rms ratio to eager <= 1.10, and <= 0.90 for y and dx in 16 bit
+
+where `T_eager` is what PyTorch's operators give in the same dtype with the same mask (`eager`). NaN or inf where the
+truth is finite fails. The limits are the same on every machine. Derivation of the form: Higham, "Accuracy and
+Stability of Numerical Algorithms", 2nd ed., §3.5 (inner products).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lora_kernels import reference
+
+__all__ = ["Finding", "Problem", "bounds", "check", "eager", "exact", "rms", "unit_roundoff"]
+
+_UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+_ETA = {torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25, torch.float32: 2.0**-150, torch.float64: 0.0}
+_SLACK = 1.05
+_RULE_2_SIZE = 2048
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """The largest relative error of one rounding to `dtype`."""
+    return _UNIT[dtype]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of the layer and the gradient that flows back into it.
+
+    Attributes:
+        x: `[*, in]`. Its dtype is the one computed in.
+        weight: `[out, in]`.
+        lora_A: `[r, in]`, rounded to x's dtype before use if it is wider.
+        lora_B: `[out, r]`, likewise.
+        dy: `[*, out]`.
+        bias: `[out]` or None.
+        scaling: Multiplies the low-rank term.
+        dropout_p: Drop probability.
+        keep: The mask that was used, bool of x's shape; None without dropout.
+    """
+
+    x: Tensor
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    dy: Tensor
+    bias: Tensor | None = None
+    scaling: float = 1.0
+    dropout_p: float = 0.0
+    keep: Tensor | None = None
+
+    def output_dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype each output is rounded to: x's, and the adapters' own for their gradients."""
+        dtypes = dict(y=self.x.dtype, dx=self.x.dtype, d_lora_A=self.lora_A.dtype, d_lora_B=self.lora_B.dtype)
+        return dtypes if self.bias is None else dtypes | {"dbias": self.bias.dtype}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How one output of one call stands to the rules.
+
+    Attributes:
+        name: Which output: y, dx, d_lora_A, d_lora_B, dbias.
+        ok: Whether every rule that applies held.
+        rule_1: Largest error as a fraction of what rule 1 allows that element; 1 and below passes.
+        rule_2: rms error as a fraction of what rule 2 allows; None for small outputs or with no eager result.
+        rms_ratio: rms error over eager's rms error; None with no eager result.
+        message: What is wrong, or "".
+    """
+
+    name: str
+    ok: bool
+    rule_1: float
+    rule_2: float | None
+    rms_ratio: float | None
+    message: str = ""
+
+
+def exact(problem: Problem) -> dict[str, Tensor]:
+    """The outputs of a problem in float64, from its inputs as they are rounded."""
+    return _outputs(_as(problem, torch.float64))
+
+
+def eager(problem: Problem) -> dict[str, Tensor]:
+    """The outputs by PyTorch's operators in the problem's own dtype: the yardstick of rules 2 and 3."""
+    outputs = _outputs(_as(problem, problem.x.dtype))
+    return {name: outputs[name].to(dtype) for name, dtype in problem.output_dtypes().items()}
+
+
+def bounds(problem: Problem, split: bool = False) -> dict[str, Tensor]:
+    """What rule 1 allows each element of each output, in float64.
+
+    Args:
+        problem: What is computed.
+        split: Whether the base product and the dropped part are rounded on their own before they are summed, as
+            PyTorch's operators must: u(|x Wᵀ| + E) and u(|dy W| + |D(ds A)| + E) more for y and dx.
+    """
+    dtype, p = problem.x.dtype, problem.dropout_p
+    u, eta = _UNIT[dtype], _ETA[dtype]
+    u_d = u if problem.keep is not None else 0.0
+    u_acc = min(u, _UNIT[torch.float32])
+    exact64 = _as(problem, torch.float64)
+    x, w, a, b, dy = (t.abs() for t in (exact64.x, exact64.weight, exact64.lora_A, exact64.lora_B, exact64.dy))
+    x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    keep = None if problem.keep is None else problem.keep.reshape(x.shape)
+    (rows, k), n, r, scaling = x.shape, w.shape[0], a.shape[0], abs(problem.scaling)
+
+    def g(terms: int) -> float:
+        return (terms + 8) * u_acc
+
+    x_d = reference.dropped(x, keep, p)
+    signed_x_d = reference.dropped(exact64.x.reshape(x.shape), keep, p)
+    s = scaling * (signed_x_d @ exact64.lora_A.T).abs()
+    ds = scaling * (exact64.dy.reshape(dy.shape) @ exact64.lora_B).abs()
+    e_s = u * s + eta + (g(k) + u_d) * scaling * (x_d @ a.T)
+    e_ds = u * ds + eta + g(n) * scaling * (dy @ b)
+    e = {
+        "y": g(k + r) * (x @ w.T + s @ b.T + (0 if problem.bias is None else exact64.bias.abs())) + e_s @ b.T,
+        "dx": g(n + r) * (dy @ w + reference.dropped(ds @ a, keep, p)) + reference.dropped(e_ds @ a, keep, p),
+        "d_lora_A": (g(rows) + u_d) * (ds.T @ x_d) + e_ds.T @ x_d,
+        "d_lora_B": g(rows) * (dy.T @ s) + dy.T @ e_s,
+        "dbias": g(rows) * dy.sum(0),
+    }
+    truth = exact(problem)
+    if split:
+        base_dx = (exact64.dy.reshape(dy.shape) @ exact64.weight).abs() + reference.dropped(ds @ a, keep, p)
+        e["y"] = e["y"] * (1 + u) + u * (exact64.x.reshape(x.shape) @ exact64.weight.T).abs() + eta
+        e["dx"] = e["dx"] * (1 + u) + u * base_dx + 2 * eta
+    out = {}
+    for name, out_dtype in problem.output_dtypes().items():
+        error = e[name].reshape(truth[name].shape)
+        out[name] = _SLACK * (error + _UNIT[out_dtype] * (truth[name].abs() + error) + _ETA[out_dtype])
+    return out
+
+
+def check(
+    actual: dict[str, Tensor], problem: Problem, baseline: dict[str, Tensor] | None = None, split: bool = False
+) -> list[Finding]:
+    """Hold outputs against rules 1 and 2.
+
+    Args:
+        actual: Output name to tensor; any subset of y, dx, d_lora_A, d_lora_B, dbias.
+        problem: What was computed.
+        baseline: PyTorch's own outputs, for rule 2; see `eager`.
+        split: See `bounds`; False for the kernels, True for the torch backend and other chains of operators.
+
+    Returns:
+        A finding for each output in `actual`, in its order.
+    """
+    truth, allowed, dtypes = exact(problem), bounds(problem, split), problem.output_dtypes()
+    return [
+        _check_one(
+            name, tensor, truth[name], allowed[name], dtypes[name], None if baseline is None else baseline[name]
+        )
+        for name, tensor in actual.items()
+    ]
+
+
+def rms(t: Tensor) -> float:
+    """Root of the mean square, 0 for an empty tensor."""
+    return t.double().square().mean().sqrt().item() if t.numel() else 0.0
+
+
+def _check_one(
+    name: str, actual: Tensor, truth: Tensor, allowed: Tensor, dtype: torch.dtype, baseline: Tensor | None
+) -> Finding:
+    if actual.shape != truth.shape or actual.dtype != dtype:
+        got, want = (f"{t} {tuple(s)}" for t, s in ((actual.dtype, actual.shape), (dtype, truth.shape)))
+        return Finding(name, False, float("inf"), None, None, f"{name} is {got}, expected {want}")
+    if not actual.numel():
+        return Finding(name, True, 0.0, None, None)
+    error = (actual.double() - truth).abs()
+    if not error.isfinite().all():
+        return Finding(name, False, float("inf"), None, None, f"{name} has NaN or inf in {_count(~error.isfinite())}")
+    used = torch.where(error > 0, error / allowed, 0.0)
+    rule_1 = used.max().item()
+    messages = []
+    if not rule_1 <= 1:
+        at = tuple(int(i) for i in (used == used.max()).nonzero()[0])
+        messages.append(
+            f"{name}{list(at)} is {actual[at].item():.6g}, exactly {truth[at].item():.6g}: error {error[at].item():.3g} "
+            f"of {allowed[at].item():.3g} allowed; beyond the bound in {_count(used > 1)}"
+        )
+    rule_2 = ratio = None
+    if baseline is not None:
+        eager_rms = rms(baseline.double() - truth)
+        ratio = rms(error) / eager_rms if eager_rms else None
+        if actual.numel() >= _RULE_2_SIZE:
+            limit = 2 * eager_rms + _UNIT[dtype] * rms(truth)
+            rule_2 = rms(error) / limit if limit else (float("inf") if error.any() else 0.0)
+            if not rule_2 <= 1:
+                messages.append(f"{name} has rms error {rms(error):.3g}, {limit:.3g} allowed beside eager's {eager_rms:.3g}")
+    return Finding(name, not messages, rule_1, rule_2, ratio, "; ".join(messages))
+
+
+def _count(bad: Tensor) -> str:
+    return f"{int(bad.sum())} of {bad.numel()} elements"
+
+
+def _as(problem: Problem, dtype: torch.dtype) -> Problem:
+    """Round to the problem's own dtype first, then represent in `dtype`."""
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach().to(problem.x.dtype).to(dtype)
+
+    return replace(
+        problem,
+        **{name: cast(getattr(problem, name)) for name in ("x", "weight", "lora_A", "lora_B", "dy", "bias")},
+    )
+
+
+def _outputs(problem: Problem) -> dict[str, Tensor]:
+    q, drop = problem, (problem.scaling, problem.keep, problem.dropout_p)
+    outputs = {
+        "y": reference.forward(q.x, q.weight, q.lora_A, q.lora_B, q.bias, *drop),
+        "dx": reference.grad_x(q.dy, q.weight, q.lora_A, q.lora_B, *drop),
+        "d_lora_A": reference.grad_lora_A(q.dy, q.x, q.lora_B, *drop),
+        "d_lora_B": reference.grad_lora_B(q.dy, q.x, q.lora_A, *drop),
+    }
+    return outputs if q.bias is None else outputs | {"dbias": reference.grad_bias(q.dy)}

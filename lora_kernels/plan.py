@@ -1,0 +1,128 @@
+"""Which backend serves a call: pure rules, and the one place that loads a backend.
+
+"triton" runs the fused kernels, "torch" the same contractions in PyTorch's own operators (`lora_kernels.eager`).
+Nothing is asked of a device before the first call that needs the answer.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["BACKENDS", "MAX_RANK", "Choice", "choose", "contractions", "interpreting"]
+
+BACKENDS = ("auto", "triton", "torch")
+MAX_RANK = 512  # the largest the shipped tile configs are made for
+_OLDEST_CAPABILITY = (8, 0)
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_log = logging.getLogger("lora_kernels")
+
+
+class Choice(NamedTuple):
+    """A backend, "triton" or "torch", and the reason in words."""
+
+    backend: str
+    reason: str
+
+
+def choose(device: torch.device, dtype: torch.dtype, rank: int, empty: bool, requested: str) -> str:
+    """The backend for a call.
+
+    Args:
+        device: Where the tensors are.
+        dtype: The dtype computed in.
+        rank: r.
+        empty: Whether M, N, K or r is 0: there is nothing to launch, PyTorch has the right answer.
+        requested: "auto", "triton" or "torch", as the caller said.
+
+    Raises:
+        ValueError: `requested` is none of these, or the rank is too large for "triton".
+        RuntimeError: "triton" was asked for and cannot run; the message says why.
+        TypeError: "triton" was asked for in a dtype it does not have.
+    """
+    if requested == "torch" or empty and requested in BACKENDS:
+        return "torch"
+    if requested == "auto":
+        requested = _environment_backend()
+    return _choose(device, dtype, rank, requested).backend
+
+
+@functools.cache
+def _choose(device: torch.device, dtype: torch.dtype, rank: int, requested: str) -> Choice:
+    if requested not in BACKENDS:
+        raise ValueError(f"lora_linear: backend={requested!r} is not one of: auto, triton, torch.")
+    choice = Choice("torch", "it was asked for") if requested == "torch" else automatic(device, dtype, rank)
+    if requested == "auto" and choice.backend == "torch" and device.type == "cuda":
+        _log.info(
+            'lora_kernels: %s; using backend="torch". Set LORA_KERNELS_BACKEND=torch to silence.', choice.reason
+        )
+    if requested == "triton" and choice.backend == "torch":
+        if device.type == "cpu" and not interpreting():
+            raise RuntimeError('lora_linear: backend="triton" needs CUDA tensors (x is on cpu).')
+        if rank > MAX_RANK:
+            raise ValueError(
+                f'lora_linear: rank {rank} exceeds {MAX_RANK}, the largest tuned; use backend="torch".'
+            )
+        if dtype not in _KERNEL_DTYPES:
+            raise TypeError(
+                f'lora_linear: backend="triton" has no {str(dtype).removeprefix("torch.")}; '
+                'supported: bfloat16, float16, float32. Use backend="torch".'
+            )
+        if device.type != "cpu":
+            raise RuntimeError(f'lora_linear: backend="triton" cannot run: {choice.reason}.')
+        return Choice("triton", "Triton's interpreter was asked for")
+    return choice
+
+
+def automatic(device: torch.device, dtype: torch.dtype, rank: int = 16) -> Choice:
+    """What "auto" takes on a device for a dtype and a rank, and why."""
+    if device.type != "cuda":
+        return Choice("torch", f"Triton does not compile for {device.type}")
+    problem = triton_problem()
+    if problem:
+        return Choice("torch", problem)
+    if interpreting():
+        return Choice("torch", "TRITON_INTERPRET=1 is set: kernels would run in the slow NumPy interpreter")
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
+        have = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return Choice("torch", f"the kernels need compute capability 8.0 and this GPU has {have}")
+    if dtype not in _KERNEL_DTYPES:
+        return Choice("torch", f"the kernels have no {str(dtype).removeprefix('torch.')}")
+    if rank > MAX_RANK:
+        return Choice("torch", f"rank {rank} exceeds {MAX_RANK}, the largest tuned")
+    return Choice("triton", "the fused kernels")
+
+
+@functools.cache
+def triton_problem() -> str:
+    """Why Triton cannot be imported, or "" when it can. Imports it."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton not importable ({error})"
+    return ""
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors: for tests and `lora-kernels verify`."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def contractions(backend: str) -> ModuleType:
+    """The module that has `shrink`, `matmul_expand` and `wgrad` for a backend; "triton" loads Triton."""
+    return importlib.import_module({"triton": "lora_kernels.kernels", "torch": "lora_kernels.eager"}[backend])
+
+
+@functools.cache
+def _environment_backend() -> str:
+    value = os.environ.get("LORA_KERNELS_BACKEND", "auto")
+    if value not in BACKENDS:
+        raise ValueError(f"LORA_KERNELS_BACKEND={value!r} is not one of: auto, torch, triton.")
+    return value

@@ -1,0 +1,143 @@
+"""LoRA in plain PyTorch: the formulas as they stand in the README, any dtype and any device.
+
+    y    = x Wᵀ + scaling · D(x) Aᵀ Bᵀ + bias          D(x) = x · keep · keep_scale   (inverted dropout)
+    dx   = dy W + D(scaling · dy B A)
+    dA   = (scaling · dy B)ᵀ D(x)
+    dB   = dyᵀ (scaling · D(x) Aᵀ)
+    dW   = dyᵀ x,    dbias = Σ dy over the rows
+
+Everything the kernels do is checked against these functions, in float64. They are written to be read, not to be
+fast, and share no code with either backend. Shapes: x `[*, in]`, W `[out, in]`, A `[r, in]`, B `[out, r]`,
+dy `[*, out]`; keep is a bool mask of the shape of x, or None.
+
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3, arXiv:2106.09685.
+"""
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dropout import PHILOX_ROUNDS, keep_scale, threshold
+
+__all__ = [
+    "dropped",
+    "forward",
+    "grad_bias",
+    "grad_lora_A",
+    "grad_lora_B",
+    "grad_weight",
+    "grad_x",
+    "keep_mask",
+    "lora_linear",
+    "philox4x32",
+]
+
+_MASK32 = 0xFFFFFFFF
+
+
+def philox4x32(seed: int, counter: Tensor, rounds: int = PHILOX_ROUNDS) -> list[Tensor]:
+    """Philox4x32 of (seed, counter): four int64 tensors that hold 32-bit words.
+
+    Args:
+        seed: The 64-bit key.
+        counter: int64, any shape; its low and high halves are the first two counter words, the rest are 0.
+        rounds: Number of rounds; 10 is the published default.
+    """
+    c0, c1 = counter & _MASK32, (counter >> 32) & _MASK32
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(rounds):
+        # int64 products wrap at 64 bits, which leaves the low and the high 32 bits what they should be
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK32) ^ c1 ^ k0, p1 & _MASK32, ((p0 >> 32) & _MASK32) ^ c3 ^ k1, p0 & _MASK32
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return [c0, c1, c2, c3]
+
+
+def keep_mask(seed: Tensor | int, rows: int, cols: int, p: float) -> Tensor:
+    """The kernels' dropout mask for an input of `[rows, cols]`: bool, True where the element is kept."""
+    device = seed.device if isinstance(seed, Tensor) else "cpu"
+    row_bytes = -(-cols // 8)
+    counter = torch.arange(rows * row_bytes, dtype=torch.int64, device=device)
+    words = torch.stack(philox4x32(int(seed), counter), dim=-1)  # [bytes, 4]
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [bytes, 4, 2]: low half first
+    return (halves >= threshold(p)).reshape(rows, row_bytes * 8)[:, :cols]
+
+
+def dropped(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
+    """D(x): inverted dropout with a given mask, `[*, in]`."""
+    return x if keep is None else torch.where(keep, x, 0) * keep_scale(p)
+
+
+def forward(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None = None,
+    scaling: float = 1.0, keep: Tensor | None = None, dropout_p: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Compute y = x Wᵀ + scaling · D(x) Aᵀ Bᵀ + bias, `[*, out]`."""
+    y = x @ weight.T + scaling * (dropped(x, keep, dropout_p) @ lora_A.T) @ lora_B.T
+    return y if bias is None else y + bias
+
+
+def grad_x(
+    dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor,
+    scaling: float = 1.0, keep: Tensor | None = None, dropout_p: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Compute dx = dy W + D(scaling · dy B A), `[*, in]`: dropout's own gradient is dropout with the same mask."""
+    return dy @ weight + dropped(scaling * (dy @ lora_B) @ lora_A, keep, dropout_p)
+
+
+def grad_lora_A(
+    dy: Tensor, x: Tensor, lora_B: Tensor,
+    scaling: float = 1.0, keep: Tensor | None = None, dropout_p: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Compute dA = (scaling · dy B)ᵀ D(x), `[r, in]`."""
+    return (scaling * (_rows(dy) @ lora_B)).T @ _rows(dropped(x, keep, dropout_p))
+
+
+def grad_lora_B(
+    dy: Tensor, x: Tensor, lora_A: Tensor,
+    scaling: float = 1.0, keep: Tensor | None = None, dropout_p: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Compute dB = dyᵀ (scaling · D(x) Aᵀ), `[out, r]`."""
+    return _rows(dy).T @ (scaling * _rows(dropped(x, keep, dropout_p)) @ lora_A.T)
+
+
+def grad_weight(dy: Tensor, x: Tensor) -> Tensor:
+    """Compute dW = dyᵀ x, `[out, in]`; only for a base weight that is trained."""
+    return _rows(dy).T @ _rows(x)
+
+
+def grad_bias(dy: Tensor) -> Tensor:
+    """Compute dbias = Σ dy over all rows, `[out]`."""
+    return _rows(dy).sum(0)
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *,
+    scaling: float = 1.0, bias: Tensor | None = None, dropout_p: float = 0.0, seed: Tensor | int | None = None,
+) -> Tensor:  # fmt: skip
+    """Compute the same as `lora_kernels.lora_linear`, in plain differentiable PyTorch.
+
+    Args:
+        x: `[*, in]`.
+        weight: W, `[out, in]`.
+        lora_A: A, `[r, in]`.
+        lora_B: B, `[out, r]`.
+        scaling: Multiplies the low-rank term.
+        bias: `[out]` or None.
+        dropout_p: Probability of dropping an element of the low-rank path's input.
+        seed: With one (an integer, or what `lora_kernels.dropout.draw_seed` gave), dropout keeps and drops the
+            elements that the kernels keep and drop for it. Without one, PyTorch's own generator decides.
+
+    Returns:
+        y, `[*, out]`. Double backward, forward-mode AD and `torch.func` all work: it is made of PyTorch operators.
+    """
+    keep = None
+    if dropout_p > 0 and seed is None:
+        keep = torch.rand(x.shape, device=x.device) >= dropout_p
+    elif dropout_p > 0:
+        keep = keep_mask(seed, _rows(x).shape[0], x.shape[-1], dropout_p).to(x.device).view(x.shape)
+    return forward(x, weight, lora_A, lora_B, bias, scaling, keep, dropout_p)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(t.numel() // t.shape[-1] if t.shape[-1] else t.shape[:-1].numel(), t.shape[-1])
