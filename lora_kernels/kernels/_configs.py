@@ -1,0 +1,135 @@
+"""Tile configs as data, and the pure rules that pick one.
+
+No autotuning at run time: a rule sees shapes, a dtype and the architecture, and answers at once and always the
+same. Tiles are at least 16 on a side, what a tensor-core dot needs.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+__all__ = [
+    "MatmulConfig", "ShrinkConfig", "WgradConfig",
+    "descriptor_path", "matmul_config", "shrink_config", "wgrad_config",
+]  # fmt: skip
+
+_TINY = 16
+_WGRAD_PROGRAMS = 256  # aimed at; the same on every GPU, so that sums are split the same way everywhere
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """Tile of y, K step, tile-order group, column slices of the epilogue, and CTAs a multiprocessor holds."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    subtiles: int
+    num_warps: int
+    num_stages: int
+    ctas_per_sm: int = 1
+
+
+@dataclass(frozen=True)
+class ShrinkConfig:
+    """Rows and K step of a program; it owns `block_r` columns of s."""
+
+    block_m: int
+    block_k: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class WgradConfig:
+    """A program owns `block_c` wide columns by `block_r` thin ones and walks `rows_per_split` rows."""
+
+    block_m: int
+    block_c: int
+    block_r: int
+    rows_per_split: int
+    num_warps: int
+    num_stages: int
+
+
+def descriptor_path(capability: tuple[int, int] | None, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether `matmul_expand` may load tiles by TMA descriptors, and why or why not.
+
+    Args:
+        capability: CUDA compute capability; None on other devices.
+        dtype: Of the operands.
+    """
+    if capability is None:
+        return False, "not an NVIDIA GPU"
+    if capability < (9, 0):
+        return False, f"TMA needs compute capability 9.0 and this GPU has {capability[0]}.{capability[1]}"
+    if dtype.itemsize != 2:
+        return False, "only 16-bit operands feed the tensor cores straight from descriptors"
+    return True, "TMA descriptors; operands not aligned to 16 bytes take pointers"
+
+
+@functools.lru_cache(maxsize=4096)
+def matmul_config(
+    rows: int, cols: int, dtype: torch.dtype, tma: bool, masked: bool, num_sms: int, tf32: bool = False
+) -> MatmulConfig:
+    """The tile for y `[rows, cols]`.
+
+    Args:
+        rows: M.
+        cols: N.
+        dtype: Of the operands.
+        tma: Descriptor path or pointer path.
+        masked: Whether the last product is masked in the epilogue, which costs registers.
+        num_sms: Multiprocessors of the device.
+        tf32: Whether fp32 products may use TF32.
+    """
+    if tma:
+        wide = _tiles(rows, cols, 128, 256) >= num_sms
+        if rows > 64 and wide and not masked:
+            return MatmulConfig(128, 256, 64, 8, 2, 8, 4)
+        if rows > 64 and wide:
+            return MatmulConfig(128, 256, 64, 8, 4, 8, 3)
+        if rows > 64:
+            return MatmulConfig(128, 128, 64, 8, 2 if masked else 1, 8 if masked else 4, 3, 1 if masked else 2)
+        return MatmulConfig(64, 128, 64, 8, 1, 4, 4, 2)
+    if dtype.itemsize == 2:
+        base = MatmulConfig(128, 128, 32, 8, 2 if masked else 1, 8 if masked else 4, 4)
+    elif tf32:
+        base = MatmulConfig(128, 64, 32, 8, 1, 4, 3)
+    else:
+        base = MatmulConfig(64, 64, 32, 8, 1, 4, 3)
+    block_m, block_n = _fit(rows, base.block_m), _fit(cols, base.block_n)
+    subtiles = min(base.subtiles, block_n // _TINY)
+    return MatmulConfig(block_m, block_n, base.block_k, base.group_m, subtiles, base.num_warps, base.num_stages)
+
+
+@functools.lru_cache(maxsize=4096)
+def shrink_config(rows: int, inner: int, rank: int, dtype: torch.dtype) -> ShrinkConfig:
+    """The tile for s `[rows, rank]` summed over `inner`: short row blocks where rows are few, to fill the GPU."""
+    block_m = _fit(rows, 64 if rows >= 8192 else 32 if rows >= 4096 else 16)
+    block_k = _fit(inner, 128 if dtype.itemsize == 2 else 64)
+    return ShrinkConfig(block_m, block_k, _fit(rank, 64), num_warps=4, num_stages=4)
+
+
+@functools.lru_cache(maxsize=4096)
+def wgrad_config(rows: int, wide: int, thin: int, dtype: torch.dtype) -> WgradConfig:
+    """The tile for g `[wide, thin]` summed over `rows`, and where the sum is split."""
+    block_c = _fit(wide, 128 if dtype.itemsize == 2 else 64)
+    block_r = _fit(thin, 64)
+    block_m = _fit(rows, 64 if dtype.itemsize == 2 else 32)
+    splits = max(1, _WGRAD_PROGRAMS // _tiles(wide, thin, block_c, block_r))
+    rows_per_split = -(-rows // splits)
+    rows_per_split = -(-max(rows_per_split, 4 * block_m) // block_m) * block_m
+    return WgradConfig(block_m, block_c, block_r, rows_per_split, num_warps=4, num_stages=3)
+
+
+def _fit(size: int, largest: int) -> int:
+    """The power of two that covers `size`, between 16 and `largest`."""
+    return max(_TINY, min(largest, 1 << max(size - 1, 0).bit_length()))
+
+
+def _tiles(rows: int, cols: int, block_m: int, block_n: int) -> int:
+    return -(-rows // block_m) * -(-cols // block_n)

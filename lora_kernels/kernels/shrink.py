@@ -1,0 +1,105 @@
+"""Shrink: contract a wide operand down to the LoRA rank, and drop elements of it on the way.
+
+    s[m, r] = alpha · Σₖ keep[m, k] x[m, k] a[r, k]
+
+    x      [M, K]          any strides   bf16, fp16 or fp32
+    a      [R, K]          any strides   dtype of x
+    s      [M, R]          rows padded to 16 bytes, dtype of x: rounded once, after alpha
+    keep   [M, ceil(K/8)]  bit-packed, written when there is dropout: the rule is in `lora_kernels.dropout`
+    alpha  float           multiplies the fp32 accumulator; a run-time number
+
+One kernel, two call sites. Only the roles differ; strides carry the transpose.
+
+    pass       x               a                  alpha                    s
+    forward    x  [M, in]      lora_A   [r, in]   scaling · keep_scale     s  = scaling · D(x) Aᵀ
+    backward   dy [M, out]     lora_Bᵀ  [r, out]  scaling · keep_scale     ds, which dx and dA mask again
+
+Cost: reads x once (for R <= 64; once per 64 of R otherwise), so it is bound by bandwidth: M·K·itemsize bytes,
++ M·K/8 for the mask; 2·M·K·R FLOPs.
+
+Sources: Hu et al. 2021, arXiv:2106.09685, eq. 3. The name is Punica's (Chen et al. 2023, arXiv:2310.18547); packing
+the mask while it is drawn follows TransformerEngine's dropout. No code was taken from either.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.dropout import draw_seed, threshold
+from lora_kernels.kernels._configs import ShrinkConfig, shrink_config
+from lora_kernels.kernels._device import keep_bits, unpack_bits
+from lora_kernels.kernels._launch import LAUNCH_OPTIONS, on_device, precision
+
+__all__ = ["shrink"]
+
+
+@triton.jit
+def _shrink_kernel(
+    x_ptr, a_ptr, s_ptr, keep_ptr, seed_ptr,
+    alpha, threshold,
+    M, K, R,
+    stride_xm, stride_xk, stride_ar, stride_ak, stride_sm,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Each program owns BLOCK_M rows by BLOCK_R columns of s and walks K once."""
+    pid = tl.program_id(0)
+    num_r = tl.cdiv(R, BLOCK_R)
+    pid_r = pid % num_r
+    # 64-bit before any stride: tensors may span more than 2^31 elements
+    offs_m = (pid // num_r).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = pid_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_m, mask_r = offs_m < M, offs_r < R
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+        row_bytes = tl.cdiv(K, 8)
+        written_bytes = tl.where(pid_r == 0, row_bytes, 0)  # by one program a row block
+
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k in range(tl.maximum(tl.cdiv(K, BLOCK_K), 1)):
+        offs_k = tl.cast(k, tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        x = tl.load(
+            x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk,
+            mask=mask_m[:, None] & mask_k[None, :], other=0.0,
+        )  # fmt: skip
+        a = tl.load(
+            a_ptr + offs_k[:, None] * stride_ak + offs_r[None, :] * stride_ar,
+            mask=mask_k[:, None] & mask_r[None, :], other=0.0,
+        )  # fmt: skip
+        if HAS_DROPOUT:
+            offs_byte = tl.cast(k, tl.int64) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+            counter = offs_m[:, None] * row_bytes + offs_byte[None, :]
+            bits = keep_bits(seed, counter, threshold)
+            inside = mask_m[:, None] & (offs_byte < written_bytes)[None, :]
+            tl.store(keep_ptr + counter, bits.to(tl.uint8), mask=inside)
+            x = tl.where(unpack_bits(bits), x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))
+        acc = tl.dot(x, a, acc, input_precision=PRECISION)
+
+    s = (acc * tl.cast(alpha, tl.float32)).to(s_ptr.dtype.element_ty)
+    tl.store(s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :], s, mask=mask_m[:, None] & mask_r[None, :])
+
+
+def shrink(
+    x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0, config: ShrinkConfig | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Compute s `[M, R]`; with `dropout_p` > 0 draw a seed and return the packed mask `[M, ceil(K/8)]` as well."""
+    (rows, inner), rank = x.shape, a.shape[0]
+    config = config or shrink_config(rows, inner, rank, x.dtype)
+    pad = 16 // x.element_size()  # whole 16-byte rows, so that a TMA descriptor can read s
+    s = x.new_empty(rows, -(-rank // pad) * pad)[:, :rank]
+    keep = seed = None
+    if dropout_p > 0:
+        seed = draw_seed(x.device)
+        keep = torch.empty(rows, -(-inner // 8), dtype=torch.uint8, device=x.device)
+    grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(rank, config.block_r),)
+    with on_device(x):
+        _shrink_kernel[grid](
+            x, a, s, keep, seed, alpha, threshold(dropout_p), rows, inner, rank,
+            *x.stride(), *a.stride(), s.stride(0),
+            HAS_DROPOUT=keep is not None, PRECISION=precision(x),
+            BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
+            num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
+        )  # fmt: skip
+    return s, keep
