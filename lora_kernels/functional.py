@@ -77,7 +77,7 @@ def _autocast(
 ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
     """Cast as autocast casts for `F.linear`; float64 is left alone, as there. Adapters are cast inside."""
     dtype = torch.get_autocast_dtype(device_type)
-    if any(isinstance(t, Tensor) and t.dtype not in (torch.bfloat16, torch.float16, torch.float32) for t in (x, weight)):
+    if any(isinstance(t, Tensor) and not (t.is_floating_point() and t.itemsize <= 4) for t in (x, weight)):
         return x, weight, bias, False
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), True
 

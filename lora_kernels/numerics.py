@@ -199,8 +199,8 @@ def _check_one(
     if not rule_1 <= 1:
         at = tuple(int(i) for i in (used == used.max()).nonzero()[0])
         messages.append(
-            f"{name}{list(at)} is {actual[at].item():.6g}, exactly {truth[at].item():.6g}: error {error[at].item():.3g} "
-            f"of {allowed[at].item():.3g} allowed; beyond the bound in {_count(used > 1)}"
+            f"{name}{list(at)} is {actual[at].item():.6g}, exactly {truth[at].item():.6g}: error "
+            f"{error[at].item():.3g} of {allowed[at].item():.3g} allowed; beyond the bound in {_count(used > 1)}"
         )
     rule_2 = ratio = None
     if baseline is not None:
@@ -210,7 +210,9 @@ def _check_one(
             limit = 2 * eager_rms + _UNIT[dtype] * rms(truth)
             rule_2 = rms(error) / limit if limit else (float("inf") if error.any() else 0.0)
             if not rule_2 <= 1:
-                messages.append(f"{name} has rms error {rms(error):.3g}, {limit:.3g} allowed beside eager's {eager_rms:.3g}")
+                messages.append(
+                    f"{name} has rms error {rms(error):.3g}, {limit:.3g} allowed beside eager's {eager_rms:.3g}"
+                )
     return Finding(name, not messages, rule_1, rule_2, ratio, "; ".join(messages))
 
 

@@ -46,7 +46,7 @@ def choose(device: torch.device, dtype: torch.dtype, rank: int, empty: bool, req
         RuntimeError: "triton" was asked for and cannot run; the message says why.
         TypeError: "triton" was asked for in a dtype it does not have.
     """
-    if requested == "torch" or empty and requested in BACKENDS:
+    if requested == "torch" or (empty and requested in BACKENDS):
         return "torch"
     if requested == "auto":
         requested = _environment_backend()

@@ -93,7 +93,7 @@ def matmul_config(
         if rows > 64 and wide:
             return MatmulConfig(128, 256, 64, 8, 4, 8, 3)
         if rows > 64:
-            return MatmulConfig(128, 128, 64, 8, 2 if masked else 1, 8 if masked else 4, 3, 1 if masked else 2)
+            return MatmulConfig(128, 128, 64, 8, 2, 8 if masked else 4, 3, 1 if masked else 2)
         return MatmulConfig(64, 128, 64, 8, 1, 4, 4, 2)
     if dtype.itemsize == 2:
         base = MatmulConfig(128, 128, 32, 8, 2 if masked else 1, 8 if masked else 4, 4)

@@ -174,7 +174,7 @@ def matmul_expand(
             NUM_SOURCES=len(summed), USE_TMA=tma, Q_ROWS_ARE_N=q_rows_are_n, STORE_TMA=store_tma,
             HAS_BIAS=bias is not None, HAS_KEEP=keep is not None, PRECISION=precision(p), SUBTILES=config.subtiles,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            BLOCK_R=max(16, min(64, triton.next_power_of_2(rank))), GROUP_M=config.group_m,
+            BLOCK_R=max(16, min(32, triton.next_power_of_2(rank))), GROUP_M=config.group_m,
             num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return y
