@@ -30,8 +30,8 @@ def forward(
     """Compute y `[*, out]`, and what backward needs of the way there: s `[M, r]` and the backend's mask."""
     ops, dtype = plan.contractions(backend), x.dtype
     rows = _rows(x)
-    s, keep = ops.shrink(rows, lora_A.to(dtype), scaling * keep_scale(dropout_p), dropout_p)
-    y = ops.matmul_expand([(rows, weight), (s, lora_B.to(dtype))], bias)
+    s, keep = ops.shrink(rows, _as(lora_A, dtype), scaling * keep_scale(dropout_p), dropout_p)
+    y = ops.matmul_expand([(rows, weight), (s, _as(lora_B, dtype))], bias)
     return y.view(*x.shape[:-1], weight.shape[0]), s, keep
 
 
@@ -66,9 +66,9 @@ class LoRALinearFunction(torch.autograd.Function):
         ops, dy = plan.contractions(ctx.backend), _rows(dy)
         dx = dweight = d_lora_A = d_lora_B = dbias = None
         if need_x or need_A:
-            ds, _ = ops.shrink(dy, lora_B.to(dy.dtype).t(), ctx.alpha)
+            ds, _ = ops.shrink(dy, _as(lora_B, dy.dtype).t(), ctx.alpha)
         if need_x:
-            dx = ops.matmul_expand([(dy, weight.t()), (ds, lora_A.to(dy.dtype).t())], keep=keep).view(ctx.x_shape)
+            dx = ops.matmul_expand([(dy, weight.t()), (ds, _as(lora_A, dy.dtype).t())], keep=keep).view(ctx.x_shape)
         if need_A:
             d_lora_A = ops.wgrad(ds, _rows(x), lora_A.dtype, keep)
         if need_B:
@@ -78,6 +78,10 @@ class LoRALinearFunction(torch.autograd.Function):
         if need_bias:
             dbias = dy.sum(0)
         return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def _rows(t: Tensor) -> Tensor:
