@@ -26,7 +26,7 @@ def draw_mask(shape: torch.Size, dropout_p: float, device: torch.device) -> Tens
     elements, which is several times faster there than `bernoulli_`, one draw an element.
     """
     drop = threshold(dropout_p)
-    if device.type != "cpu" or torch.compiler.is_compiling():
+    if device.type != "cpu":
         return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - drop / 65536)
     numel = shape.numel()
     if drop == 65536:  # more than int16 can compare with

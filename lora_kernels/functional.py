@@ -47,15 +47,17 @@ def lora_linear(
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         x, weight, bias, adapters_fit = _autocast(device_type, x, weight, bias)
     else:
         adapters_fit = False
     checks.check_call(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if not adapters_fit:
         checks.check_dtypes(x, weight, lora_A, lora_B, bias)
-    if torch._C._are_functorch_transforms_active():
+    transforming = torch._C._are_functorch_transforms_active()
+    if transforming:
         checks.check_transforms(backend)
+    if transforming or torch.compiler.is_compiling():  # both want operators that they can see into
         return reference.lora_linear(
             x, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling=scaling, bias=bias, dropout_p=dropout_p
         )
@@ -63,8 +65,6 @@ def lora_linear(
     if dropout_p == 1 or rank == 0:
         return _base_only(x, weight, lora_A, lora_B, bias)
     empty = x.numel() == 0 or weight.shape[0] == 0
-    if torch.compiler.is_compiling():
-        backend = "torch"
     backend = plan.choose(x.device, x.dtype, rank, empty, backend)
     args = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):

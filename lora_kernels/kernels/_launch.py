@@ -25,7 +25,7 @@ def on_device(t: Tensor) -> contextlib.AbstractContextManager:
 
 def uses_tf32(dtype: torch.dtype) -> bool:
     """Whether products of `dtype` may be rounded to TF32: only fp32, and only as PyTorch is told."""
-    return dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def precision(t: Tensor) -> str:
