@@ -1,0 +1,96 @@
+"""What a figure was measured on: hardware and versions, beside every JSON file that a command writes."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_kernels._version import __version__
+
+__all__ = ["caption", "machine", "version_of", "write_json"]
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions; None for what this machine does not have."""
+    return {
+        "gpu": _gpu(),
+        "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": version_of("triton"),
+        "peft": version_of("peft"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "lora_kernels": __version__,
+    }
+
+
+def caption(made_on: dict[str, Any]) -> str:
+    """One line that says where figures come from, for under a table."""
+    gpu, cpu = made_on["gpu"], made_on["cpu"]
+    parts = [f"{gpu['name']}, driver {gpu['driver']}" if gpu else f"CPU: {cpu['model']}, {cpu['threads']} threads"]
+    parts += [f"{name} {made_on[name]}" for name in ("torch", "triton", "peft", "lora_kernels") if made_on[name]]
+    return " · ".join(parts)
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package, without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def write_json(path: str | os.PathLike[str], payload: dict[str, Any]) -> None:
+    """Write `{"machine": machine(), **payload}`; a reader finds the old file or the whole new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    text = json.dumps({"machine": machine(), **payload}, indent=1, allow_nan=False)
+    try:
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _gpu() -> dict[str, Any] | None:
+    if not torch.cuda.is_available():
+        return None
+    index = torch.cuda.current_device()
+    facts = torch.cuda.get_device_properties(index)
+    return {
+        "name": facts.name,
+        "capability": [facts.major, facts.minor],
+        "sms": facts.multi_processor_count,
+        "l2_bytes": getattr(facts, "L2_cache_size", None),
+        "memory_bytes": facts.total_memory,
+        "driver": _driver(),
+    }
+
+
+def _driver() -> str | None:
+    """The driver's version as nvidia-smi says it; PyTorch does not know."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return (done.stdout.strip().splitlines() or [None])[0]
+
+
+def _cpu_model() -> str | None:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or None
