@@ -71,6 +71,8 @@ def _thin_product(left: Tensor, right: Tensor, alpha: float, out_dtype: torch.dt
     dtype, on_cpu = left.dtype, left.device.type == "cpu"
     small = on_cpu and dtype in _HALF and left.numel() + right.numel() <= _SMALL
     if out_dtype == dtype and not small:
+        if alpha == 1:
+            return torch.mm(left, right)
         # alpha rides inside the product; with beta=0 the first argument is not read
         return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=alpha)
     if left.is_cuda:
