@@ -1,0 +1,303 @@
+"""Check both backends against float64 on this machine: outputs, gradients, layouts, dropout, determinism.
+
+Every case runs the layer forward and backward and holds each output to two rules (lora_kernels.numerics):
+  rule 1   every element within its own a-priori error bound
+  rule 2   outputs of 2,048 elements or more: rms error at most twice that of PyTorch's operators
+Shown is how much of each limit the worst output used; 1 and below passes. A case must also give the same bits twice,
+leave its inputs as they were, and drop exactly the elements that its backend's dropout rule says.
+
+On a GPU the kernels run on real shapes. Without one they run in Triton's interpreter on small ones, where bfloat16
+cannot be checked: the interpreter multiplies its raw bit patterns. The exit status is 1 if any case fails.
+"""
+
+import argparse
+import importlib.util
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from torch import Tensor
+
+from lora_kernels import numerics, plan
+from lora_kernels.cli import _machine
+from lora_kernels.cli._cases import make_problem, run_problem, with_mask
+from lora_kernels.numerics import Finding, Problem
+
+__all__ = ["Case", "Result", "add_arguments", "lay_out", "run"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LAYOUTS = (
+    "contiguous", "x transposed", "x sliced", "W transposed", "dy expanded", "x 4-D", "bias", "fp32 adapters",
+    "all sliced",
+)  # fmt: skip
+_QUICK_LAYOUTS = ("x transposed", "x 4-D", "bias", "all sliced")
+_RULE_2_ROWS = 16
+_OPERANDS = ("x", "weight", "lora_A", "lora_B", "dy", "bias")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: M, K and N are the rows, inputs and outputs of the layer."""
+
+    backend: str
+    dtype: str
+    m: int
+    k: int
+    n: int
+    r: int
+    layout: str = "contiguous"
+    p: float = 0.0
+
+    def shape(self) -> str:
+        """The shape as the table shows it."""
+        return f"{self.m}x{self.k}x{self.n} r{self.r}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a case.
+
+    Attributes:
+        ok: Whether every check held.
+        rule_1: Largest part of rule 1's limit used by any output.
+        rule_2: Likewise for rule 2; None where no output is large enough.
+        message: What is wrong, or "".
+        findings: Every output against both rules.
+    """
+
+    ok: bool
+    rule_1: float
+    rule_2: float | None
+    message: str
+    findings: list[Finding]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `lora-kernels verify`."""
+    parser.add_argument("--quick", action="store_true", help="a few cases of each kind, some seconds in all")
+    parser.add_argument("--device", help="where to run, cuda or cpu (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
+    parser.add_argument("--backend", choices=("triton", "torch"), help="only this backend")
+    parser.add_argument("--seed", type=int, default=0, help="of the numbers and the dropout masks (default: 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run every case that the filters leave; 0 if all pass, 1 if any fails, 2 if nothing could be run."""
+    console, start = Console(highlight=False), time.perf_counter()
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        return _refuse(console, f"--device {args.device}: {str(error).splitlines()[0]}")
+    cases, notes = _select(args, device)
+    for note in notes:
+        console.print(note, style="yellow")
+    if not cases:
+        return _refuse(console, "These options leave nothing to verify.")
+    results = _run_all(console, cases, device, args.seed)
+    failed = sum(not result.ok for result in results)
+    summary = _summary(cases, results, time.perf_counter() - start)
+    console.print(summary, style="bold red" if failed else "bold green")
+    if args.json:
+        records = [_finite(asdict(case) | asdict(result)) for case, result in zip(cases, results, strict=True)]
+        _machine.write_json(
+            args.json,
+            dict(command="verify", device=str(device), seed=args.seed, quick=args.quick, notes=notes, summary=summary,
+                 passed=len(results) - failed, failed=failed, cases=records),
+        )  # fmt: skip
+    return 1 if failed else 0
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for infinities and NaNs, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _refuse(console: Console, message: str) -> int:
+    console.print(message, style="red")
+    return 2
+
+
+# Which cases: what each backend can be asked on this device
+
+
+def _select(args: argparse.Namespace, device: torch.device) -> tuple[list[Case], list[str]]:
+    """The cases that the options leave, and what the user should know about those that do not run."""
+    cases, notes = [], []
+    for backend in ("triton", "torch") if args.backend is None else (args.backend,):
+        for dtype in DTYPES if args.dtype is None else (args.dtype,):
+            problem = "" if backend == "torch" else _kernels_problem(device, dtype)
+            if problem:
+                notes.append(problem)
+            else:
+                cases += _matrix(backend, dtype, device.type == "cuda", args.quick)
+    return cases, list(dict.fromkeys(notes))
+
+
+def _kernels_problem(device: torch.device, dtype: str) -> str:
+    """Why the kernels cannot be verified on a device in a dtype, or ""; on a CPU, turn the interpreter on."""
+    if device.type == "cpu":
+        if not plan.interpreting() and "triton" in sys.modules:
+            return "Kernels skipped: Triton was imported without its interpreter; run this in a process of its own."
+        if importlib.util.find_spec("triton") is None:
+            return "Kernels skipped: Triton is not installed; the torch backend is what runs on this machine."
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which is later than this
+        if dtype == "bf16":
+            return "bf16 kernels need a GPU to be verified; here they run in fp32 and fp16 in Triton's interpreter."
+        return ""
+    backend, reason = plan.automatic(device, DTYPES[dtype])
+    return "" if backend == "triton" else f"Kernels skipped in {dtype}: {reason}."
+
+
+def _matrix(backend: str, dtype: str, on_gpu: bool, quick: bool) -> list[Case]:
+    """The cases of a backend and a dtype."""
+    if backend == "torch":
+        shapes, base = _TORCH_SHAPES, (96, 160, 224, 8)
+    elif on_gpu:
+        shapes, base = _GPU_SHAPES, (1000, 1024, 1536, 16)
+    else:
+        shapes, base = _INTERPRETER_SHAPES, (40, 48, 56, 8)
+    layouts = [layout for layout in LAYOUTS[1:] if layout != "fp32 adapters" or dtype != "fp32"]
+    if quick:
+        first, second = shapes[0], shapes[3]
+        cases = [Case(backend, dtype, *shape, p=p) for shape, p in ((first, 0.0), (first, 0.1), (second, 0.1))]
+        return cases + [Case(backend, dtype, *base, layout, 0.1) for layout in _QUICK_LAYOUTS]
+    cases = [Case(backend, dtype, *shape, p=p) for shape in shapes for p in (0.0, 0.1)]
+    cases += [Case(backend, dtype, *base, layout, p) for layout in layouts for p in (0.0, 0.1)]
+    return cases + [Case(backend, dtype, *base, p=p) for p in (0.5, 0.999)]
+
+
+_GPU_SHAPES = (
+    (4096, 4096, 4096, 16), (1, 1, 1, 1), (2048, 4096, 1024, 8),  # a k or v projection of Llama-3-8B
+    (777, 1111, 1333, 17), (1, 4096, 4096, 16), (129, 255, 513, 3),
+    (512, 4096, 14336, 64), (1024, 2048, 2048, 128), (333, 1000, 264, 24),
+    (512, 14336, 4096, 16), (256, 1024, 1024, 256), (4095, 511, 257, 1),
+)  # fmt: skip
+_INTERPRETER_SHAPES = (
+    (64, 64, 64, 16), (1, 1, 1, 1), (17, 33, 65, 3),
+    (65, 63, 100, 17), (1, 96, 72, 8), (100, 72, 48, 24),
+    (24, 40, 32, 128), (33, 96, 80, 64), (16, 24, 40, 256),
+)  # fmt: skip
+_TORCH_SHAPES = (
+    (256, 512, 384, 16), (1, 1, 1, 1), (257, 129, 511, 3),
+    (1, 512, 768, 8), (128, 1024, 256, 64), (100, 72, 1000, 17),
+    (200, 256, 256, 128), (64, 1536, 384, 24), (96, 128, 192, 256),
+)  # fmt: skip
+
+
+# One case: make it, run it twice, hold it to the rules
+
+
+def lay_out(problem: Problem, layout: str) -> Problem:
+    """Give a problem's tensors the strides that a layout names; the values stay what they are."""
+    if layout == "x transposed":
+        return replace(problem, x=problem.x.mT.contiguous().mT)
+    if layout == "x sliced":
+        return replace(problem, x=_slice_of_nans(problem.x))
+    if layout == "W transposed":
+        return replace(problem, weight=problem.weight.mT.contiguous().mT)
+    if layout == "dy expanded":  # what y.sum(0) and the like send back: rows that are one another
+        return replace(problem, dy=problem.dy[:1].expand_as(problem.dy))
+    if layout == "all sliced":
+        return replace(problem, **{name: _slice_of_nans(getattr(problem, name)) for name in _OPERANDS[:-1]})
+    return problem
+
+
+def _slice_of_nans(t: Tensor) -> Tensor:
+    """A copy of t inside a larger buffer of NaNs, off by one element each way: a stray read or write shows."""
+    buffer = t.new_full([size + 3 for size in t.shape], float("nan"))
+    return buffer[tuple(slice(1, 1 + size) for size in t.shape)].copy_(t)
+
+
+def _examine(case: Case, device: torch.device, seed: int) -> Result:
+    batch = (2, case.m // 4, 2) if case.layout == "x 4-D" else (case.m,)
+    problem = make_problem(
+        batch, case.k, case.n, case.r, DTYPES[case.dtype], str(device), bias=case.layout == "bias",
+        adapter_dtype=torch.float32 if case.layout == "fp32 adapters" else None, dropout_p=case.p, seed=seed,
+    )  # fmt: skip
+    problem = with_mask(lay_out(problem, case.layout), case.backend, seed)
+    before = _bytes(problem)
+    actual, again = (run_problem(problem, case.backend, seed) for _ in range(2))
+    after = _bytes(problem)
+    messages = [f"{name} was written to" for name in before if not torch.equal(before[name], after[name])]
+    messages += [f"{name} differs from run to run" for name in actual if not _same_bits(actual[name], again[name])]
+    # the gradients of a few rows all ride on the same few sums: too few to compare two rms errors by
+    baseline = numerics.eager(problem) if case.m >= _RULE_2_ROWS else None
+    findings = numerics.check(actual, problem, baseline, split=case.backend == "torch")
+    messages = [finding.message for finding in findings if not finding.ok] + messages
+    rule_2 = max((finding.rule_2 for finding in findings if finding.rule_2 is not None), default=None)
+    return Result(not messages, max(finding.rule_1 for finding in findings), rule_2, "; ".join(messages), findings)
+
+
+def _bytes(problem: Problem) -> dict[str, Tensor]:
+    """A copy of everything that lies in the buffers of the operands, beside the operands as well."""
+    operands = {name: getattr(problem, name) for name in _OPERANDS if getattr(problem, name) is not None}
+    return {
+        name: torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage()).clone()
+        for name, t in operands.items()
+    }
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _run_all(console: Console, cases: list[Case], device: torch.device, seed: int) -> list[Result]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
+    )  # fmt: skip
+    console.print(_row("backend", "dtype", "MxKxN r", "layout", "p", "rule 1", "rule 2", ""), style="bold")
+    results = []
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("verifying", total=len(cases))
+        for case in cases:
+            try:
+                result = _examine(case, device, seed)
+            except Exception as error:  # a kernel that does not compile or launch fails its case, not the command
+                result = Result(False, float("inf"), None, f"{type(error).__name__}: {error}", [])
+            results.append(result)
+            _print_result(console, case, result)
+            progress.advance(task)
+    return results
+
+
+def _print_result(console: Console, case: Case, result: Result) -> None:
+    used = [f"{rule:.2f}" if rule is not None else "-" for rule in (result.rule_1, result.rule_2)]
+    line = Text(_row(case.backend, case.dtype, case.shape(), case.layout, f"{case.p:g}", *used, ""))
+    line.append("pass", "green") if result.ok else line.append("FAIL", "bold red")
+    console.print(line)
+    if result.message:
+        console.print(Text("  " + result.message, "red"))
+
+
+def _row(*cells: str) -> str:
+    widths = (7, 5, 20, 13, 5, 6, 6)
+    return " ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=False)) + " " + cells[-1]
+
+
+def _summary(cases: list[Case], results: list[Result], seconds: float) -> str:
+    failed = sum(not result.ok for result in results)
+    worst: dict[str, Any] = {}
+    for rule in ("rule_1", "rule_2"):
+        used = [
+            (getattr(finding, rule), f"{finding.name}, {case.backend} {case.dtype} {case.shape()}")
+            for case, result in zip(cases, results, strict=True)
+            for finding in result.findings
+            if getattr(finding, rule) is not None
+        ]
+        worst[rule] = "-" if not used else "{:.2f} ({})".format(*max(used))
+    return (
+        f"{len(results) - failed} passed, {failed} failed in {seconds:.1f} s\n"
+        f"worst use of rule 1: {worst['rule_1']}\nworst use of rule 2: {worst['rule_2']}"
+    )
