@@ -1,0 +1,55 @@
+"""Where there is no GPU the kernels run in Triton's interpreter, watched; memory they allocate starts as NaN."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+if not HAS_GPU:
+    torch.set_num_threads(1)  # two workers on two cores
+    from oracles import bf16, sanitizer
+
+    bf16.install()
+    sanitizer.install()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all-mutants", action="store_true", help="break the kernels in every way in the table")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; this machine has none"))
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """What is allocated and never written must show: NaN in floats, a pattern in bytes."""
+    for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
+        stock = getattr(owner, name)
+
+        def poisoned(*args, _stock=stock, **kwargs):
+            t = _stock(*args, **kwargs)
+            if t.device.type == "meta" or not t.numel() or not _called_by_a_launcher():
+                return t
+            return t.fill_(float("nan") if t.is_floating_point() else 0x5A)
+
+        monkeypatch.setattr(owner, name, poisoned)
+
+
+def _called_by_a_launcher() -> bool:
+    return sys._getframe(2).f_globals.get("__name__", "").startswith("lora_kernels.")

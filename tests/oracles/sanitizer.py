@@ -1,0 +1,143 @@
+"""Watch every load and store of a kernel in Triton's interpreter.
+
+For each launch: every load hits a logical element of an argument (strides honoured, so the gap between the rows of a
+slice is out of bounds), every store hits an output, each output element is stored exactly once (twice is a race on a
+GPU, never is stale memory). Tuples of arguments and TMA descriptors count as the tensors in them.
+"""
+
+import contextlib
+import inspect
+
+import numpy as np
+import torch
+
+OUTPUTS = {
+    "_shrink_kernel": {"s_ptr", "keep_ptr"},
+    "_matmul_expand_kernel": {"y"},
+    "_wgrad_kernel": {"g_ptr"},
+    "_reduce_kernel": {"g_ptr"},
+}
+
+
+class MemoryFault(AssertionError):
+    """A kernel touched what it must not, or left something out."""
+
+
+class Launch:
+    """What one launch may touch, and what it did."""
+
+    def __init__(self, kernel: str, arguments: dict[str, object]) -> None:
+        self.kernel, self.loads = kernel, 0
+        self.tensors = {name: t for name, value in arguments.items() for t in _tensors(value)}
+        inputs = [_addresses(t) for value in arguments.values() for t in _tensors(value)]
+        outputs = [_addresses(t) for name in OUTPUTS.get(kernel, ()) for t in _tensors(arguments.get(name))]
+        self.readable = np.unique(np.concatenate(inputs)) if inputs else np.zeros(0, np.int64)
+        self.writable = np.unique(np.concatenate(outputs)) if outputs else np.zeros(0, np.int64)
+        self.stores = np.zeros(self.writable.size, np.int64)
+
+    def load(self, addresses: np.ndarray) -> None:
+        self.loads += addresses.size
+        self._positions("load outside every argument", self.readable, addresses)
+
+    def store(self, addresses: np.ndarray) -> None:
+        positions = self._positions("store outside the outputs", self.writable, addresses)
+        self.stores += np.bincount(positions, minlength=self.stores.size)
+
+    def finish(self) -> None:
+        for what, bad in (("more than once", self.stores > 1), ("never", self.stores == 0)):
+            if bad.any():
+                raise MemoryFault(f"{self.kernel}: {bad.sum()} of {bad.size} output elements stored {what}")
+
+    def _positions(self, what: str, allowed: np.ndarray, addresses: np.ndarray) -> np.ndarray:
+        positions = np.searchsorted(allowed, addresses)
+        inside = positions < allowed.size
+        inside[inside] = allowed[positions[inside]] == addresses[inside]
+        if not inside.all():
+            raise MemoryFault(f"{self.kernel}: {what}, {(~inside).sum()} lanes, {self._near(addresses[~inside][0])}")
+        return positions
+
+    def _near(self, address: int) -> str:
+        def distance(name: str) -> int:
+            return abs(int(address) - self.tensors[name].data_ptr())
+
+        name = min(self.tensors, key=distance)
+        t = self.tensors[name]
+        offset = (int(address) - t.data_ptr()) / t.element_size()
+        return f"near {name} {tuple(t.shape)} strides {t.stride()}, element offset {offset:g}"
+
+
+class _State:
+    launch: Launch | None = None
+    on = True
+    launches = 0
+
+
+state = _State()
+
+
+@contextlib.contextmanager
+def off():
+    """Do not watch, for tests of memory that has too many addresses to list."""
+    state.on = False
+    try:
+        yield
+    finally:
+        state.on = True
+
+
+def install() -> None:
+    """Hook the interpreter, once a process."""
+    import triton.runtime.interpreter as interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    if getattr(builder, "_sanitized", False):
+        return
+    builder._sanitized = True
+    stock_load, stock_store, stock_call = builder.create_masked_load, builder.create_masked_store, executor.__call__
+
+    def lanes(ptrs, mask):
+        return ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)].astype(np.int64)
+
+    def load(self, ptrs, mask, *args, **kwargs):
+        if state.launch:
+            state.launch.load(lanes(ptrs, mask))
+        return stock_load(self, ptrs, mask, *args, **kwargs)
+
+    def store(self, ptrs, value, mask, *args, **kwargs):
+        if state.launch:
+            state.launch.store(lanes(ptrs, mask))
+        return stock_store(self, ptrs, value, mask, *args, **kwargs)
+
+    def call(self, *args, **kwargs):
+        if not state.on:
+            return stock_call(self, *args, **kwargs)
+        names = list(inspect.signature(self.fn).parameters)
+        state.launch = launch = Launch(self.fn.__name__, dict(zip(names, args, strict=False)) | kwargs)
+        state.launches += 1
+        try:
+            stock_call(self, *args, **kwargs)
+        except interpreter.InterpreterError as error:
+            if isinstance(error.__cause__, MemoryFault):
+                raise error.__cause__ from error
+            raise
+        finally:
+            state.launch = None
+        launch.finish()
+
+    builder.create_masked_load, builder.create_masked_store, executor.__call__ = load, store, call
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, tuple):
+        return [t for part in value for t in _tensors(part)]
+    base = getattr(value, "base", None)  # a TMA descriptor
+    return [base] if isinstance(base, torch.Tensor) else []
+
+
+def _addresses(t: torch.Tensor) -> np.ndarray:
+    addresses = np.zeros(1, np.int64) + t.data_ptr()
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        addresses = np.add.outer(addresses, np.arange(size, dtype=np.int64) * stride * t.element_size()).reshape(-1)
+    return addresses
