@@ -1,6 +1,8 @@
 """What a figure was measured on: hardware and versions, beside every JSON file that a command writes."""
 
+import functools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -33,7 +35,7 @@ def machine() -> dict[str, Any]:
 def caption(made_on: dict[str, Any]) -> str:
     """One line that says where figures come from, for under a table."""
     gpu, cpu = made_on["gpu"], made_on["cpu"]
-    parts = [f"{gpu['name']}, driver {gpu['driver']}" if gpu else f"CPU: {cpu['model']}, {cpu['threads']} threads"]
+    parts = [f"{gpu['name']}, driver {gpu['driver']}" if gpu else f"CPU: {cpu['model']}, threads: {cpu['threads']}"]
     parts += [f"{name} {made_on[name]}" for name in ("torch", "triton", "peft", "lora_kernels") if made_on[name]]
     return " · ".join(parts)
 
@@ -51,12 +53,21 @@ def write_json(path: str | os.PathLike[str], payload: dict[str, Any]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    text = json.dumps({"machine": machine(), **payload}, indent=1, allow_nan=False)
+    text = json.dumps(_plain({"machine": machine(), **payload}), indent=1, allow_nan=False)
     try:
         partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity and no NaN: write them as words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _gpu() -> dict[str, Any] | None:
@@ -74,6 +85,7 @@ def _gpu() -> dict[str, Any] | None:
     }
 
 
+@functools.cache
 def _driver() -> str | None:
     """The driver's version as nvidia-smi says it; PyTorch does not know."""
     try:

@@ -1,0 +1,197 @@
+"""The providers `bench` times: this package, and what one would run in its place. Each in its best form.
+
+A provider gets a `Problem` and gives a forward; autograd does the rest. All read the same tensors.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_kernels import plan
+from lora_kernels.functional import lora_linear
+from lora_kernels.numerics import Problem
+
+__all__ = ["PROVIDERS", "Provider", "build", "names_for"]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Something that can be timed.
+
+    Attributes:
+        label: For the tables.
+        problem: What it computes; its adapters may be wider than the case's.
+        forward: Computes y from the leaves.
+        leaves: Output name (dx, d_lora_A, d_lora_B, dbias) to the tensor whose gradient that is.
+        rule: What it is held to: "kernel" and "operators" are `numerics.check` without and with `split`; "peer" is
+            an rms error of at most twice that of PyTorch's operators.
+        cost: Its formula in `_cost.COSTS`; "" where its launches are a compiler's choice.
+    """
+
+    label: str
+    problem: Problem
+    forward: Callable[[], Tensor]
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    rule: str = "peer"
+    cost: str = ""
+
+    def backward(self, y: Tensor, dy: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The gradients of the leaves, in their order, from `dy` or else the problem's own."""
+        return torch.autograd.grad(y, tuple(self.leaves.values()), self.problem.dy if dy is None else dy)
+
+
+def build(name: str, problem: Problem, backend: str = "auto") -> Provider:
+    """Build a provider of `PROVIDERS`; raises where this machine cannot run it."""
+    return PROVIDERS[name](problem, backend)
+
+
+def names_for(dtype: torch.dtype, backend: str, compiled: bool) -> list[str]:
+    """Which providers make sense: no fp32-adapter rows where x is fp32 itself, no row that would stand there twice."""
+    names = [name for name in PROVIDERS if compiled or "compiled" not in name]
+    if dtype not in (torch.bfloat16, torch.float16):
+        names = [name for name in names if "fp32" not in name]
+    return [name for name in names if name != "ours_torch" or backend == "triton"]
+
+
+def _leaves(problem: Problem, *names: str) -> dict[str, Tensor]:
+    of = {"dx": problem.x, "d_lora_A": problem.lora_A, "d_lora_B": problem.lora_B}
+    return {name: of[name].detach().requires_grad_() for name in names or of}
+
+
+def _fp32_adapters(problem: Problem) -> Problem:
+    """The same numbers in fp32, so that the truth stays the same."""
+    return replace(problem, lora_A=problem.lora_A.float(), lora_B=problem.lora_B.float())
+
+
+def _frozen(problem: Problem, backend: str) -> Provider:
+    leaves = _leaves(problem, "dx")
+    problem = replace(problem, lora_B=torch.zeros_like(problem.lora_B), dropout_p=0.0)
+    return Provider(
+        "frozen linear (the floor)", problem, lambda: F.linear(leaves["dx"], problem.weight, problem.bias), leaves,
+        cost="frozen",
+    )  # fmt: skip
+
+
+def _backend(problem: Problem, backend: str) -> str:
+    return plan.choose(problem.x.device, problem.x.dtype, problem.lora_A.shape[0], False, backend)
+
+
+def _ours(problem: Problem, backend: str) -> Provider:
+    chosen, leaves = _backend(problem, backend), _leaves(problem)
+
+    def forward() -> Tensor:
+        return lora_linear(
+            leaves["dx"], problem.weight, leaves["d_lora_A"], leaves["d_lora_B"],
+            scaling=problem.scaling, bias=problem.bias, dropout_p=problem.dropout_p, backend=chosen,
+        )  # fmt: skip
+
+    rule = "kernel" if chosen == "triton" else "operators"
+    return Provider(f"lora_kernels [{chosen}]{_adapters(problem)}", problem, forward, leaves, rule, chosen)
+
+
+def _adapters(problem: Problem) -> str:
+    return ", fp32 adapters" if problem.lora_A.dtype != problem.x.dtype else ""
+
+
+def _peft(problem: Problem, backend: str) -> Provider:
+    """PEFT's own layer, put together by PEFT itself."""
+    try:
+        peft = importlib.import_module("peft")
+    except ImportError:
+        return _peft_arithmetic(problem)
+    (r, k), n = problem.lora_A.shape, problem.weight.shape[0]
+    model = nn.Module()
+    model.linear = nn.Linear(k, n, bias=problem.bias is not None, device="meta")
+    model.linear.weight = nn.Parameter(problem.weight, requires_grad=False)
+    if problem.bias is not None:
+        model.linear.bias = nn.Parameter(problem.bias, requires_grad=False)
+    config = peft.LoraConfig(
+        r=r, lora_alpha=problem.scaling * r, lora_dropout=problem.dropout_p, target_modules=["linear"],
+        init_lora_weights=False,
+    )  # fmt: skip
+    layer = peft.inject_adapter_in_model(config, model).linear.train()
+    leaves = _leaves(problem, "dx")
+    for which, tensor in (("A", problem.lora_A), ("B", problem.lora_B)):
+        module = getattr(layer, f"lora_{which}")["default"]
+        module.weight = leaves[f"d_lora_{which}"] = nn.Parameter(tensor.detach())
+    label = f"PEFT{_adapters(problem) or f', {_short(problem.x.dtype)} adapters'}"
+    return Provider(label, problem, lambda: layer(leaves["dx"]), leaves, cost="peft")
+
+
+def _peft_arithmetic(problem: Problem) -> Provider:
+    leaves, p, scaling = _leaves(problem), problem.dropout_p, problem.scaling
+
+    def forward() -> Tensor:
+        x, a, b = leaves.values()
+        y = F.linear(x, problem.weight, problem.bias)
+        low_rank = F.linear(F.linear(F.dropout(x.to(a.dtype), p) if p else x.to(a.dtype), a), b)
+        return (y + low_rank * scaling).to(y.dtype)
+
+    label = f"PEFT's arithmetic{_adapters(problem) or f', {_short(problem.x.dtype)} adapters'}"
+    return Provider(label, problem, forward, leaves, cost="peft")
+
+
+def _compiled(provider: Provider) -> Provider:
+    """The same under torch.compile with static shapes; it compiles at the first call, which is never timed."""
+    forward = torch.compile(provider.forward, dynamic=False)
+    return replace(provider, label=f"{provider.label}, torch.compile", forward=forward, cost="")
+
+
+class _AddmmChain(torch.autograd.Function):
+    """What a careful author writes without kernels: low-rank products accumulated in place, s kept for backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, bias, scaling, p):
+        y = F.linear(x, weight, bias)
+        x_d, keep = torch.native_dropout(x, p, True) if p else (x, None)
+        s = _scaled_mm(x_d, lora_A.t(), scaling)
+        y.addmm_(s, lora_B.t())
+        ctx.save_for_backward(x_d, weight, lora_A, lora_B, s, keep)
+        ctx.scaling, ctx.p = scaling, p
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x_d, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
+        ds = _scaled_mm(dy, lora_B, ctx.scaling)
+        dx = dy @ weight
+        if keep is None:
+            dx.addmm_(ds, lora_A)
+        else:
+            dx.addcmul_(ds @ lora_A, keep, value=1 / (1 - ctx.p))
+        return dx, None, ds.t() @ x_d, dy.t() @ s, None, None, None
+
+
+def _scaled_mm(left: Tensor, right: Tensor, alpha: float) -> Tensor:
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=alpha)  # one launch; the first is not read
+
+
+def _addmm(problem: Problem, backend: str) -> Provider:
+    leaves = _leaves(problem)
+
+    def forward() -> Tensor:
+        x, a, b = leaves.values()
+        return _AddmmChain.apply(x, problem.weight, a, b, problem.bias, problem.scaling, problem.dropout_p)
+
+    return Provider("in-place addmm chain", problem, forward, leaves, cost="addmm")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}.get(dtype, str(dtype)[6:])
+
+
+PROVIDERS: dict[str, Callable[[Problem, str], Provider]] = {
+    "frozen": _frozen,
+    "ours": _ours,
+    "ours_fp32": lambda problem, backend: _ours(_fp32_adapters(problem), backend),
+    "ours_torch": lambda problem, backend: _ours(problem, "torch"),
+    "peft": _peft,
+    "peft_fp32": lambda problem, backend: _peft(_fp32_adapters(problem), backend),
+    "peft_compiled": lambda problem, backend: _compiled(_peft(problem, backend)),
+    "peft_fp32_compiled": lambda problem, backend: _compiled(_peft(_fp32_adapters(problem), backend)),
+    "addmm": _addmm,
+}

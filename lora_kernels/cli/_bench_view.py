@@ -1,0 +1,142 @@
+"""What `bench` and the generated page say of measured cases: rows, ratios and geometric means, then tables by rich."""
+
+import math
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["case_table", "case_title", "median_ms", "mib", "overview", "show", "speedups", "sweep_table"]
+
+_DASH = "-"
+_SWEEP_COLUMNS = ("frozen", "ours", "peft", "peft_fp32", "peft_compiled", "peft_fp32_compiled", "addmm")
+
+
+def mib(size: int | None) -> str:
+    """Bytes as MiB."""
+    return _DASH if size is None else f"{size / 2**20:.1f}"
+
+
+def median_ms(case: dict[str, Any], name: str, which: str = "both") -> float | None:
+    """A provider's median in milliseconds; None where it was not timed."""
+    taken = case["providers"].get(name, {}).get("seconds", {}).get(which)
+    return None if taken is None else taken["median"] * 1e3
+
+
+def case_title(case: dict[str, Any]) -> str:
+    """A case in words: rows x in x out, then what else it is."""
+    shape = case["shape"]
+    label = f" ({shape['label']})" if shape["label"] else ""
+    return f"{shape['m']} x {shape['k']} x {shape['n']}{label}, r={case['r']}, p={case['p']:g}, {case['dtype']}"
+
+
+def own(name: str) -> str:
+    """Which of this package's rows a provider is compared with: the one whose adapters are as wide."""
+    return "ours_fp32" if "fp32" in name else "ours"
+
+
+def speedups(cases: list[dict[str, Any]], which: str = "both") -> dict[str, dict[str, float]]:
+    """Of this package over each other provider: geometric mean, worst and best of the cases that have both times."""
+    out = {}
+    for name in dict.fromkeys(name for case in cases for name in case["providers"]):
+        if name in ("ours", "ours_fp32"):
+            continue
+        pairs = [(median_ms(case, name, which), median_ms(case, own(name), which)) for case in cases]
+        ratios = [theirs / ours for theirs, ours in pairs if theirs is not None and ours is not None]
+        if ratios:
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            out[name] = {"geometric_mean": mean, "worst": min(ratios), "best": max(ratios), "cases": len(ratios)}
+    return out
+
+
+def overview(cases: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """`speedups` in words, a provider a line: its label and the figures."""
+    labels = {name: row["label"] for case in reversed(cases) for name, row in case["providers"].items()}
+    return [
+        (labels[name], f"{s['geometric_mean']:.3f}x (worst {s['worst']:.3f}x, best {s['best']:.3f}x; of {s['cases']})")
+        for name, s in speedups(cases).items()
+    ]
+
+
+def case_table(case: dict[str, Any]) -> Group:
+    """All there is to say of one case, a provider a row; what was not timed says why underneath."""
+    passes = [w for w in ("forward", "backward", "both") if any(w in r["seconds"] for r in case["providers"].values())]
+    last = passes[-1] if passes else ""
+    table = Table(title=case_title(case), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table.add_column("", no_wrap=True)
+    headings = [f"{which} ms" for which in passes] + (["/ floor", "TFLOP/s", "of peak"] if passes else [])
+    for heading in (*headings, "MiB moved*", "saved MiB", "peak MiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    reasons = []
+    for name, row in case["providers"].items():
+        cells = [_time(row["seconds"].get(which)) for which in passes]
+        if passes:
+            cells += _ratios(row["seconds"].get(last))
+        model = row.get("model")
+        cells.append(mib(None if model is None else model["forward_bytes"] + model["backward_bytes"]))
+        cells += [mib(row.get("saved_bytes")), "n/a" if row.get("peak_bytes") is None else mib(row["peak_bytes"])]
+        table.add_row(Text(row["label"]), *cells, style="bold" if name == "ours" else "")
+        if row["reason"]:
+            reasons.append(Text(f"  {row['label']}: {row['reason']}", style="yellow"))
+    least = mib(case["split_minimum_bytes"])
+    note = f"  * forward + backward by arithmetic: each launch moves its operands once; the split minimum is {least}"
+    return Group(table, Text(note, style="dim"), *reasons)
+
+
+def sweep_table(cases: list[dict[str, Any]]) -> Group:
+    """One row a case, forward + backward, the most telling columns alone."""
+    names = [n for n in _SWEEP_COLUMNS if any(median_ms(case, n) is not None for case in cases)]
+    labels = {name: row["label"] for case in reversed(cases) for name, row in case["providers"].items()}
+    table = Table(title="forward + backward, ms", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for heading in ("rows x in x out", "r", "p", *(labels[n] for n in names), "ours / floor", "PEFT / ours"):
+        table.add_column(Text(heading), justify="left" if heading.startswith("rows") else "right")
+    reasons: dict[str, None] = {}
+    for case in cases:
+        shape, found = case["shape"], {name: median_ms(case, name) for name in names}
+        ours = median_ms(case, "ours")
+        table.add_row(
+            f"{shape['m']} x {shape['k']} x {shape['n']}", str(case["r"]), f"{case['p']:g}",
+            *(_DASH if value is None else f"{value:.3f}" for value in found.values()),
+            _quotient(ours, found.get("frozen")), _quotient(found.get("peft"), ours),
+        )  # fmt: skip
+        reasons |= dict.fromkeys(f"{r['label']}: {r['reason']}" for r in case["providers"].values() if r["reason"])
+    return Group(table, *(Text(f"  {reason}", style="yellow") for reason in reasons))
+
+
+def show(console: Console, cases: list[dict[str, Any]], full: bool) -> None:
+    """Print the tables of a run, in full or a row a case, and the means over its cases."""
+    if full:
+        for case in cases:
+            console.print(case_table(case))
+    elif cases:
+        console.print(sweep_table(cases))
+    lines = overview(cases)
+    if lines:
+        grid = Table.grid(padding=(0, 2))
+        for label, figures in lines:
+            grid.add_row(Text(f"  over {label}"), figures)
+        console.print("lora_kernels is faster, forward + backward, by a geometric mean of", style="bold")
+        console.print(grid)
+
+
+def _time(taken: dict[str, Any] | None) -> str:
+    if taken is None:
+        return _DASH
+    spread = (taken["q3"] - taken["q1"]) / 2 / taken["median"]
+    return f"{taken['median'] * 1e3:.3f} ±{spread:.0%}"
+
+
+def _ratios(taken: dict[str, Any] | None) -> list[str]:
+    if taken is None:
+        return [_DASH] * 3
+    return [
+        _quotient(taken["to_floor"], 1.0),
+        f"{taken['flops_per_second'] / 1e12:.3g}",
+        _DASH if taken["of_peak"] is None else f"{taken['of_peak']:.0%}",
+    ]
+
+
+def _quotient(over: float | None, under: float | None) -> str:
+    return _DASH if over is None or under is None else f"{over / under:.3f}"

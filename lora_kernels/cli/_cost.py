@@ -1,0 +1,188 @@
+"""What a call computes and what it moves: FLOPs and memory traffic, launch by launch. Pure arithmetic.
+
+The model: every launch reads each of its operands once and writes each result once, and nothing survives in a cache
+between launches. It is a lower bound for a chain of launches, so it tells chains apart, not kernels. Not counted: the
+bias and its gradient, random numbers, and the partial sums of split reductions.
+
+    X = M·K, Y = M·N, W = N·K, A = r·K, B = N·r, S = M·r elements;  a mask is a byte an element, or a bit where packed
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["COSTS", "Cost", "Size", "flops", "split_minimum", "unsloth"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of every tensor of one call.
+
+    Args:
+        m: Rows of x.
+        k: in_features.
+        n: out_features.
+        r: Rank.
+        element: Bytes an element of x and W.
+        adapter: Bytes an element of A and B; `element` if 0.
+    """
+
+    m: int
+    k: int
+    n: int
+    r: int
+    element: int = 2
+    adapter: int = 0
+
+    @property
+    def x(self) -> int:
+        """X and dX."""
+        return self.m * self.k * self.element
+
+    @property
+    def y(self) -> int:
+        """Y and dY."""
+        return self.m * self.n * self.element
+
+    @property
+    def w(self) -> int:
+        """W."""
+        return self.n * self.k * self.element
+
+    @property
+    def a(self) -> int:
+        """A and dA, as computed with."""
+        return self.r * self.k * self.element
+
+    @property
+    def b(self) -> int:
+        """B and dB, as computed with."""
+        return self.n * self.r * self.element
+
+    @property
+    def s(self) -> int:
+        """S and dS."""
+        return self.m * self.r * self.element
+
+    @property
+    def mask(self) -> int:
+        """A dropout mask of a byte an element."""
+        return self.m * self.k
+
+    @property
+    def bits(self) -> int:
+        """A dropout mask of a bit an element."""
+        return self.m * -(-self.k // 8)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the adapters are wider than x."""
+        return self.adapter not in (0, self.element)
+
+    @property
+    def wide(self) -> "Size":
+        """The same call with everything as wide as the adapters."""
+        return Size(self.m, self.k, self.n, self.r, self.adapter or self.element)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of each launch, in order."""
+
+    forward: tuple[int, ...]
+    backward: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes of forward and backward."""
+        return sum(self.forward) + sum(self.backward)
+
+    @property
+    def launches(self) -> int:
+        """Launches of forward and backward."""
+        return len(self.forward) + len(self.backward)
+
+
+def flops(m: int, k: int, n: int, r: int) -> tuple[int, int]:
+    """FLOPs that forward and backward need: y, s and its product; ds, dx in two parts, dA, dB. Rank 0 is no adapter."""
+    base, low_rank = 2 * m * k * n, 2 * m * r * (k + n)
+    return base + low_rank, base + 2 * low_rank
+
+
+def _frozen(z: Size, dropout: bool) -> Cost:
+    return Cost((z.x + z.w + z.y,), (z.y + z.w + z.x,))
+
+
+def _peft(z: Size, dropout: bool) -> Cost:
+    """`result + B(A(dropout(x.to(A.dtype)))) * scaling`, `.to(result.dtype)`, and its backward by autograd."""
+    v = z.wide
+    dropping = (2 * v.x + v.mask,) if dropout else ()
+    into, back = ((z.x + v.x,), (v.y + z.y,)) if z.mixed else ((), ())
+    forward = (z.x + z.w + z.y, *into, *dropping, v.x + v.a + v.s, v.s + v.b + v.y, 2 * v.y, z.y + 2 * v.y, *back)
+    widen_and_narrow = (z.y + v.y, v.y + z.y) if z.mixed else ()
+    low_rank = (2 * v.y, v.y + v.b + v.s, v.y + v.s + v.b, v.s + v.a + v.x, v.s + v.x + v.a)
+    narrow = (v.x + z.x,) if z.mixed else ()
+    return Cost(forward, (*widen_and_narrow, *low_rank, *dropping, *narrow, z.y + z.w + z.x, 3 * z.x))
+
+
+def _addmm(z: Size, dropout: bool) -> Cost:
+    """The best chain of library calls: the low-rank product accumulated in place, s kept for backward."""
+    dropping = (2 * z.x + z.mask,) if dropout else ()
+    into_dx = (z.s + z.a + z.x, 3 * z.x + z.mask) if dropout else (z.s + z.a + 2 * z.x,)
+    return Cost(
+        (z.x + z.w + z.y, *dropping, z.x + z.a + z.s, z.s + z.b + 2 * z.y),
+        (z.y + z.b + z.s, z.y + z.w + z.x, *into_dx, z.s + z.x + z.a, z.y + z.s + z.b),
+    )
+
+
+def unsloth(z: Size) -> Cost:
+    """Unsloth's chain, which has no dropout and computes x Aᵀ and dy B twice (unsloth/kernels/fast_lora.py)."""
+    shrink_x, shrink_dy = z.x + z.a + z.s, z.y + z.b + z.s
+    d_a, d_b = z.s + z.x + z.a, z.y + z.s + z.b
+    return Cost(
+        (z.x + z.w + z.y, shrink_x, z.s + z.b + 2 * z.y),
+        (shrink_dy, d_a, shrink_x, d_b, z.y + z.w + z.x, shrink_dy, z.s + z.a + 2 * z.x),
+    )
+
+
+def _casts(z: Size) -> tuple[int, ...]:
+    """A and B rounded to x's dtype, once a pass."""
+    return (z.wide.a + z.a, z.wide.b + z.b) if z.mixed else ()
+
+
+def _kernels(z: Size, dropout: bool) -> Cost:
+    """This package's kernels as they are launched: shrink, expand; shrink, expand, wgrad, wgrad."""
+    bits, d_a, d_b = z.bits if dropout else 0, z.wide.a, z.wide.b
+    return Cost(
+        (*_casts(z), z.x + z.a + z.s + bits, z.x + z.w + z.s + z.b + z.y),
+        (
+            *_casts(z), z.y + z.b + z.s, z.y + z.w + z.s + z.a + z.x + bits,
+            z.s + z.x + d_a + bits, z.y + z.s + d_b,
+        ),
+    )  # fmt: skip
+
+
+def _operators(z: Size, dropout: bool) -> Cost:
+    """This package's torch backend: the mask is kept, the dropped copy of x is made twice."""
+    drop_x = (2 * z.x + z.mask,) if dropout else ()
+    draw = (z.mask,) if dropout else ()
+    into_dx = (z.s + z.a + z.x, 2 * z.x + z.mask, 3 * z.x) if dropout else (z.s + z.a + 2 * z.x,)
+    return Cost(
+        (*_casts(z), *draw, *drop_x, z.x + z.a + z.s, z.x + z.w + z.y, z.s + z.b + 2 * z.y),
+        (
+            *_casts(z), z.y + z.b + z.s, z.y + z.w + z.x, *into_dx, *drop_x,
+            z.s + z.x + z.wide.a, z.y + z.s + z.wide.b,
+        ),
+    )  # fmt: skip
+
+
+def split_minimum(z: Size) -> Cost:
+    """The least with s and ds in memory: one pass of dy for ds and dB, one of x for dA; any dropout."""
+    return Cost(
+        (z.x + z.a + z.s, z.x + z.w + z.s + z.b + z.y),
+        (z.y + z.b + z.s + z.s + z.b, z.s + z.x + z.a, z.y + z.w + z.s + z.a + z.x),
+    )
+
+
+COSTS: dict[str, Callable[[Size, bool], Cost]] = {
+    "frozen": _frozen, "peft": _peft, "addmm": _addmm, "triton": _kernels, "torch": _operators,
+}  # fmt: skip

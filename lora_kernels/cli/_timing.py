@@ -1,0 +1,165 @@
+"""How `bench` takes a time: one provider after the other, round after round, medians of many.
+
+On a GPU a call lies between two CUDA events, after a buffer larger than the L2 cache was written and a short spin was
+queued: the cache holds nothing of the call before, and the host is ahead, so that what is measured is the device. The
+host's own time to issue the call is taken beside it. On a CPU a call lies between two readings of `perf_counter`.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["PASSES", "Calls", "clock", "graphed", "measure_peaks", "schedule", "summary", "time_all"]
+
+PASSES = ("forward", "backward", "both")
+_WARM_UP = 3
+_FLUSH_BYTES = 1 << 28  # several times the L2 cache of any GPU there is
+_SPIN_CYCLES = 2_000_000  # about a millisecond, longer than the host takes to issue one call
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What is timed of a provider.
+
+    Attributes:
+        forward: Computes y, recording what backward needs.
+        backward: Computes the gradients from what `forward` returned.
+    """
+
+    forward: Callable[[], Any]
+    backward: Callable[[Any], Any]
+
+    def split(self, name: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+        """The untimed preparation and the timed part of a pass."""
+        if name == "forward":
+            return (lambda: None), (lambda _: self.forward())
+        if name == "backward":
+            return self.forward, self.backward
+        return (lambda: None), (lambda _: self.backward(self.forward()))
+
+
+Measure = Callable[[Callable[[], Any], Callable[[Any], Any]], tuple[float, float | None]]
+
+
+def clock(device: torch.device) -> Measure:
+    """A function of a preparation and a call: seconds the call took, and the host's seconds on a GPU."""
+    if device.type != "cuda":
+        return _measure_cpu
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def measure(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> tuple[float, float | None]:
+        state = prepare()
+        flush.zero_()
+        torch.cuda._sleep(_SPIN_CYCLES)
+        start.record()
+        began = time.perf_counter()
+        kept = call(state)  # held until after the end, so that freeing is not timed
+        host = time.perf_counter() - began
+        end.record()
+        end.synchronize()
+        del kept
+        return start.elapsed_time(end) * 1e-3, host
+
+    return measure
+
+
+def _measure_cpu(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> tuple[float, float | None]:
+    state = prepare()
+    began = time.perf_counter()
+    kept = call(state)
+    seconds = time.perf_counter() - began
+    del kept
+    return seconds, None
+
+
+def schedule(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """Who is timed when: all once a round, and each round begun by the next, so that no place in line is fixed."""
+    for i in range(rounds):
+        first = i % len(names) if names else 0
+        yield from ((i, name) for name in (*names[first:], *names[:first]))
+
+
+def time_all(
+    calls: dict[str, Calls], passes: Sequence[str], rounds: int, measure: Measure,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, dict[str, Any]]]:  # fmt: skip
+    """Time every provider in turn.
+
+    Args:
+        calls: Provider name to what is timed.
+        passes: Which of `PASSES`.
+        rounds: Timed calls of each.
+        measure: See `clock`.
+        tick: Called after each provider's turn.
+
+    Returns:
+        Provider name to pass to `summary` of the seconds.
+    """
+    samples: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
+    for name in calls:
+        samples[name] = {which: [] for which in passes}
+        for _ in range(_WARM_UP):
+            calls[name].backward(calls[name].forward())
+    for _, name in schedule(tuple(calls), rounds):
+        for which in passes:
+            samples[name][which].append(measure(*calls[name].split(which)))
+        tick()
+    return {name: {which: summary(taken) for which, taken in of.items()} for name, of in samples.items()}
+
+
+def summary(samples: Sequence[tuple[float, float | None]]) -> dict[str, Any]:
+    """Median and spread of `(seconds, host seconds or None)`."""
+    seconds, host = [s for s, _ in samples], [h for _, h in samples if h is not None]
+    q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    return {
+        "median": median, "q1": q1, "q3": q3, "min": min(seconds), "max": max(seconds), "n": len(seconds),
+        "host_median": statistics.median(host) if host else None,
+    }  # fmt: skip
+
+
+def graphed(calls: Calls) -> Calls:
+    """The same work replayed from CUDA graphs: forward, backward and both, each captured once."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP):
+            calls.backward(calls.forward())
+    torch.cuda.current_stream().wait_stream(stream)
+    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(forward):
+        y = calls.forward()
+    with torch.cuda.graph(backward, pool=forward.pool()):
+        kept = calls.backward(y)
+
+    def replay_backward(_: Any) -> Any:
+        backward.replay()
+        return kept  # holding the outputs keeps the graphs' memory
+
+    return Calls(forward.replay, replay_backward)
+
+
+def measure_peaks(device: torch.device, dtype: torch.dtype, measure: Measure) -> dict[str, Any]:
+    """What this machine reaches on its best day, measured here and now: a large matmul, and a large copy."""
+    size, numel = (8192, 1 << 28) if device.type == "cuda" else (1024, 1 << 24)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    matmul = min(_repeat(measure, lambda: a @ b))
+    source, target = (torch.zeros(numel, dtype=torch.int32, device=device) for _ in range(2))
+    copy = min(_repeat(measure, lambda: target.copy_(source)))
+    return {
+        "matmul_flops_per_second": 2 * size**3 / matmul,
+        "matmul": f"{size}x{size}x{size} {str(dtype).removeprefix('torch.')}, best of 10, measured in this run",
+        "copy_bytes_per_second": 8 * numel / copy,
+        "copy": f"{4 * numel / 2**20:.0f} MiB read and written, best of 10, measured in this run",
+    }
+
+
+def _repeat(measure: Measure, work: Callable[[], Tensor], times: int = 10) -> list[float]:
+    for _ in range(_WARM_UP):
+        work()
+    return [measure(lambda: None, lambda _: work())[0] for _ in range(times)]

@@ -1,0 +1,203 @@
+"""Time forward, backward and both against what you would otherwise run.
+
+Baselines, taken in turn with this package in one run: the frozen linear layer alone (the floor), PEFT's layer with
+adapters in the base's dtype and in fp32, the same under torch.compile, and a chain of in-place addmm. Each is checked
+against float64 first; what fails is not timed. Shares of peak are of a matmul measured in this run.
+
+  lora-kernels bench                                              a preset that fits this machine
+  lora-kernels bench --preset lorafusion --m 2048 8192            a published sweep, two of its row counts
+  lora-kernels bench --shape 8192x4096x4096 --r 16 --p 0 0.1      your own: rows x in_features x out_features
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lora_kernels import plan
+from lora_kernels.cli import _bench_plot, _bench_view, _timing
+from lora_kernels.cli._baselines import PROVIDERS
+from lora_kernels.cli._bench_case import Settings, run_case
+from lora_kernels.cli._machine import caption, machine, write_json
+from lora_kernels.cli._presets import PRESETS, Shape, parse_shape, with_rows
+
+__all__ = ["add_arguments", "run"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_FULL_UP_TO = 3  # cases; more are one row each
+_WIDTH = 150  # of a table that goes into a file or a pipe
+
+Case = tuple[Shape, int, float]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `lora-kernels bench`."""
+    what = parser.add_argument_group("what is timed")
+    which = what.add_mutually_exclusive_group()
+    which.add_argument("--preset", choices=PRESETS, help="named shapes; llama-8b on a GPU, cpu on a CPU by default")
+    which.add_argument("--shape", type=_shape, nargs="+", metavar="MxINxOUT", help="rows x in_features x out_features")
+    what.add_argument("--m", type=int, nargs="+", metavar="ROWS", help="other numbers of rows for the same layers")
+    what.add_argument("--r", type=int, nargs="+", metavar="RANK", help="ranks; the preset's, or 16")
+    what.add_argument("--p", type=float, nargs="+", metavar="P", help="dropout probabilities; the preset's, or 0")
+    what.add_argument("--dtype", choices=_DTYPES, help="of x and W; bf16 on a GPU, fp32 on a CPU by default")
+    what.add_argument("--backend", choices=plan.BACKENDS, default="auto", help="of this package's own rows")
+    what.add_argument("--pass", dest="passes", choices=_timing.PASSES, nargs="+", default=_timing.PASSES)
+    what.add_argument("--providers", choices=PROVIDERS, nargs="+", default=(), help="only these")
+    what.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    what.add_argument("--memory-only", action="store_true", help="check and weigh, time nothing")
+    how = parser.add_argument_group("how")
+    how.add_argument("--device", choices=("cuda", "cpu"), help="the GPU if there is one")
+    how.add_argument("--rounds", type=int, help="timed calls of each; 30 on a GPU, 10 on a CPU by default")
+    how.add_argument("--cuda-graph", action="store_true", help="replay CUDA graphs: no launch overhead for anyone")
+    how.add_argument("--minutes", type=float, help="begin no case after this many minutes")
+    how.add_argument("--quick", action="store_true", help="one tiny shape, 3 rounds: only to see that it works")
+    parser.add_argument("--full", action="store_true", help="a table for each case, however many")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the times over the floor's (needs the extra `bench`)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 0 if this package's results were right, 1 if not, 2 if it cannot run as asked."""
+    try:
+        settings, cases = _settings(args), _cases(args)
+    except (ValueError, RuntimeError, TypeError) as error:
+        print(f"lora-kernels bench: {error}", file=sys.stderr)
+        return 2
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)
+    done, skipped = _run_all(args, settings, cases)
+    made_on = machine()
+    _bench_view.show(console, done, args.full or len(done) <= _FULL_UP_TO)
+    console.print(f"{caption(made_on)}\n{_footnote(settings)}", style="dim", highlight=False)
+    if skipped:
+        console.print(f"{len(skipped)} of {len(cases)} cases were not run: out of time", style="yellow")
+    if args.plot and done:
+        _bench_plot.plot(done, caption(made_on), args.plot)
+    wrong = [case for case in done for name in ("ours", "ours_fp32") if case["providers"].get(name, {}).get("reason")]
+    return 1 if wrong else 0
+
+
+def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) -> tuple[list, list]:
+    """Run case after case, each written as soon as it is there: whoever ends this early keeps what was measured."""
+    began, done, skipped = time.monotonic(), [], []
+    steps = [len(settings.names(r)) * (1 + settings.rounds * bool(settings.passes)) for _, r, _ in cases]
+    with _progress(sum(steps)) as advance_to:
+        for i, (shape, r, p) in enumerate(cases):
+            if args.minutes is not None and time.monotonic() - began > args.minutes * 60:
+                skipped.append({"shape": str(shape), "r": r, "p": p})
+                continue
+            at = [sum(steps[:i])]
+
+            def tick(doing: str, at: list[int] = at, name: str = f"{shape} r={r} p={p:g}") -> None:
+                at[0] += 1
+                advance_to(at[0], f"{name}: {doing}")
+
+            done.append(run_case(shape, r, p, settings, tick))
+            advance_to(sum(steps[: i + 1]), "")
+            _write(args, settings, done, [], complete=False)
+    _write(args, settings, done, skipped, complete=not skipped)
+    return done, skipped
+
+
+def _write(args: argparse.Namespace, settings: Settings, done: list, skipped: list, complete: bool) -> None:
+    if args.json:
+        write_json(args.json, {
+            "command": "bench", "preset": _preset_name(args), "complete": complete, "skipped": skipped,
+            "method": _method(settings), "peaks": settings.peaks, "speedups": _bench_view.speedups(done),
+            "cases": done,
+        })  # fmt: skip
+
+
+def _preset_name(args: argparse.Namespace) -> str | None:
+    if args.shape:
+        return None
+    return args.preset or ("quick" if args.quick else "llama-8b" if _device(args).type == "cuda" else "cpu")
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    name = _preset_name(args)
+    preset = PRESETS[name] if name else None
+    shapes = preset.shapes if preset else tuple(args.shape)
+    if args.m:
+        shapes = with_rows(shapes, args.m)
+    ranks = args.r or [preset.r if preset else 16]
+    probabilities = args.p or [preset.p if preset else 0.0]
+    if min(ranks) < 1 or min(shape.m for shape in shapes) < 1:
+        raise ValueError("ranks and rows are at least 1")
+    if not all(0 <= p < 1 for p in probabilities):
+        raise ValueError("a dropout probability is at least 0 and below 1")
+    return [(shape, r, p) for shape in shapes for r in ranks for p in probabilities]
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    device = _device(args)
+    on_gpu = device.type == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise RuntimeError("there is no CUDA GPU here")
+    if args.cuda_graph and not on_gpu:
+        raise ValueError("--cuda-graph needs a GPU")
+    if args.plot and _bench_plot.missing():
+        raise RuntimeError(_bench_plot.missing())
+    rounds = args.rounds or (3 if args.quick else 30 if on_gpu else 10)
+    dtype = _DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
+    plan.choose(device, dtype, 16, False, args.backend)  # says so now if that backend cannot run
+    peaks = {} if args.memory_only else _timing.measure_peaks(device, dtype, _timing.clock(device))
+    return Settings(
+        device, dtype, args.backend, () if args.memory_only else tuple(args.passes), rounds,
+        not args.no_compile, args.cuda_graph, peaks, only=tuple(args.providers),
+    )  # fmt: skip
+
+
+def _method(settings: Settings) -> dict[str, Any]:
+    on_gpu = settings.device.type == "cuda"
+    return {
+        "device": str(settings.device), "rounds": settings.rounds, "interleaved": True,
+        "statistic": "median, quartiles",
+        "timer": "CUDA events" if on_gpu else "perf_counter",
+        "cache": "L2 overwritten before each call" if on_gpu else "as the call before left it",
+        "launch": "CUDA graph replays" if settings.cuda_graph else "calls",
+        "saved_bytes": "held for backward beyond x and parameters, each storage once",
+        "peak_bytes": "forward + backward over what was allocated before" if on_gpu else "not measured on a CPU",
+    }  # fmt: skip
+
+
+def _footnote(settings: Settings) -> str:
+    how, peaks = _method(settings), settings.peaks
+    if not peaks:
+        return "memory alone, nothing timed"
+    return (
+        f"median ± half the interquartile range of {settings.rounds} interleaved rounds; "
+        f"{how['timer']}, {how['launch']}; cache: {how['cache']}\n"
+        f"peak: {peaks['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s ({peaks['matmul']}); "
+        f"copy: {peaks['copy_bytes_per_second'] / 1e9:.3g} GB/s ({peaks['copy']})"
+    )
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar on stderr, gone when done; what it yields takes the steps done and what is being done."""
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+
+        def advance_to(done: int, doing: str) -> None:
+            bar.update(task, completed=done, description=doing)
+
+        yield advance_to
+
+
+def _shape(text: str) -> Shape:
+    try:
+        return parse_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
