@@ -109,7 +109,8 @@ def matmul_config(
 @functools.lru_cache(maxsize=4096)
 def shrink_config(rows: int, inner: int, rank: int, dtype: torch.dtype) -> ShrinkConfig:
     """The tile for s `[rows, rank]` summed over `inner`: short row blocks where rows are few, to fill the GPU."""
-    block_m = _fit(rows, 64 if rows >= 8192 else 32 if rows >= 4096 else 16)
+    largest = 32 if dtype.itemsize == 4 else 64  # 64 rows of fp32 with dropout spill
+    block_m = _fit(rows, min(largest, 64 if rows >= 8192 else 32 if rows >= 4096 else 16))
     block_k = _fit(inner, 128 if dtype.itemsize == 2 else 64)
     return ShrinkConfig(block_m, block_k, _fit(rank, 64), num_warps=4, num_stages=4)
 
