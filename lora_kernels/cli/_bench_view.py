@@ -54,10 +54,11 @@ def speedups(cases: list[dict[str, Any]], which: str = "both") -> dict[str, dict
 def overview(cases: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """`speedups` in words, a provider a line: its label and the figures."""
     labels = {name: row["label"] for case in reversed(cases) for name, row in case["providers"].items()}
-    return [
-        (labels[name], f"{s['geometric_mean']:.3f}x (worst {s['worst']:.3f}x, best {s['best']:.3f}x; of {s['cases']})")
-        for name, s in speedups(cases).items()
-    ]
+    lines = []
+    for name, s in speedups(cases).items():
+        spread = f" (worst {s['worst']:.3f}x, best {s['best']:.3f}x of {s['cases']})" if s["cases"] > 1 else ""
+        lines.append((labels[name], f"{s['geometric_mean']:.3f}x{spread}"))
+    return lines
 
 
 def case_table(case: dict[str, Any]) -> Group:

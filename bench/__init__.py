@@ -1,0 +1,1 @@
+"""Run from a checkout: `python -m bench.battery` on a GPU, `python -m bench.report` for the page."""
