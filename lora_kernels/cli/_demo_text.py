@@ -1,0 +1,72 @@
+"""The demo's text: English prose and Python source that every Python installation carries."""
+
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Corpus", "code", "prose"]
+
+_TRAIN = (
+    "argparse", "ast", "asyncio.base_events", "asyncio.tasks", "bdb", "calendar", "codecs", "collections",
+    "configparser", "csv", "dataclasses", "difflib", "doctest", "email.message", "enum", "fractions", "ftplib",
+    "functools", "http.client", "http.server", "imaplib", "inspect", "ipaddress", "locale", "logging", "mailbox",
+    "optparse", "os", "pathlib", "pdb", "pickle", "pickletools", "platform", "plistlib", "pydoc", "random", "shutil",
+    "smtplib", "socket", "ssl", "subprocess", "tarfile", "tempfile", "threading", "tokenize", "traceback", "types",
+    "typing", "unittest.case", "unittest.mock", "urllib.parse", "urllib.request", "uuid", "warnings", "weakref",
+)  # fmt: skip
+_HELD_OUT = ("zipfile", "statistics", "cmd", "heapq", "shelve", "textwrap", "xmlrpc.client", "gettext", "selectors")
+
+
+class Corpus(NamedTuple):
+    """Bytes to train on and bytes to measure on, as uint8 tensors."""
+
+    name: str
+    train: Tensor
+    held_out: Tensor
+
+    def batch(self, size: int, length: int, generator: torch.Generator) -> Tensor:
+        """Draw `size` windows of `length` bytes from the training part, int64 `[size, length]`."""
+        starts = torch.randint(len(self.train) - length, (size, 1), generator=generator)
+        return self.train[starts + torch.arange(length)].long()
+
+    def measure(self, size: int, length: int) -> Tensor:
+        """The same `size` windows of `length` bytes at every call, spread evenly over the held-out part."""
+        starts = torch.linspace(0, len(self.held_out) - length, size).long()[:, None]
+        return self.held_out[starts + torch.arange(length)].long()
+
+
+def prose() -> Corpus:
+    """The language reference as Python's `help()` shows it; every tenth topic is held out."""
+    from pydoc_data.topics import topics
+
+    texts = [topics[name] for name in sorted(topics)]
+    held_out = texts[::10]
+    train = [text for i, text in enumerate(texts) if i % 10]
+    return Corpus("prose", _bytes(train), _bytes(held_out))
+
+
+def code() -> Corpus:
+    """Source of the standard library; whole modules are held out."""
+    return Corpus("code", _bytes(_sources(_TRAIN)), _bytes(_sources(_HELD_OUT)))
+
+
+def _sources(modules: tuple[str, ...]) -> list[str]:
+    """The source files of those modules that this Python has, found without running them."""
+    texts = []
+    for name in modules:
+        try:
+            spec = importlib.util.find_spec(name)
+        except ImportError:  # a parent package that this Python does not have
+            continue
+        if spec is not None and spec.origin and spec.origin.endswith(".py") and Path(spec.origin).is_file():
+            texts.append(Path(spec.origin).read_text(encoding="utf-8"))
+    if not texts:
+        raise RuntimeError("The demo needs the standard library's source files (.py), and this Python has none.")
+    return texts
+
+
+def _bytes(texts: list[str]) -> Tensor:
+    return torch.frombuffer(bytearray("\n".join(texts).encode()), dtype=torch.uint8)
