@@ -23,7 +23,7 @@ class Provider:
     """Something that can be timed.
 
     Attributes:
-        label: For the tables.
+        label: For the tables; a dtype in it is the adapters'.
         problem: What it computes; its adapters may be wider than the case's.
         forward: Computes y from the leaves.
         leaves: Output name (dx, d_lora_A, d_lora_B, dbias) to the tensor whose gradient that is.
@@ -71,7 +71,7 @@ def _frozen(problem: Problem, backend: str) -> Provider:
     leaves = _leaves(problem, "dx")
     problem = replace(problem, lora_B=torch.zeros_like(problem.lora_B), dropout_p=0.0)
     return Provider(
-        "frozen linear (the floor)", problem, lambda: F.linear(leaves["dx"], problem.weight, problem.bias), leaves,
+        "frozen linear", problem, lambda: F.linear(leaves["dx"], problem.weight, problem.bias), leaves,
         cost="frozen",
     )  # fmt: skip
 
@@ -90,11 +90,8 @@ def _ours(problem: Problem, backend: str) -> Provider:
         )  # fmt: skip
 
     rule = "kernel" if chosen == "triton" else "operators"
-    return Provider(f"lora_kernels [{chosen}]{_adapters(problem)}", problem, forward, leaves, rule, chosen)
-
-
-def _adapters(problem: Problem) -> str:
-    return ", fp32 adapters" if problem.lora_A.dtype != problem.x.dtype else ""
+    wide = "" if problem.lora_A.dtype == problem.x.dtype else f" {_short(problem.lora_A.dtype)}"
+    return Provider(f"lora_kernels [{chosen}]{wide}", problem, forward, leaves, rule, chosen)
 
 
 def _peft(problem: Problem, backend: str) -> Provider:
@@ -118,7 +115,7 @@ def _peft(problem: Problem, backend: str) -> Provider:
     for which, tensor in (("A", problem.lora_A), ("B", problem.lora_B)):
         module = getattr(layer, f"lora_{which}")["default"]
         module.weight = leaves[f"d_lora_{which}"] = nn.Parameter(tensor.detach())
-    label = f"PEFT{_adapters(problem) or f', {_short(problem.x.dtype)} adapters'}"
+    label = f"PEFT {_short(problem.lora_A.dtype)}"
     return Provider(label, problem, lambda: layer(leaves["dx"]), leaves, cost="peft")
 
 
@@ -131,14 +128,14 @@ def _peft_arithmetic(problem: Problem) -> Provider:
         low_rank = F.linear(F.linear(F.dropout(x.to(a.dtype), p) if p else x.to(a.dtype), a), b)
         return (y + low_rank * scaling).to(y.dtype)
 
-    label = f"PEFT's arithmetic{_adapters(problem) or f', {_short(problem.x.dtype)} adapters'}"
+    label = f"PEFT arithmetic {_short(problem.lora_A.dtype)}"
     return Provider(label, problem, forward, leaves, cost="peft")
 
 
 def _compiled(provider: Provider) -> Provider:
     """The same under torch.compile with static shapes; it compiles at the first call, which is never timed."""
     forward = torch.compile(provider.forward, dynamic=False)
-    return replace(provider, label=f"{provider.label}, torch.compile", forward=forward, cost="")
+    return replace(provider, label=f"{provider.label}, compiled", forward=forward, cost="")
 
 
 class _AddmmChain(torch.autograd.Function):

@@ -136,8 +136,9 @@ def _size(problem: Problem) -> _cost.Size:
 
 
 def _first_line(error: Exception) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"[:200]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # "inductor raised:" alone says nothing
+    return f"{type(error).__name__}: {said}"[:300]
 
 
 def _compare(rows: dict[str, dict[str, Any]], shape: Shape, r: int, settings: Settings) -> None:

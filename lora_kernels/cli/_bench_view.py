@@ -11,6 +11,7 @@ from rich.text import Text
 __all__ = ["case_table", "case_title", "median_ms", "mib", "overview", "show", "speedups", "sweep_table"]
 
 _DASH = "-"
+_WIDE = 122  # columns of the widest table
 _SWEEP_COLUMNS = ("frozen", "ours", "peft", "peft_fp32", "peft_compiled", "peft_fp32_compiled", "addmm")
 
 
@@ -61,29 +62,44 @@ def overview(cases: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return lines
 
 
-def case_table(case: dict[str, Any]) -> Group:
-    """All there is to say of one case, a provider a row; what was not timed says why underneath."""
-    passes = [w for w in ("forward", "backward", "both") if any(w in r["seconds"] for r in case["providers"].values())]
-    last = passes[-1] if passes else ""
-    table = Table(title=case_title(case), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    table.add_column("", no_wrap=True)
-    headings = [f"{which} ms" for which in passes] + (["/ floor", "TFLOP/s", "of peak"] if passes else [])
-    for heading in (*headings, "MiB moved*", "saved MiB", "peak MiB"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    reasons = []
-    for name, row in case["providers"].items():
-        cells = [_time(row["seconds"].get(which)) for which in passes]
-        if passes:
-            cells += _ratios(row["seconds"].get(last))
-        model = row.get("model")
-        cells.append(mib(None if model is None else model["forward_bytes"] + model["backward_bytes"]))
-        cells += [mib(row.get("saved_bytes")), "n/a" if row.get("peak_bytes") is None else mib(row["peak_bytes"])]
-        table.add_row(Text(row["label"]), *cells, style="bold" if name == "ours" else "")
-        if row["reason"]:
-            reasons.append(Text(f"  {row['label']}: {row['reason']}", style="yellow"))
+def case_table(case: dict[str, Any], width: int = _WIDE) -> Group:
+    """All there is to say of one case, a provider a row; what was not timed says why underneath.
+
+    On a screen narrower than the whole table, rates and memory get a table of their own.
+    """
+    rows = list(case["providers"].values())
+    passes = [which for which in ("forward", "backward", "both") if any(which in row["seconds"] for row in rows)]
+    times = [(f"{which} ms", [_time(row["seconds"].get(which)) for row in rows]) for which in passes]
+    rates: list = []
+    if passes:
+        ratios = [_ratios(row["seconds"].get(passes[-1])) for row in rows]
+        first, *rates = zip(("/ floor", "TFLOP/s", "of peak"), zip(*ratios, strict=True), strict=True)
+        times.append(first)
+    rest = [
+        *rates,
+        ("moved* MiB", [mib(_moved(row)) for row in rows]),
+        ("saved MiB", [mib(row.get("saved_bytes")) for row in rows]),
+        ("peak MiB", [mib(row["peak_bytes"]) if row.get("peak_bytes") is not None else "n/a" for row in rows]),
+    ]
+    tables = []
+    for columns in [times + rest] if width >= _WIDE else filter(None, (times, rest)):
+        title = None if tables else case_title(case)
+        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
+        table.add_column("", no_wrap=True)
+        for heading, _ in columns:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for i, (name, row) in enumerate(case["providers"].items()):
+            cells = (column[i] for _, column in columns)
+            table.add_row(Text(row["label"]), *cells, style="bold" if name == "ours" else "")
+        tables.append(table)
     least = mib(case["split_minimum_bytes"])
-    note = f"  * forward + backward by arithmetic: each launch moves its operands once; the split minimum is {least}"
-    return Group(table, Text(note, style="dim"), *reasons)
+    note = f"  * by arithmetic, forward + backward: each launch moves its operands once; the split minimum is {least}"
+    reasons = [Text(f"  {row['label']}: {row['reason']}", style="yellow") for row in rows if row["reason"]]
+    return Group(*tables, Text(note, style="dim"), *reasons)
+
+
+def _moved(row: dict[str, Any]) -> int | None:
+    return row["model"]["forward_bytes"] + row["model"]["backward_bytes"] if "model" in row else None
 
 
 def sweep_table(cases: list[dict[str, Any]]) -> Group:
@@ -110,7 +126,7 @@ def show(console: Console, cases: list[dict[str, Any]], full: bool) -> None:
     """Print the tables of a run, in full or a row a case, and the means over its cases."""
     if full:
         for case in cases:
-            console.print(case_table(case))
+            console.print(case_table(case, console.width))
     elif cases:
         console.print(sweep_table(cases))
     lines = overview(cases)
@@ -118,7 +134,7 @@ def show(console: Console, cases: list[dict[str, Any]], full: bool) -> None:
         grid = Table.grid(padding=(0, 2))
         for label, figures in lines:
             grid.add_row(Text(f"  over {label}"), figures)
-        console.print("lora_kernels is faster, forward + backward, by a geometric mean of", style="bold")
+        console.print("Speed of lora_kernels over the others, forward + backward, geometric mean; above 1 is faster", style="bold")
         console.print(grid)
 
 

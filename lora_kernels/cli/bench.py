@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     _bench_view.show(console, done, args.full or len(done) <= _FULL_UP_TO)
     console.print(f"{caption(made_on)}\n{_footnote(settings)}", style="dim", highlight=False)
     if skipped:
-        console.print(f"{len(skipped)} of {len(cases)} cases were not run: out of time", style="yellow")
+        why = ", ".join(dict.fromkeys(case["why"] for case in skipped))
+        console.print(f"{len(skipped)} of {len(cases)} cases were not run: {why}", style="yellow")
     if args.plot and done:
         _bench_plot.plot(done, caption(made_on), args.plot)
     wrong = [case for case in done for name in ("ours", "ours_fp32") if case["providers"].get(name, {}).get("reason")]
@@ -90,7 +91,7 @@ def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) ->
     with _progress(sum(steps)) as advance_to:
         for i, (shape, r, p) in enumerate(cases):
             if args.minutes is not None and time.monotonic() - began > args.minutes * 60:
-                skipped.append({"shape": str(shape), "r": r, "p": p})
+                skipped.append({"shape": str(shape), "r": r, "p": p, "why": "out of time"})
                 continue
             at = [sum(steps[:i])]
 
@@ -98,9 +99,12 @@ def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) ->
                 at[0] += 1
                 advance_to(at[0], f"{name}: {doing}")
 
-            done.append(run_case(shape, r, p, settings, tick))
+            try:
+                done.append(run_case(shape, r, p, settings, tick))
+            except torch.OutOfMemoryError:
+                skipped.append({"shape": str(shape), "r": r, "p": p, "why": "out of memory"})
             advance_to(sum(steps[: i + 1]), "")
-            _write(args, settings, done, [], complete=False)
+            _write(args, settings, done, skipped, complete=False)
     _write(args, settings, done, skipped, complete=not skipped)
     return done, skipped
 
@@ -177,7 +181,7 @@ def _footnote(settings: Settings) -> str:
         return "memory alone, nothing timed"
     return (
         f"median ± half the interquartile range of {settings.rounds} interleaved rounds; "
-        f"{how['timer']}, {how['launch']}; cache: {how['cache']}\n"
+        f"{how['timer']}, {how['launch']}; cache: {how['cache']}; a dtype after a name is the adapters'\n"
         f"peak: {peaks['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s ({peaks['matmul']}); "
         f"copy: {peaks['copy_bytes_per_second'] / 1e9:.3g} GB/s ({peaks['copy']})"
     )
