@@ -39,18 +39,18 @@ class Corpus(NamedTuple):
 
 
 def prose() -> Corpus:
-    """The language reference as Python's `help()` shows it; every tenth topic is held out."""
+    """The language reference as Python's `help()` shows it; the last tenth is held out."""
     from pydoc_data.topics import topics
 
-    texts = [topics[name] for name in sorted(topics)]
-    held_out = texts[::10]
-    train = [text for i, text in enumerate(texts) if i % 10]
-    return Corpus("prose", _bytes(train), _bytes(held_out))
+    # topics quote one another: each paragraph counts once, or what is held out would be trained on as well
+    paragraphs = list(dict.fromkeys(text for name in sorted(topics) for text in topics[name].split("\n\n")))
+    cut = len(paragraphs) * 9 // 10
+    return Corpus("prose", *(_bytes("\n\n".join(part)) for part in (paragraphs[:cut], paragraphs[cut:])))
 
 
 def code() -> Corpus:
     """Source of the standard library; whole modules are held out."""
-    return Corpus("code", _bytes(_sources(_TRAIN)), _bytes(_sources(_HELD_OUT)))
+    return Corpus("code", *(_bytes("\n".join(_sources(names))) for names in (_TRAIN, _HELD_OUT)))
 
 
 def _sources(modules: tuple[str, ...]) -> list[str]:
@@ -68,5 +68,5 @@ def _sources(modules: tuple[str, ...]) -> list[str]:
     return texts
 
 
-def _bytes(texts: list[str]) -> Tensor:
-    return torch.frombuffer(bytearray("\n".join(texts).encode()), dtype=torch.uint8)
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)

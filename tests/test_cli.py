@@ -1,0 +1,182 @@
+"""The commands doctor and verify, each in a process of its own where the environment matters."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lora_kernels import cli, eager
+from lora_kernels.cli import verify
+from lora_kernels.cli._cases import make_problem, run_problem, with_mask
+
+ON_GPU = torch.cuda.is_available()
+
+
+def command(*args: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run `lora-kernels` in a clean interpreter, with only those of its variables that are given."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LORA_KERNELS_BACKEND")}
+    return subprocess.run(
+        [sys.executable, "-m", "lora_kernels", *args],
+        env=clean | {"COLUMNS": "120"} | environment, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+
+
+# doctor
+
+
+def test_doctor_says_what_each_dtype_takes(tmp_path):
+    done = command("doctor", "--json", str(tmp_path / "doctor.json"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "doctor.json").read_text())
+    assert set(report["dtypes"]) == {"bf16", "fp16", "fp32", "fp64"}
+    assert report["dtypes"]["fp64"]["backend"] == "torch"  # the kernels have no float64 anywhere
+    assert report["machine"]["torch"] == torch.__version__
+    assert report["verdict"] in done.stdout
+    assert f"Next: {report['next']}" in done.stdout
+    if not ON_GPU:
+        assert {route["backend"] for route in report["dtypes"].values()} == {"torch"}
+        assert "Triton does not compile for cpu" in done.stdout
+
+
+def test_doctor_says_what_the_environment_does(tmp_path):
+    done = command(
+        "doctor", "--json", str(tmp_path / "d.json"), LORA_KERNELS_BACKEND="torch", TRITON_CACHE_DIR="kept/here"
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "d.json").read_text())
+    effects = {variable["name"]: variable["effect"] for variable in report["environment"]}
+    assert effects["LORA_KERNELS_BACKEND"] == 'calls with backend="auto" take torch'
+    assert effects["TRITON_CACHE_DIR"] == "compiled kernels are kept in kept/here"
+    assert effects["TRITON_INTERPRET"] == "kernels are compiled, not interpreted"
+
+
+def test_doctor_fails_on_a_setting_that_makes_every_call_fail():
+    done = command("doctor", LORA_KERNELS_BACKEND="tritn")
+    assert done.returncode == 1
+    assert "No call works with these settings." in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(ON_GPU, reason="there the answer depends on the GPU")
+def test_doctor_works_without_triton():
+    script = "import sys; sys.modules['triton'] = None; from lora_kernels.cli import main; sys.exit(main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Triton not importable" in done.stdout
+
+
+# verify
+
+
+def test_verify_quick_passes(tmp_path):
+    done = command("verify", "--quick", "--json", str(tmp_path / "verify.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "verify.json").read_text())
+    cases = report["cases"]
+    assert report["failed"] == 0
+    assert report["passed"] == len(cases) == done.stdout.count(" pass\n")
+    assert {case["backend"] for case in cases} == {"triton", "torch"}
+    assert all(0 < case["rule_1"] <= 1 for case in cases)
+    assert all({f["name"] for f in case["findings"]} >= {"y", "dx", "d_lora_A", "d_lora_B"} for case in cases)
+    assert any(f["name"] == "dbias" for case in cases for f in case["findings"])
+    ran = {case["dtype"] for case in cases if case["backend"] == "triton"}
+    assert ran == ({"bf16", "fp16", "fp32"} if ON_GPU else {"fp16", "fp32"})
+    assert ("bf16 kernels need a GPU" in done.stdout) == (not ON_GPU)
+
+
+def _quick_torch(*more: str) -> int:
+    return cli.main(["verify", "--quick", "--device", "cpu", "--backend", "torch", "--dtype", "fp32", *more])
+
+
+def test_verify_fails_on_a_wrong_scale(monkeypatch, tmp_path, capsys):
+    shrink = eager.shrink
+    monkeypatch.setattr(eager, "shrink", lambda x, a, alpha, p=0.0: shrink(x, a, alpha * 1.001, p))
+    assert _quick_torch("--json", str(tmp_path / "v.json")) == 1
+    assert "FAIL" in capsys.readouterr().out
+    report = json.loads((tmp_path / "v.json").read_text())
+    assert report["failed"] == len(report["cases"]) > 0
+    assert "allowed" in report["cases"][0]["message"]
+
+
+def test_verify_fails_on_nan_and_still_writes_json(monkeypatch, tmp_path):
+    matmul_expand = eager.matmul_expand
+    monkeypatch.setattr(eager, "matmul_expand", lambda *args, **kwargs: matmul_expand(*args, **kwargs) * float("nan"))
+    assert _quick_torch("--json", str(tmp_path / "v.json")) == 1
+    assert "NaN or inf" in json.loads((tmp_path / "v.json").read_text())["cases"][0]["message"]
+
+
+def test_verify_fails_on_an_input_that_is_written(monkeypatch, capsys):
+    shrink = eager.shrink
+
+    def scribble(x, a, alpha, p=0.0):
+        result = shrink(x, a, alpha, p)
+        first = x.detach()[:1, :1]
+        first.mul_(1 + 2**-20)  # within the error bounds, after it was read
+        return result
+
+    monkeypatch.setattr(eager, "shrink", scribble)
+    assert _quick_torch() == 1
+    assert "was written to" in capsys.readouterr().out
+
+
+def test_verify_fails_on_results_that_differ_from_run_to_run(monkeypatch, capsys):
+    calls = iter(range(10**6))
+    wgrad = eager.wgrad
+
+    def jitter(*args, **kwargs):
+        g = wgrad(*args, **kwargs)
+        g.view(-1)[0] *= 1 + 2**-22 * (next(calls) % 4)
+        return g
+
+    monkeypatch.setattr(eager, "wgrad", jitter)
+    assert _quick_torch() == 1
+    assert "differs from run to run" in capsys.readouterr().out
+
+
+def test_verify_fails_a_case_that_raises_and_goes_on(monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such tile")
+
+    monkeypatch.setattr(eager, "wgrad", broken)
+    assert _quick_torch() == 1
+    assert capsys.readouterr().out.count("RuntimeError: no such tile") > 1
+
+
+def test_verify_says_what_is_wrong_with_an_option(capsys):
+    assert _quick_torch("--device", "nonsense") == 2
+    assert "--device nonsense" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        _quick_torch("--dtype", "int8")
+
+
+@pytest.mark.skipif(ON_GPU, reason="there bf16 kernels run")
+def test_verify_does_not_pass_off_bf16_kernels_as_verified_in_the_interpreter():
+    done = command("verify", "--quick", "--backend", "triton", "--dtype", "bf16")
+    assert done.returncode == 2
+    assert "passed" not in done.stdout
+    assert "bf16 kernels need a GPU" in done.stdout
+
+
+@pytest.mark.parametrize("layout", verify.LAYOUTS)
+def test_layouts_keep_the_values_and_change_the_strides(layout):
+    bias = layout == "bias"
+    problem = make_problem((8,), 6, 4, 3, torch.float32, "cpu", bias=bias, dropout_p=0.5)
+    laid_out = with_mask(verify.lay_out(problem, layout), "torch", 0)
+    operand = {"x transposed": "x", "x sliced": "x", "all sliced": "x", "W transposed": "weight", "dy expanded": "dy"}
+    name = operand.get(layout)
+    if name is not None:
+        assert getattr(laid_out, name).stride() != getattr(problem, name).stride()
+    if layout != "dy expanded":
+        torch.testing.assert_close(laid_out.x, problem.x, rtol=0, atol=0)
+        torch.testing.assert_close(laid_out.dy, problem.dy, rtol=0, atol=0)
+    assert run_problem(laid_out, "torch", 0)["y"].isfinite().all()
+
+
+def test_command_line_lists_its_commands():
+    done = command("--help")
+    assert done.returncode == 0
+    for name in ("doctor", "verify", "bench", "demo"):
+        assert name in done.stdout
