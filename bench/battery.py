@@ -70,8 +70,8 @@ def plan_steps(rehearse: bool) -> list[Step]:
     both, lean = ("--dtype", "bf16", "--p", "0", "0.1"), ("--no-compile", "--rounds", "15")
     weigh = ("--memory-only", "--no-compile", "--m", "2048", "32768")
     return [
-        Step("gpu_tests", tests, 120),
-        Step("verify", (*cli, "verify", "--json", "{file}"), 90),
+        Step("gpu_tests", tests, 100),
+        Step("verify", (*cli, "verify", "--json", "{file}"), 120),
         Step("llama-8b", _bench("--preset", "llama-8b", *both), 200),
         Step("lorafusion", _bench("--preset", "lorafusion", "--m", "2048", "4096", "6144", "8192", *both, *lean), 100),
         Step("qwen-32b", _bench("--preset", "qwen-32b", *both, *lean), 60),

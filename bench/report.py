@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.cli._bench_view import mib, overview
+from lora_kernels.cli._bench_view import SPEEDUPS, mib, overview
 from lora_kernels.cli._machine import caption
 
 __all__ = ["main", "render"]
@@ -85,7 +85,7 @@ def _bench(stem: str, content: dict[str, Any]) -> list[str]:
         parts.append(_table(["rows x in x out", "r", "p", *(_COLUMNS[n] for n in names), "ours / floor"], rows))
         faster = [f"- over {label}: {figures}" for label, figures in overview(cases)]
         if faster:
-            parts.append("Speed of lora_kernels over the others, geometric mean; above 1 is faster:\n\n" + "\n".join(faster))
+            parts.append(f"{SPEEDUPS}:\n\n" + "\n".join(faster))
     rows = [[*_case(case), *(_memory(case, name) for name in names)] for case in cases]
     parts.append("MiB moved / saved / peak:")
     parts.append(_table(["rows x in x out", "r", "p", *(_COLUMNS[n] for n in names)], rows))

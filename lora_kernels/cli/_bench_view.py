@@ -8,8 +8,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["case_table", "case_title", "median_ms", "mib", "overview", "show", "speedups", "sweep_table"]
+__all__ = ["SPEEDUPS", "case_table", "case_title", "median_ms", "mib", "overview", "show", "speedups", "sweep_table"]
 
+SPEEDUPS = "lora_kernels over the others, forward + backward (geometric mean; above 1 is faster)"
 _DASH = "-"
 _WIDE = 122  # columns of the widest table
 _SWEEP_COLUMNS = ("frozen", "ours", "peft", "peft_fp32", "peft_compiled", "peft_fp32_compiled", "addmm")
@@ -106,15 +107,19 @@ def sweep_table(cases: list[dict[str, Any]]) -> Group:
     """One row a case, forward + backward, the most telling columns alone."""
     names = [n for n in _SWEEP_COLUMNS if any(median_ms(case, n) is not None for case in cases)]
     labels = {name: row["label"] for case in reversed(cases) for name, row in case["providers"].items()}
-    table = Table(title="forward + backward, ms", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table = Table(
+        title="forward + backward, ms", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold",
+        padding=(0, 1, 0, 0),
+    )  # fmt: skip
     for heading in ("rows x in x out", "r", "p", *(labels[n] for n in names), "ours / floor", "PEFT / ours"):
-        table.add_column(Text(heading), justify="left" if heading.startswith("rows") else "right")
+        is_shape = heading.startswith("rows")
+        table.add_column(Text(heading), justify="left" if is_shape else "right", no_wrap=is_shape, overflow="fold")
     reasons: dict[str, None] = {}
     for case in cases:
         shape, found = case["shape"], {name: median_ms(case, name) for name in names}
         ours = median_ms(case, "ours")
         table.add_row(
-            f"{shape['m']} x {shape['k']} x {shape['n']}", str(case["r"]), f"{case['p']:g}",
+            f"{shape['m']}x{shape['k']}x{shape['n']}", str(case["r"]), f"{case['p']:g}",
             *(_DASH if value is None else f"{value:.3f}" for value in found.values()),
             _quotient(ours, found.get("frozen")), _quotient(found.get("peft"), ours),
         )  # fmt: skip
@@ -134,7 +139,7 @@ def show(console: Console, cases: list[dict[str, Any]], full: bool) -> None:
         grid = Table.grid(padding=(0, 2))
         for label, figures in lines:
             grid.add_row(Text(f"  over {label}"), figures)
-        console.print("Speed of lora_kernels over the others, forward + backward, geometric mean; above 1 is faster", style="bold")
+        console.print(SPEEDUPS, style="bold")
         console.print(grid)
 
 

@@ -154,7 +154,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise RuntimeError(_bench_plot.missing())
     rounds = args.rounds or (3 if args.quick else 30 if on_gpu else 10)
     dtype = _DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
-    plan.choose(device, dtype, 16, False, args.backend)  # says so now if that backend cannot run
+    for r in args.r or [16]:
+        plan.choose(device, dtype, r, False, args.backend)  # says so now if that backend cannot run
     peaks = {} if args.memory_only else _timing.measure_peaks(device, dtype, _timing.clock(device))
     return Settings(
         device, dtype, args.backend, () if args.memory_only else tuple(args.passes), rounds,
