@@ -189,7 +189,7 @@ def broken(forward=None, gradients=lambda g: g):
 
 BREAKS = {
     "y is off": dict(forward=lambda y, problem: y * 1.001),
-    "y has a NaN": dict(forward=lambda y, problem: torch.where(torch.arange(y.shape[0])[:, None] == 3, math.nan, y)),
+    "y has a NaN": dict(forward=lambda y, problem: y + torch.where(torch.arange(40) == 3, math.nan, 0.0)),
     "no adapter": dict(forward=lambda y, problem: y * 0 + problem.x @ problem.weight.T),
     "dx is off": dict(gradients=lambda g: (g[0] * 1.001, *g[1:])),
     "dA is off": dict(gradients=lambda g: (g[0], g[1] * 1.001, g[2])),
@@ -227,6 +227,16 @@ def printed(renderable):
     console.print(renderable)
     console.file.close()
     return console.export_text()
+
+
+@pytest.mark.parametrize(("times", "ok"), [(1.0, True), (1.9, True), (3.5, False)])
+def test_peers_may_be_twice_as_far_off_as_pytorch(times, ok):
+    problem = draw(SHAPE, 4, 0.0, settings())
+    exact, by_pytorch = _judge.Truth().of(problem)
+    actual = {name: exact[name] + times * (by_pytorch[name].double() - exact[name]) for name in exact}
+    verdict = _judge._peer(actual, problem, _judge.Truth())
+    assert verdict.ok == ok
+    assert (verdict.worst <= 1) == ok
 
 
 @pytest.mark.usefixtures("no_peft")
@@ -368,6 +378,27 @@ def sample_case(ours=1.0, floor=0.8, peft=2.0, label="q, o"):
 def test_geometric_mean():
     over_peft = _bench_view.speedups([sample_case(peft=2.0), sample_case(peft=8.0)])["peft"]
     assert over_peft == {"geometric_mean": pytest.approx(4.0), "worst": 2.0, "best": 8.0, "cases": 2}
+
+
+def test_one_pass_alone(capsys):
+    assert bench.run(arguments("--quick", "--m", 8, 9, 10, 11, "--pass", "forward", "--providers", "frozen", "ours")) == 0
+    shown = capsys.readouterr().out
+    assert "forward, ms" in shown
+    assert "above 1 is faster), forward\n" in shown
+    assert "over frozen linear" in shown
+
+
+def test_host_time_is_shown_where_it_was_taken():
+    case = sample_case()
+    assert "host us" not in printed(_bench_view.case_table(case))
+    case["providers"]["ours"]["seconds"]["both"]["host_median"] = 0.000123
+    assert " 123 " in printed(_bench_view.case_table(case))
+
+
+def test_a_narrow_screen_gets_two_tables():
+    wide, narrow = (printed(_bench_view.case_table(sample_case(), width)) for width in (150, 80))
+    assert wide.count("lora_kernels [triton]") == 1
+    assert narrow.count("lora_kernels [triton]") == 2
 
 
 def test_a_sweep_is_a_row_a_case():

@@ -142,7 +142,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _compare(rows: dict[str, dict[str, Any]], shape: Shape, r: int, settings: Settings) -> None:
-    """Fill in what follows from the times: ratios to the floor, and shares of the measured peak."""
+    """Fill in what follows from the times: ratios to the floor, shares of the measured peak, and rates."""
     floor = rows.get("frozen", {}).get("seconds", {})
     for name, row in rows.items():
         forward, backward = _cost.flops(shape.m, shape.k, shape.n, 0 if name == "frozen" else r)
@@ -152,6 +152,12 @@ def _compare(rows: dict[str, dict[str, Any]], shape: Shape, r: int, settings: Se
             taken["to_floor"] = taken["median"] / floor[which]["median"] if floor else None
             taken["flops_per_second"] = work[which] / taken["median"]
             taken["of_peak"] = taken["flops_per_second"] / peak if peak else None
+            taken["model_bytes_per_second"] = _moved(row, which) / taken["median"] if "model" in row else None
+
+
+def _moved(row: dict[str, Any], which: str) -> int:
+    forward, backward = row["model"]["forward_bytes"], row["model"]["backward_bytes"]
+    return {"forward": forward, "backward": backward, "both": forward + backward}[which]
 
 
 def saved_bytes(provider: Provider) -> int:

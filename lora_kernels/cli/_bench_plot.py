@@ -1,7 +1,10 @@
 """The picture of `bench --plot`: time over the frozen layer's, a line a provider, a tick a case."""
 
 import importlib.util
+from pathlib import Path
 from typing import Any
+
+from lora_kernels.cli._bench_view import PASS_NAMES, last_pass
 
 __all__ = ["missing", "plot"]
 
@@ -21,9 +24,10 @@ def plot(cases: list[dict[str, Any]], caption: str, path: str) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(max(6.0, 0.45 * len(cases) + 4), 4.5), layout="constrained")
+    which = last_pass(cases)
     labels = {name: row["label"] for case in reversed(cases) for name, row in case["providers"].items()}
     for name, label in labels.items():
-        points = [(i, case["providers"].get(name, {}).get("seconds", {}).get("both")) for i, case in enumerate(cases)]
+        points = [(i, case["providers"].get(name, {}).get("seconds", {}).get(which)) for i, case in enumerate(cases)]
         points = [(i, taken["to_floor"]) for i, taken in points if taken and taken["to_floor"]]
         if points:
             ours = name == "ours"
@@ -33,9 +37,10 @@ def plot(cases: list[dict[str, Any]], caption: str, path: str) -> None:
             )  # fmt: skip
     ticks = [f"{c['shape']['m']}x{c['shape']['k']}x{c['shape']['n']} r={c['r']} p={c['p']:g}" for c in cases]
     axes.set_xticks(range(len(cases)), ticks, rotation=60, ha="right", fontsize=7)
-    axes.set_ylabel("forward + backward over the frozen layer's")
+    axes.set_ylabel(f"{PASS_NAMES[which]} over the frozen layer's")
     axes.set_title(caption, fontsize=7)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=7)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)

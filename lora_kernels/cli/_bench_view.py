@@ -8,11 +8,12 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["SPEEDUPS", "case_table", "case_title", "median_ms", "mib", "overview", "show", "speedups", "sweep_table"]
+__all__ = ["PASS_NAMES", "SPEEDUPS", "case_table", "last_pass", "mib", "overview", "show", "speedups", "sweep_table"]
 
-SPEEDUPS = "lora_kernels over the others, forward + backward (geometric mean; above 1 is faster)"
+SPEEDUPS = "Speed of lora_kernels over the others (geometric mean; above 1 is faster)"
+PASS_NAMES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 _DASH = "-"
-_WIDE = 122  # columns of the widest table
+_WIDE = 132  # columns of the widest table
 _SWEEP_COLUMNS = ("frozen", "ours", "peft", "peft_fp32", "peft_compiled", "peft_fp32_compiled", "addmm")
 
 
@@ -34,14 +35,20 @@ def case_title(case: dict[str, Any]) -> str:
     return f"{shape['m']} x {shape['k']} x {shape['n']}{label}, r={case['r']}, p={case['p']:g}, {case['dtype']}"
 
 
+def last_pass(cases: list[dict[str, Any]]) -> str:
+    """The pass that tables of many cases show: both if it was timed."""
+    rows = [row for case in cases for row in case["providers"].values()]
+    return next((w for w in ("both", "backward", "forward") if any(w in row["seconds"] for row in rows)), "both")
+
+
 def own(name: str) -> str:
     """Which of this package's rows a provider is compared with: the one whose adapters are as wide."""
     return "ours_fp32" if "fp32" in name else "ours"
 
 
-def speedups(cases: list[dict[str, Any]], which: str = "both") -> dict[str, dict[str, float]]:
+def speedups(cases: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Of this package over each other provider: geometric mean, worst and best of the cases that have both times."""
-    out = {}
+    out, which = {}, last_pass(cases)
     for name in dict.fromkeys(name for case in cases for name in case["providers"]):
         if name in ("ours", "ours_fp32"):
             continue
@@ -76,6 +83,9 @@ def case_table(case: dict[str, Any], width: int = _WIDE) -> Group:
         ratios = [_ratios(row["seconds"].get(passes[-1])) for row in rows]
         first, *rates = zip(("/ floor", "TFLOP/s", "of peak"), zip(*ratios, strict=True), strict=True)
         times.append(first)
+        hosts = [row["seconds"].get(passes[-1], {}).get("host_median") for row in rows]
+        if any(host is not None for host in hosts):
+            rates.append(("host us", [_DASH if host is None else f"{host * 1e6:.0f}" for host in hosts]))
     rest = [
         *rates,
         ("moved* MiB", [mib(_moved(row)) for row in rows]),
@@ -93,8 +103,11 @@ def case_table(case: dict[str, Any], width: int = _WIDE) -> Group:
             cells = (column[i] for _, column in columns)
             table.add_row(Text(row["label"]), *cells, style="bold" if name == "ours" else "")
         tables.append(table)
-    least = mib(case["split_minimum_bytes"])
-    note = f"  * by arithmetic, forward + backward: each launch moves its operands once; the split minimum is {least}"
+    least, work = mib(case["split_minimum_bytes"]), sum(case["flops"].values()) / 1e9
+    note = (
+        f"  * by arithmetic, forward + backward, each launch moving its operands once: {least} is the least with s in "
+        f"memory; {work:.4g} GFLOP"
+    )
     reasons = [Text(f"  {row['label']}: {row['reason']}", style="yellow") for row in rows if row["reason"]]
     return Group(*tables, Text(note, style="dim"), *reasons)
 
@@ -104,11 +117,12 @@ def _moved(row: dict[str, Any]) -> int | None:
 
 
 def sweep_table(cases: list[dict[str, Any]]) -> Group:
-    """One row a case, forward + backward, the most telling columns alone."""
-    names = [n for n in _SWEEP_COLUMNS if any(median_ms(case, n) is not None for case in cases)]
+    """One row a case, one pass, the most telling columns alone."""
+    which = last_pass(cases)
+    names = [n for n in _SWEEP_COLUMNS if any(median_ms(case, n, which) is not None for case in cases)]
     labels = {name: row["label"] for case in reversed(cases) for name, row in case["providers"].items()}
     table = Table(
-        title="forward + backward, ms", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold",
+        title=f"{PASS_NAMES[which]}, ms", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold",
         padding=(0, 1, 0, 0),
     )  # fmt: skip
     for heading in ("rows x in x out", "r", "p", *(labels[n] for n in names), "ours / floor", "PEFT / ours"):
@@ -116,8 +130,8 @@ def sweep_table(cases: list[dict[str, Any]]) -> Group:
         table.add_column(Text(heading), justify="left" if is_shape else "right", no_wrap=is_shape, overflow="fold")
     reasons: dict[str, None] = {}
     for case in cases:
-        shape, found = case["shape"], {name: median_ms(case, name) for name in names}
-        ours = median_ms(case, "ours")
+        shape, found = case["shape"], {name: median_ms(case, name, which) for name in names}
+        ours = median_ms(case, "ours", which)
         table.add_row(
             f"{shape['m']}x{shape['k']}x{shape['n']}", str(case["r"]), f"{case['p']:g}",
             *(_DASH if value is None else f"{value:.3f}" for value in found.values()),
@@ -139,7 +153,7 @@ def show(console: Console, cases: list[dict[str, Any]], full: bool) -> None:
         grid = Table.grid(padding=(0, 2))
         for label, figures in lines:
             grid.add_row(Text(f"  over {label}"), figures)
-        console.print(SPEEDUPS, style="bold")
+        console.print(f"{SPEEDUPS}, {PASS_NAMES[last_pass(cases)]}", style="bold")
         console.print(grid)
 
 
