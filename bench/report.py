@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.cli._bench_view import SPEEDUPS, mib, overview
+from lora_kernels.cli._bench_view import SPEEDUPS, labels_of, mib, overview
 from lora_kernels.cli._machine import caption
 
 __all__ = ["main", "render"]
@@ -25,18 +25,12 @@ GPU makes them, and `python -m bench.report` this page.
 """
 _HOW_TO_READ = """
 Medians of forward + backward in milliseconds, all providers taken in turn in one run, each checked against float64
-before it was timed. *floor* is the frozen linear layer alone. *moved* is arithmetic, not a measurement: every launch
+before it was timed. The floor is the frozen linear layer alone. *moved* is arithmetic, not a measurement: every launch
 reads its operands and writes its results once. *saved* is what autograd holds for backward beyond `x` and the
-parameters; *peak* is the most memory of forward + backward on top of what was there. *fp32* after a name means fp32
-adapters over a 16-bit layer. A dash was not run or not timed; why stands below the table. Spread, single passes,
+parameters; *peak* is the most memory of forward + backward on top of what was there. A dtype after a name is that
+of the adapters. A dash was not run or not timed; why stands below the table. Spread, single passes,
 shares of peak and versions are in the JSON files.
 """
-_COLUMNS = {
-    "frozen": "floor", "ours": "lora_kernels", "ours_fp32": "lora_kernels fp32",
-    "ours_torch": "torch backend", "peft": "PEFT", "peft_fp32": "PEFT fp32", "peft_compiled": "PEFT compiled",
-    "peft_fp32_compiled": "PEFT fp32 compiled", "addmm": "addmm chain",
-}  # fmt: skip
-
 
 def render(results: Path) -> str:
     """The page for a folder of result folders."""
@@ -73,7 +67,7 @@ def _bench(stem: str, content: dict[str, Any]) -> list[str]:
     cases, method, peaks = content["cases"], content["method"], content["peaks"]
     if not cases:
         return []
-    names = [name for name in _COLUMNS if any(case["providers"].get(name) for case in cases)]
+    labels = labels_of(cases)
     parts = [f"### {stem}"]
     if peaks:
         parts.append(
@@ -81,14 +75,14 @@ def _bench(stem: str, content: dict[str, Any]) -> list[str]:
             f"{peaks['matmul'].split(',')[0]} matmul reached {peaks['matmul_flops_per_second'] / 1e12:.4g} TFLOP/s and "
             f"a copy {peaks['copy_bytes_per_second'] / 1e9:.4g} GB/s."
         )
-        rows = [[*_case(case), *(_ms(case, name) for name in names), _to_floor(case)] for case in cases]
-        parts.append(_table(["rows x in x out", "r", "p", *(_COLUMNS[n] for n in names), "ours / floor"], rows))
+        rows = [[*_case(case), *(_ms(case, name) for name in labels), _to_floor(case)] for case in cases]
+        parts.append(_table(["rows x in x out", "r", "p", *labels.values(), "ours / floor"], rows))
         faster = [f"- over {label}: {figures}" for label, figures in overview(cases)]
         if faster:
             parts.append(f"{SPEEDUPS}:\n\n" + "\n".join(faster))
-    rows = [[*_case(case), *(_memory(case, name) for name in names)] for case in cases]
+    rows = [[*_case(case), *(_memory(case, name) for name in labels)] for case in cases]
     parts.append("MiB moved / saved / peak:")
-    parts.append(_table(["rows x in x out", "r", "p", *(_COLUMNS[n] for n in names)], rows))
+    parts.append(_table(["rows x in x out", "r", "p", *labels.values()], rows))
     failed = [row for case in cases for row in case["providers"].values() if row["reason"]]
     if failed:
         parts.append("Not timed:\n\n" + "\n".join(dict.fromkeys(f"- {r['label']}: {r['reason']}" for r in failed)))

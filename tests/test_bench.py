@@ -375,6 +375,13 @@ def sample_case(ours=1.0, floor=0.8, peft=2.0, label="q, o"):
     }  # fmt: skip
 
 
+def test_labels_are_those_that_were_built():
+    unbuilt = sample_case()
+    unbuilt["providers"]["peft"]["label"] = "peft"
+    assert _bench_view.labels_of([unbuilt, sample_case()])["peft"] == "PEFT"
+    assert list(_bench_view.labels_of([unbuilt])) == ["frozen", "ours", "peft", "addmm"]
+
+
 def test_geometric_mean():
     over_peft = _bench_view.speedups([sample_case(peft=2.0), sample_case(peft=8.0)])["peft"]
     assert over_peft == {"geometric_mean": pytest.approx(4.0), "worst": 2.0, "best": 8.0, "cases": 2}

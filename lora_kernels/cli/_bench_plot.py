@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.cli._bench_view import PASS_NAMES, last_pass
+from lora_kernels.cli._bench_view import PASS_NAMES, labels_of, last_pass
 
 __all__ = ["missing", "plot"]
 
@@ -25,7 +25,7 @@ def plot(cases: list[dict[str, Any]], caption: str, path: str) -> None:
 
     figure, axes = plt.subplots(figsize=(max(6.0, 0.45 * len(cases) + 4), 4.5), layout="constrained")
     which = last_pass(cases)
-    labels = {name: row["label"] for case in reversed(cases) for name, row in case["providers"].items()}
+    labels = labels_of(cases)
     for name, label in labels.items():
         points = [(i, case["providers"].get(name, {}).get("seconds", {}).get(which)) for i, case in enumerate(cases)]
         points = [(i, taken["to_floor"]) for i, taken in points if taken and taken["to_floor"]]

@@ -8,7 +8,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["PASS_NAMES", "SPEEDUPS", "case_table", "last_pass", "mib", "overview", "show", "speedups", "sweep_table"]
+__all__ = [
+    "PASS_NAMES", "SPEEDUPS", "case_table", "labels_of", "last_pass", "mib", "overview", "show", "speedups",
+    "sweep_table",
+]  # fmt: skip
 
 SPEEDUPS = "Speed of lora_kernels over the others (geometric mean; above 1 is faster)"
 PASS_NAMES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
@@ -41,6 +44,13 @@ def last_pass(cases: list[dict[str, Any]]) -> str:
     return next((w for w in ("both", "backward", "forward") if any(w in row["seconds"] for row in rows)), "both")
 
 
+def labels_of(cases: list[dict[str, Any]]) -> dict[str, str]:
+    """Provider name to label, in the order of the tables; one that could not be built has none but its name."""
+    rows = [item for case in cases for item in case["providers"].items()]
+    found = dict.fromkeys(name for name, _ in rows)
+    return {name: max((r["label"] for n, r in rows if n == name), key=lambda label: label != name) for name in found}
+
+
 def own(name: str) -> str:
     """Which of this package's rows a provider is compared with: the one whose adapters are as wide."""
     return "ours_fp32" if "fp32" in name else "ours"
@@ -62,8 +72,7 @@ def speedups(cases: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def overview(cases: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """`speedups` in words, a provider a line: its label and the figures."""
-    labels = {name: row["label"] for case in reversed(cases) for name, row in case["providers"].items()}
-    lines = []
+    labels, lines = labels_of(cases), []
     for name, s in speedups(cases).items():
         spread = f" (worst {s['worst']:.3f}x, best {s['best']:.3f}x of {s['cases']})" if s["cases"] > 1 else ""
         lines.append((labels[name], f"{s['geometric_mean']:.3f}x{spread}"))
@@ -120,7 +129,7 @@ def sweep_table(cases: list[dict[str, Any]]) -> Group:
     """One row a case, one pass, the most telling columns alone."""
     which = last_pass(cases)
     names = [n for n in _SWEEP_COLUMNS if any(median_ms(case, n, which) is not None for case in cases)]
-    labels = {name: row["label"] for case in reversed(cases) for name, row in case["providers"].items()}
+    labels = labels_of(cases)
     table = Table(
         title=f"{PASS_NAMES[which]}, ms", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold",
         padding=(0, 1, 0, 0),
