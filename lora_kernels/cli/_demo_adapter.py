@@ -100,10 +100,11 @@ class Agreement:
 def compare(actual: Tensor, expected: Tensor, dtype: torch.dtype, layers: int) -> Agreement:
     """Compare logits of models that differ in rounding alone.
 
-    Each of the `layers` rounds its output on its own, to about one unit roundoff u. Independent errors add up to
-    sqrt(layers) · u; four times that is the limit. A missing or doubled update is far beyond it: the demo shows by
-    how much the adapter moves the logits.
+    Each of the `layers` rounds its output on its own, to one unit roundoff u at most; independent errors add up to
+    sqrt(layers) · u, which is the limit. In float32 the sums inside a layer round as well, a few times u: four times
+    that. A lost update is far beyond it: the demo shows by how much the adapter moves the logits.
     """
     difference, expected = actual.double() - expected.double(), expected.double()
-    limit = 4 * math.sqrt(layers) * numerics.unit_roundoff(dtype)
+    factor = 4 if dtype == torch.float32 else 1
+    limit = factor * math.sqrt(layers) * numerics.unit_roundoff(dtype)
     return Agreement(numerics.rms(difference) / numerics.rms(expected), difference.abs().max().item(), limit)
