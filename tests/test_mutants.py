@@ -1,0 +1,89 @@
+"""The checks can fail: break the library in one place at a time, and the smoke oracle must go red.
+
+The first of each kind runs always; `pytest --all-mutants tests/test_mutants.py` runs the whole table.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_kernels
+
+PACKAGE = Path(lora_kernels.__file__).parent
+SMOKE = Path(__file__).parent / "oracles" / "smoke.py"
+SHRINK, MATMUL, WGRAD, DEVICE = (f"kernels/{n}.py" for n in ("shrink", "matmul_expand", "wgrad", "_device"))
+
+# name: (file, text, replacement); the ones in ALWAYS run in every test run
+MUTANTS = {
+    "scaling missing": ("autograd.py", "scaling * keep_scale(dropout_p), dropout_p)", "keep_scale(dropout_p), dropout_p)"),
+    "scaling missing in backward": ("autograd.py", "scaling * keep_scale(dropout_p), backend, x.shape", "keep_scale(dropout_p), backend, x.shape"),
+    "alpha ignored by the kernel": (SHRINK, "acc * tl.cast(alpha, tl.float32)", "acc * 2.0"),
+    "keep_scale missing": ("dropout.py", "return _STEPS / kept if kept else 0.0", "return 1.0"),
+    "mask missing in dx": ("autograd.py", ", keep=keep).view(ctx.x_shape)", ").view(ctx.x_shape)"),
+    "mask missing in dA": ("autograd.py", "_rows(x), lora_A.dtype, keep)", "_rows(x), lora_A.dtype)"),
+    "mask missing in s": (SHRINK, "x = tl.where(unpack_bits(bits), x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))", "x = x"),
+    "mask flipped in dx": (MATMUL, "tl.where(unpack_bits(packed.to(tl.int32)), product, 0.0)", "tl.where(unpack_bits(packed.to(tl.int32)), 0.0, product)"),
+    "mask on the base product": (MATMUL, "part += tl.where(unpack_bits(packed.to(tl.int32)), product, 0.0)", "part = tl.where(unpack_bits(packed.to(tl.int32)), product + part, 0.0)"),
+    "mask with the wrong pitch": (MATMUL, "row_bytes = tl.cdiv(N, 8)", "row_bytes = tl.cdiv(N, 8) - 1"),
+    "mask bits reversed": (DEVICE, "shifts = tl.arange(0, 8)", "shifts = 7 - tl.arange(0, 8)"),
+    "threshold off by much": ("dropout.py", "return round(p * _STEPS)", "return round((p + 0.01) * _STEPS)"),
+    "strides of W swapped": (MATMUL, "for side in (0, 1) for dim in (0, 1)),", "for side in (0, 1) for dim in (side, 1 - side)),"),
+    "strides of A swapped": (SHRINK, "offs_k[:, None] * stride_ak + offs_r[None, :] * stride_ar", "offs_k[:, None] * stride_ar + offs_r[None, :] * stride_ak"),
+    "output strides swapped in wgrad": (WGRAD, "strides_g = (stride_right, stride_left) if", "strides_g = (stride_left, stride_right) if"),
+    "accumulate missing in matmul": (MATMUL, "acc = tl.dot(p_tile, q_tile, acc, ", "acc = tl.dot(p_tile, q_tile, "),
+    "accumulate missing in shrink": (SHRINK, "acc = tl.dot(x, a, acc, ", "acc = tl.dot(x, a, "),
+    "accumulate missing in reduce": (WGRAD, "acc += tl.load(partial_ptr", "acc = tl.load(partial_ptr"),
+    "seed fixed": (SHRINK, "seed = draw_seed(x.device)", "seed = draw_seed(x.device).fill_(1)"),
+    "seed cut to 32 bits": (SHRINK, "seed = tl.load(seed_ptr)", "seed = tl.load(seed_ptr) & 0xFFFFFFFF"),
+    "same mask in every row": (SHRINK, "bits = keep_bits(seed, counter, threshold)", "bits = keep_bits(seed, counter * 0 + offs_byte[None, :], threshold)"),
+    "K tail mask missing": (SHRINK, "mask=mask_m[:, None] & mask_k[None, :], other=0.0,", "mask=mask_m[:, None], other=0.0,"),
+    "N tail mask missing at the store": (MATMUL, "mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])", "mask=(offs_m < M)[:, None])"),
+    "M tail mask missing": (WGRAD, "mask=mask_m[:, None] & mask_w[None, :], other=0.0,", "mask=mask_w[None, :], other=0.0,"),
+    "last K tile skipped": (SHRINK, "range(tl.maximum(tl.cdiv(K, BLOCK_K), 1))", "range(tl.maximum(K // BLOCK_K, 1))"),
+    "last row split skipped": (WGRAD, "splits = triton.cdiv(rows, config.rows_per_split)", "splits = max(rows // config.rows_per_split, 1)"),
+    "low-rank source skipped": (MATMUL, "for i in tl.static_range(NUM_SOURCES):\n        steps +=", "for i in tl.static_range(1):\n        steps +="),
+    "bias twice": (MATMUL, "part += bias.to(tl.float32)[None, :]", "part += 2 * bias.to(tl.float32)[None, :]"),
+    "16-bit accumulator": (MATMUL, "acc = tl.dot(p_tile, q_tile, acc, input_precision=PRECISION)", "acc = tl.dot(p_tile, q_tile, acc, input_precision=PRECISION).to(tl.float16).to(tl.float32)"),
+    "tiles overlap": (MATMUL, "m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N", "m0, n0 = pid_m * (BLOCK_M // 2), pid_n * BLOCK_N"),
+    "grid one short": (SHRINK, "grid = (triton.cdiv(rows, config.block_m) *", "grid = (max(rows // config.block_m, 1) *"),
+    "saved s overwritten": ("autograd.py", "d_lora_B = ops.wgrad(dy, s, lora_B.dtype)", "d_lora_B = ops.wgrad(dy, s, lora_B.dtype); s.data.zero_()"),
+}  # fmt: skip
+ALWAYS = (
+    "scaling missing in backward", "mask missing in dx", "strides of A swapped", "accumulate missing in matmul",
+    "seed fixed", "K tail mask missing", "N tail mask missing at the store", "16-bit accumulator",
+)  # fmt: skip
+
+
+def smoke(tmp_path, mutate=None):
+    """Run the smoke oracle on a copy of the package, with one text replaced."""
+    copy = tmp_path / "lora_kernels"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    if mutate:
+        name, text, replacement = mutate
+        source = (copy / name).read_text()
+        assert source.count(text) == 1, f"{text!r} stands {source.count(text)} times in {name}: renew the table"
+        (copy / name).write_text(source.replace(text, replacement))
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    return subprocess.run([sys.executable, str(SMOKE)], capture_output=True, text=True, env=env, timeout=200)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="mutants run in the interpreter, where memory faults are caught")
+class TestMutants:
+    def test_the_whole_package_passes(self, tmp_path):
+        run = smoke(tmp_path)
+        assert "all passed" in run.stdout, run.stderr[-2000:]
+
+    @pytest.mark.parametrize("name", MUTANTS)
+    def test_is_killed(self, name, tmp_path, request):
+        if name not in ALWAYS and not request.config.getoption("--all-mutants"):
+            pytest.skip("runs with --all-mutants")
+        run = smoke(tmp_path, MUTANTS[name])
+        assert run.returncode != 0, "the mutant lives: no check saw it"
+        assert "Traceback" in run.stderr or run.returncode < 0
+        assert "SyntaxError" not in run.stderr, run.stderr[-500:]
+        assert "ImportError" not in run.stderr, run.stderr[-500:]
