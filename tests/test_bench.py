@@ -305,6 +305,17 @@ def test_saved_bytes():
     assert saved_bytes(_baselines.build("ours", dropping)) == s + mask
 
 
+def test_a_storage_is_saved_once_however_often_it_is_kept():
+    problem = draw(SHAPE, 4, 0.0, settings())
+    x = problem.x.detach().requires_grad_()
+
+    def forward():
+        h = x.exp()  # keeps its result, as does each factor of the product
+        return h * h.view(-1).view_as(h)
+
+    assert saved_bytes(Provider("twice", problem, forward, {"dx": x})) == 48 * 64 * 4
+
+
 # --- the command
 
 

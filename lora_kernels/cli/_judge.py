@@ -68,6 +68,7 @@ def judge(provider: Provider, truth: Truth, seed: int = 1) -> Verdict:
         if reason:
             return Verdict(reason, float("inf"), "share of elements kept")
         problem = replace(problem, keep=keep)
+    _poison(problem)
     actual = run_once(provider, problem.dy, seed)
     if provider.rule == "peer":
         return _peer(actual, problem, truth)
@@ -75,6 +76,15 @@ def judge(provider: Provider, truth: Truth, seed: int = 1) -> Verdict:
     findings = numerics.check(actual, problem, baseline, split=provider.rule == "operators")
     worst = max(max(f.rule_1, f.rule_2 or 0.0) for f in findings)
     return Verdict("; ".join(f.message for f in findings if not f.ok), worst, "numerics rules 1 and 2")
+
+
+def _poison(problem: Problem) -> None:
+    """Leave NaN in freed memory: a right answer that another provider left there must not pass for this one's."""
+    if problem.x.is_cuda:
+        torch.cuda.empty_cache()  # so that the allocator has no other blocks to give out
+    outputs = (problem.dy, problem.x, problem.lora_A, problem.lora_B)
+    poison = [torch.full_like(t, float("nan")) for t in outputs for _ in range(2)]
+    del poison
 
 
 def run_once(provider: Provider, dy: Tensor, seed: int) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 0 if this package's results were right, 1 if not, 2 if it cannot run as asked."""
     try:
-        settings, cases = _settings(args), _cases(args)
+        cases, settings = _cases(args), _settings(args)  # the cheap questions first
     except (ValueError, RuntimeError, TypeError) as error:
         print(f"lora-kernels bench: {error}", file=sys.stderr)
         return 2
