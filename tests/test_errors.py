@@ -1,0 +1,188 @@
+"""Bad input: the fault's own words, before anything is computed or launched."""
+
+import logging
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lora_kernels import LoRALinear, lora_linear, plan
+
+CPU = torch.device("cpu")
+
+
+def tensors(**changes):
+    t = dict(
+        x=torch.randn(3, 6), weight=torch.randn(5, 6), lora_A=torch.randn(2, 6), lora_B=torch.randn(5, 2), bias=None
+    )
+    return t | changes
+
+
+def call(scaling=1.0, dropout_p=0.0, backend="auto", **changes):
+    t = tensors(**changes)
+    return lora_linear(
+        t["x"], t["weight"], t["lora_A"], t["lora_B"], bias=t["bias"], scaling=scaling, dropout_p=dropout_p,
+        backend=backend,
+    )  # fmt: skip
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def quantized():
+    return torch.quantize_per_tensor(torch.randn(5, 6), 0.1, 0, torch.qint8)
+
+
+FAULTS = {
+    "1 x against weight": (
+        dict(x=torch.randn(3, 7)), ValueError, r"x has 7 features in its last dim but weight is \(5, 6\) and expects 6\."
+    ),
+    "2 lora_A transposed": (
+        dict(lora_A=torch.randn(6, 2)), ValueError,
+        r"lora_A is \(6, 2\) but must be \(r, 6\) to match x\. Did you pass lora_A transposed\?",
+    ),
+    "3 lora_B transposed": (
+        dict(lora_B=torch.randn(2, 5)), ValueError, r"lora_B is \(2, 5\) but must be \(5, 2\): out_features x rank\."
+    ),
+    "3 lora_B of another rank": (dict(lora_B=torch.randn(5, 3)), ValueError, r"lora_B is \(5, 3\) but must be \(5, 2\)"),
+    "4 bias": (dict(bias=torch.randn(4)), ValueError, r"bias has 4 elements, weight has 5 output features\."),
+    "4 bias with two dims": (dict(bias=torch.randn(1, 5)), ValueError, r"bias is \(1, 5\) but must be \(5,\)"),
+    "5 devices": (
+        dict(lora_A=torch.empty(2, 6, device="meta")), ValueError,
+        r"all tensors must be on one device; x is on cpu, lora_A on meta\.",
+    ),
+    "6 dtype": (
+        dict(x=torch.ones(3, 6, dtype=torch.int32)), TypeError,
+        r"x has dtype torch\.int32; supported: bfloat16, float16, float32 \(float64 on CPU\)\.",
+    ),
+    "7 mix of x and weight": (
+        dict(weight=torch.randn(5, 6).half()), TypeError,
+        r"x is float32 but weight is float16\. Use torch\.autocast, or cast x: x\.to\(weight\.dtype\)\.",
+    ),
+    "7 16-bit adapters over fp32": (dict(lora_A=torch.randn(2, 6).half()), TypeError, r"x is float32 but lora_A is float16\."),
+    "7 bias": (dict(bias=torch.randn(5).double()), TypeError, r"x is float32 but bias is float64"),
+    "8 subclass": (dict(weight=torch.randn(5, 6).as_subclass(Subclass)), TypeError, r"weight is a Subclass, a tensor subclass"),
+    "8 sparse": (dict(weight=torch.eye(5, 6).to_sparse()), TypeError, r"weight has layout torch\.sparse_coo\. Use weight\.to_dense"),
+    "8 quantized": (dict(weight=quantized), TypeError, r"weight (is quantized|has dtype torch\.qint8)"),
+    "8 not a tensor": (dict(x=[[1.0]]), TypeError, r"x must be a torch\.Tensor, got list\."),
+    "9 p above 1": (dict(dropout_p=1.5), ValueError, r"dropout_p must be in \[0, 1\), got 1\.5\."),
+    "9 p below 0": (dict(dropout_p=-0.1), ValueError, r"dropout_p must be in \[0, 1\), got -0\.1\."),
+    "9 p nan": (dict(dropout_p=float("nan")), ValueError, r"dropout_p must be in \[0, 1\), got nan\."),
+    "10 scaling nan": (dict(scaling=float("nan")), ValueError, r"scaling must be finite, got nan\."),
+    "10 scaling inf": (dict(scaling=float("inf")), ValueError, r"scaling must be finite, got inf\."),
+    "11 scalar": (
+        dict(x=torch.tensor(1.0)), ValueError, r"x must have at least 1 dim \(…, in_features\), got a scalar\."
+    ),
+    "weight with one dim": (dict(weight=torch.randn(6)), ValueError, r"weight must have 2 dims, got shape \(6,\)\."),
+    "13 rank": (
+        dict(lora_A=torch.randn(1024, 6), lora_B=torch.randn(5, 1024), backend="triton"), ValueError,
+        r'rank 1024 exceeds 512, the largest tuned; use backend="torch"\.',
+    ),
+    "backend": (dict(backend="cuda"), ValueError, r"backend='cuda' is not one of: auto, triton, torch\."),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize:UserWarning", "ignore:.*[Qq]uantiz:DeprecationWarning")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault(fault, monkeypatch):
+    changes, kind, text = FAULTS[fault]
+    changes = {name: value() if value is quantized else value for name, value in changes.items()}
+
+    def unreachable(backend):
+        raise AssertionError("computed before the check")
+
+    monkeypatch.setattr(plan, "contractions", unreachable)
+    with pytest.raises(kind, match="lora_linear: " + text):
+        call(**changes)
+
+
+def test_nested_tensors_are_refused():
+    nested = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(3, 6)], layout=torch.jagged)
+    with pytest.raises(TypeError, match="lora_linear: x is a nested tensor"):
+        call(x=nested)
+
+
+def test_8_dtensors_are_refused(monkeypatch):
+    """By name, so that the words are tested without a process group."""
+    fake = type("DTensor", (Subclass,), {})
+    with pytest.raises(TypeError, match=r"weight is a DTensor\. Call the module inside its FSDP forward"):
+        call(weight=torch.randn(5, 6).as_subclass(fake))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_15_functorch(backend):
+    with pytest.raises(RuntimeError, match=r'does not support torch\.func transforms; use backend="torch" inside them'):
+        torch.func.grad(lambda a: call(lora_A=a, backend=backend).sum())(torch.randn(2, 6))
+
+
+def test_19_meta_and_fake_tensors_give_shapes():
+    layer = LoRALinear(6, 5, r=2, lora_dropout=0.5, device="meta")
+    assert layer(torch.empty(2, 3, 6, device="meta")).shape == (2, 3, 5)
+    with FakeTensorMode():
+        y = LoRALinear(6, 5, r=2, lora_dropout=0.5)(torch.randn(2, 3, 6))
+    assert y.shape == (2, 3, 5)
+
+
+@pytest.fixture
+def fresh_plan():
+    caches = (plan._choose, plan._environment_backend, plan.triton_problem)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_20_without_triton_one_line_is_logged(fresh_plan, monkeypatch, caplog):
+    problem = "Triton not importable (No module named 'triton')"
+    monkeypatch.setattr(plan, "triton_problem", lambda: problem)
+    monkeypatch.setattr(plan.triton_problem, "cache_clear", lambda: None, raising=False)
+    with caplog.at_level(logging.INFO, "lora_kernels"):
+        for _ in range(3):
+            assert plan.choose(torch.device("cuda", 0), torch.float16, 8, False, "auto") == "torch"
+    assert [r.getMessage() for r in caplog.records] == [
+        f'lora_kernels: {problem}; using backend="torch". Set LORA_KERNELS_BACKEND=torch to silence.'
+    ]
+
+
+def test_21_triton_needs_cuda(fresh_plan, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match=r'lora_linear: backend="triton" needs CUDA tensors \(x is on cpu\)\.'):
+        call(backend="triton")
+
+
+def test_old_gpus_take_pytorch(fresh_plan, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    choice = plan.automatic(torch.device("cuda", 0), torch.float16)
+    assert choice.backend == "torch"
+    assert "8.0" in choice.reason
+    assert "7.0" in choice.reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert plan.automatic(torch.device("cuda", 0), torch.float16).backend == "triton"
+    assert plan.automatic(torch.device("cuda", 0), torch.float64).backend == "torch"
+    assert plan.automatic(torch.device("cuda", 0), torch.float16, 513).backend == "torch"
+
+
+def test_the_environment_overrides_auto(fresh_plan, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_BACKEND", "tritn")
+    with pytest.raises(ValueError, match="LORA_KERNELS_BACKEND='tritn' is not one of: auto, torch, triton"):
+        call()
+    plan._environment_backend.cache_clear()
+    monkeypatch.setenv("LORA_KERNELS_BACKEND", "triton")
+    assert plan.choose(CPU, torch.float32, 8, False, "auto") == "triton"
+    assert plan.choose(CPU, torch.float32, 8, False, "torch") == "torch"
+
+
+@pytest.mark.parametrize(
+    ("build", "kind", "text"),
+    [
+        (lambda: LoRALinear(4, 4, r=0), ValueError, "r must be at least 1, got 0"),
+        (lambda: LoRALinear(4, 4, lora_dropout=1.5), ValueError, r"lora_dropout must be in \[0, 1\], got 1\.5"),
+        (lambda: LoRALinear.from_linear(torch.nn.Bilinear(2, 2, 2)), TypeError, "expected an nn.Linear, got Bilinear"),
+    ],
+)
+def test_module_faults(build, kind, text):
+    with pytest.raises(kind, match=text):
+        build()

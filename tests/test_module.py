@@ -1,0 +1,167 @@
+"""LoRALinear: what a user of nn.Linear and of PEFT expects of a layer."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import LoRALinear
+
+
+def layer(dtype=torch.float32, **kwargs):
+    torch.manual_seed(0)
+    made = LoRALinear(12, 10, **({"r": 3, "lora_alpha": 6} | kwargs), dtype=dtype)
+    nn.init.normal_(made.lora_B, std=0.1)
+    return made
+
+
+def test_starts_as_its_base():
+    linear = nn.Linear(12, 10)
+    made = LoRALinear.from_linear(linear, r=4)
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(made(x), linear(x))
+    assert made.lora_A.abs().max() <= 1 / math.sqrt(12)  # Kaiming uniform with a = √5
+    assert made.lora_A.std() > 0.5 / math.sqrt(3 * 12)
+
+
+def test_from_linear_shares_and_freezes():
+    linear = nn.Linear(12, 10, dtype=torch.bfloat16).eval()
+    made = LoRALinear.from_linear(linear, r=4, dtype=torch.float32)
+    assert made.weight is linear.weight
+    assert made.bias is linear.bias
+    assert not made.weight.requires_grad
+    assert made.lora_A.dtype == made.lora_B.dtype == torch.float32
+    assert not made.training
+    assert LoRALinear.from_linear(nn.Linear(3, 3, bias=False)).bias is None
+
+
+def test_a_subclass_of_linear_is_refused():
+    class Odd(nn.Linear):
+        pass
+
+    with pytest.raises(TypeError, match="Odd"):
+        LoRALinear.from_linear(Odd(3, 3))
+
+
+@pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 6 / 3), (True, 6 / math.sqrt(3))])
+def test_scaling(use_rslora, scaling):
+    made = layer(use_rslora=use_rslora)
+    assert made.scaling == pytest.approx(scaling)
+    x = torch.randn(4, 12)
+    expected = nn.functional.linear(x, made.weight + scaling * made.lora_B @ made.lora_A, made.bias)
+    torch.testing.assert_close(made(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_merge_and_unmerge_are_exact_to_rounding(dtype):
+    made = layer(dtype)
+    before = made.weight.detach().clone()
+    update = made.scaling * made.lora_B.detach().double() @ made.lora_A.detach().double()
+    unit = torch.finfo(dtype).eps
+    made.merge()
+    assert made.merged
+    error = (made.weight.double() - (before.double() + update)).abs()
+    # rounded once from float32 (or float64) sums
+    assert (error <= unit * (before.double().abs() + update.abs())).all()
+    merged = made.weight.detach().clone()
+    made.merge()
+    assert torch.equal(made.weight, merged), "merging twice added it twice"
+    made.scaling *= 2  # what was added is what is taken out
+    made.unmerge()
+    made.unmerge()
+    assert not made.merged
+    assert ((made.weight.double() - before.double()).abs() <= 2 * unit * (before.double().abs() + update.abs())).all()
+
+
+def test_merged_forward_agrees_and_refuses_to_train():
+    made = layer().eval()
+    x = torch.randn(7, 12)
+    expected = made(x)
+    made.merge()
+    torch.testing.assert_close(made(x), expected)
+    made.train()
+    with pytest.raises(RuntimeError, match=r"LoRALinear is merged; call unmerge\(\) before training"):
+        made(x)
+    with torch.no_grad():
+        torch.testing.assert_close(made(x), expected)
+    with pytest.raises(RuntimeError, match="is merged"):
+        made.reset_lora_parameters()
+
+
+def test_state_dict_round_trip():
+    made = layer()
+    assert list(made.state_dict()) == ["weight", "bias", "lora_A", "lora_B"]
+    other = LoRALinear(12, 10, r=3, lora_alpha=6)
+    other.load_state_dict(made.state_dict())
+    x = torch.randn(4, 12)
+    assert torch.equal(other(x), made(x))
+    with pytest.raises(RuntimeError, match="lora_A"):
+        LoRALinear(12, 10, r=4).load_state_dict(made.state_dict())
+
+
+def test_a_merged_state_dict_is_a_plain_linears():
+    made = layer()
+    x = torch.randn(4, 12)
+    expected = made(x)
+    made.merge()
+    plain = nn.Linear(12, 10)
+    plain.load_state_dict(made.state_dict())
+    torch.testing.assert_close(plain(x), expected)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_deepcopy_and_pickle(merged):
+    made = layer(lora_dropout=0.2).eval()
+    if merged:
+        made.merge()
+    file = io.BytesIO()
+    torch.save(made, file)
+    file.seek(0)
+    x = torch.randn(4, 12)
+    for twin in (copy.deepcopy(made), torch.load(file, weights_only=False)):
+        assert torch.equal(twin(x), made(x))
+        assert twin.weight.data_ptr() != made.weight.data_ptr()
+        assert (twin.merged, twin.scaling, twin.lora_dropout) == (merged, made.scaling, 0.2)
+        twin.unmerge()
+
+
+def test_repr():
+    assert repr(layer(lora_dropout=0.1, use_rslora=True)) == (
+        "LoRALinear(in_features=12, out_features=10, r=3, lora_alpha=6, lora_dropout=0.1, bias=True, use_rslora=True)"
+    )
+    made = layer(bias=False)
+    made.merge()
+    assert "bias=False, merged=True" in repr(made)
+
+
+def test_dropout_in_training_alone():
+    made = layer(lora_dropout=0.5)
+    x = torch.randn(50, 12)
+    assert not torch.equal(made(x), made(x))
+    made.eval()
+    assert torch.equal(made(x), made(x))
+    base = nn.functional.linear(x, made.weight, made.bias)
+    made.train()
+    torch.manual_seed(0)
+    mean = torch.stack([made(x) - base for _ in range(600)]).mean(0)
+    made.eval()
+    torch.testing.assert_close(mean, made(x) - base, atol=0.15, rtol=0)
+
+
+def test_an_optimizer_moves_the_adapter_alone():
+    made = layer()
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    optimizer = torch.optim.SGD((p for p in made.parameters() if p.requires_grad), lr=0.1)
+    made(torch.randn(4, 12)).square().sum().backward()
+    optimizer.step()
+    moved = {name for name, value in made.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"lora_A", "lora_B"}
+
+
+def test_moves_like_any_module():
+    made = layer().to(torch.bfloat16)
+    assert made(torch.randn(2, 12, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert LoRALinear(4, 4, r=1, device="meta", dtype=torch.float16).lora_A.is_meta
