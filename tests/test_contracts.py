@@ -66,7 +66,7 @@ def test_double_backward_raises(backend, device):
     t["x"].requires_grad_()
     t["dy"].requires_grad_()
     (dx,) = torch.autograd.grad(call(t, backend), t["x"], t["dy"], create_graph=True)
-    with pytest.raises(RuntimeError, match="twice.*once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"twice.*once_differentiable"):
         dx.sum().backward()
 
 
