@@ -338,6 +338,8 @@ def test_the_command_writes_what_it_shows(tmp_path, capsys):
     assert shown.count("32x48x40") == 4
     assert f"{written['speedups']['peft']['geometric_mean']:.3f}x" in shown
     assert f"torch {torch.__version__}" in shown
+    busy = any(t["of_peak"] > 1 for c in written["cases"] for r in c["providers"].values() for t in r["seconds"].values())
+    assert ("above 100 %" in shown) == busy
 
 
 @pytest.mark.usefixtures("no_peft")
@@ -540,6 +542,7 @@ def test_battery_keeps_its_time_and_says_what_happened(tmp_path, monkeypatch):
     states = {step["name"]: step["state"] for step in summary["steps"]}
     assert states == {"good": "ok", "bad": "failed", "none": "ok", "hangs": "out of time", "late": "skipped"}
     assert summary["steps"][1]["output"] == ["why"]
+    assert summary["steps"][3]["seconds"] < 30  # killed, not waited for
     assert summary["complete"] is True
     assert {path.name for path in tmp_path.iterdir()} == {"good.json", "summary.json"}
 

@@ -75,6 +75,10 @@ def run(args: argparse.Namespace) -> int:
     made_on = machine()
     _bench_view.show(console, done, args.full or len(done) <= _FULL_UP_TO)
     console.print(f"{caption(made_on)}\n{_footnote(settings)}", style="dim", highlight=False)
+    taken = [t for case in done for row in case["providers"].values() for t in row["seconds"].values()]
+    if any((t["of_peak"] or 0) > 1 for t in taken):
+        busy = "A share of peak is above 100 %: the machine was busier when its peak was measured."
+        console.print(busy, style="yellow")
     if skipped:
         why = ", ".join(dict.fromkeys(case["why"] for case in skipped))
         console.print(f"{len(skipped)} of {len(cases)} cases were not run: {why}", style="yellow")
