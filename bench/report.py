@@ -53,6 +53,9 @@ def _folder(name: str, files: dict[str, dict[str, Any]]) -> list[str]:
     first = next(iter(files.values()))
     gpu = first["machine"]["gpu"]
     parts = [f"## {gpu['name'] if gpu else f'{name} (a CPU, no GPU figures)'}", caption(first["machine"]) + "."]
+    steps = files.get("summary", {}).get("steps")
+    if steps:
+        parts.append(f"Steps of the battery: {', '.join(map(_step, steps))}.")
     verified = files.get("verify")
     if verified:
         parts.append(f"`lora-kernels verify`: {verified['passed']} cases passed, {verified['failed']} failed.")
@@ -61,6 +64,12 @@ def _folder(name: str, files: dict[str, dict[str, Any]]) -> list[str]:
     for stem in sorted(benches, key=lambda s: (order.index(s) if s in order else len(order), s)):
         parts += _bench(stem, benches[stem])
     return parts
+
+
+def _step(record: dict[str, Any]) -> str:
+    """What became of a step: a page of times must not keep back that the tests beside them failed."""
+    state = {"skipped": "skipped for want of time", "out of time": "stopped, out of time"}
+    return f"{record['name']} {state.get(record['state'], record['state'])}"
 
 
 def _bench(stem: str, content: dict[str, Any]) -> list[str]:

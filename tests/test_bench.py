@@ -408,6 +408,14 @@ def test_one_pass_alone(capsys):
     assert "over frozen linear" in shown
 
 
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [(None, "-"), (0, "0.0"), (32 << 10, "0.031"), (1 << 18, "0.25"), (4 << 20, "4"), (1346 << 20, "1346.0")],
+)
+def test_little_memory_is_not_nothing(size, shown):
+    assert _bench_view.mib(size) == shown
+
+
 def test_host_time_is_shown_where_it_was_taken():
     case = sample_case()
     assert "host us" not in printed(_bench_view.case_table(case))
@@ -483,6 +491,15 @@ def test_page_of_a_gpu_run(tmp_path):
     assert "RuntimeError: no such thing" in page
 
 
+def test_page_keeps_no_failure_back(tmp_path):
+    put(tmp_path / "g", "llama-8b.json", GPU, **bench_file(sample_case()))
+    states = {"gpu_tests": "failed", "verify": "out of time", "llama-8b": "ok", "memory": "skipped"}
+    steps = [{"name": name, "state": state} for name, state in states.items()]
+    put(tmp_path / "g", "summary.json", GPU, command="battery", rehearsal=False, steps=steps)
+    said = "gpu_tests failed, verify stopped, out of time, llama-8b ok, memory skipped for want of time."
+    assert f"Steps of the battery: {said}" in report.render(tmp_path)
+
+
 def test_page_says_what_a_cpu_measured(tmp_path):
     put(tmp_path / "laptop", "cpu.json", None, **bench_file(sample_case()))
     page = report.render(tmp_path)
@@ -545,6 +562,20 @@ def test_battery_keeps_its_time_and_says_what_happened(tmp_path, monkeypatch):
     assert summary["steps"][3]["seconds"] < 30  # killed, not waited for
     assert summary["complete"] is True
     assert {path.name for path in tmp_path.iterdir()} == {"good.json", "summary.json"}
+
+
+def test_battery_runs_the_tests_that_it_can(tmp_path, monkeypatch):
+    """A machine without pytest-timeout, and without a package that some test file imports."""
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\nfilterwarnings = error\nof_a_missing_plugin = 1\naddopts = --of-xdist 2\nmarkers = gpu\n"
+    )
+    (tmp_path / "test_a.py").write_text("import of_a_missing_package")
+    (tmp_path / "test_b.py").write_text("import pytest\n@pytest.mark.gpu\ndef test(): pass\ndef test_not(): pass")
+    monkeypatch.setattr(battery, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    record = battery._run(battery.plan_steps(rehearse=False)[0], tmp_path, 60)
+    assert "1 passed, 1 deselected, 1 error" in record["output"][-1]
+    assert record["state"] == "failed"
 
 
 def test_battery_fits_its_files_and_its_order():

@@ -21,8 +21,10 @@ _SWEEP_COLUMNS = ("frozen", "ours", "peft", "peft_fp32", "peft_compiled", "peft_
 
 
 def mib(size: int | None) -> str:
-    """Bytes as MiB."""
-    return _DASH if size is None else f"{size / 2**20:.1f}"
+    """Bytes as MiB; what is little shows that it is not nothing."""
+    if size is None:
+        return _DASH
+    return f"{size / 2**20:.1f}" if size == 0 or size >= 10 * 2**20 else f"{size / 2**20:.2g}"
 
 
 def median_ms(case: dict[str, Any], name: str, which: str = "both") -> float | None:
