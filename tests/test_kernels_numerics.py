@@ -67,11 +67,10 @@ def test_fp32_adapters_over_a_16_bit_base(dtype, p, device):
     assert findings["d_lora_A"].rule_1 > 0  # held to fp32's rounding, by dtype
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout, p, device):
+def test_layouts(layout, device):
     dtype = torch.float16 if "x" in layout else torch.float32
-    problem = make_problem((29,), 40, 36, 6, dtype, device, bias=True, dropout_p=p)
+    problem = make_problem((29,), 40, 36, 6, dtype, device, bias=True, dropout_p=0.3)
     assert_accurate(LAYOUTS[layout](problem))
 
 
