@@ -67,9 +67,9 @@ def plan_steps(rehearse: bool) -> list[Step]:
         return [
             Step("gpu_tests", (*tests, "--collect-only"), 60, fine=(0, 5)),  # 5: no such tests
             Step("verify", (*cli, "verify", "--quick", "--json", "{file}"), 120),
-            Step("llama-8b", _bench(*tiny, "--p", "0", "0.1"), 60),
-            Step("lorafusion", _bench(*tiny, "--m", "16", "32", "--p", "0.1"), 60),
-            Step("memory", _bench(*tiny, "--memory-only"), 60),
+            Step("llama-8b", _bench(*tiny, "--p", "0", "0.1"), 120),
+            Step("lorafusion", _bench(*tiny, "--m", "16", "32", "--p", "0.1"), 120),
+            Step("memory", _bench(*tiny, "--memory-only"), 120),
         ]
     both, lean = ("--dtype", "bf16", "--p", "0", "0.1"), ("--no-compile", "--rounds", "15")
     weigh = ("--memory-only", "--no-compile", "--m", "2048", "32768")
@@ -156,10 +156,15 @@ def main(argv: list[str] | None = None) -> int:
     unknown = set(args.only or ()) - {step.name for step in steps}
     if unknown:
         parser.error(f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in steps)}")
+    # `timeout` and schedulers end a process by SIGTERM, which would end this one alone: a step has its own session
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     chosen = [step for step in steps if not args.only or step.name in args.only]
-    records = run_steps(chosen, out, args.minutes, args.rehearse)
+    try:
+        records = run_steps(chosen, out, args.minutes, args.rehearse)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 1 if any(record["state"] in ("failed", "out of time") for record in records) else 0
 
 

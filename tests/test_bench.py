@@ -5,6 +5,9 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -576,6 +579,43 @@ def test_battery_runs_the_tests_that_it_can(tmp_path, monkeypatch):
     record = battery._run(battery.plan_steps(rehearse=False)[0], tmp_path, 60)
     assert "1 passed, 1 deselected, 1 error" in record["output"][-1]
     assert record["state"] == "failed"
+
+
+def test_a_battery_that_is_ended_leaves_nothing_running(tmp_path):
+    """`timeout` and schedulers end it by SIGTERM; a step is in a session of its own and would hold the GPU."""
+    pid_file = tmp_path / "pid"
+    step = f"import os, time, pathlib; pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    script = (
+        "import sys; from bench import battery\n"
+        f"battery.plan_steps = lambda rehearse: [battery.Step('long', ('-c', {step!r}), 60)]\n"
+        f"sys.exit(battery.main(['--rehearse', '--out', {str(tmp_path)!r}]))"
+    )
+    ended = subprocess.Popen([sys.executable, "-c", script], cwd=battery.ROOT, stdout=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: pid_file.exists() and pid_file.read_text())
+        pid = int(pid_file.read_text())
+        ended.terminate()
+        assert ended.wait(20) == 128 + signal.SIGTERM
+        wait_for(lambda: not alive(pid))
+    finally:
+        ended.kill()
+        ended.wait()
+        if pid_file.exists() and alive(int(pid_file.read_text())):
+            os.kill(int(pid_file.read_text()), signal.SIGKILL)
+
+
+def wait_for(condition, seconds=40.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(pid):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()  # a zombie runs no more
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_battery_fits_its_files_and_its_order():
