@@ -362,11 +362,20 @@ def test_out_of_time_is_said(tmp_path, capsys):
     assert "75 of 75 cases were not run" in capsys.readouterr().out
 
 
-def test_what_cannot_be_asked_for_is_refused(monkeypatch, capsys):
+def test_what_cannot_be_asked_for_is_refused(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    in_a_file = tmp_path / "file" / "x"
+    monkeypatch.setattr(bench, "_run_all", lambda *_: pytest.fail("it was measured first"))
     for argv, message in (
         (("--cuda-graph",), "needs a GPU"),
-        (("--p", 1.0), "below 1"),
-        (("--r", 0), "at least 1"),
+        (("--p", 0.1, 1.0), "--p 1: a dropout probability is at least 0 and below 1"),
+        (("--p", math.nan), "--p nan"),
+        (("--r", 4, 0), "--r 0: at least 1"),
+        (("--m", -1), "--m -1: at least 1"),
+        (("--rounds", 0), "--rounds 0: at least 1"),
+        (("--json", in_a_file), f"--json {in_a_file}: "),
+        (("--plot", in_a_file), f"--plot {in_a_file}: "),
+        (("--json", tmp_path), f"--json {tmp_path}: cannot be written"),
     ):
         assert bench.run(arguments(*argv)) == 2
         assert message in capsys.readouterr().err

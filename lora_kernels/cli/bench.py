@@ -10,10 +10,12 @@ against float64 first; what fails is not timed. Shares of peak are of a matmul m
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,10 +142,13 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         shapes = with_rows(shapes, args.m)
     ranks = args.r or [preset.r if preset else 16]
     probabilities = args.p or [preset.p if preset else 0.0]
-    if min(ranks) < 1 or min(shape.m for shape in shapes) < 1:
-        raise ValueError("ranks and rows are at least 1")
-    if not all(0 <= p < 1 for p in probabilities):
-        raise ValueError("a dropout probability is at least 0 and below 1")
+    for option, given in (("--r", args.r), ("--m", args.m), ("--rounds", [args.rounds])):
+        for value in given or ():
+            if value is not None and value < 1:
+                raise ValueError(f"{option} {value}: at least 1 is needed")
+    for p in probabilities:
+        if not 0 <= p < 1:
+            raise ValueError(f"--p {p:g}: a dropout probability is at least 0 and below 1")
     return [(shape, r, p) for shape in shapes for r in ranks for p in probabilities]
 
 
@@ -156,6 +161,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise ValueError("--cuda-graph needs a GPU")
     if args.plot and _bench_plot.missing():
         raise RuntimeError(_bench_plot.missing())
+    _check_files(args)
     rounds = args.rounds or (3 if args.quick else 30 if on_gpu else 10)
     dtype = _DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
     for r in args.r or [16]:
@@ -165,6 +171,19 @@ def _settings(args: argparse.Namespace) -> Settings:
         device, dtype, args.backend, () if args.memory_only else tuple(args.passes), rounds,
         not args.no_compile, args.cuda_graph, peaks, only=tuple(args.providers),
     )  # fmt: skip
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Refuse what cannot be written now, rather than after all was measured."""
+    for option in ("json", "plot"):
+        if getattr(args, option):
+            path = Path(getattr(args, option))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"--{option} {path}: {error.strerror}") from None
+            if path.is_dir() or not os.access(path.parent, os.W_OK):
+                raise ValueError(f"--{option} {path}: cannot be written")
 
 
 def _method(settings: Settings) -> dict[str, Any]:
