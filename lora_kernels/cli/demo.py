@@ -30,6 +30,7 @@ from lora_kernels.cli._demo_text import Corpus
 __all__ = ["add_arguments", "run"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_STEPS, _LORA_STEPS = (360, 50), (240, 40)  # in full, quick
 _BATCH = 16
 _MEASURED = 64  # held-out windows behind each held-out loss, a quarter of it if quick
 _DROPOUT = 0.05
@@ -40,8 +41,8 @@ _PROMPT = b"def read(self, "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lora-kernels demo`."""
-    parser.add_argument("--steps", type=_positive, help="of training on prose (default: 360, quick: 50)")
-    parser.add_argument("--lora-steps", type=_positive, help="of adapting to code (default: 240, quick: 40)")
+    parser.add_argument("--steps", type=_positive, help="of training on prose (default: {}, quick: {})".format(*_STEPS))
+    parser.add_argument("--lora-steps", type=_positive, help="of adapting to code (default: {}, quick: {})".format(*_LORA_STEPS))
     parser.add_argument("--r", type=_positive, default=8, help="rank of the adapters (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
@@ -82,8 +83,8 @@ class _Demo:
     def __init__(self, args: argparse.Namespace, console: Console, device: torch.device) -> None:
         self.args, self.console, self.device = args, console, device
         self.dtype = _DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-        self.steps = args.steps or (60 if args.quick else 500)
-        self.lora_steps = args.lora_steps or (40 if args.quick else 300)
+        self.steps = args.steps or _STEPS[args.quick]
+        self.lora_steps = args.lora_steps or _LORA_STEPS[args.quick]
         self.out = Path(args.out)
         self.draws = torch.Generator().manual_seed(args.seed)
         self.curves: Curves = {
