@@ -41,8 +41,9 @@ _PROMPT = b"def read(self, "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lora-kernels demo`."""
-    parser.add_argument("--steps", type=_positive, help="of training on prose (default: {}, quick: {})".format(*_STEPS))
-    parser.add_argument("--lora-steps", type=_positive, help="of adapting to code (default: {}, quick: {})".format(*_LORA_STEPS))
+    defaults = "(default: {}, quick: {})"
+    parser.add_argument("--steps", type=_positive, help="of training on prose " + defaults.format(*_STEPS))
+    parser.add_argument("--lora-steps", type=_positive, help="of adapting to code " + defaults.format(*_LORA_STEPS))
     parser.add_argument("--r", type=_positive, default=8, help="rank of the adapters (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
