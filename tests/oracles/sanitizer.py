@@ -1,8 +1,8 @@
 """Watch every load and store of a kernel in Triton's interpreter.
 
-For each launch: every load hits a logical element of an argument (strides honoured, so the gap between the rows of a
-slice is out of bounds), every store hits an output, each output element is stored exactly once (twice is a race on a
-GPU, never is stale memory). Tuples of arguments and TMA descriptors count as the tensors in them.
+For each launch: every load hits a logical element of an input (strides honoured, so the gap between the rows of a
+slice is out of bounds; what a launch writes itself is not there to be read), every store hits an output, each output
+element is stored exactly once (twice is a race on a GPU, never is stale memory). Tuples of arguments and TMA descriptors count as the tensors in them.
 """
 
 import contextlib
@@ -29,15 +29,16 @@ class Launch:
     def __init__(self, kernel: str, arguments: dict[str, object]) -> None:
         self.kernel, self.loads = kernel, 0
         self.tensors = {name: t for name, value in arguments.items() for t in _tensors(value)}
-        inputs = [_addresses(t) for value in arguments.values() for t in _tensors(value)]
-        outputs = [_addresses(t) for name in OUTPUTS.get(kernel, ()) for t in _tensors(arguments.get(name))]
+        written = OUTPUTS.get(kernel, ())
+        inputs = [_addresses(t) for name, value in arguments.items() if name not in written for t in _tensors(value)]
+        outputs = [_addresses(t) for name in written for t in _tensors(arguments.get(name))]
         self.readable = np.unique(np.concatenate(inputs)) if inputs else np.zeros(0, np.int64)
         self.writable = np.unique(np.concatenate(outputs)) if outputs else np.zeros(0, np.int64)
         self.stores = np.zeros(self.writable.size, np.int64)
 
     def load(self, addresses: np.ndarray) -> None:
         self.loads += addresses.size
-        self._positions("load outside every argument", self.readable, addresses)
+        self._positions("load outside the inputs", self.readable, addresses)
 
     def store(self, addresses: np.ndarray) -> None:
         positions = self._positions("store outside the outputs", self.writable, addresses)
