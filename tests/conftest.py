@@ -25,7 +25,11 @@ def pytest_addoption(parser):
     parser.addoption("--all-mutants", action="store_true", help="break the kernels in every way in the table")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all-mutants"):
+        spared = [item for item in items if "mutant" in item.keywords]
+        config.hook.pytest_deselected(items=spared)
+        items[:] = [item for item in items if item not in spared]
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; this machine has none"))

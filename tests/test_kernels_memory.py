@@ -1,8 +1,5 @@
 """O7 to O9: the sanitizer sees planted faults, NaN canaries, guard pages, and offsets beyond 2^31."""
 
-import ctypes
-import ctypes.util
-import mmap
 import subprocess
 import sys
 import textwrap
@@ -13,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from oracles import sanitizer
+from oracles.memory import virtual
 
 from lora_kernels.kernels import matmul_expand, shrink, wgrad
 from lora_kernels.kernels._configs import MatmulConfig
@@ -105,7 +103,7 @@ GUARDED = """
     import conftest, torch
     from oracles import sanitizer
     sanitizer.state.on = False
-    from test_kernels_memory import before_guard_page
+    from oracles.memory import before_guard_page
     from lora_kernels.kernels import matmul_expand, shrink, wgrad
     x, w, a, b, dy = (before_guard_page(torch.randn(s)) for s in ((19, 35), (21, 35), (3, 35), (21, 3), (19, 21)))
     if {overrun}:
@@ -118,26 +116,6 @@ GUARDED = """
 """
 
 
-def _map(size, protection):
-    libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-    private_anonymous_noreserve = 0x02 | 0x20 | 0x4000
-    address = libc.mmap(None, size, protection, private_anonymous_noreserve, -1, 0)
-    assert address not in (None, ctypes.c_void_p(-1).value)
-    return libc, address
-
-
-def before_guard_page(t):
-    """A copy whose last byte touches a page that may not be read."""
-    size = t.numel() * t.element_size()
-    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    libc, address = _map(pages + mmap.PAGESIZE, 3)
-    libc.mprotect(ctypes.c_void_p(address + pages), mmap.PAGESIZE, 0)
-    raw = (ctypes.c_char * size).from_address(address + pages - size)
-    return torch.frombuffer(raw, dtype=t.dtype).view(t.shape).copy_(t)
-
-
 @interpreted
 @pytest.mark.parametrize("overrun", [False, True])
 def test_guard_pages(overrun):
@@ -148,14 +126,6 @@ def test_guard_pages(overrun):
         assert run.returncode < 0, "the guard page did not guard"
     else:
         assert "survived" in run.stdout, run.stderr[-2000:]
-
-
-def virtual(rows, row_stride, cols, col_stride):
-    """A tensor spread over more than 2^31 elements of address space, a few pages of which exist."""
-    span = (rows - 1) * row_stride + (cols - 1) * col_stride + 1
-    _, address = _map(span * 4, 3)
-    raw = (ctypes.c_char * (span * 4)).from_address(address)
-    return torch.frombuffer(raw, dtype=torch.float32).as_strided((rows, cols), (row_stride, col_stride))
 
 
 SPREADS = {"rows": (715_827_900, 1), "columns": (1, 226_050_911), "both": (613_566_757, 33_554_467)}
@@ -172,8 +142,31 @@ def test_offsets_beyond_32_bits(spread):
         return near, virtual(rows, strides[0], cols, strides[1]).copy_(near)
 
     (x, far_x), (w, far_w), (a, far_a) = draw(5, 19), draw(4, 19), draw(3, 19)
-    with sanitizer.off():
-        assert torch.equal(shrink(far_x, far_a, 1.0)[0], x @ a.T)
-        assert torch.equal(matmul_expand([(far_x, far_w), (far_x, far_w)]), 2 * x @ w.T)
-        assert torch.equal(wgrad(far_x, far_x, torch.float32), x.T @ x)
-        assert torch.equal(wgrad(far_x.t(), far_w.t(), torch.float32), x @ w.T)
+    keep = torch.full((5, 1), 0b0101, dtype=torch.uint8)
+    assert torch.equal(shrink(far_x, far_a, 1.0)[0], x @ a.T)
+    assert torch.equal(matmul_expand([(far_x, far_w), (far_x, far_w)]), 2 * x @ w.T)
+    assert torch.equal(matmul_expand([(x, w), (far_x, far_w)], keep=keep), x @ w.T * torch.tensor([2, 1, 2, 1]))
+    assert torch.equal(wgrad(far_x, far_x, torch.float32), x.T @ x)
+    assert torch.equal(wgrad(far_x.t(), far_w.t(), torch.float32), x @ w.T)
+
+
+@triton.jit
+def _first_column(x_ptr, y_ptr, stride, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    rows = tl.arange(0, BLOCK)
+    if WIDE:
+        rows = rows.to(tl.int64)
+    tl.store(y_ptr + rows, tl.load(x_ptr + rows * stride))
+
+
+@interpreted
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_32_bit_offset_is_caught(wide, monkeypatch):
+    monkeypatch.setitem(sanitizer.OUTPUTS, "_first_column", {"y_ptr"})
+    x, y = virtual(4, SPREADS["rows"][0], 1, 1).fill_(3.0), torch.empty(4)
+    if wide:
+        _first_column[(1,)](x, y, x.stride(0), WIDE=True, BLOCK=4)
+        assert (y == 3).all()
+    else:
+        with pytest.raises(triton.runtime.interpreter.InterpreterError) as error:
+            _first_column[(1,)](x, y, x.stride(0), WIDE=False, BLOCK=4)
+        assert "int32 overflow" in str(error.value.__cause__)

@@ -78,10 +78,8 @@ class TestMutants:
         run = smoke(tmp_path)
         assert "all passed" in run.stdout, run.stderr[-2000:]
 
-    @pytest.mark.parametrize("name", MUTANTS)
-    def test_is_killed(self, name, tmp_path, request):
-        if name not in ALWAYS and not request.config.getoption("--all-mutants"):
-            pytest.skip("runs with --all-mutants")
+    @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ALWAYS else pytest.mark.mutant) for n in MUTANTS])
+    def test_is_killed(self, name, tmp_path):
         run = smoke(tmp_path, MUTANTS[name])
         assert run.returncode != 0, "the mutant lives: no check saw it"
         assert "Traceback" in run.stderr or run.returncode < 0

@@ -95,12 +95,13 @@ def matmul_config(
         if rows > 64:
             return MatmulConfig(128, 128, 64, 8, 2, 8 if masked else 4, 3, 1 if masked else 2)
         return MatmulConfig(64, 128, 64, 8, 1, 4, 4, 2)
+    slices = 2 if masked else 1  # a masked product of the whole tile would spill
     if dtype.itemsize == 2:
-        base = MatmulConfig(128, 128, 32, 8, 2 if masked else 1, 8 if masked else 4, 4)
+        base = MatmulConfig(128, 128, 32, 8, slices, 8 if masked else 4, 4)
     elif tf32:
-        base = MatmulConfig(128, 64, 32, 8, 1, 4, 3)
+        base = MatmulConfig(128, 64, 32, 8, slices, 8 if masked else 4, 3)
     else:
-        base = MatmulConfig(64, 64, 32, 8, 1, 4, 3)
+        base = MatmulConfig(64, 64, 32, 8, slices, 4, 3)
     block_m, block_n = _fit(rows, base.block_m), _fit(cols, base.block_n)
     subtiles = min(base.subtiles, block_n // _TINY)
     return MatmulConfig(block_m, block_n, base.block_k, base.group_m, subtiles, base.num_warps, base.num_stages)

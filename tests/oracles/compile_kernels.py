@@ -53,20 +53,21 @@ def build(fn, types, constants, **options):
     )  # fmt: skip
 
 
-def matmul(config, dtype, tma, masked=False, transposed=False, precision="ieee", bias=True):
+def matmul(config, dtype, tma, masked=False, transposed=False, precision="ieee", bias=True, strided=False):
     kernel = sys.modules["lora_kernels.kernels.matmul_expand"]._matmul_expand_kernel
     count, m, n, k = 1 if masked else 2, config.block_m, config.block_n, config.block_k
     q_box = [k, n] if transposed else [n, k]
     operand = [f"tensordesc<{dtype}{box}>" if tma else "*" + dtype for box in ([m, k], q_box)]
     low_rank = "*" + dtype if masked else None
-    row, one = ("i32",) * count, (1,) * count
+    row, one = ("i32",) * count, ("i32" if strided else 1,) * count
+    unit = one[0]
     types = dict(
         ps=(operand[0],) * count, qs=(operand[1],) * count, masked_p=low_rank, masked_q=low_rank,
         y=f"tensordesc<{dtype}{[m, n // config.subtiles]}>" if tma else "*" + dtype,
         bias_ptr="*" + dtype if bias else None, keep_ptr="*u8" if masked else None, M="i32", N="i32", Ks=row,
         masked_K="i32" if masked else None, strides_pm=row, strides_pk=one,
         strides_qn=one if transposed else row, strides_qk=row if transposed else one,
-        stride_ym="i32", stride_mpm="i32", stride_mpk=1, stride_mqn=1, stride_mqk="i32", stride_bias=1,
+        stride_ym="i32", stride_mpm="i32", stride_mpk=unit, stride_mqn=unit, stride_mqk="i32", stride_bias=unit,
     )  # fmt: skip
     constants = dict(
         NUM_SOURCES=count, USE_TMA=tma, Q_ROWS_ARE_N=not transposed, STORE_TMA=tma, HAS_BIAS=bias, HAS_KEEP=masked,
@@ -99,6 +100,11 @@ def wgrads(dtype, masked, strided=False):
     )  # fmt: skip
     constants = dict(HAS_KEEP=masked, PRECISION="ieee", BLOCK_M=c.block_m, BLOCK_W=c.block_c, BLOCK_T=c.block_r)
     return build(kernel, types, constants, num_warps=c.num_warps, num_stages=c.num_stages)
+
+
+def reduce():
+    kernel = sys.modules["lora_kernels.kernels.wgrad"]._reduce_kernel
+    return build(kernel, dict(partial_ptr="*fp32", g_ptr="*bf16", numel="i32", splits="i32"), dict(BLOCK=1024))
 
 
 def narrow_products(ttir):
@@ -158,7 +164,9 @@ def main():
     pointers = configs.matmul_config(8192, 4096, bf16, False, False, 132)
     masked = configs.matmul_config(8192, 4096, bf16, False, True, 132)
     single = configs.matmul_config(8192, 4096, torch.float32, False, False, 132)
+    masked_single = configs.matmul_config(8192, 4096, torch.float32, False, True, 132)
     tf32 = configs.matmul_config(8192, 4096, torch.float32, False, False, 132, True)
+    masked_tf32 = configs.matmul_config(8192, 4096, torch.float32, False, True, 132, True)
     table = {
         "planted": (build(_planted_kernel, dict(x_ptr="*fp32", y_ptr="*fp32", stride="i32"), {}), "fp32"),
         "matmul forward": (matmul(big, "bf16", True), "bf16", True),
@@ -169,13 +177,18 @@ def main():
         "matmul pointers": (matmul(pointers, "bf16", False), "bf16"),
         "matmul masked pointers": (matmul(masked, "bf16", False, True, True), "bf16"),
         "matmul fp32": (matmul(single, "fp32", False), "fp32"),
+        "matmul masked fp32": (matmul(masked_single, "fp32", False, True, True, bias=False), "fp32"),
         "matmul fp32 tf32": (matmul(tf32, "fp32", False, precision="tf32"), "fp32"),
+        "matmul masked fp32 tf32": (matmul(masked_tf32, "fp32", False, True, True, "tf32", bias=False), "fp32"),
+        "matmul strided pointers": (matmul(pointers, "bf16", False, strided=True), "bf16"),
+        "matmul masked strided pointers": (matmul(masked, "bf16", False, True, strided=True), "bf16"),
         "shrink": (shrinks("bf16", False), "bf16"),
         "shrink dropout": (shrinks("bf16", True), "bf16"),
         "shrink dropout strided": (shrinks("fp32", True, True), "fp32"),
         "wgrad": (wgrads("bf16", False), "bf16"),
         "wgrad masked": (wgrads("bf16", True), "bf16"),
         "wgrad masked strided": (wgrads("fp32", True, True), "fp32"),
+        "wgrad reduce": (reduce(), "fp32"),
     }
     print(json.dumps({name: facts(*arguments) for name, arguments in table.items()}))
 

@@ -2,10 +2,11 @@
 
 For each launch: every load hits a logical element of an input (strides honoured, so the gap between the rows of a
 slice is out of bounds; what a launch writes itself is not there to be read), every store hits an output, each output
-element is stored exactly once (twice is a race on a GPU, never is stale memory). Tuples of arguments and TMA descriptors count as the tensors in them.
+element is stored exactly once (twice is a race on a GPU, never is stale memory). A 32-bit sum or product that overflows
+is an error as well. Tuples of arguments and TMA descriptors count as the tensors in them.
 """
 
-import contextlib
+import dataclasses
 import inspect
 
 import numpy as np
@@ -76,16 +77,6 @@ class _State:
 state = _State()
 
 
-@contextlib.contextmanager
-def off():
-    """Do not watch, for tests of memory that has too many addresses to list."""
-    state.on = False
-    try:
-        yield
-    finally:
-        state.on = True
-
-
 def install() -> None:
     """Hook the interpreter, once a process."""
     import triton.runtime.interpreter as interpreter
@@ -94,6 +85,8 @@ def install() -> None:
     if getattr(builder, "_sanitized", False):
         return
     builder._sanitized = True
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = dataclasses.replace(options, debug=True)  # checks int32 arithmetic
     stock_load, stock_store, stock_call = builder.create_masked_load, builder.create_masked_store, executor.__call__
 
     def lanes(ptrs, mask):

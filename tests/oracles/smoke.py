@@ -12,6 +12,7 @@ from lora_kernels import dropout, lora_linear
 from lora_kernels.kernels import matmul_expand, shrink, wgrad
 from lora_kernels.kernels._configs import MatmulConfig, WgradConfig
 from oracles import exact, philox
+from oracles.memory import virtual
 
 CASES = [  # M, K, N, r, p, dtype
     (33, 40, 35, 5, 0.5, torch.float32),
@@ -55,6 +56,36 @@ def kernels():
     assert torch.equal(matmul_expand([(big, torch.full((2, 129), 64.0, dtype=torch.float16))]).double().unique(), _one(64.0))
 
 
+def layouts():
+    """Nothing is contiguous, everything but the values is NaN; then offsets of more than 31 bits; then three sources."""
+    case = exact.draw(20, 24, 35, 3)
+    x, w, a, b, dy = (_sliced(getattr(case, n).float()) for n in ("x", "weight", "lora_A", "lora_B", "dy"))
+    for leaf in (x, a, b):
+        leaf.requires_grad_()
+    y = lora_linear(x, w, a, b, backend="triton") + case.bias
+    y.backward(dy)
+    for name, value in {"y": y, "dx": x.grad, "d_lora_A": a.grad, "d_lora_B": b.grad}.items():
+        assert torch.equal(value.detach().double(), case.truth()[name].double()), f"{name} of slices"
+    for strides in ((715_827_900, 1), (1, 226_050_911)):
+        near = torch.randint(-2, 3, (4, 10), generator=torch.Generator().manual_seed(0)).float()
+        far = virtual(4, strides[0], 10, strides[1]).copy_(near)
+        keep = torch.full((4, 1), 0b0110, dtype=torch.uint8)
+        assert torch.equal(shrink(far, far, 1.0)[0], near @ near.T), "shrink far away"
+        assert torch.equal(wgrad(far, far, torch.float32), near.T @ near), "wgrad far away"
+        y = matmul_expand([(far, far), (near, near), (far, far)], keep=keep)
+        assert torch.equal(y, near @ near.T * torch.tensor([2, 3, 3, 2])), "matmul_expand far away"
+
+
+def roundings():
+    """s is rounded once, after its scaling: 3 · (1 + 2^-9) in bf16 and fp16 is not 3 · round(1 + 2^-9)."""
+    for dtype, small in ((torch.bfloat16, 2.0**-9), (torch.float16, 2.0**-12)):
+        x = torch.tensor([[1.0, small]], dtype=dtype)
+        s, _ = shrink(x, torch.ones(1, 2, dtype=dtype), 3.0)
+        assert s.item() == torch.tensor(3.0 * (1 + small), dtype=torch.float64).to(dtype).item(), "s rounded twice"
+        y = matmul_expand([(x[:, :1], x[:, :1]), (x[:, 1:], torch.ones(1, 1, dtype=dtype))], torch.tensor([2 * small]))
+        assert y.item() == torch.tensor(1 + 3 * small, dtype=torch.float64).to(dtype).item(), "y rounded twice"
+
+
 def seeds():
     """All 64 bits of the seed count, and every call draws another one."""
     launcher, stock = sys.modules["lora_kernels.kernels.shrink"], dropout.draw_seed
@@ -67,6 +98,11 @@ def seeds():
     assert not torch.equal(first, second), "two calls, one mask"
 
 
+def _sliced(t):
+    """The tensor inside a larger one full of NaN, every other column."""
+    return torch.full((t.shape[0] + 1, 2 * t.shape[1] + 1), float("nan"))[1:, 1::2].copy_(t)
+
+
 def _one(value):
     return torch.tensor([value], dtype=torch.float64)
 
@@ -75,5 +111,7 @@ if __name__ == "__main__":
     for arguments in CASES:
         layer(*arguments)
     kernels()
+    layouts()
+    roundings()
     seeds()
     print("smoke: all passed")
