@@ -66,7 +66,7 @@ def plan_steps(rehearse: bool) -> list[Step]:
         tiny = ("--quick", "--no-compile", "--device", "cpu", "--rounds", "2", "--dtype", "bf16")
         return [
             Step("gpu_tests", (*tests, "--collect-only"), 60, fine=(0, 5)),  # 5: no such tests
-            Step("verify", (*cli, "verify", "--quick", "--json", "{file}"), 120),
+            Step("verify", (*cli, "verify", "--quick", "--json", "{file}", "--minutes", "{minutes}"), 120),
             Step("llama-8b", _bench(*tiny, "--p", "0", "0.1"), 120),
             Step("lorafusion", _bench(*tiny, "--m", "16", "32", "--p", "0.1"), 120),
             Step("memory", _bench(*tiny, "--memory-only"), 120),
@@ -75,7 +75,7 @@ def plan_steps(rehearse: bool) -> list[Step]:
     weigh = ("--memory-only", "--no-compile", "--m", "2048", "32768")
     return [
         Step("gpu_tests", tests, 100),
-        Step("verify", (*cli, "verify", "--json", "{file}"), 120),
+        Step("verify", (*cli, "verify", "--json", "{file}", "--minutes", "{minutes}"), 120),
         Step("llama-8b", _bench("--preset", "llama-8b", *both), 200),
         Step("lorafusion", _bench("--preset", "lorafusion", "--m", "2048", "4096", "6144", "8192", *both, *lean), 100),
         Step("qwen-32b", _bench("--preset", "qwen-32b", *both, *lean), 60),

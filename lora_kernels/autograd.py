@@ -1,4 +1,4 @@
-"""LoRA's forward and backward as five products over three contractions, and the one autograd Function.
+"""LoRA's forward and backward as six products over three contractions, and the one autograd Function.
 
     forward    s  = scaling · D(x) Aᵀ               shrink
                y  = x Wᵀ + s Bᵀ + bias              matmul_expand

@@ -1,7 +1,7 @@
 """Every error a user can see from the functional call: checked before anything is computed or launched.
 
 Each message names the argument, says what it is, what would be right, and, where there is one, a way out.
-`problem_sizes` is on the path of every call, so it compares first and words the error only when it has to.
+`check_call` is on the path of every call, so it compares first and words the error only when it has to.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 Every case runs the layer forward and backward and holds each output to two rules (lora_kernels.numerics):
   rule 1   every element within its own a-priori error bound
-  rule 2   outputs of 2,048 elements or more: rms error at most twice that of PyTorch's operators
+  rule 2   outputs of enough numbers: rms error at most twice that of PyTorch's operators
 Shown is how much of each limit the worst output used; 1 and below passes. A case must also give the same bits twice,
 leave its inputs as they were, and drop exactly the elements that its backend's dropout rule says.
 
@@ -38,7 +38,6 @@ LAYOUTS = (
     "all sliced",
 )  # fmt: skip
 _QUICK_LAYOUTS = ("x transposed", "x 4-D", "bias", "all sliced")
-_RULE_2_ROWS = 16
 _OPERANDS = ("x", "weight", "lora_A", "lora_B", "dy", "bias")
 
 
@@ -85,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="where to run, cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
     parser.add_argument("--backend", choices=("triton", "torch"), help="only this backend")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after this long")
     parser.add_argument("--seed", type=int, default=0, help="of the numbers and the dropout masks (default: 0)")
 
 
@@ -105,29 +105,20 @@ def run(args: argparse.Namespace) -> int:
     if device.type == "cpu":
         torch.set_num_threads(1)  # small products: more threads hardly help, and on a busy machine cost a lot
     try:
-        results = _run_all(console, cases, device, args.seed)
+        results = _run_all(console, cases, device, args.seed, start + args.minutes * 60)
     finally:
         torch.set_num_threads(threads)
     failed = sum(not result.ok for result in results)
     summary = _summary(cases, results, time.perf_counter() - start)
     console.print(summary, style="bold red" if failed else "bold green")
     if args.json:
-        records = [_finite(asdict(case) | asdict(result)) for case, result in zip(cases, results, strict=True)]
+        records = [asdict(case) | asdict(result) for case, result in zip(cases, results, strict=False)]
         _machine.write_json(
             args.json,
             dict(command="verify", device=str(device), seed=args.seed, quick=args.quick, notes=notes, summary=summary,
-                 passed=len(results) - failed, failed=failed, cases=records),
+                 passed=len(results) - failed, failed=failed, not_run=len(cases) - len(results), cases=records),
         )  # fmt: skip
     return 1 if failed else 0
-
-
-def _finite(value: Any) -> Any:
-    """The value with None for infinities and NaNs, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _refuse(console: Console, message: str) -> int:
@@ -239,9 +230,7 @@ def _examine(case: Case, device: torch.device, seed: int) -> Result:
     after = _bytes(problem)
     messages = [f"{name} was written to" for name in before if not torch.equal(before[name], after[name])]
     messages += [f"{name} differs from run to run" for name in actual if not _same_bits(actual[name], again[name])]
-    # the gradients of a few rows all ride on the same few sums: too few to compare two rms errors by
-    baseline = numerics.eager(problem) if case.m >= _RULE_2_ROWS else None
-    findings = numerics.check(actual, problem, baseline, split=case.backend == "torch")
+    findings = numerics.check(actual, problem, numerics.eager(problem), split=case.backend == "torch")
     messages = [finding.message for finding in findings if not finding.ok] + messages
     rule_2 = max((finding.rule_2 for finding in findings if finding.rule_2 is not None), default=None)
     return Result(not messages, max(finding.rule_1 for finding in findings), rule_2, "; ".join(messages), findings)
@@ -260,7 +249,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def _run_all(console: Console, cases: list[Case], device: torch.device, seed: int) -> list[Result]:
+def _run_all(console: Console, cases: list[Case], device: torch.device, seed: int, end: float) -> list[Result]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
     )  # fmt: skip
@@ -269,6 +258,8 @@ def _run_all(console: Console, cases: list[Case], device: torch.device, seed: in
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("verifying", total=len(cases))
         for case in cases:
+            if time.perf_counter() > end:
+                break
             try:
                 result = _examine(case, device, seed)
             except Exception as error:  # a kernel that does not compile or launch fails its case, not the command
@@ -299,12 +290,13 @@ def _summary(cases: list[Case], results: list[Result], seconds: float) -> str:
     for rule in ("rule_1", "rule_2"):
         used = [
             (getattr(finding, rule), f"{finding.name}, {case.backend} {case.dtype} {case.shape()}")
-            for case, result in zip(cases, results, strict=True)
+            for case, result in zip(cases, results, strict=False)
             for finding in result.findings
             if getattr(finding, rule) is not None
         ]
         worst[rule] = "-" if not used else "{:.2f} ({})".format(*max(used))
+    late = f", {len(cases) - len(results)} not run for lack of time" if len(results) < len(cases) else ""
     return (
-        f"{len(results) - failed} passed, {failed} failed in {seconds:.1f} s\n"
+        f"{len(results) - failed} passed, {failed} failed{late} in {seconds:.1f} s\n"
         f"worst use of rule 1: {worst['rule_1']}\nworst use of rule 2: {worst['rule_2']}"
     )
