@@ -187,8 +187,9 @@ def rms(t: Tensor) -> float:
 
 
 def _check_one(
-    name: str, actual: Tensor, truth: Tensor, allowed: Tensor, dtype: torch.dtype, baseline: Tensor | None, rule_2_applies: bool
-) -> Finding:
+    name: str, actual: Tensor, truth: Tensor, allowed: Tensor, dtype: torch.dtype, baseline: Tensor | None,
+    rule_2_applies: bool,
+) -> Finding:  # fmt: skip
     if actual.shape != truth.shape or actual.dtype != dtype:
         got, want = (f"{t} {tuple(s)}" for t, s in ((actual.dtype, actual.shape), (dtype, truth.shape)))
         return Finding(name, False, float("inf"), None, None, f"{name} is {got}, expected {want}")
