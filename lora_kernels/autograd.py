@@ -9,8 +9,8 @@
 
 The contractions come from a backend (`plan.contractions`); this file knows none of them. Dropout's factor
 `keep_scale` rides in the two shrinks with the scaling, on their accumulators, so everything else sees a 0/1 mask.
-Saved for backward: x, the parameters, s (M·r elements) and, with dropout, the mask; and of these only what the
-gradients that were asked for need. No input is ever written.
+Saved for backward: x, W, A and B in x's dtype (the parameters themselves unless they are wider), s (M·r elements)
+and, with dropout, the mask; and of these only what the gradients that were asked for need. No input is ever written.
 """
 
 import torch
@@ -28,10 +28,9 @@ def forward(
     scaling: float, dropout_p: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Compute y `[*, out]`, and what backward needs of the way there: s `[M, r]` and the backend's mask."""
-    ops, dtype = plan.contractions(backend), x.dtype
-    rows = _rows(x)
-    s, keep = ops.shrink(rows, _as(lora_A, dtype), scaling * keep_scale(dropout_p), dropout_p)
-    y = ops.matmul_expand([(rows, weight), (s, _as(lora_B, dtype))], bias)
+    ops, rows = plan.contractions(backend), _rows(x)
+    s, keep = ops.shrink(rows, _as(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p)
+    y = ops.matmul_expand([(rows, weight), (s, _as(lora_B, x.dtype))], bias)
     return y.view(*x.shape[:-1], weight.shape[0]), s, keep
 
 
@@ -44,13 +43,15 @@ class LoRALinearFunction(torch.autograd.Function):
         scaling: float, dropout_p: float, backend: str,
     ) -> Tensor:  # fmt: skip
         """Compute y and save for backward what the gradients that are needed need."""
+        ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
+        lora_A, lora_B = _as(lora_A, x.dtype), _as(lora_B, x.dtype)
         y, s, keep = forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
         need_x, need_weight, need_A, need_B, _ = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
             x if need_A or need_weight else None,
             weight if need_x else None,
-            lora_A if need_x or need_A else None,
-            lora_B if need_x or need_A or need_B else None,
+            lora_A if need_x else None,
+            lora_B if need_x or need_A else None,
             s if need_B else None,
             keep if need_x or need_A else None,
         )
@@ -66,13 +67,13 @@ class LoRALinearFunction(torch.autograd.Function):
         ops, dy = plan.contractions(ctx.backend), _rows(dy)
         dx = dweight = d_lora_A = d_lora_B = dbias = None
         if need_x or need_A:
-            ds, _ = ops.shrink(dy, _as(lora_B, dy.dtype).t(), ctx.alpha)
+            ds, _ = ops.shrink(dy, lora_B.t(), ctx.alpha)
         if need_x:
-            dx = ops.matmul_expand([(dy, weight.t()), (ds, _as(lora_A, dy.dtype).t())], keep=keep).view(ctx.x_shape)
+            dx = ops.matmul_expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep).view(ctx.x_shape)
         if need_A:
-            d_lora_A = ops.wgrad(ds, _rows(x), lora_A.dtype, keep)
+            d_lora_A = ops.wgrad(ds, _rows(x), ctx.adapter_dtypes[0], keep)
         if need_B:
-            d_lora_B = ops.wgrad(dy, s, lora_B.dtype)
+            d_lora_B = ops.wgrad(dy, s, ctx.adapter_dtypes[1])
         if need_weight:
             dweight = torch.mm(dy.t(), _rows(x))
         if need_bias:
