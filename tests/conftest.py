@@ -40,6 +40,11 @@ def device() -> str:
     return "cuda" if HAS_GPU else "cpu"
 
 
+@pytest.fixture
+def no_peft(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)  # `import peft` raises ImportError
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """What is allocated and never written must show: NaN in floats, a pattern in bytes."""

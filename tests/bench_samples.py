@@ -1,0 +1,73 @@
+"""What the tests of the benchmark share: a small setting, made-up results, a printed page."""
+
+import argparse
+import dataclasses
+
+import torch
+from rich.console import Console
+
+from lora_kernels.cli import bench
+from lora_kernels.cli._baselines import PROVIDERS, Provider
+from lora_kernels.cli._bench_case import Settings
+from lora_kernels.cli._presets import Shape
+
+CPU = torch.device("cpu")
+SHAPE = Shape(48, 64, 40)
+
+
+def settings(dtype=torch.float32, **kwargs):
+    return Settings(CPU, dtype, compiled=False, rounds=2, **kwargs)
+
+
+def arguments(*argv):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    parser.add_argument("--json")
+    common = ("--device", "cpu", "--no-compile", "--rounds", "2")
+    return parser.parse_args([*common, *map(str, argv)])
+
+
+def sample_case(ours=1.0, floor=0.8, peft=2.0, label="q, o"):
+    def row(name, seconds, **more):
+        taken = {} if seconds is None else {"both": {"median": seconds, "q1": seconds, "q3": seconds, "to_floor": 1.25,
+                 "flops_per_second": 1e12, "of_peak": 0.5}}  # fmt: skip
+        return {"label": name, "reason": "", "seconds": taken, "saved_bytes": 2**20, "peak_bytes": 2**21} | more
+
+    return {
+        "shape": {"m": 1, "k": 2, "n": 3, "label": label}, "r": 16, "p": 0.1, "dtype": "bfloat16",
+        "split_minimum_bytes": 2**20, "flops": {"forward": 1, "backward": 2},
+        "providers": {
+            "frozen": row("floor", floor), "ours": row("lora_kernels [triton]", ours), "peft": row("PEFT", peft),
+            "addmm": row("chain", None, reason="RuntimeError: no such thing"),
+        },
+    }  # fmt: skip
+
+
+def printed(renderable):
+    console = Console(width=150, file=open("/dev/null", "w"), record=True)  # noqa: SIM115
+    console.print(renderable)
+    console.file.close()
+    return console.export_text()
+
+
+def broken(forward=None, gradients=lambda g: g):
+    """This package's provider with something wrong in it; counts its calls."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Broken(Provider):
+        def backward(self, y, dy=None):
+            return gradients(super().backward(y, dy))
+
+    calls = []
+
+    def build(problem, backend):
+        good = PROVIDERS["peft"](problem, backend)
+        fields = {f.name: getattr(good, f.name) for f in dataclasses.fields(Provider)}
+
+        def count():
+            calls.append(1)
+            return (forward or (lambda y, problem: y))(good.forward(), problem)
+
+        return Broken(**fields | {"label": "broken", "forward": count})
+
+    return build, calls

@@ -1,0 +1,140 @@
+"""The benchmark as its user sees it: the command, its tables, its plot, its JSON."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+from bench_samples import arguments, broken, printed, sample_case
+
+from lora_kernels.cli import _bench_plot, _bench_view, bench
+from lora_kernels.cli._baselines import PROVIDERS
+from lora_kernels.cli._machine import write_json
+
+
+@pytest.mark.usefixtures("no_peft")
+def test_the_command_writes_what_it_shows(tmp_path, capsys):
+    file = tmp_path / "b.json"
+    assert bench.run(arguments("--shape", "32x48x40", "--r", 4, 8, "--p", 0, 0.1, "--json", file)) == 0
+    shown = capsys.readouterr().out
+    written = json.loads(file.read_text())
+    assert written["command"] == "bench"
+    assert written["complete"] is True
+    assert written["machine"]["torch"] == torch.__version__
+    assert written["peaks"]["matmul_flops_per_second"] > 0
+    assert "measured in this run" in written["peaks"]["matmul"]
+    assert [(case["r"], case["p"]) for case in written["cases"]] == [(4, 0), (4, 0.1), (8, 0), (8, 0.1)]
+    for case in written["cases"]:
+        assert case["flops"]["forward"] == 2 * 32 * 48 * 40 + 2 * 32 * case["r"] * 88
+        assert case["providers"]["peft"]["model"]["launches"] == (14 if case["p"] else 12)
+        assert case["providers"]["ours"]["peak_bytes"] is None  # a CPU's is not measured, so not given
+    assert shown.count("32x48x40") == 4
+    assert f"{written['speedups']['peft']['geometric_mean']:.3f}x" in shown
+    assert f"torch {torch.__version__}" in shown
+    busy = any(t["of_peak"] > 1 for c in written["cases"] for r in c["providers"].values() for t in r["seconds"].values())
+    assert ("above 100 %" in shown) == busy
+
+
+@pytest.mark.usefixtures("no_peft")
+def test_a_wrong_result_of_ours_is_the_exit_status(monkeypatch, capsys):
+    build, _ = broken(forward=lambda y, problem: y + 1)
+    monkeypatch.setitem(PROVIDERS, "ours", build)
+    assert bench.run(arguments("--shape", "32x48x40")) == 1
+    assert "wrong result, not timed" in capsys.readouterr().out
+
+
+def test_out_of_time_is_said(tmp_path, capsys):
+    file = tmp_path / "b.json"
+    assert bench.run(arguments("--preset", "lorafusion", "--minutes", 0, "--json", file)) == 0
+    written = json.loads(file.read_text())
+    assert written["complete"] is False
+    assert (len(written["cases"]), len(written["skipped"])) == (0, 75)
+    assert "75 of 75 cases were not run" in capsys.readouterr().out
+
+
+def test_what_cannot_be_asked_for_is_refused(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    in_a_file = tmp_path / "file" / "x"
+    monkeypatch.setattr(bench, "_run_all", lambda *_: pytest.fail("it was measured first"))
+    for argv, message in (
+        (("--cuda-graph",), "needs a GPU"),
+        (("--p", 0.1, 1.0), "--p 1: a dropout probability is at least 0 and below 1"),
+        (("--p", math.nan), "--p nan"),
+        (("--r", 4, 0), "--r 0: at least 1"),
+        (("--m", -1), "--m -1: at least 1"),
+        (("--rounds", 0), "--rounds 0: at least 1"),
+        (("--json", in_a_file), f"--json {in_a_file}: "),
+        (("--plot", in_a_file), f"--plot {in_a_file}: "),
+        (("--json", tmp_path), f"--json {tmp_path}: cannot be written"),
+    ):
+        assert bench.run(arguments(*argv)) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert bench.run(arguments("--quick", "--plot", "a.png")) == 2
+    assert "lora-kernels[bench]" in capsys.readouterr().err
+
+
+def test_labels_are_those_that_were_built():
+    unbuilt = sample_case()
+    unbuilt["providers"]["peft"]["label"] = "peft"
+    assert _bench_view.labels_of([unbuilt, sample_case()])["peft"] == "PEFT"
+    assert list(_bench_view.labels_of([unbuilt])) == ["frozen", "ours", "peft", "addmm"]
+
+
+def test_geometric_mean():
+    over_peft = _bench_view.speedups([sample_case(peft=2.0), sample_case(peft=8.0)])["peft"]
+    assert over_peft == {"geometric_mean": pytest.approx(4.0), "worst": 2.0, "best": 8.0, "cases": 2}
+
+
+def test_one_pass_alone(capsys):
+    assert bench.run(arguments("--quick", "--m", 8, 9, 10, 11, "--pass", "forward", "--providers", "frozen", "ours")) == 0
+    shown = capsys.readouterr().out
+    assert "forward, ms" in shown
+    assert "above 1 is faster), forward\n" in shown
+    assert "over frozen linear" in shown
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [(None, "-"), (0, "0.0"), (32 << 10, "0.031"), (1 << 18, "0.25"), (4 << 20, "4"), (1346 << 20, "1346.0")],
+)
+def test_little_memory_is_not_nothing(size, shown):
+    assert _bench_view.mib(size) == shown
+
+
+def test_host_time_is_shown_where_it_was_taken():
+    case = sample_case()
+    assert "host us" not in printed(_bench_view.case_table(case))
+    case["providers"]["ours"]["seconds"]["both"]["host_median"] = 0.000123
+    assert " 123 " in printed(_bench_view.case_table(case))
+
+
+def test_a_narrow_screen_gets_two_tables():
+    wide, narrow = (printed(_bench_view.case_table(sample_case(), width)) for width in (150, 80))
+    assert wide.count("lora_kernels [triton]") == 1
+    assert narrow.count("lora_kernels [triton]") == 2
+
+
+def test_a_sweep_is_a_row_a_case():
+    text = printed(_bench_view.sweep_table([sample_case(peft=2.0), sample_case(peft=8.0)]))
+    assert text.count("1x2x3") == 2
+    assert "8.000" in text
+    assert "chain: RuntimeError: no such thing" in text
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    _bench_plot.plot([sample_case(), sample_case(peft=3.0)], "made on paper", str(tmp_path / "p.png"))
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_is_json_and_never_half(tmp_path):
+    file = tmp_path / "deep" / "x.json"
+    write_json(file, {"a": [math.inf, 1.5], "b": {"c": math.nan}})
+    read = json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert read["a"] == ["inf", 1.5]
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert json.loads(file.read_text()) == read
+    assert [path.name for path in file.parent.iterdir()] == ["x.json"]
