@@ -41,11 +41,12 @@ from lora_kernels.kernels._launch import LAUNCH_OPTIONS, capability, num_sms, on
 __all__ = ["matmul_expand"]
 
 Source = tuple[Tensor, Tensor]
+MAX_SOURCES = 4  # what the kernel's signature holds, beside a masked one
 
 
 @triton.jit
 def _matmul_expand_kernel(
-    ps, qs, y, masked_p, masked_q, bias_ptr, keep_ptr,
+    p0, p1, p2, p3, q0, q1, q2, q3, y, masked_p, masked_q, bias_ptr, keep_ptr,
     M, N, Ks, masked_K,
     strides_pm, strides_pk, strides_qn, strides_qk,
     stride_ym, stride_mpm, stride_mpk, stride_mqn, stride_mqk, stride_bias,
@@ -55,6 +56,8 @@ def _matmul_expand_kernel(
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Each program walks tiles of y, and for each tile the K steps of every source in turn."""
+    # arguments of their own, because Triton 3.6 cannot launch with descriptors inside a tuple
+    ps, qs = (p0, p1, p2, p3), (q0, q1, q2, q3)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     steps = 0
     for i in tl.static_range(NUM_SOURCES):
@@ -142,7 +145,7 @@ def matmul_expand(
     """Compute y = Σᵢ pᵢ qᵢᵀ + bias, `[M, N]`, with the last product masked by `keep`.
 
     Args:
-        sources: Pairs (p `[M, Kᵢ]`, q `[N, Kᵢ]`), the largest first.
+        sources: Pairs (p `[M, Kᵢ]`, q `[N, Kᵢ]`), the largest first; four at most, and one more if `keep` masks it.
         bias: `[N]` or None.
         keep: Packed mask `[M, ceil(N/8)]` of the last product, or None.
         config: Tile to use in place of the rule's.
@@ -163,10 +166,11 @@ def matmul_expand(
         ps, qs, y_arg = _descriptors(summed, y, config, q_rows_are_n, store_tma)
     else:
         store_tma, (ps, qs), y_arg = False, zip(*summed, strict=True), y
+    absent = (None,) * (MAX_SOURCES - len(summed))
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n)
     with on_device(p):
         _matmul_expand_kernel[(min(tiles, num_sms(device) * config.ctas_per_sm),)](
-            ps, qs, y_arg, *masked, bias, keep,
+            *ps, *absent, *qs, *absent, y_arg, *masked, bias, keep,
             rows, cols, tuple(p.shape[1] for p, _ in summed), rank,
             *(tuple(pair[side].stride(dim) for pair in summed) for side in (0, 1) for dim in (0, 1)),
             y.stride(0), *(masked[0].stride() + masked[1].stride() if rank else (0, 0, 0, 0)),

@@ -62,7 +62,8 @@ def matmul(config, dtype, tma, masked=False, transposed=False, precision="ieee",
     row, one = ("i32",) * count, ("i32" if strided else 1,) * count
     unit = one[0]
     types = dict(
-        ps=(operand[0],) * count, qs=(operand[1],) * count, masked_p=low_rank, masked_q=low_rank,
+        **{f"{side}{i}": operand[j] if i < count else None for j, side in enumerate("pq") for i in range(4)},
+        masked_p=low_rank, masked_q=low_rank,
         y=f"tensordesc<{dtype}{[m, n // config.subtiles]}>" if tma else "*" + dtype,
         bias_ptr="*" + dtype if bias else None, keep_ptr="*u8" if masked else None, M="i32", N="i32", Ks=row,
         masked_K="i32" if masked else None, strides_pm=row, strides_pk=one,
