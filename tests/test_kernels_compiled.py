@@ -8,16 +8,21 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "oracles" / "compile_kernels.py"
+ORACLES = Path(__file__).parent / "oracles"
+
+
+def run_compiled(script):
+    """Run an oracle in a process where Triton does not interpret; its last line of output."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, str(ORACLES / script)], capture_output=True, text=True, env=env, timeout=280)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
 def facts():
-    """Facts of every kernel variant, compiled in a process where Triton does not interpret."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, env=env, timeout=280)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    """Facts of every kernel variant."""
+    return json.loads(run_compiled("compile_kernels.py"))
 
 
 def test_no_32_bit_product_reaches_a_pointer(facts):
@@ -45,3 +50,9 @@ def test_hopper_matmuls_use_wgmma_and_descriptors(facts):
         assert f["wgmma"], name
         assert f["tma_loads"] >= 2, name
         assert f["shared"] <= 232_448, name
+
+
+def test_every_launch_is_laid_out_as_its_kernel_takes_it():
+    assert "88 launches of _matmul_expand_kernel _reduce_kernel _shrink_kernel _wgrad_kernel" in run_compiled(
+        "dry_launch.py"
+    )

@@ -1,0 +1,151 @@
+"""Every launch of the layer, as far as a machine without a GPU can take it; run as a script, not interpreted.
+
+The launchers run on CPU tensors for an imagined sm_90 GPU: Triton binds and specialises the real arguments, compiles the
+kernel, checks its shared memory, and lays out the arguments as its own CUDA launcher does. What the launcher is then
+handed is held against what the compiled kernel takes, argument by argument. Only the launch itself is left out.
+"""
+
+import re
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+
+from lora_kernels import plan
+from lora_kernels.autograd import LoRALinearFunction
+from lora_kernels.kernels import _launch, matmul_expand  # noqa: F401
+
+H200 = dict(max_shared_mem=232_448, max_num_regs=65_536, multiprocessor_count=132, warpSize=32)
+launched = []
+
+
+class Descriptor:
+    """Stands for the CUtensorMap that a GPU's driver would make."""
+
+
+class Launcher:
+    """Checks the arguments of a launch against the kernel's signature, through Triton's own argument layout."""
+
+    def __init__(self, source, metadata):
+        self.name, signature = source.fn.__name__, dict(enumerate(source.signature.values()))
+        descriptors = getattr(metadata, "tensordesc_meta", None)
+        if hasattr(nvidia, "make_launcher"):  # Triton 3.6 to 3.8 write the launcher as C, which says what it parses
+            position = source.fn.arg_names.index
+            constants = {(position(k),) if isinstance(k, str) else k: v for k, v in source.constants.items()}
+            code = nvidia.make_launcher(constants, signature, descriptors)
+            form = re.search(r'PyArg_ParseTuple\(args, "([^"]*)"', code)[1]
+            self.expected = _tree(iter(form[nvidia._BASE_ARGS_FORMAT_LEN :]))
+            self.base = nvidia._BASE_ARGS_FORMAT_LEN
+        else:
+            self.expected = nvidia.expand_signature(signature.values(), descriptors, "nvTmaDesc")
+            self.base = None
+        self.wrapped = nvidia.wrap_handle_tensordesc(self._check, signature, descriptors)
+
+    def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *args):
+        assert x > 0 and y > 0 and z > 0, (self.name, x, y, z)
+        if self.base:
+            self.wrapped(*(None,) * self.base, *args)
+        else:
+            self.wrapped(None, args)
+        launched.append(self.name)
+
+    def _check(self, *args):
+        _match(args[self.base :] if self.base else args[-1], self.expected, self.name)
+
+
+def _tree(characters):
+    """The nesting of a format of PyArg_ParseTuple."""
+    nodes = []
+    for c in characters:
+        if c == ")":
+            break
+        nodes.append(tuple(_tree(characters)) if c == "(" else c)
+    return nodes
+
+
+def _match(args, expected, name):
+    assert len(args) == len(expected), f"{name}: {len(args)} arguments for {len(expected)}: {args} for {expected}"
+    for arg, kind in zip(args, expected, strict=True):
+        if isinstance(kind, tuple):
+            assert isinstance(arg, tuple), (name, arg, kind)
+            _match(arg, kind, name)
+        elif kind == "nvTmaDesc":
+            assert isinstance(arg, Descriptor), (name, arg, kind)
+        elif kind.startswith("*"):
+            assert arg is None or hasattr(arg, "data_ptr"), (name, arg, kind)
+        elif kind in ("i1", "i32", "i64", *"bhilLBHIK"):
+            assert isinstance(arg, int), (name, arg, kind)
+        elif kind in ("fp32", "f32", *"fd"):
+            assert isinstance(arg, float), (name, arg, kind)
+        else:
+            assert kind in ("constexpr", "O"), f"{name}: {kind} of {arg}"
+            assert not type(arg).__name__.startswith("TensorDescriptor"), f"{name}: a descriptor was not laid out"
+
+
+class Utils:
+    def get_device_properties(self, device):
+        return H200
+
+    def load_binary(self, name, kernel, shared, device):
+        assert shared <= H200["max_shared_mem"], (name, shared)
+        return 1, 1, 0, 0, 1024
+
+    def fill_tma_descriptor(self, pointer, swizzle, elem_size, elem_type, block_size, shape, strides, padding):
+        assert pointer % 16 == 0 and all(s * elem_size % 16 == 0 for s in strides[:-1]), (pointer, strides)
+        assert all(0 < b <= 256 for b in block_size) and all(s > 0 for s in shape), (block_size, shape)
+        return Descriptor()
+
+    fill_tma_descriptor_tiled = fill_tma_descriptor
+
+
+class Driver:
+    utils, launcher_cls = Utils(), Launcher
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def layer(m, k, n, r, dtype, p=0.0, bias=False, strided=False, adapters=None):
+    def make(*shape, dtype=dtype):
+        t = torch.zeros(*shape, dtype=dtype)
+        return (torch.zeros(*shape[:-1], shape[-1] + 3, dtype=dtype)[..., 1:-2] if strided else t).requires_grad_()
+
+    adapters = adapters or dtype
+    tensors = make(m, k), make(n, k).detach(), make(r, k, dtype=adapters), make(n, r, dtype=adapters)
+    y = LoRALinearFunction.apply(*tensors, make(n).detach() if bias else None, 2.0, p, "triton")
+    y.backward(torch.zeros_like(y))
+
+
+def main():
+    triton.runtime.driver.set_active(Driver())
+    _launch.capability = lambda device: (9, 0)
+    _launch.num_sms = lambda device: H200["multiprocessor_count"]
+    module = sys.modules["lora_kernels.kernels.matmul_expand"]  # the package's name of that is the function
+    module.capability, module.num_sms = _launch.capability, _launch.num_sms
+    plan.interpreting = lambda: True
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for dtype in (bf16, fp16, fp32):
+        layer(512, 256, 384, 16, dtype, bias=True)
+        layer(512, 256, 384, 16, dtype, p=0.1)
+    layer(2048, 4096, 4096, 8, bf16, p=0.1, adapters=fp32)  # wide tiles
+    layer(2048, 4096, 4096, 64, bf16)
+    layer(33, 40, 48, 3, bf16, p=0.1)
+    layer(33, 41, 47, 3, bf16, bias=True)  # no descriptors
+    layer(33, 40, 48, 3, fp16, p=0.1, strided=True)
+    layer(1, 1, 1, 1, bf16, p=0.5)
+    print("dry launch:", len(launched), "launches of", *sorted(set(launched)))
+
+
+if __name__ == "__main__":
+    main()
