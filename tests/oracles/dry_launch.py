@@ -44,7 +44,7 @@ class Launcher:
         self.wrapped = nvidia.wrap_handle_tensordesc(self._check, signature, descriptors)
 
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *args):
-        assert x > 0 and y > 0 and z > 0, (self.name, x, y, z)
+        assert min(x, y, z) > 0, (self.name, x, y, z)
         if self.base:
             self.wrapped(*(None,) * self.base, *args)
         else:
@@ -93,8 +93,9 @@ class Utils:
         return 1, 1, 0, 0, 1024
 
     def fill_tma_descriptor(self, pointer, swizzle, elem_size, elem_type, block_size, shape, strides, padding):
-        assert pointer % 16 == 0 and all(s * elem_size % 16 == 0 for s in strides[:-1]), (pointer, strides)
-        assert all(0 < b <= 256 for b in block_size) and all(s > 0 for s in shape), (block_size, shape)
+        assert not any(n % 16 for n in (pointer, *(s * elem_size for s in strides[:-1]))), (pointer, strides)
+        assert all(0 < b <= 256 for b in block_size), block_size
+        assert min(shape) > 0, shape
         return Descriptor()
 
     fill_tma_descriptor_tiled = fill_tma_descriptor
