@@ -160,6 +160,14 @@ def test_verify_does_not_pass_off_bf16_kernels_as_verified_in_the_interpreter():
     assert "bf16 kernels need a GPU" in done.stdout
 
 
+@pytest.mark.skipif(ON_GPU, reason="there kernels are compiled, not interpreted")
+@pytest.mark.parametrize(("triton", "runs"), [("3.6.0", False), ("3.7.1", True)])
+def test_verify_says_that_an_old_interpreter_needs_an_old_numpy(monkeypatch, triton, runs):
+    monkeypatch.setattr(verify.metadata, "version", {"triton": triton, "numpy": "2.4.6"}.__getitem__)
+    said = verify._kernels_problem(torch.device("cpu"), "fp32")
+    assert (said == "") if runs else ("needs numpy < 2.4 (numpy is 2.4.6)" in said)
+
+
 @pytest.mark.parametrize("layout", verify.LAYOUTS)
 def test_layouts_keep_the_values_and_change_the_strides(layout):
     bias = layout == "bias"

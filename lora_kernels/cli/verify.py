@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -149,6 +150,12 @@ def _kernels_problem(device: torch.device, dtype: str) -> str:
             return "Kernels skipped: Triton was imported without its interpreter; run this in a process of its own."
         if importlib.util.find_spec("triton") is None:
             return "Kernels skipped: Triton is not installed; the torch backend is what runs on this machine."
+        have = tuple(tuple(map(int, version.split(".")[:2])) for version in map(metadata.version, ("triton", "numpy")))
+        if have[0] < (3, 7) and have[1] >= (2, 4):  # https://github.com/triton-lang/triton/issues/9171
+            return (
+                "Kernels skipped: the interpreter of Triton 3.6 needs numpy < 2.4 "
+                f'(numpy is {metadata.version("numpy")}): pip install "numpy<2.4", or take a newer Triton.'
+            )
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which is later than this
         if dtype == "bf16":
             return "bf16 kernels need a GPU to be verified; here they run in fp32 and fp16 in Triton's interpreter."
