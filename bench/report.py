@@ -32,6 +32,7 @@ of the adapters. A dash was not run or not timed; why stands below the table. Sp
 shares of peak and versions are in the JSON files.
 """
 
+
 def render(results: Path) -> str:
     """The page for a folder of result folders."""
     folders = {folder: _load(folder) for folder in sorted(results.glob("*")) if folder.is_dir()}

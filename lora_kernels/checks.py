@@ -101,9 +101,7 @@ def check_transforms(backend: str) -> None:
         RuntimeError: A transform is active and backend is not "torch".
     """
     if backend != "torch":
-        raise RuntimeError(
-            'lora_linear does not support torch.func transforms; use backend="torch" inside them.'
-        )
+        raise RuntimeError('lora_linear does not support torch.func transforms; use backend="torch" inside them.')
 
 
 def _check_kind(name: str, t: object) -> None:

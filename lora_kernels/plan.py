@@ -59,16 +59,12 @@ def _choose(device: torch.device, dtype: torch.dtype, rank: int, requested: str)
         raise ValueError(f"lora_linear: backend={requested!r} is not one of: auto, triton, torch.")
     choice = Choice("torch", "it was asked for") if requested == "torch" else automatic(device, dtype, rank)
     if requested == "auto" and choice.backend == "torch" and device.type == "cuda":
-        _log.info(
-            'lora_kernels: %s; using backend="torch". Set LORA_KERNELS_BACKEND=torch to silence.', choice.reason
-        )
+        _log.info('lora_kernels: %s; using backend="torch". Set LORA_KERNELS_BACKEND=torch to silence.', choice.reason)
     if requested == "triton" and choice.backend == "torch":
         if device.type == "cpu" and not interpreting():
             raise RuntimeError('lora_linear: backend="triton" needs CUDA tensors (x is on cpu).')
         if rank > MAX_RANK:
-            raise ValueError(
-                f'lora_linear: rank {rank} exceeds {MAX_RANK}, the largest tuned; use backend="torch".'
-            )
+            raise ValueError(f'lora_linear: rank {rank} exceeds {MAX_RANK}, the largest tuned; use backend="torch".')
         if dtype not in _KERNEL_DTYPES:
             raise TypeError(
                 f'lora_linear: backend="triton" has no {str(dtype).removeprefix("torch.")}; '

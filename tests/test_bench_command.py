@@ -32,7 +32,9 @@ def test_the_command_writes_what_it_shows(tmp_path, capsys):
     assert shown.count("32x48x40") == 4
     assert f"{written['speedups']['peft']['geometric_mean']:.3f}x" in shown
     assert f"torch {torch.__version__}" in shown
-    busy = any(t["of_peak"] > 1 for c in written["cases"] for r in c["providers"].values() for t in r["seconds"].values())
+    busy = any(
+        t["of_peak"] > 1 for c in written["cases"] for r in c["providers"].values() for t in r["seconds"].values()
+    )
     assert ("above 100 %" in shown) == busy
 
 
@@ -88,7 +90,9 @@ def test_geometric_mean():
 
 
 def test_one_pass_alone(capsys):
-    assert bench.run(arguments("--quick", "--m", 8, 9, 10, 11, "--pass", "forward", "--providers", "frozen", "ours")) == 0
+    assert (
+        bench.run(arguments("--quick", "--m", 8, 9, 10, 11, "--pass", "forward", "--providers", "frozen", "ours")) == 0
+    )
     shown = capsys.readouterr().out
     assert "forward, ms" in shown
     assert "above 1 is faster), forward\n" in shown

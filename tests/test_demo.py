@@ -137,7 +137,10 @@ def test_held_out_text_is_not_trained_on():
 
 
 def test_chart_fits_its_width_and_shows_both_curves():
-    curves = {"prose, training": [(i, 5 - i / 20) for i in range(60)], "code, adapting": [(60 + i, 3) for i in range(9)]}
+    curves = {
+        "prose, training": [(i, 5 - i / 20) for i in range(60)],
+        "code, adapting": [(60 + i, 3) for i in range(9)],
+    }
     chart = _demo_chart.draw_text(curves, 80).plain
     assert max(len(line) for line in chart.splitlines()) <= 80
     assert "•" in chart.splitlines()[0]

@@ -45,7 +45,11 @@ def test_descriptors_and_pointers_give_the_same(rows, rank, dtype):
     )
     s, keep = shrink(x, a, 0.1, 0.3)
     ds, _ = shrink(dy, b.t(), 0.1)
-    for sources, mask in (([(x, w), (s, b)], None), ([(dy, w.t()), (ds, a.t())], keep), ([(dy, w.t()), (ds, a.t())], None)):
+    for sources, mask in (
+        ([(x, w), (s, b)], None),
+        ([(dy, w.t()), (ds, a.t())], keep),
+        ([(dy, w.t()), (ds, a.t())], None),
+    ):
         by_descriptor = matmul_expand(sources, keep=mask, tma=True)
         by_pointer = matmul_expand(sources, keep=mask, tma=False)
         unit = numerics.unit_roundoff(dtype)

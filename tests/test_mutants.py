@@ -78,7 +78,9 @@ class TestMutants:
         run = smoke(tmp_path)
         assert "all passed" in run.stdout, run.stderr[-2000:]
 
-    @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ALWAYS else pytest.mark.mutant) for n in MUTANTS])
+    @pytest.mark.parametrize(
+        "name", [pytest.param(n, marks=() if n in ALWAYS else pytest.mark.mutant) for n in MUTANTS]
+    )
     def test_is_killed(self, name, tmp_path):
         run = smoke(tmp_path, MUTANTS[name])
         assert run.returncode != 0, "the mutant lives: no check saw it"

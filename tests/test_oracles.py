@@ -14,7 +14,9 @@ from lora_kernels.cli._cases import make_problem, with_mask
 from lora_kernels.kernels import matmul_expand
 from lora_kernels.kernels._device import keep_bits
 
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="is about Triton's interpreter, which a GPU bypasses")
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="is about Triton's interpreter, which a GPU bypasses"
+)
 
 
 @triton.jit

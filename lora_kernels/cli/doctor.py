@@ -143,9 +143,7 @@ def _variables() -> list[dict[str, str | None]]:
     ]
 
 
-def _verdict(
-    device: torch.device, routes: dict[str, dict[str, str]], made_on: dict[str, Any]
-) -> tuple[str, str, bool]:
+def _verdict(device: torch.device, routes: dict[str, dict[str, str]], made_on: dict[str, Any]) -> tuple[str, str, bool]:
     """One line on where this machine stands, a command to try next, and whether calls work at all."""
     failing = [name for name, route in routes.items() if route["backend"] == "none"]
     fused = [name for name, route in routes.items() if route["backend"] == "triton"]

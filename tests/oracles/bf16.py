@@ -58,7 +58,9 @@ def install() -> None:
         if to_bf16 and not from_bf16:
             return interpreter.TensorHandle(narrow(src.data), dst_type.scalar)
         if from_bf16 and not to_bf16:
-            return interpreter.TensorHandle(widen(src.data).astype(interpreter._get_np_dtype(dst_type)), dst_type.scalar)
+            return interpreter.TensorHandle(
+                widen(src.data).astype(interpreter._get_np_dtype(dst_type)), dst_type.scalar
+            )
         return stock_cast(self, src, dst_type)
 
     def create_fp_to_fp(self, src, dst_type, rounding_mode):

@@ -11,7 +11,12 @@ def philox4x32(key: tuple[int, int], counter: tuple[np.ndarray, ...], rounds: in
     k = [np.uint64(word) for word in key]
     for _ in range(rounds):
         first, second = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
-        c = [(second >> np.uint64(32)) ^ c[1] ^ k[0], second & low32, (first >> np.uint64(32)) ^ c[3] ^ k[1], first & low32]
+        c = [
+            (second >> np.uint64(32)) ^ c[1] ^ k[0],
+            second & low32,
+            (first >> np.uint64(32)) ^ c[3] ^ k[1],
+            first & low32,
+        ]
         k = [(k[0] + np.uint64(0x9E3779B9)) & low32, (k[1] + np.uint64(0xBB67AE85)) & low32]
     return tuple(c)
 

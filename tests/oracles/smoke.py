@@ -26,9 +26,7 @@ def layer(rows, k, n, r, p, dtype):
     torch.manual_seed(7)
     keep = philox.keep_mask(int(dropout.draw_seed("cpu")), rows, k, p) if p else None
     case = exact.draw(rows, k, n, r, factor=round(2 / (1 - p)), keep=keep)
-    x, w, a, b, bias, dy = (
-        getattr(case, name).to(dtype) for name in ("x", "weight", "lora_A", "lora_B", "bias", "dy")
-    )
+    x, w, a, b, bias, dy = (getattr(case, name).to(dtype) for name in ("x", "weight", "lora_A", "lora_B", "bias", "dy"))
     leaves = {"dx": x, "d_lora_A": a, "d_lora_B": b, "dbias": bias}
     for leaf in leaves.values():
         leaf.requires_grad_()
@@ -52,8 +50,12 @@ def kernels():
     g = wgrad(x, x, torch.float32, config=WgradConfig(16, 32, 16, 32, 4, 2))
     assert torch.equal(g, x.T @ x), "wgrad in splits"
     big = torch.tensor([64.0] * 64 + [1.0] + [-64.0] * 64, dtype=torch.float16).expand(4, -1)
-    assert torch.equal(shrink(big, torch.full((2, 129), 64.0, dtype=torch.float16), 0.5)[0].double().unique(), _one(32.0))
-    assert torch.equal(matmul_expand([(big, torch.full((2, 129), 64.0, dtype=torch.float16))]).double().unique(), _one(64.0))
+    assert torch.equal(
+        shrink(big, torch.full((2, 129), 64.0, dtype=torch.float16), 0.5)[0].double().unique(), _one(32.0)
+    )
+    assert torch.equal(
+        matmul_expand([(big, torch.full((2, 129), 64.0, dtype=torch.float16))]).double().unique(), _one(64.0)
+    )
 
 
 def layouts():
