@@ -1,11 +1,11 @@
-"""LoRA's forward and backward as six products over three contractions, and the one autograd Function.
+r"""LoRA's forward and backward as six products over three contractions, and the one autograd Function.
 
     forward    s  = scaling · D(x) Aᵀ               shrink
                y  = x Wᵀ + s Bᵀ + bias              matmul_expand
-    backward   ds = scaling · keep_scale · dy B     shrink
+    backward   ds = scaling · keep_scale · dy B     shrink   \ shrink_wgrad: both from one read of dy
+               dB = dyᵀ s                           wgrad    /
                dx = dy W + keep · (ds A)            matmul_expand
                dA = dsᵀ (keep · x)                  wgrad
-               dB = dyᵀ s                           wgrad
 
 The contractions come from a backend (`plan.contractions`); this file knows none of them. Dropout's factor
 `keep_scale` rides in the two shrinks with the scaling, on their accumulators, so everything else sees a 0/1 mask.
@@ -66,14 +66,16 @@ class LoRALinearFunction(torch.autograd.Function):
         need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
         ops, dy = plan.contractions(ctx.backend), _rows(dy)
         dx = dweight = d_lora_A = d_lora_B = dbias = None
-        if need_x or need_A:
+        if need_B and (need_x or need_A):
+            ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, ctx.alpha, ctx.adapter_dtypes[1])
+        elif need_B:
+            d_lora_B = ops.wgrad(dy, s, ctx.adapter_dtypes[1])
+        elif need_x or need_A:
             ds, _ = ops.shrink(dy, lora_B.t(), ctx.alpha)
         if need_x:
             dx = ops.matmul_expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep).view(ctx.x_shape)
         if need_A:
             d_lora_A = ops.wgrad(ds, _rows(x), ctx.adapter_dtypes[0], keep)
-        if need_B:
-            d_lora_B = ops.wgrad(dy, s, ctx.adapter_dtypes[1])
         if need_weight:
             dweight = torch.mm(dy.t(), _rows(x))
         if need_bias:

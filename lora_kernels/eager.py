@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_kernels.dropout import threshold
 
-__all__ = ["draw_mask", "matmul_expand", "shrink", "wgrad"]
+__all__ = ["draw_mask", "matmul_expand", "shrink", "shrink_wgrad", "wgrad"]
 
 _CHUNK = 4096  # summed terms upcast at a time where a half-precision product must come out in fp32
 
@@ -63,6 +63,11 @@ def wgrad(left: Tensor, right: Tensor, out_dtype: torch.dtype, keep: Tensor | No
     if keep is not None:
         right = right * _factors(keep)
     return _thin_product(left.t(), right, 1.0, out_dtype)
+
+
+def shrink_wgrad(dy: Tensor, s: Tensor, lora_B: Tensor, alpha: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Compute ds = alpha · dy B, `[M, r]`, and dB = dyᵀ s, `[out, r]`, in `out_dtype`."""
+    return shrink(dy, lora_B.t(), alpha)[0], wgrad(dy, s, out_dtype)
 
 
 def _thin_product(left: Tensor, right: Tensor, alpha: float, out_dtype: torch.dtype) -> Tensor:

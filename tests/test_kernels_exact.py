@@ -6,7 +6,7 @@ import torch
 from oracles import exact, philox
 
 from lora_kernels import dropout, lora_linear
-from lora_kernels.kernels import matmul_expand, shrink, wgrad
+from lora_kernels.kernels import matmul_expand, shrink, shrink_wgrad, wgrad
 from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -118,7 +118,7 @@ def test_any_number_of_sources(tma, device):
         assert torch.equal(y, sum(p @ q.T for p, q in pairs[:count])), f"{count} sources"
 
 
-@pytest.mark.parametrize("config", [ShrinkConfig(16, 16, 16, 4, 2), ShrinkConfig(32, 64, 32, 4, 2)], ids=str)
+@pytest.mark.parametrize("config", [ShrinkConfig(16, 16, 16, 32, 4, 2), ShrinkConfig(32, 64, 32, 4096, 4, 2)], ids=str)
 @pytest.mark.parametrize("r", [1, 16, 40])
 def test_shrink_in_every_tile(config, r, device):
     case = exact.draw(45, 70, 9, r)
@@ -141,3 +141,25 @@ def test_wgrad_split_anyhow(rows_per_split, left, right, masked, device):
     config = WgradConfig(16, 32, 16, rows_per_split, 4, 2)
     g = wgrad(a.float().to(device), b.float().to(device), torch.float32, packed if masked else None, config=config)
     assert torch.equal(g.cpu().long(), a.T @ (b * keep if masked else b))
+
+
+@pytest.mark.parametrize("rows_per_split", [16, 48, 96])
+@pytest.mark.parametrize(("width", "r"), [(40, 5), (5, 16), (129, 1), (64, 17)])
+def test_shrink_and_wgrad_from_one_read(rows_per_split, width, r, device):
+    generator = torch.Generator().manual_seed(0)
+    dy, s, b = (torch.randint(-1, 2, size, generator=generator) for size in ((75, width), (75, r), (width, r)))
+    ds = torch.full((75, r + 3), torch.nan, device=device)[:, :r]
+    config = WgradConfig(16, 32, 16 if r <= 16 else 32, rows_per_split, 4, 2)
+    operands = [t.float().to(device) for t in (dy, s, b)]
+    g = wgrad(*operands[:2], torch.float32, shrink=(operands[2], ds, 4.0), config=config)
+    assert torch.equal(g.cpu().long(), dy.T @ s)
+    assert torch.equal(ds.cpu().long(), 4 * dy @ b)
+
+
+@pytest.mark.parametrize("r", [1, 32, 33, 70])
+def test_ds_and_dB_together_at_any_rank(r, device):
+    generator = torch.Generator().manual_seed(0)
+    dy, s, b = (torch.randint(-1, 2, size, generator=generator) for size in ((33, 40), (33, r), (40, r)))
+    ds, d_lora_B = shrink_wgrad(*(t.float().to(device) for t in (dy, s, b)), 2.0, torch.float32)
+    assert torch.equal(d_lora_B.cpu().long(), dy.T @ s)
+    assert torch.equal(ds.cpu().long(), 2 * dy @ b)

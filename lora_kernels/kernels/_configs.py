@@ -11,11 +11,12 @@ import torch
 
 __all__ = [
     "MatmulConfig", "ShrinkConfig", "WgradConfig",
-    "descriptor_path", "matmul_config", "shrink_config", "wgrad_config",
+    "descriptor_path", "matmul_config", "shrink_config", "shrink_wgrad_pays", "wgrad_config",
 ]  # fmt: skip
 
 _TINY = 16
-_WGRAD_PROGRAMS = 256  # aimed at; the same on every GPU, so that sums are split the same way everywhere
+_PROGRAMS = 256  # aimed at where a sum is split; the same on every GPU, so that sums are split the same way everywhere
+_SHRINK_WGRAD_RANK = 32  # above it the parts of ds weigh as much as a second read of dy
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,12 @@ class MatmulConfig:
 
 @dataclass(frozen=True)
 class ShrinkConfig:
-    """Rows and K step of a program; it owns `block_r` columns of s."""
+    """Rows and K step of a program; it owns `block_r` columns of s and walks `k_per_split` of K."""
 
     block_m: int
     block_k: int
     block_r: int
+    k_per_split: int
     num_warps: int
     num_stages: int
 
@@ -109,23 +111,37 @@ def matmul_config(
 
 @functools.lru_cache(maxsize=4096)
 def shrink_config(rows: int, inner: int, rank: int, dtype: torch.dtype) -> ShrinkConfig:
-    """The tile for s `[rows, rank]` summed over `inner`: short row blocks where rows are few, to fill the GPU."""
-    largest = 32 if dtype.itemsize == 4 else 64  # 64 rows of fp32 with dropout spill
-    block_m = _fit(rows, min(largest, 64 if rows >= 8192 else 32 if rows >= 4096 else 16))
+    """The tile for s `[rows, rank]` summed over `inner`, and where the sum is split: where rows are too few."""
+    block_m = _fit(rows, 32 if dtype.itemsize == 4 else 64)  # 64 rows of fp32 with dropout spill
     block_k = _fit(inner, 128 if dtype.itemsize == 2 else 64)
-    return ShrinkConfig(block_m, block_k, _fit(rank, 64), num_warps=4, num_stages=4)
+    block_r = _fit(rank, 64)
+    k_per_split = _split(inner, block_k, _tiles(rows, rank, block_m, block_r))
+    return ShrinkConfig(block_m, block_k, block_r, k_per_split, num_warps=4, num_stages=4)
+
+
+def shrink_wgrad_pays(rank: int) -> bool:
+    """Whether ds and dB should come from one read of dy: at small ranks, where their parts are small beside it."""
+    return rank <= _SHRINK_WGRAD_RANK
 
 
 @functools.lru_cache(maxsize=4096)
-def wgrad_config(rows: int, wide: int, thin: int, dtype: torch.dtype) -> WgradConfig:
-    """The tile for g `[wide, thin]` summed over `rows`, and where the sum is split."""
-    block_c = _fit(wide, 128 if dtype.itemsize == 2 else 64)
+def wgrad_config(rows: int, wide: int, thin: int, dtype: torch.dtype, shrinks: bool = False) -> WgradConfig:
+    """The tile for g `[wide, thin]` summed over `rows`, and where the sum is split.
+
+    With `shrinks` a program owns more columns, so that there are fewer parts of ds.
+    """
+    wide_tile = 256 if shrinks else 128
+    block_c = _fit(wide, wide_tile if dtype.itemsize == 2 else wide_tile // 2)
     block_r = _fit(thin, 64)
     block_m = _fit(rows, 64 if dtype.itemsize == 2 else 32)
-    splits = max(1, _WGRAD_PROGRAMS // _tiles(wide, thin, block_c, block_r))
-    rows_per_split = -(-rows // splits)
-    rows_per_split = -(-max(rows_per_split, 4 * block_m) // block_m) * block_m
+    rows_per_split = _split(rows, block_m, _tiles(wide, thin, block_c, block_r))
     return WgradConfig(block_m, block_c, block_r, rows_per_split, num_warps=4, num_stages=3)
+
+
+def _split(size: int, block: int, tiles: int) -> int:
+    """How much of a summed dimension a program takes: whole blocks, four or more, so that `_PROGRAMS` are busy."""
+    share = -(-size // max(1, _PROGRAMS // tiles))
+    return -(-max(share, 4 * block) // block) * block
 
 
 def _fit(size: int, largest: int) -> int:

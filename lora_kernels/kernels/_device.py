@@ -1,4 +1,4 @@
-"""What the kernels share on the device: tile order, the dropout bits, and packing them.
+"""What the kernels share on the device: tile order, the end of a split sum, the dropout bits and packing them.
 
 Interpreted and compiled alike; bf16 values are only loaded, selected, multiplied in a dot, cast and stored, never
 used in elementwise arithmetic (which Triton's interpreter does not have for bf16).
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from lora_kernels.dropout import PHILOX_ROUNDS
 
-__all__ = ["halves", "keep_bits", "tile_position", "unpack_bits"]
+__all__ = ["halves", "keep_bits", "last_to_arrive", "tile_position", "unpack_bits"]
 
 _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 
@@ -22,6 +22,20 @@ def tile_position(tile, num_m, num_n, GROUP_M: tl.constexpr):
     height = tl.minimum(num_m - first_m, GROUP_M)
     inside = tile % per_group
     return first_m + inside % height, inside // height
+
+
+@triton.jit
+def last_to_arrive(arrivals_ptr, expected):
+    """Count this program in; whether it is the last of `expected`, which then sees what all of them have stored.
+
+    Who is last is chance, so it must add the others' partial sums in a fixed order, its own among them. It leaves the
+    counter at 0 for the next launch. Nobody waits: no order of programs can hang.
+    """
+    tl.debug_barrier()  # the stores of all threads come before the one thread's release
+    last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == expected - 1
+    if last:
+        tl.store(arrivals_ptr, 0)
+    return last
 
 
 @triton.jit

@@ -8,11 +8,15 @@ from torch import Tensor
 
 from lora_kernels.kernels._configs import descriptor_path
 
-__all__ = ["LAUNCH_OPTIONS", "capability", "describe_path", "num_sms", "on_device", "precision", "uses_tf32"]
+__all__ = [
+    "LAUNCH_OPTIONS", "arrivals", "capability", "dependent_launch", "describe_path", "num_sms", "on_device",
+    "precision", "thin_rows", "uses_tf32",
+]  # fmt: skip
 
 # Triton 3.10 flips the default; results must not change with it
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
+_COUNTERS = 1 << 16  # int32; 256 KiB a stream
 _INTERPRETER_SMS = 3  # few, so that the persistent loop goes round more than once in tests
 
 
@@ -47,6 +51,33 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     return torch.cuda.get_device_capability(device)
+
+
+def thin_rows(like: Tensor, rank: int) -> Tensor:
+    """Allocate `[M, rank]` for the rows and in the dtype of `like`, each on 16 bytes: a TMA descriptor can read it."""
+    pad = 16 // like.element_size()
+    return like.new_empty(like.shape[0], -(-rank // pad) * pad)[:, :rank]
+
+
+def dependent_launch(device: torch.device) -> bool:
+    """Whether a launch may overlap the end of the one before it (programmatic dependent launch, sm_90 and later)."""
+    return (capability(device) or (0, 0)) >= (9, 0)
+
+
+def arrivals(device: torch.device, count: int) -> Tensor:
+    """Return `count` counters at 0 for `last_to_arrive`, int32, which leaves them at 0.
+
+    Launches of one stream follow one another, so they share a buffer that is zeroed once, as cuBLAS keeps a workspace
+    for each stream. A CUDA graph may be replayed on any stream and gets counters of its own, zeroed at each replay.
+    """
+    if device.type != "cuda" or count > _COUNTERS or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    return _stream_counters(device, torch.cuda.current_stream(device).cuda_stream)[:count]
+
+
+@functools.lru_cache(maxsize=64)
+def _stream_counters(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
 
 
 def describe_path(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:

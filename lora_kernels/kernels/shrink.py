@@ -14,8 +14,11 @@ One kernel, two call sites. Only the roles differ; strides carry the transpose.
     forward    x  [M, in]      lora_A   [r, in]   scaling · keep_scale     s  = scaling · D(x) Aᵀ
     backward   dy [M, out]     lora_Bᵀ  [r, out]  scaling · keep_scale     ds, which dx and dA mask again
 
+Where rows are few, K is split among programs to fill the GPU: each leaves its part in fp32, and the last one to
+finish adds the parts in a fixed order. The same inputs give the same bits.
+
 Cost: reads x once (for R <= 64; once per 64 of R otherwise), so it is bound by bandwidth: M·K·itemsize bytes,
-+ M·K/8 for the mask; 2·M·K·R FLOPs.
++ M·K/8 for the mask, + 8·M·R a split, written and read back; 2·M·K·R FLOPs.
 
 Sources: Hu et al. 2021, arXiv:2106.09685, eq. 3. The name is Punica's (Chen et al. 2023, arXiv:2310.18547); packing
 the mask while it is drawn follows TransformerEngine's dropout. No code was taken from either.
@@ -28,23 +31,25 @@ from torch import Tensor
 
 from lora_kernels.dropout import draw_seed, threshold
 from lora_kernels.kernels._configs import ShrinkConfig, shrink_config
-from lora_kernels.kernels._device import keep_bits, unpack_bits
-from lora_kernels.kernels._launch import LAUNCH_OPTIONS, on_device, precision
+from lora_kernels.kernels._device import keep_bits, last_to_arrive, unpack_bits
+from lora_kernels.kernels._launch import LAUNCH_OPTIONS, arrivals, dependent_launch, on_device, precision, thin_rows
 
 __all__ = ["shrink"]
 
 
 @triton.jit
 def _shrink_kernel(
-    x_ptr, a_ptr, s_ptr, keep_ptr, seed_ptr,
+    x_ptr, a_ptr, s_ptr, parts_ptr, arrivals_ptr, keep_ptr, seed_ptr,
     alpha, threshold,
-    M, K, R,
+    M, K, R, k_per_split,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_sm,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, IS_SPLIT: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Each program owns BLOCK_M rows by BLOCK_R columns of s and walks K once."""
-    pid = tl.program_id(0)
+    """Each program owns BLOCK_M rows by BLOCK_R columns of one split's part of s, and walks the split's K once."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # what follows may come up while this runs; it waits before it reads s
+    pid, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     num_r = tl.cdiv(R, BLOCK_R)
     pid_r = pid % num_r
     # 64-bit before any stride: tensors may span more than 2^31 elements
@@ -57,8 +62,10 @@ def _shrink_kernel(
         written_bytes = tl.where(pid_r == 0, row_bytes, 0)  # by one program a row block
 
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for k in range(tl.maximum(tl.cdiv(K, BLOCK_K), 1)):
-        offs_k = tl.cast(k, tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    steps = tl.maximum(k_per_split // BLOCK_K, 1)  # a whole number by construction
+    for step in range(steps):
+        k = tl.cast(split, tl.int64) * steps + step
+        offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         x = tl.load(
             x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk,
@@ -69,7 +76,7 @@ def _shrink_kernel(
             mask=mask_k[:, None] & mask_r[None, :], other=0.0,
         )  # fmt: skip
         if HAS_DROPOUT:
-            offs_byte = tl.cast(k, tl.int64) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+            offs_byte = k * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
             counter = offs_m[:, None] * row_bytes + offs_byte[None, :]
             bits = keep_bits(seed, counter, threshold)
             inside = mask_m[:, None] & (offs_byte < written_bytes)[None, :]
@@ -77,8 +84,18 @@ def _shrink_kernel(
             x = tl.where(unpack_bits(bits), x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))
         acc = tl.dot(x, a, acc, input_precision=PRECISION)
 
+    mask = mask_m[:, None] & mask_r[None, :]
+    if IS_SPLIT:
+        part_ptrs = parts_ptr + offs_m[:, None] * R + offs_r[None, :]
+        part_size = tl.cast(M, tl.int64) * R
+        tl.store(part_ptrs + split * part_size, acc, mask=mask)
+        last = last_to_arrive(arrivals_ptr + pid, splits)
+        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for i in range(tl.where(last, splits, 0)):
+            acc += tl.load(part_ptrs + tl.cast(i, tl.int64) * part_size, mask=mask, other=0.0, cache_modifier=".cg")
+        mask = (offs_m < tl.where(last, M, 0))[:, None] & mask_r[None, :]  # the others have nothing more to store
     s = (acc * tl.cast(alpha, tl.float32)).to(s_ptr.dtype.element_ty)
-    tl.store(s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :], s, mask=mask_m[:, None] & mask_r[None, :])
+    tl.store(s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :], s, mask=mask)
 
 
 def shrink(
@@ -87,18 +104,20 @@ def shrink(
     """Compute s `[M, R]`; with `dropout_p` > 0 draw a seed and return the packed mask `[M, ceil(K/8)]` as well."""
     (rows, inner), rank = x.shape, a.shape[0]
     config = config or shrink_config(rows, inner, rank, x.dtype)
-    pad = 16 // x.element_size()  # whole 16-byte rows, so that a TMA descriptor can read s
-    s = x.new_empty(rows, -(-rank // pad) * pad)[:, :rank]
+    s = thin_rows(x, rank)
     keep = seed = None
     if dropout_p > 0:
         seed = draw_seed(x.device)
         keep = torch.empty(rows, -(-inner // 8), dtype=torch.uint8, device=x.device)
-    grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(rank, config.block_r),)
+    blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(rank, config.block_r)
+    splits = triton.cdiv(inner, config.k_per_split)
+    parts = x.new_empty(splits, rows, rank, dtype=torch.float32) if splits > 1 else None
     with on_device(x):
-        _shrink_kernel[grid](
-            x, a, s, keep, seed, alpha, threshold(dropout_p), rows, inner, rank,
+        _shrink_kernel[(blocks, splits)](
+            x, a, s, parts, arrivals(x.device, blocks) if splits > 1 else None, keep, seed, alpha, threshold(dropout_p),
+            rows, inner, rank, config.k_per_split,
             *x.stride(), *a.stride(), s.stride(0),
-            HAS_DROPOUT=keep is not None, PRECISION=precision(x),
+            HAS_DROPOUT=keep is not None, IS_SPLIT=splits > 1, PDL=dependent_launch(x.device), PRECISION=precision(x),
             BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
             num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
         )  # fmt: skip

@@ -1,27 +1,32 @@
-"""Wgrad: contract two tall operands over their rows, deterministically.
+"""Wgrad: contract two tall operands over their rows, deterministically; on the way, shrink the wide one.
 
     g[c, d] = Σₘ left[m, c] · keep[m, d] right[m, d]
+    ds[m, t] = alpha · Σ_w wide[m, w] b[w, t]              where asked for, from the same read of the wide operand
 
     left   [M, C]          any strides   bf16, fp16 or fp32
     right  [M, D]          any strides   dtype of left
     keep   [M, ceil(D/8)]  bit-packed, as `shrink` writes it, or none
     g      [C, D]          contiguous, in the dtype asked for, straight from the fp32 sums
+    b      [W, T]          any strides   dtype of left; W and T are the widths of the wide and of the thin operand
+    ds     [M, T]          rows padded to 16 bytes, dtype of left
 
-    gradient   left         right          g
-    dA         ds [M, r]    x [M, in]      [r, in]      keep: the mask of the forward pass
-    dB         dy [M, out]  s [M, r]       [out, r]
+    gradient   left         right          g                 shrinks
+    dA         ds [M, r]    x [M, in]      [r, in]           -                        keep: the mask of the forward pass
+    dB         dy [M, out]  s [M, r]       [out, r]          ds = alpha · dy B [M, r]
 
 Either side may be the wide one. The wide side goes into the rows of the dot, where tiles of 64 and more use the
 fast tensor-core instructions; the output's strides put the result the right way round.
 
-The rows are split among programs; partial sums go to fp32 buffers that a second kernel adds in a fixed order. No
-atomics: the same inputs give the same bits.
+The rows are split among programs and so are the wide columns, so both results come in parts: in fp32, to buffers of
+their own. Of the programs that share a result, the last to finish adds the parts, in a fixed order whoever it is: the
+same inputs give the same bits, and no second launch is needed.
 
-Cost: reads the wide operand once (thin side <= 64), M·W·itemsize bytes, + 4·W·T bytes written and read per split;
-2·M·W·T FLOPs.
+Cost: reads the wide operand once (thin side <= 64), M·W·itemsize bytes, + 8·W·T bytes a split and, with ds, + 8·M·T
+bytes a block of wide columns, written and read back, most of it from L2; 2·M·W·T FLOPs for g and as many for ds.
 
-Sources: Hu et al. 2021, arXiv:2106.09685. Split sums with a fixed-order reduction are common practice (cuBLAS's
-split-K with a workspace). No code was taken.
+Sources: Hu et al. 2021, arXiv:2106.09685. Both gradients from one read of dy: Zhu et al., LoRAFusion,
+arXiv:2510.00206 (idea; there by atomic adds). The last to arrive adds up: CUDA's threadFenceReduction sample (idea).
+No code was taken.
 """
 
 import torch
@@ -30,36 +35,46 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels._configs import WgradConfig, wgrad_config
-from lora_kernels.kernels._device import unpack_bits
-from lora_kernels.kernels._launch import LAUNCH_OPTIONS, on_device, precision
+from lora_kernels.kernels._device import last_to_arrive, unpack_bits
+from lora_kernels.kernels._launch import LAUNCH_OPTIONS, arrivals, dependent_launch, on_device, precision
 
-__all__ = ["wgrad"]
+__all__ = ["Shrink", "wgrad"]
 
-_REDUCE_BLOCK = 1024
+Shrink = tuple[Tensor, Tensor, float]  # b [C, D], ds [M, D], alpha
 
 
 @triton.jit
 def _wgrad_kernel(
-    wide_ptr, thin_ptr, keep_ptr, g_ptr,
+    wide_ptr, thin_ptr, keep_ptr, b_ptr, g_ptr, g_parts_ptr, ds_ptr, ds_parts_ptr, arrivals_ptr,
+    alpha,
     M, W, T, rows_per_split,
-    stride_wm, stride_ww, stride_tm, stride_tt, stride_gsplit, stride_gw, stride_gt,
-    HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr,
+    stride_wm, stride_ww, stride_tm, stride_tt, stride_bw, stride_bt, stride_gw, stride_gt, stride_dsm,
+    HAS_KEEP: tl.constexpr, HAS_SHRINK: tl.constexpr, IS_SPLIT: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Each program owns BLOCK_W by BLOCK_T elements of one split's partial sum."""
-    pid = tl.program_id(0)
-    split = tl.program_id(1).to(tl.int64)
+    """Each program owns BLOCK_W by BLOCK_T elements of one split's part of g, and walks the rows of the split."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    pid, tiles = tl.program_id(0), tl.num_programs(0)
+    split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     num_t = tl.cdiv(T, BLOCK_T)
-    offs_w = (pid // num_t).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)
+    block = (pid // num_t).to(tl.int64)
+    offs_w = block * BLOCK_W + tl.arange(0, BLOCK_W)
     offs_t = (pid % num_t).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_w, mask_t = offs_w < W, offs_t < T
     if HAS_KEEP:
         row_bytes = tl.cdiv(W, 8)
-        offs_byte = (pid // num_t).to(tl.int64) * (BLOCK_W // 8) + tl.arange(0, BLOCK_W // 8)
+        offs_byte = block * (BLOCK_W // 8) + tl.arange(0, BLOCK_W // 8)
         mask_byte = offs_byte < row_bytes
+    if HAS_SHRINK:
+        b = tl.load(
+            b_ptr + offs_w[:, None] * stride_bw + offs_t[None, :] * stride_bt,
+            mask=mask_w[:, None] & mask_t[None, :], other=0.0,
+        )  # fmt: skip
 
     acc = tl.zeros((BLOCK_W, BLOCK_T), tl.float32)
-    for i in range(tl.maximum(rows_per_split // BLOCK_M, 1)):  # a whole number of blocks by construction
+    steps = tl.maximum(rows_per_split // BLOCK_M, 1)  # a whole number of blocks by construction
+    for i in range(steps):
         offs_m = split * rows_per_split + tl.cast(i, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         wide = tl.load(
@@ -77,47 +92,73 @@ def _wgrad_kernel(
             ).to(tl.int32)  # fmt: skip
             wide = tl.where(unpack_bits(packed), wide, tl.zeros((BLOCK_M, BLOCK_W), wide.dtype))
         acc = tl.dot(tl.trans(wide), thin, acc, input_precision=PRECISION)
+        if HAS_SHRINK:
+            part = tl.dot(wide, b, input_precision=PRECISION)
+            part_ptrs = ds_parts_ptr + (block * M + offs_m)[:, None] * T + offs_t[None, :]
+            tl.store(part_ptrs, part, mask=mask_m[:, None] & mask_t[None, :])
 
-    g_ptrs = g_ptr + split * stride_gsplit + offs_w[:, None] * stride_gw + offs_t[None, :] * stride_gt
-    tl.store(g_ptrs, acc.to(g_ptr.dtype.element_ty), mask=mask_w[:, None] & mask_t[None, :])
+    mask_g = mask_w[:, None] & mask_t[None, :]
+    if IS_SPLIT:
+        part_ptrs = g_parts_ptr + offs_w[:, None] * T + offs_t[None, :]
+        part_size = tl.cast(W, tl.int64) * T
+        tl.store(part_ptrs + split * part_size, acc, mask=mask_g)
+        last = last_to_arrive(arrivals_ptr + pid, splits)
+        acc = tl.zeros((BLOCK_W, BLOCK_T), tl.float32)
+        for i in range(tl.where(last, splits, 0)):
+            acc += tl.load(part_ptrs + tl.cast(i, tl.int64) * part_size, mask=mask_g, other=0.0, cache_modifier=".cg")
+        mask_g = (offs_w < tl.where(last, W, 0))[:, None] & mask_t[None, :]  # the others have nothing more to store
+    g_ptrs = g_ptr + offs_w[:, None] * stride_gw + offs_t[None, :] * stride_gt
+    tl.store(g_ptrs, acc.to(g_ptr.dtype.element_ty), mask=mask_g)
 
-
-@triton.jit
-def _reduce_kernel(partial_ptr, g_ptr, numel, splits, BLOCK: tl.constexpr):
-    """Add the partial sums `[splits, numel]` in the order of the splits."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < numel
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for split in range(splits):
-        acc += tl.load(partial_ptr + tl.cast(split, tl.int64) * numel + offs, mask=mask, other=0.0)
-    tl.store(g_ptr + offs, acc.to(g_ptr.dtype.element_ty), mask=mask)
+    if HAS_SHRINK:
+        last = last_to_arrive(arrivals_ptr + tiles + split, tiles)
+        for i in range(tl.where(last, steps, 0)):
+            offs_m = split * rows_per_split + tl.cast(i, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            mask = (offs_m < M)[:, None] & mask_t[None, :]
+            ds = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
+            for j in range(tiles):
+                part_ptrs = ds_parts_ptr + (tl.cast(j, tl.int64) * M + offs_m)[:, None] * T + offs_t[None, :]
+                ds += tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+            ds = (ds * tl.cast(alpha, tl.float32)).to(ds_ptr.dtype.element_ty)
+            tl.store(ds_ptr + offs_m[:, None] * stride_dsm + offs_t[None, :], ds, mask=mask)
 
 
 def wgrad(
-    left: Tensor, right: Tensor, out_dtype: torch.dtype, keep: Tensor | None = None, config: WgradConfig | None = None
-) -> Tensor:
-    """Compute g = leftᵀ (right · keep), `[C, D]`, in `out_dtype`."""
+    left: Tensor, right: Tensor, out_dtype: torch.dtype, keep: Tensor | None = None,
+    shrink: Shrink | None = None, config: WgradConfig | None = None,
+) -> Tensor:  # fmt: skip
+    """Compute g = leftᵀ (right · keep), `[C, D]`, in `out_dtype`; with `shrink` fill its ds on the way.
+
+    Args:
+        left: `[M, C]`.
+        right: `[M, D]`.
+        out_dtype: Dtype of g.
+        keep: Packed mask `[M, ceil(D/8)]` of `right`, or None.
+        shrink: b, ds and alpha, to compute ds = alpha · left b as well; not with `keep`, and D at most a tile wide.
+        config: Tile to use in place of the rule's.
+    """
     g = left.new_empty(left.shape[1], right.shape[1], dtype=out_dtype)
-    # a mask belongs to `right`, so with one that side is the wide one whatever its width
-    right_is_wide = keep is not None or right.shape[1] >= left.shape[1]
-    wide, thin = (right, left) if right_is_wide else (left, right)
+    # a mask belongs to `right` and a shrink to `left`, so with one that side is the wide one whatever its width
+    right_is_wide = keep is not None or (shrink is None and right.shape[1] >= left.shape[1])
+    wide, thin, g_by_wide = (right, left, g.t()) if right_is_wide else (left, right, g)
     (rows, width), thickness = wide.shape, thin.shape[1]
-    config = config or wgrad_config(rows, width, thickness, left.dtype)
+    config = config or wgrad_config(rows, width, thickness, wide.dtype, shrink is not None)
     splits = triton.cdiv(rows, config.rows_per_split)
-    partial = g[None] if splits == 1 else g.new_empty(splits, *g.shape, dtype=torch.float32)
-    stride_split, stride_left, stride_right = partial.stride()
-    strides_g = (stride_right, stride_left) if right_is_wide else (stride_left, stride_right)
-    grid = (triton.cdiv(width, config.block_c) * triton.cdiv(thickness, config.block_r), splits)
-    with on_device(left):
-        _wgrad_kernel[grid](
-            wide, thin, keep, partial, rows, width, thickness, config.rows_per_split,
-            *wide.stride(), *thin.stride(), stride_split, *strides_g,
-            HAS_KEEP=keep is not None, PRECISION=precision(left),
+    blocks = triton.cdiv(width, config.block_c)
+    tiles = blocks * triton.cdiv(thickness, config.block_r)
+    b, ds, alpha = shrink or (None, None, 1.0)
+    g_parts = wide.new_empty(splits, width, thickness, dtype=torch.float32) if splits > 1 else None
+    ds_parts = wide.new_empty(blocks, rows, thickness, dtype=torch.float32) if shrink else None
+    counters = arrivals(wide.device, tiles + splits) if splits > 1 or shrink else None
+    with on_device(wide):
+        _wgrad_kernel[(tiles, splits)](
+            wide, thin, keep, b, g, g_parts, ds, ds_parts, counters, alpha,
+            rows, width, thickness, config.rows_per_split,
+            *wide.stride(), *thin.stride(), *(b.stride() if shrink else (0, 0)), *g_by_wide.stride(),
+            ds.stride(0) if shrink else 0,
+            HAS_KEEP=keep is not None, HAS_SHRINK=shrink is not None, IS_SPLIT=splits > 1,
+            PDL=shrink is not None and dependent_launch(wide.device), PRECISION=precision(wide),
             BLOCK_M=config.block_m, BLOCK_W=config.block_c, BLOCK_T=config.block_r,
             num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
         )  # fmt: skip
-        if splits > 1:
-            _reduce_kernel[(triton.cdiv(g.numel(), _REDUCE_BLOCK),)](
-                partial, g, g.numel(), splits, BLOCK=_REDUCE_BLOCK, **LAUNCH_OPTIONS
-            )
     return g

@@ -1,23 +1,26 @@
 """Watch every load and store of a kernel in Triton's interpreter.
 
 For each launch: every load hits a logical element of an input (strides honoured, so the gap between the rows of a
-slice is out of bounds; what a launch writes itself is not there to be read), every store hits an output, each output
-element is stored exactly once (twice is a race on a GPU, never is stale memory). A 32-bit sum or product that overflows
-is an error as well. Tuples of arguments and TMA descriptors count as the tensors in them.
+slice is out of bounds), every store hits an output, each output element is stored exactly once (twice is a race on a
+GPU, never is stale memory). What a launch writes itself is not there to be read, but for the parts of a split sum, and
+of those only what has been stored. Counters of arrivals start at 0 and end at 0. A 32-bit sum or product that
+overflows is an error as well. Tuples of arguments and TMA descriptors count as the tensors in them.
 """
 
 import dataclasses
 import inspect
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
 OUTPUTS = {
-    "_shrink_kernel": {"s_ptr", "keep_ptr"},
+    "_shrink_kernel": {"s_ptr", "keep_ptr", "parts_ptr"},
     "_matmul_expand_kernel": {"y"},
-    "_wgrad_kernel": {"g_ptr"},
-    "_reduce_kernel": {"g_ptr"},
+    "_wgrad_kernel": {"g_ptr", "ds_ptr", "g_parts_ptr", "ds_parts_ptr"},
 }
+PARTS = {"parts_ptr", "g_parts_ptr", "ds_parts_ptr"}
+COUNTERS = "arrivals_ptr"
 
 
 class MemoryFault(AssertionError):
@@ -30,25 +33,32 @@ class Launch:
     def __init__(self, kernel: str, arguments: dict[str, object]) -> None:
         self.kernel, self.loads = kernel, 0
         self.tensors = {name: t for name, value in arguments.items() for t in _tensors(value)}
-        written = OUTPUTS.get(kernel, ())
-        inputs = [_addresses(t) for name, value in arguments.items() if name not in written for t in _tensors(value)]
-        outputs = [_addresses(t) for name in written for t in _tensors(arguments.get(name))]
-        self.readable = np.unique(np.concatenate(inputs)) if inputs else np.zeros(0, np.int64)
-        self.writable = np.unique(np.concatenate(outputs)) if outputs else np.zeros(0, np.int64)
+        written = OUTPUTS.get(kernel, set())
+        self.counters = self.tensors.pop(COUNTERS, None)
+        self.readable = _logical(arguments, [name for name in arguments if name not in {*written, COUNTERS}])
+        self.writable = _logical(arguments, written)
+        self.parts = np.isin(self.writable, _logical(arguments, written & PARTS))
         self.stores = np.zeros(self.writable.size, np.int64)
 
     def load(self, addresses: np.ndarray) -> None:
         self.loads += addresses.size
-        self._positions("load outside the inputs", self.readable, addresses)
+        own = np.isin(addresses, self.writable[self.parts & (self.stores > 0)])
+        self._positions("load outside the inputs", self.readable, addresses[~own])
 
     def store(self, addresses: np.ndarray) -> None:
+        addresses = addresses[~self._counts(addresses)]
         positions = self._positions("store outside the outputs", self.writable, addresses)
         self.stores += np.bincount(positions, minlength=self.stores.size)
 
     def finish(self) -> None:
+        if self.counters is not None and self.counters.count_nonzero():
+            raise MemoryFault(f"{self.kernel}: {self.counters.count_nonzero()} counters of arrivals not left at 0")
         for what, bad in (("more than once", self.stores > 1), ("never", self.stores == 0)):
             if bad.any():
                 raise MemoryFault(f"{self.kernel}: {bad.sum()} of {bad.size} output elements stored {what}")
+
+    def _counts(self, addresses: np.ndarray) -> np.ndarray:
+        return np.isin(addresses, np.zeros(0) if self.counters is None else _addresses(self.counters))
 
     def _positions(self, what: str, allowed: np.ndarray, addresses: np.ndarray) -> np.ndarray:
         positions = np.searchsorted(allowed, addresses)
@@ -128,6 +138,12 @@ def _tensors(value: object) -> list[torch.Tensor]:
         return [t for part in value for t in _tensors(part)]
     base = getattr(value, "base", None)  # a TMA descriptor
     return [base] if isinstance(base, torch.Tensor) else []
+
+
+def _logical(arguments: dict[str, object], names: Iterable[str]) -> np.ndarray:
+    """The address of every element of these arguments, sorted."""
+    addresses = [_addresses(t) for name in names for t in _tensors(arguments.get(name))]
+    return np.unique(np.concatenate(addresses)) if addresses else np.zeros(0, np.int64)
 
 
 def _addresses(t: torch.Tensor) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 
 from lora_kernels import dropout, lora_linear
 from lora_kernels.kernels import matmul_expand, shrink, wgrad
-from lora_kernels.kernels._configs import MatmulConfig, WgradConfig
+from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
 from oracles import exact, philox
 from oracles.memory import virtual
 
@@ -47,8 +47,17 @@ def kernels():
     for tma in (False, True):
         y = matmul_expand([(x, w), (s, b)], bias, config=MatmulConfig(16, 64, 16, 2, 4, 4, 2), tma=tma)
         assert torch.equal(y.double(), case.truth()["y"].double()), f"matmul_expand, tma={tma}"
-    g = wgrad(x, x, torch.float32, config=WgradConfig(16, 32, 16, 32, 4, 2))
-    assert torch.equal(g, x.T @ x), "wgrad in splits"
+    for k_per_split in (16, 32, 64):
+        s, _ = shrink(x, a, 3.0, config=ShrinkConfig(16, 16, 16, k_per_split, 4, 2))
+        assert torch.equal(s, 3 * x @ a.T), "shrink in splits"
+    for rows_per_split in (32, 64):
+        config = WgradConfig(16, 32, 16, rows_per_split, 4, 2)
+        g = wgrad(x, x, torch.float32, config=config)
+        assert torch.equal(g, x.T @ x), "wgrad in splits"
+        ds = torch.full_like(s, torch.nan)
+        g = wgrad(x, s, torch.float32, shrink=(a.T, ds, 3.0), config=config)
+        assert torch.equal(g, x.T @ s), "wgrad that shrinks"
+        assert torch.equal(ds, 3 * x @ a.T), "the shrink of wgrad"
     big = torch.tensor([64.0] * 64 + [1.0] + [-64.0] * 64, dtype=torch.float16).expand(4, -1)
     assert torch.equal(
         shrink(big, torch.full((2, 129), 64.0, dtype=torch.float16), 0.5)[0].double().unique(), _one(32.0)
