@@ -53,6 +53,5 @@ def test_hopper_matmuls_use_wgmma_and_descriptors(facts):
 
 
 def test_every_launch_is_laid_out_as_its_kernel_takes_it():
-    assert "88 launches of _matmul_expand_kernel _reduce_kernel _shrink_kernel _wgrad_kernel" in run_compiled(
-        "dry_launch.py"
-    )
+    # five a layer and one more where the rank is too large to read dy once
+    assert "61 launches of _matmul_expand_kernel _shrink_kernel _wgrad_kernel" in run_compiled("dry_launch.py")

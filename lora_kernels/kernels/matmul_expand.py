@@ -19,12 +19,16 @@ Two ways to load a tile, one kernel: pointers with masks take anything; where ev
 bytes and the GPU is sm_90 or later, TMA descriptors do the addressing and the bounds. Which source a K step belongs
 to is a select between two addresses in either case, so the loop stays one software pipeline.
 
+On sm_90 and later the launch is a programmatic dependent one: its programs are brought up while the shrink before it
+still runs, and wait for its end before they touch anything.
+
 Cost: 2·M·N·ΣKᵢ FLOPs; at the least (ΣKᵢ·(M + N) + M·N)·itemsize bytes. A source costs whole K steps: ceil(Kᵢ /
 BLOCK_K), one for any r <= BLOCK_K.
 
 Sources: Hu et al. 2021, arXiv:2106.09685. Grouped tile order: Triton's matrix multiplication tutorial (idea).
 Summing the low-rank product in the accumulator of the base product: Zhu et al., LoRAFusion, arXiv:2510.00206 (idea;
-there the product comes before the loop). No code was taken.
+there the product comes before the loop). Dependent launch: CUDA C++ Programming Guide,
+programmatic dependent launch. No code was taken.
 """
 
 from collections.abc import Sequence
@@ -36,7 +40,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.kernels._configs import MatmulConfig, descriptor_path, matmul_config
 from lora_kernels.kernels._device import halves, tile_position, unpack_bits
-from lora_kernels.kernels._launch import LAUNCH_OPTIONS, capability, num_sms, on_device, precision, uses_tf32
+from lora_kernels.kernels._launch import (
+    LAUNCH_OPTIONS,
+    capability,
+    dependent_launch,
+    num_sms,
+    on_device,
+    precision,
+    uses_tf32,
+)
 
 __all__ = ["matmul_expand"]
 
@@ -51,11 +63,13 @@ def _matmul_expand_kernel(
     strides_pm, strides_pk, strides_qn, strides_qk,
     stride_ym, stride_mpm, stride_mpk, stride_mqn, stride_mqk, stride_bias,
     NUM_SOURCES: tl.constexpr, USE_TMA: tl.constexpr, Q_ROWS_ARE_N: tl.constexpr, STORE_TMA: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr, SUBTILES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_KEEP: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, SUBTILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Each program walks tiles of y, and for each tile the K steps of every source in turn."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # brought up while the shrink before it was running; its s is there from here on
     # arguments of their own, because Triton 3.6 cannot launch with descriptors inside a tuple
     ps, qs = (p0, p1, p2, p3), (q0, q1, q2, q3)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -176,10 +190,12 @@ def matmul_expand(
             y.stride(0), *(masked[0].stride() + masked[1].stride() if rank else (0, 0, 0, 0)),
             0 if bias is None else bias.stride(0),
             NUM_SOURCES=len(summed), USE_TMA=tma, Q_ROWS_ARE_N=q_rows_are_n, STORE_TMA=store_tma,
-            HAS_BIAS=bias is not None, HAS_KEEP=keep is not None, PRECISION=precision(p), SUBTILES=config.subtiles,
+            HAS_BIAS=bias is not None, HAS_KEEP=keep is not None, PDL=dependent_launch(device),
+            PRECISION=precision(p), SUBTILES=config.subtiles,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             BLOCK_R=max(16, min(32, triton.next_power_of_2(rank))), GROUP_M=config.group_m,
             num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
+            **({"launch_pdl": True} if dependent_launch(device) else {}),
         )  # fmt: skip
     return y
 

@@ -94,18 +94,18 @@ def _wgrad_kernel(
         acc = tl.dot(tl.trans(wide), thin, acc, input_precision=PRECISION)
         if HAS_SHRINK:
             part = tl.dot(wide, b, input_precision=PRECISION)
-            part_ptrs = ds_parts_ptr + (block * M + offs_m)[:, None] * T + offs_t[None, :]
-            tl.store(part_ptrs, part, mask=mask_m[:, None] & mask_t[None, :])
+            ds_part_ptrs = ds_parts_ptr + (block * M + offs_m)[:, None] * T + offs_t[None, :]
+            tl.store(ds_part_ptrs, part, mask=mask_m[:, None] & mask_t[None, :])
 
     mask_g = mask_w[:, None] & mask_t[None, :]
     if IS_SPLIT:
-        part_ptrs = g_parts_ptr + offs_w[:, None] * T + offs_t[None, :]
+        g_part_ptrs = g_parts_ptr + offs_w[:, None] * T + offs_t[None, :]
         part_size = tl.cast(W, tl.int64) * T
-        tl.store(part_ptrs + split * part_size, acc, mask=mask_g)
+        tl.store(g_part_ptrs + split * part_size, acc, mask=mask_g)
         last = last_to_arrive(arrivals_ptr + pid, splits)
         acc = tl.zeros((BLOCK_W, BLOCK_T), tl.float32)
         for i in range(tl.where(last, splits, 0)):
-            acc += tl.load(part_ptrs + tl.cast(i, tl.int64) * part_size, mask=mask_g, other=0.0, cache_modifier=".cg")
+            acc += tl.load(g_part_ptrs + tl.cast(i, tl.int64) * part_size, mask=mask_g, other=0.0, cache_modifier=".cg")
         mask_g = (offs_w < tl.where(last, W, 0))[:, None] & mask_t[None, :]  # the others have nothing more to store
     g_ptrs = g_ptr + offs_w[:, None] * stride_gw + offs_t[None, :] * stride_gt
     tl.store(g_ptrs, acc.to(g_ptr.dtype.element_ty), mask=mask_g)
@@ -117,8 +117,8 @@ def _wgrad_kernel(
             mask = (offs_m < M)[:, None] & mask_t[None, :]
             ds = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
             for j in range(tiles):
-                part_ptrs = ds_parts_ptr + (tl.cast(j, tl.int64) * M + offs_m)[:, None] * T + offs_t[None, :]
-                ds += tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+                ds_part_ptrs = ds_parts_ptr + (tl.cast(j, tl.int64) * M + offs_m)[:, None] * T + offs_t[None, :]
+                ds += tl.load(ds_part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
             ds = (ds * tl.cast(alpha, tl.float32)).to(ds_ptr.dtype.element_ty)
             tl.store(ds_ptr + offs_m[:, None] * stride_dsm + offs_t[None, :], ds, mask=mask)
 

@@ -72,7 +72,7 @@ def matmul(config, dtype, tma, masked=False, transposed=False, precision="ieee",
     )  # fmt: skip
     constants = dict(
         NUM_SOURCES=count, USE_TMA=tma, Q_ROWS_ARE_N=not transposed, STORE_TMA=tma, HAS_BIAS=bias, HAS_KEEP=masked,
-        PRECISION=precision, SUBTILES=config.subtiles, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, BLOCK_R=32,
+        PDL=True, PRECISION=precision, SUBTILES=config.subtiles, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, BLOCK_R=32,
         GROUP_M=config.group_m,
     )  # fmt: skip
     return build(kernel, types, constants, num_warps=config.num_warps, num_stages=config.num_stages)
@@ -82,30 +82,35 @@ def shrinks(dtype, dropout, strided=False):
     kernel = sys.modules["lora_kernels.kernels.shrink"]._shrink_kernel
     c = configs.shrink_config(8192, 4096, 16, TORCH[dtype])
     types = dict(
-        x_ptr="*" + dtype, a_ptr="*" + dtype, s_ptr="*" + dtype, keep_ptr="*u8" if dropout else None,
-        seed_ptr="*i64" if dropout else None, alpha="fp32", threshold="i32", M="i32", K="i32", R="i32",
+        x_ptr="*" + dtype, a_ptr="*" + dtype, s_ptr="*" + dtype, parts_ptr="*fp32", arrivals_ptr="*i32",
+        keep_ptr="*u8" if dropout else None, seed_ptr="*i64" if dropout else None, alpha="fp32", threshold="i32",
+        M="i32", K="i32", R="i32", k_per_split="i32",
         stride_xm="i32", stride_xk="i32" if strided else 1, stride_ar="i32", stride_ak="i32" if strided else 1,
         stride_sm="i32",
     )  # fmt: skip
-    constants = dict(HAS_DROPOUT=dropout, PRECISION="ieee", BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=c.block_r)
-    return build(kernel, types, constants, num_warps=c.num_warps, num_stages=c.num_stages)
-
-
-def wgrads(dtype, masked, strided=False):
-    kernel = sys.modules["lora_kernels.kernels.wgrad"]._wgrad_kernel
-    c = configs.wgrad_config(8192, 4096, 16, TORCH[dtype])
-    types = dict(
-        wide_ptr="*" + dtype, thin_ptr="*" + dtype, keep_ptr="*u8" if masked else None, g_ptr="*fp32", M="i32",
-        W="i32", T="i32", rows_per_split="i32", stride_wm="i32", stride_ww="i32" if strided else 1, stride_tm="i32",
-        stride_tt="i32" if strided else 1, stride_gsplit="i32", stride_gw="i32" if strided else 1, stride_gt="i32",
+    constants = dict(
+        HAS_DROPOUT=dropout, IS_SPLIT=True, PDL=True, PRECISION="ieee",
+        BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=c.block_r,
     )  # fmt: skip
-    constants = dict(HAS_KEEP=masked, PRECISION="ieee", BLOCK_M=c.block_m, BLOCK_W=c.block_c, BLOCK_T=c.block_r)
     return build(kernel, types, constants, num_warps=c.num_warps, num_stages=c.num_stages)
 
 
-def reduce():
-    kernel = sys.modules["lora_kernels.kernels.wgrad"]._reduce_kernel
-    return build(kernel, dict(partial_ptr="*fp32", g_ptr="*bf16", numel="i32", splits="i32"), dict(BLOCK=1024))
+def wgrads(dtype, masked, strided=False, shrinks=False):
+    kernel = sys.modules["lora_kernels.kernels.wgrad"]._wgrad_kernel
+    c = configs.wgrad_config(8192, 4096, 16, TORCH[dtype], shrinks)
+    types = dict(
+        wide_ptr="*" + dtype, thin_ptr="*" + dtype, keep_ptr="*u8" if masked else None, g_ptr="*" + dtype,
+        b_ptr="*" + dtype if shrinks else None, g_parts_ptr="*fp32", ds_ptr="*" + dtype if shrinks else None,
+        ds_parts_ptr="*fp32" if shrinks else None, arrivals_ptr="*i32", alpha="fp32", M="i32", W="i32", T="i32",
+        rows_per_split="i32", stride_wm="i32", stride_ww="i32" if strided else 1, stride_tm="i32",
+        stride_tt="i32" if strided else 1, stride_bw="i32", stride_bt="i32" if strided else 1,
+        stride_gw="i32" if strided else 1, stride_gt="i32", stride_dsm="i32",
+    )  # fmt: skip
+    constants = dict(
+        HAS_KEEP=masked, HAS_SHRINK=shrinks, IS_SPLIT=True, PDL=shrinks, PRECISION="ieee",
+        BLOCK_M=c.block_m, BLOCK_W=c.block_c, BLOCK_T=c.block_r,
+    )  # fmt: skip
+    return build(kernel, types, constants, num_warps=c.num_warps, num_stages=c.num_stages)
 
 
 def narrow_products(ttir):
@@ -189,7 +194,8 @@ def main():
         "wgrad": (wgrads("bf16", False), "bf16"),
         "wgrad masked": (wgrads("bf16", True), "bf16"),
         "wgrad masked strided": (wgrads("fp32", True, True), "fp32"),
-        "wgrad reduce": (reduce(), "fp32"),
+        "wgrad that shrinks": (wgrads("bf16", False, shrinks=True), "bf16"),
+        "wgrad that shrinks, strided": (wgrads("fp32", False, True, True), "fp32"),
     }
     print(json.dumps({name: facts(*arguments) for name, arguments in table.items()}))
 
