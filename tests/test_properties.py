@@ -1,5 +1,7 @@
 """Properties over random shapes, layouts, tiles and numbers: integers stay exact, floats stay within rule 1."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -96,9 +98,10 @@ def test_matmul_expand_adds_what_it_is_given(rows, cols, inner, masked, biased, 
 @examples
 @given(
     sizes, sizes, ranks, layouts, layouts, st.sampled_from([0.0, 0.25, 0.5]), st.integers(0, 2**63 - 1),
-    st.builds(ShrinkConfig, powers, powers, powers, st.just(4), st.just(2)),
+    st.builds(ShrinkConfig, powers, powers, powers, st.just(0), st.just(4), st.just(2)), st.integers(1, 4),
 )  # fmt: skip
-def test_shrink_and_its_mask_do_not_depend_on_the_tile(rows, k, r, x_layout, a_layout, p, seed, tile):
+def test_shrink_and_its_mask_do_not_depend_on_the_tile(rows, k, r, x_layout, a_layout, p, seed, tile, steps):
+    tile = replace(tile, k_per_split=steps * tile.block_k)
     generator = torch.Generator().manual_seed(seed % 2**32)
     x, a = integers(generator, rows, k), integers(generator, r, k)
     torch.manual_seed(seed)
@@ -123,7 +126,7 @@ def test_wgrad_sums_all_rows_in_any_split(rows, wide, thin, l_layout, r_layout, 
     keep = torch.rand(right.shape, generator=generator) < 0.5
     g = wgrad(
         laid_out(left.float().to(DEVICE), l_layout), laid_out(right.float().to(DEVICE), r_layout), torch.float32,
-        packed(keep) if masked else None, tile,
+        packed(keep) if masked else None, config=tile,
     )  # fmt: skip
     assert torch.equal(g.cpu().long(), left.T @ (right * keep if masked else right))
 
@@ -155,3 +158,20 @@ def packed(keep):
 def test_layouts_keep_the_values(layout):
     t = torch.arange(12.0).view(3, 4)
     assert torch.equal(laid_out(t, layout), t)
+
+
+@examples
+@given(
+    sizes, sizes, ranks, layouts, layouts, st.integers(0, 99),
+    st.builds(WgradConfig, st.just(16), powers, st.just(64), st.sampled_from([16, 32, 48, 64]), st.just(4), st.just(2)),
+)  # fmt: skip
+def test_shrink_and_wgrad_of_one_read_in_any_split(rows, wide, r, dy_layout, b_layout, seed, tile):
+    generator = torch.Generator().manual_seed(seed)
+    dy, s, b = integers(generator, rows, wide), integers(generator, rows, r), integers(generator, wide, r)
+    ds = torch.full((rows, r), torch.nan, device=DEVICE)
+    g = wgrad(
+        laid_out(dy.float().to(DEVICE), dy_layout), s.float().to(DEVICE), torch.float32,
+        shrink=(laid_out(b.float().to(DEVICE), b_layout), ds, 4.0), config=tile,
+    )  # fmt: skip
+    assert torch.equal(g.cpu().long(), dy.T @ s)
+    assert torch.equal(ds.cpu().long(), 4 * dy @ b)
