@@ -10,7 +10,9 @@ bias and its gradient, random numbers, and the partial sums of split reductions.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["COSTS", "Cost", "Size", "flops", "split_minimum", "unsloth"]
+__all__ = ["COSTS", "ONE_READ_RANK", "Cost", "Size", "flops", "split_minimum", "unsloth"]
+
+ONE_READ_RANK = 32  # up to it the kernels take ds and dB from one read of dy; a test holds it to their own rule
 
 
 @dataclass(frozen=True)
@@ -150,15 +152,13 @@ def _casts(z: Size) -> tuple[int, ...]:
 
 
 def _kernels(z: Size, dropout: bool) -> Cost:
-    """This package's kernels as they are launched: shrink, expand; shrink, expand, wgrad, wgrad."""
+    """This package's kernels as they are launched: shrink, expand; ds with dB from one read of dy, expand, wgrad."""
     bits, d_a, d_b = z.bits if dropout else 0, z.wide.a, z.wide.b
+    from_dy = (z.y + z.b + z.s + z.s + d_b,) if z.r <= ONE_READ_RANK else (z.y + z.b + z.s, z.y + z.s + d_b)
     return Cost(
         (*_casts(z), z.x + z.a + z.s + bits, z.x + z.w + z.s + z.b + z.y),
-        (
-            *_casts(z), z.y + z.b + z.s, z.y + z.w + z.s + z.a + z.x + bits,
-            z.s + z.x + d_a + bits, z.y + z.s + d_b,
-        ),
-    )  # fmt: skip
+        (*_casts(z), *from_dy, z.y + z.w + z.s + z.a + z.x + bits, z.s + z.x + d_a + bits),
+    )
 
 
 def _operators(z: Size, dropout: bool) -> Cost:

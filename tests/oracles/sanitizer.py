@@ -32,6 +32,8 @@ class Launch:
 
     def __init__(self, kernel: str, arguments: dict[str, object]) -> None:
         self.kernel, self.loads = kernel, 0
+        self.moved = {"touched": 0, "issued": 0, "stored": 0, "parts": 0, "parts_read": 0}  # bytes
+        self.bytes_seen = set()
         self.tensors = {name: t for name, value in arguments.items() for t in _tensors(value)}
         written = OUTPUTS.get(kernel, set())
         self.counters = self.tensors.pop(COUNTERS, None)
@@ -40,12 +42,21 @@ class Launch:
         self.parts = np.isin(self.writable, _logical(arguments, written & PARTS))
         self.stores = np.zeros(self.writable.size, np.int64)
 
-    def load(self, addresses: np.ndarray) -> None:
+    def load(self, addresses: np.ndarray, size: int) -> None:
         self.loads += addresses.size
         own = np.isin(addresses, self.writable[self.parts & (self.stores > 0)])
+        self.moved["parts_read"] += int(own.sum()) * size
+        self.moved["issued"] += int((~own).sum()) * size
+        if state.log is not None:
+            fresh = set(addresses[~own].tolist()) - self.bytes_seen
+            self.bytes_seen |= fresh
+            self.moved["touched"] += len(fresh) * size
         self._positions("load outside the inputs", self.readable, addresses[~own])
 
-    def store(self, addresses: np.ndarray) -> None:
+    def store(self, addresses: np.ndarray, size: int) -> None:
+        parts = int(np.isin(addresses, self.writable[self.parts]).sum())
+        self.moved["parts"] += parts * size
+        self.moved["stored"] += (addresses.size - parts) * size
         addresses = addresses[~self._counts(addresses)]
         positions = self._positions("store outside the outputs", self.writable, addresses)
         self.stores += np.bincount(positions, minlength=self.stores.size)
@@ -82,6 +93,7 @@ class _State:
     launch: Launch | None = None
     on = True
     launches = 0
+    log: list[Launch] | None = None  # a list to collect launches in, with what they moved
 
 
 state = _State()
@@ -102,14 +114,17 @@ def install() -> None:
     def lanes(ptrs, mask):
         return ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)].astype(np.int64)
 
+    def width(ptrs):
+        return max(8, ptrs.get_element_ty().primitive_bitwidth) // 8
+
     def load(self, ptrs, mask, *args, **kwargs):
         if state.launch:
-            state.launch.load(lanes(ptrs, mask))
+            state.launch.load(lanes(ptrs, mask), width(ptrs))
         return stock_load(self, ptrs, mask, *args, **kwargs)
 
     def store(self, ptrs, value, mask, *args, **kwargs):
         if state.launch:
-            state.launch.store(lanes(ptrs, mask))
+            state.launch.store(lanes(ptrs, mask), width(ptrs))
         return stock_store(self, ptrs, value, mask, *args, **kwargs)
 
     def call(self, *args, **kwargs):
@@ -127,6 +142,8 @@ def install() -> None:
         finally:
             state.launch = None
         launch.finish()
+        if state.log is not None:
+            state.log.append(launch)
 
     builder.create_masked_load, builder.create_masked_store, executor.__call__ = load, store, call
 

@@ -1,0 +1,122 @@
+"""The kernels move what their formulas say, counted load by load in the interpreter, and not a byte more."""
+
+import pytest
+import torch
+
+from lora_kernels.autograd import LoRALinearFunction
+from lora_kernels.cli import _cost, _traffic
+from lora_kernels.kernels import _configs, matmul_expand, shrink, wgrad
+from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
+from lora_kernels.kernels._launch import num_sms
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter, which a GPU bypasses")
+
+MIB = 2**20
+
+
+@pytest.fixture
+def log():
+    """The launches of a test, each with the bytes that it moved."""
+    from oracles import sanitizer
+
+    sanitizer.state.log = launches = []
+    yield launches
+    sanitizer.state.log = None
+
+
+def check(launches, expected):
+    assert [f"_{moved.kernel}_kernel" for moved in expected] == [launch.kernel for launch in launches]
+    for launch, moved in zip(launches, expected, strict=True):
+        counted = launch.moved
+        assert counted["parts_read"] == counted["parts"], f"{moved.kernel}: parts are not read back once"
+        said = {name: getattr(moved, name) for name in ("touched", "issued", "stored", "parts")}
+        assert {name: counted[name] for name in said} == said, moved.kernel
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "r", "dtype"),
+    [
+        (33, 40, 72, 5, torch.float32), (200, 72, 40, 16, torch.float16), (1, 130, 65, 1, torch.float32),
+        (20, 48, 24, 40, torch.float32), (17, 1200, 16, 8, torch.float16),
+    ],
+)  # fmt: skip
+def test_a_layer_moves_what_its_formulas_say(m, k, n, r, dtype, p, log):
+    x, w, a, b = (torch.ones(s, dtype=dtype) for s in ((m, k), (n, k), (r, k), (n, r)))
+    for t in (x, a, b):
+        t.requires_grad_()
+    y = LoRALinearFunction.apply(x, w, a, b, torch.ones(n, dtype=dtype), 2.0, p, "triton")
+    y.backward(torch.ones_like(y))
+    sms = num_sms(torch.device("cpu"))
+    check(log, _traffic.layer(m, k, n, r, dtype, p > 0, sms, tma=False, bias=dtype.itemsize))
+
+
+@pytest.mark.parametrize("k_per_split", [16, 32, 96])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_a_split_shrink(k_per_split, p, log):
+    config = ShrinkConfig(16, 16, 16, k_per_split, 4, 2)
+    shrink(torch.ones(37, 70), torch.ones(20, 70), 1.0, p, config)
+    check(log, [_traffic.shrink(37, 70, 20, 4, p > 0, config)])
+
+
+@pytest.mark.parametrize("shrinks", [False, True])
+@pytest.mark.parametrize("rows_per_split", [16, 64])
+def test_a_split_wgrad(rows_per_split, shrinks, log):
+    config = WgradConfig(16, 32, 32, rows_per_split, 4, 2)
+    dy, s, b = torch.ones(60, 70), torch.ones(60, 20), torch.ones(70, 20)
+    wgrad(dy, s, torch.float16, shrink=(b, torch.empty(60, 20), 1.0) if shrinks else None, config=config)
+    check(log, [_traffic.wgrad(60, 70, 20, 4, 2, config, shrinks=shrinks)])
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_matmul_of_many_tiles(masked, tma, log):
+    config = MatmulConfig(16, 32, 16, 2, 2, 4, 2)
+    keep = torch.full((50, 9), 255, dtype=torch.uint8) if masked else None
+    sources = [(torch.ones(50, k), torch.ones(68, k)) for k in (36, 8)]
+    matmul_expand(sources, torch.ones(68), keep, config=config, tma=tma)
+    check(log, [_traffic.matmul_expand(50, 68, (36, 8), 4, config, 4, masked)])
+
+
+def test_the_count_sees_a_second_read(log):
+    """Twice as many column blocks read x twice: the count must say so, and the formula of one block must not pass."""
+    x, a = torch.ones(20, 40), torch.ones(32, 40)
+    shrink(x, a, 1.0, config=ShrinkConfig(32, 64, 16, 64, 4, 2))
+    assert log[0].moved["issued"] - log[0].moved["touched"] == x.numel() * 4
+    with pytest.raises(AssertionError):
+        check(log, [_traffic.shrink(20, 40, 32, 4, False, ShrinkConfig(32, 64, 32, 64, 4, 2))])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_the_split_minimum_in_five_launches(p):
+    """M = 8192, 4096 x 4096, r = 16, bf16: every operand once, and a bit an element for the mask, three times."""
+    launches = _traffic.layer(8192, 4096, 4096, 16, torch.bfloat16, p > 0, num_sms=132, tma=True)
+    mask = 8192 * 4096 / 8
+    assert len(launches) == 5
+    assert sum(moved.total for moved in launches) / MIB == pytest.approx(514.2 + 3 * (p > 0) * mask / MIB, abs=0.1)
+    assert sum(2 * moved.parts for moved in launches) / MIB < 32  # out of L2 for the most part
+
+
+def test_the_wave_that_runs_together_touches_less_than_in_the_usual_order():
+    def footprint(config):
+        tiles_m, tiles_n = -(-8192 // config.block_m), -(-8192 // config.block_n)
+        wave = [position(tile, tiles_m, tiles_n, config.group_m) for tile in range(132)]
+        return len({m for m, _ in wave}) * config.block_m + len({n for _, n in wave}) * config.block_n
+
+    def position(tile, num_m, num_n, group):
+        first = tile // (group * num_n) * group
+        height = min(num_m - first, group)
+        return first + tile % (group * num_n) % height, tile % (group * num_n) // height
+
+    config = _configs.matmul_config(8192, 8192, torch.bfloat16, True, False, 132)
+    assert footprint(config) <= 4352
+    assert footprint(MatmulConfig(128, 256, 64, 8, 2, 8, 4)) == 5376
+
+
+@pytest.mark.parametrize("r", [1, 16, 32, 33, 64, 256])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_the_model_of_the_chain_agrees_with_the_kernels(r, p):
+    launches = _traffic.layer(4096, 2048, 4096, r, torch.bfloat16, p > 0, num_sms=132, tma=True)
+    modelled = _cost.COSTS["triton"](_cost.Size(4096, 2048, 4096, r), p > 0)
+    assert modelled.launches == len(launches)
+    assert modelled.total == pytest.approx(sum(moved.total for moved in launches), rel=1e-4)  # but seed and counters
