@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench import roofline
 from lora_kernels.autograd import LoRALinearFunction
 from lora_kernels.cli import _cost, _traffic
 from lora_kernels.kernels import _configs, matmul_expand, shrink, wgrad
@@ -120,3 +121,19 @@ def test_the_model_of_the_chain_agrees_with_the_kernels(r, p):
     modelled = _cost.COSTS["triton"](_cost.Size(4096, 2048, 4096, r), p > 0)
     assert modelled.launches == len(launches)
     assert modelled.total == pytest.approx(sum(moved.total for moved in launches), rel=1e-4)  # but seed and counters
+
+
+def test_the_page_is_what_the_formulas_say(monkeypatch, tmp_path, capsys):
+    assert roofline.main(["--check"]) == 0
+    monkeypatch.setattr(roofline, "PAGE", tmp_path / "roofline.md")
+    assert roofline.main(["--check"]) == 1
+    assert roofline.main([]) == 0
+    assert roofline.main(["--check"]) == 0
+
+
+def test_time_at_the_limits_is_bound_by_whichever_is_slower():
+    z, limits = _cost.Size(1024, 1024, 1024, 16), roofline.Limits(flops=1e12, bandwidth=1e30)
+    frozen = _cost.COSTS["frozen"](z, False)
+    assert roofline.seconds(frozen, z, limits) == pytest.approx(2 * 2 * 1024**3 / 1e12 + 2 * roofline.LAUNCH)
+    slow_memory = roofline.Limits(flops=1e30, bandwidth=1e9)
+    assert roofline.seconds(frozen, z, slow_memory) == pytest.approx(frozen.total / 1e9 + 2 * roofline.LAUNCH)

@@ -10,7 +10,7 @@ bias and its gradient, random numbers, and the partial sums of split reductions.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["COSTS", "ONE_READ_RANK", "Cost", "Size", "flops", "split_minimum", "unsloth"]
+__all__ = ["COSTS", "ONE_READ_RANK", "Cost", "Size", "floor", "flops", "split_minimum", "unsloth"]
 
 ONE_READ_RANK = 32  # up to it the kernels take ds and dB from one read of dy; a test holds it to their own rule
 
@@ -76,6 +76,11 @@ class Size:
         return self.m * -(-self.k // 8)
 
     @property
+    def base(self) -> int:
+        """A product with W: x, W and y, or dy, W and dx."""
+        return self.x + self.w + self.y
+
+    @property
     def mixed(self) -> bool:
         """Whether the adapters are wider than x."""
         return self.adapter not in (0, self.element)
@@ -88,10 +93,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of each launch, in order."""
+    """Bytes of each launch, in order, and of those two that hold the base products, y and dx."""
 
     forward: tuple[int, ...]
     backward: tuple[int, ...]
+    base: tuple[int, int]
 
     @property
     def total(self) -> int:
@@ -111,7 +117,7 @@ def flops(m: int, k: int, n: int, r: int) -> tuple[int, int]:
 
 
 def _frozen(z: Size, dropout: bool) -> Cost:
-    return Cost((z.x + z.w + z.y,), (z.y + z.w + z.x,))
+    return Cost((z.base,), (z.base,), (z.base, z.base))
 
 
 def _peft(z: Size, dropout: bool) -> Cost:
@@ -119,11 +125,13 @@ def _peft(z: Size, dropout: bool) -> Cost:
     v = z.wide
     dropping = (2 * v.x + v.mask,) if dropout else ()
     into, back = ((z.x + v.x,), (v.y + z.y,)) if z.mixed else ((), ())
-    forward = (z.x + z.w + z.y, *into, *dropping, v.x + v.a + v.s, v.s + v.b + v.y, 2 * v.y, z.y + 2 * v.y, *back)
+    forward = (z.base, *into, *dropping, v.x + v.a + v.s, v.s + v.b + v.y, 2 * v.y, z.y + 2 * v.y, *back)
     widen_and_narrow = (z.y + v.y, v.y + z.y) if z.mixed else ()
     low_rank = (2 * v.y, v.y + v.b + v.s, v.y + v.s + v.b, v.s + v.a + v.x, v.s + v.x + v.a)
     narrow = (v.x + z.x,) if z.mixed else ()
-    return Cost(forward, (*widen_and_narrow, *low_rank, *dropping, *narrow, z.y + z.w + z.x, 3 * z.x))
+    return Cost(
+        forward, (*widen_and_narrow, *low_rank, *dropping, *narrow, z.base, 3 * z.x), (z.base, z.base)
+    )  # fmt: skip
 
 
 def _addmm(z: Size, dropout: bool) -> Cost:
@@ -131,8 +139,9 @@ def _addmm(z: Size, dropout: bool) -> Cost:
     dropping = (2 * z.x + z.mask,) if dropout else ()
     into_dx = (z.s + z.a + z.x, 3 * z.x + z.mask) if dropout else (z.s + z.a + 2 * z.x,)
     return Cost(
-        (z.x + z.w + z.y, *dropping, z.x + z.a + z.s, z.s + z.b + 2 * z.y),
-        (z.y + z.b + z.s, z.y + z.w + z.x, *into_dx, z.s + z.x + z.a, z.y + z.s + z.b),
+        (z.base, *dropping, z.x + z.a + z.s, z.s + z.b + 2 * z.y),
+        (z.y + z.b + z.s, z.base, *into_dx, z.s + z.x + z.a, z.y + z.s + z.b),
+        (z.base, z.base),
     )
 
 
@@ -141,8 +150,9 @@ def unsloth(z: Size) -> Cost:
     shrink_x, shrink_dy = z.x + z.a + z.s, z.y + z.b + z.s
     d_a, d_b = z.s + z.x + z.a, z.y + z.s + z.b
     return Cost(
-        (z.x + z.w + z.y, shrink_x, z.s + z.b + 2 * z.y),
-        (shrink_dy, d_a, shrink_x, d_b, z.y + z.w + z.x, shrink_dy, z.s + z.a + 2 * z.x),
+        (z.base, shrink_x, z.s + z.b + 2 * z.y),
+        (shrink_dy, d_a, shrink_x, d_b, z.base, shrink_dy, z.s + z.a + 2 * z.x),
+        (z.base, z.base),
     )
 
 
@@ -155,9 +165,11 @@ def _kernels(z: Size, dropout: bool) -> Cost:
     """This package's kernels as they are launched: shrink, expand; ds with dB from one read of dy, expand, wgrad."""
     bits, d_a, d_b = z.bits if dropout else 0, z.wide.a, z.wide.b
     from_dy = (z.y + z.b + z.s + z.s + d_b,) if z.r <= ONE_READ_RANK else (z.y + z.b + z.s, z.y + z.s + d_b)
+    expands = z.base + z.s + z.b, z.base + z.s + z.a + bits
     return Cost(
-        (*_casts(z), z.x + z.a + z.s + bits, z.x + z.w + z.s + z.b + z.y),
-        (*_casts(z), *from_dy, z.y + z.w + z.s + z.a + z.x + bits, z.s + z.x + d_a + bits),
+        (*_casts(z), z.x + z.a + z.s + bits, expands[0]),
+        (*_casts(z), *from_dy, expands[1], z.s + z.x + d_a + bits),
+        expands,
     )
 
 
@@ -167,20 +179,29 @@ def _operators(z: Size, dropout: bool) -> Cost:
     draw = (z.mask,) if dropout else ()
     into_dx = (z.s + z.a + z.x, 2 * z.x + z.mask, 3 * z.x) if dropout else (z.s + z.a + 2 * z.x,)
     return Cost(
-        (*_casts(z), *draw, *drop_x, z.x + z.a + z.s, z.x + z.w + z.y, z.s + z.b + 2 * z.y),
+        (*_casts(z), *draw, *drop_x, z.x + z.a + z.s, z.base, z.s + z.b + 2 * z.y),
         (
-            *_casts(z), z.y + z.b + z.s, z.y + z.w + z.x, *into_dx, *drop_x,
+            *_casts(z), z.y + z.b + z.s, z.base, *into_dx, *drop_x,
             z.s + z.x + z.wide.a, z.y + z.s + z.wide.b,
         ),
+        (z.base, z.base),
     )  # fmt: skip
 
 
 def split_minimum(z: Size) -> Cost:
     """The least with s and ds in memory: one pass of dy for ds and dB, one of x for dA; any dropout."""
+    expands = z.base + z.s + z.b, z.base + z.s + z.a
     return Cost(
-        (z.x + z.a + z.s, z.x + z.w + z.s + z.b + z.y),
-        (z.y + z.b + z.s + z.s + z.b, z.s + z.x + z.a, z.y + z.w + z.s + z.a + z.x),
+        (z.x + z.a + z.s, expands[0]),
+        (z.y + z.b + z.s + z.s + z.b, z.s + z.x + z.a, expands[1]),
+        expands,
     )
+
+
+def floor(z: Size) -> Cost:
+    """Each large tensor once a pass: nobody does this; x must be read again in backward for dA."""
+    forward, backward = z.base + z.a + z.b, z.base + z.x + 2 * (z.a + z.b)
+    return Cost((forward,), (backward,), (forward, backward))
 
 
 COSTS: dict[str, Callable[[Size, bool], Cost]] = {
