@@ -1,6 +1,7 @@
 """What an import must not do, and what the package's source must not contain."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,8 +61,10 @@ def test_source(path):
     assert len(text.splitlines()) <= 400
     assert ast.get_docstring(tree)
     if path.parent.name == "kernels":
-        for banned in ("make_block_ptr", "allow_tf32", "autotune(", "atomic_", "empty_like"):
+        for banned in ("make_block_ptr", "allow_tf32", "autotune(", "empty_like"):
             assert banned not in text, banned
+        # a count of arrivals is the only atomic there may be: sums in the order of chance differ from run to run
+        assert re.findall(r"atomic_\w+\(\w+", text) == (["atomic_add(arrivals_ptr"] if path.stem == "_device" else [])
     else:
         assert "triton" not in imported, "Triton is imported under kernels/ alone"
     top_level = {ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)}

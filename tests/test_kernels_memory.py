@@ -64,7 +64,7 @@ def test_the_sanitizer_watches_the_library_and_its_descriptors():
     assert sanitizer.state.launches == before + 2
     launch = sanitizer.Launch("_matmul_expand_kernel", {"ps": (x,), "y": w})
     with pytest.raises(sanitizer.MemoryFault, match="near"):
-        launch.load(launch.readable[-1:] + 400_000)
+        launch.load(launch.readable[-1:] + 400_000, 4)
 
 
 def framed(t, margin=4096, gap=7):
