@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,17 +38,28 @@ def precision(t: Tensor) -> str:
     return "tf32" if uses_tf32(t.dtype) else "ieee"
 
 
-@functools.cache
+imagined: Any = None  # an ImaginedGPU stands in for every device while launches are only compiled, see `_imagined`
+
+
 def num_sms(device: torch.device) -> int:
     """Multiprocessors of a device."""
+    return imagined.num_sms if imagined else _num_sms(device)
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """CUDA compute capability of a device, None for anything but an NVIDIA GPU."""
+    return imagined.capability if imagined else _capability(device)
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETER_SMS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
-def capability(device: torch.device) -> tuple[int, int] | None:
-    """CUDA compute capability of a device, None for anything but an NVIDIA GPU."""
+def _capability(device: torch.device) -> tuple[int, int] | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     return torch.cuda.get_device_capability(device)

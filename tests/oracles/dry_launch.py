@@ -1,28 +1,20 @@
 """Every launch of the layer, as far as a machine without a GPU can take it; run as a script, not interpreted.
 
-The launchers run on CPU tensors for an imagined sm_90 GPU: Triton binds and specialises the real arguments, compiles the
-kernel, checks its shared memory, and lays out the arguments as its own CUDA launcher does. What the launcher is then
-handed is held against what the compiled kernel takes, argument by argument. Only the launch itself is left out.
+The launchers run on CPU tensors for an imagined sm_90 GPU, and Triton lays out the arguments as its own CUDA launcher
+does. What the launcher is then handed is held against what the compiled kernel takes, argument by argument. Only the
+launch itself is left out.
 """
 
 import re
-import sys
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
 from lora_kernels import plan
 from lora_kernels.autograd import LoRALinearFunction
-from lora_kernels.kernels import _launch, matmul_expand  # noqa: F401
+from lora_kernels.kernels._imagined import GPUS, Descriptor, imagine
 
-H200 = dict(max_shared_mem=232_448, max_num_regs=65_536, multiprocessor_count=132, warpSize=32)
 launched = []
-
-
-class Descriptor:
-    """Stands for the CUtensorMap that a GPU's driver would make."""
 
 
 class Launcher:
@@ -84,39 +76,6 @@ def _match(args, expected, name):
             assert not type(arg).__name__.startswith("TensorDescriptor"), f"{name}: a descriptor was not laid out"
 
 
-class Utils:
-    def get_device_properties(self, device):
-        return H200
-
-    def load_binary(self, name, kernel, shared, device):
-        assert shared <= H200["max_shared_mem"], (name, shared)
-        return 1, 1, 0, 0, 1024
-
-    def fill_tma_descriptor(self, pointer, swizzle, elem_size, elem_type, block_size, shape, strides, padding):
-        assert not any(n % 16 for n in (pointer, *(s * elem_size for s in strides[:-1]))), (pointer, strides)
-        assert all(0 < b <= 256 for b in block_size), block_size
-        assert min(shape) > 0, shape
-        return Descriptor()
-
-    fill_tma_descriptor_tiled = fill_tma_descriptor
-
-
-class Driver:
-    utils, launcher_cls = Utils(), Launcher
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-
 def layer(m, k, n, r, dtype, p=0.0, bias=False, strided=False, adapters=None):
     def make(*shape, dtype=dtype):
         t = torch.zeros(*shape, dtype=dtype)
@@ -129,12 +88,13 @@ def layer(m, k, n, r, dtype, p=0.0, bias=False, strided=False, adapters=None):
 
 
 def main():
-    triton.runtime.driver.set_active(Driver())
-    _launch.capability = lambda device: (9, 0)
-    _launch.num_sms = lambda device: H200["multiprocessor_count"]
-    module = sys.modules["lora_kernels.kernels.matmul_expand"]  # the package's name of that is the function
-    module.capability, module.num_sms = _launch.capability, _launch.num_sms
-    plan.interpreting = lambda: True
+    plan.interpreting = lambda: True  # lets CPU tensors through to the launchers
+    with imagine(GPUS["sm_90"], Launcher):
+        layers()
+    print("dry launch:", len(launched), "launches of", *sorted(set(launched)))
+
+
+def layers():
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for dtype in (bf16, fp16, fp32):
         layer(512, 256, 384, 16, dtype, bias=True)
@@ -145,7 +105,6 @@ def main():
     layer(33, 41, 47, 3, bf16, bias=True)  # no descriptors
     layer(33, 40, 48, 3, fp16, p=0.1, strided=True)
     layer(1, 1, 1, 1, bf16, p=0.5)
-    print("dry launch:", len(launched), "launches of", *sorted(set(launched)))
 
 
 if __name__ == "__main__":
