@@ -10,12 +10,9 @@ from torch import Tensor
 from lora_kernels.kernels._configs import descriptor_path
 
 __all__ = [
-    "LAUNCH_OPTIONS", "arrivals", "capability", "dependent_launch", "describe_path", "num_sms", "on_device",
+    "arrivals", "capability", "dependent_launch", "describe_path", "launch_options", "num_sms", "on_device",
     "precision", "thin_rows", "uses_tf32",
 ]  # fmt: skip
-
-# Triton 3.10 flips the default; results must not change with it
-LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
 _COUNTERS = 1 << 16  # int32; 256 KiB a stream
 _INTERPRETER_SMS = 3  # few, so that the persistent loop goes round more than once in tests
@@ -74,6 +71,12 @@ def thin_rows(like: Tensor, rank: int) -> Tensor:
 def dependent_launch(device: torch.device) -> bool:
     """Whether a launch may overlap the end of the one before it (programmatic dependent launch, sm_90 and later)."""
     return (capability(device) or (0, 0)) >= (9, 0)
+
+
+def launch_options(dependent: bool) -> dict[str, bool]:
+    """Options of every launch; with `dependent` it may come up before the launch in front of it has ended."""
+    # Triton 3.10 flips the default of the first; results must not change with it. Other GPUs have no second.
+    return {"enable_fp_fusion": True, "launch_pdl": True} if dependent else {"enable_fp_fusion": True}
 
 
 def arrivals(device: torch.device, count: int) -> Tensor:

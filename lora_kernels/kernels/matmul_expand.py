@@ -41,9 +41,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lora_kernels.kernels._configs import MatmulConfig, descriptor_path, matmul_config
 from lora_kernels.kernels._device import halves, tile_position, unpack_bits
 from lora_kernels.kernels._launch import (
-    LAUNCH_OPTIONS,
     capability,
     dependent_launch,
+    launch_options,
     num_sms,
     on_device,
     precision,
@@ -70,6 +70,7 @@ def _matmul_expand_kernel(
     """Each program walks tiles of y, and for each tile the K steps of every source in turn."""
     if PDL:
         tl.extra.cuda.gdc_wait()  # brought up while the shrink before it was running; its s is there from here on
+        tl.extra.cuda.gdc_launch_dependents()  # and not sooner: whoever comes up next may rely on that s as well
     # arguments of their own, because Triton 3.6 cannot launch with descriptors inside a tuple
     ps, qs = (p0, p1, p2, p3), (q0, q1, q2, q3)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -86,32 +87,33 @@ def _matmul_expand_kernel(
         offs_n = tl.cast(n0, tl.int64) + tl.arange(0, BLOCK_N)
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in range(steps):
-            p, q, k0, K = ps[0], qs[0], step * BLOCK_K, Ks[0]
-            stride_pm, stride_pk, stride_qn, stride_qk = strides_pm[0], strides_pk[0], strides_qn[0], strides_qk[0]
-            first = tl.cdiv(Ks[0], BLOCK_K)
-            for i in tl.static_range(1, NUM_SOURCES):
-                if step >= first:
-                    p = ps[i]
-                    q = qs[i]
-                k0 = tl.where(step >= first, (step - first) * BLOCK_K, k0)
-                K = tl.where(step >= first, Ks[i], K)
-                stride_pm = tl.where(step >= first, strides_pm[i], stride_pm)
-                stride_pk = tl.where(step >= first, strides_pk[i], stride_pk)
-                stride_qn = tl.where(step >= first, strides_qn[i], stride_qn)
-                stride_qk = tl.where(step >= first, strides_qk[i], stride_qk)
-                first += tl.cdiv(Ks[i], BLOCK_K)
-            if USE_TMA:
-                p_tile = p.load([m0, k0])
-                if Q_ROWS_ARE_N:
-                    q_tile = q.load([n0, k0]).T
+        if NUM_SOURCES > 0:  # none where a library adds the others
+            for step in range(steps):
+                p, q, k0, K = ps[0], qs[0], step * BLOCK_K, Ks[0]
+                stride_pm, stride_pk, stride_qn, stride_qk = strides_pm[0], strides_pk[0], strides_qn[0], strides_qk[0]
+                first = tl.cdiv(Ks[0], BLOCK_K)
+                for i in tl.static_range(1, NUM_SOURCES):
+                    if step >= first:
+                        p = ps[i]
+                        q = qs[i]
+                    k0 = tl.where(step >= first, (step - first) * BLOCK_K, k0)
+                    K = tl.where(step >= first, Ks[i], K)
+                    stride_pm = tl.where(step >= first, strides_pm[i], stride_pm)
+                    stride_pk = tl.where(step >= first, strides_pk[i], stride_pk)
+                    stride_qn = tl.where(step >= first, strides_qn[i], stride_qn)
+                    stride_qk = tl.where(step >= first, strides_qk[i], stride_qk)
+                    first += tl.cdiv(Ks[i], BLOCK_K)
+                if USE_TMA:
+                    p_tile = p.load([m0, k0])
+                    if Q_ROWS_ARE_N:
+                        q_tile = q.load([n0, k0]).T
+                    else:
+                        q_tile = q.load([k0, n0])
                 else:
-                    q_tile = q.load([k0, n0])
-            else:
-                offs_k = tl.cast(k0, tl.int64) + tl.arange(0, BLOCK_K)
-                p_tile = _load(p, offs_m[:, None], M, stride_pm, offs_k[None, :], K, stride_pk)
-                q_tile = _load(q, offs_k[:, None], K, stride_qk, offs_n[None, :], N, stride_qn)
-            acc = tl.dot(p_tile, q_tile, acc, input_precision=PRECISION)
+                    offs_k = tl.cast(k0, tl.int64) + tl.arange(0, BLOCK_K)
+                    p_tile = _load(p, offs_m[:, None], M, stride_pm, offs_k[None, :], K, stride_pk)
+                    q_tile = _load(q, offs_k[:, None], K, stride_qk, offs_n[None, :], N, stride_qn)
+                acc = tl.dot(p_tile, q_tile, acc, input_precision=PRECISION)
 
         # one column slice after the other: the masked product needs a second accumulator, and a whole one spills
         SLICE: tl.constexpr = BLOCK_N // SUBTILES
@@ -154,15 +156,16 @@ def _load(ptr, rows, num_rows, stride_row, cols, num_cols, stride_col):
 
 def matmul_expand(
     sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | None = None,
-    config: MatmulConfig | None = None, tma: bool | None = None,
+    config: MatmulConfig | int | None = None, tma: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute y = Σᵢ pᵢ qᵢᵀ + bias, `[M, N]`, with the last product masked by `keep`.
 
     Args:
-        sources: Pairs (p `[M, Kᵢ]`, q `[N, Kᵢ]`), the largest first; four at most, and one more if `keep` masks it.
+        sources: Pairs (p `[M, Kᵢ]`, q `[N, Kᵢ]`), the largest first; four at most, and one more if `keep` masks it,
+            which may be the only one.
         bias: `[N]` or None.
         keep: Packed mask `[M, ceil(N/8)]` of the last product, or None.
-        config: Tile to use in place of the rule's.
+        config: Tile to use in place of the rule's, or its place among `matmul_configs`.
         tma: Force descriptors on or off; by default they are used where they can be.
     """
     (p, q), dtype, device = sources[0], sources[0][0].dtype, sources[0][0].device
@@ -171,7 +174,11 @@ def matmul_expand(
     summed, masked = (sources[:-1], sources[-1]) if keep is not None else (sources, (None, None))
     if tma is None:
         tma = descriptor_path(capability(device), dtype)[0] and _aligned(p) and (_aligned(q) or _aligned(q.t()))
-    config = config or matmul_config(rows, cols, dtype, tma, keep is not None, num_sms(device), uses_tf32(dtype))
+    if not isinstance(config, MatmulConfig):
+        inner = sum(p.shape[1] for p, _ in summed)
+        config = matmul_config(
+            rows, inner, cols, dtype, tma, keep is not None, num_sms(device), uses_tf32(dtype), place=config
+        )
     rank = 0 if keep is None else masked[0].shape[1]
     q_rows_are_n = _aligned(q)
     if tma:
@@ -179,7 +186,8 @@ def matmul_expand(
         summed = [(_as_aligned(p), _as_aligned(q) if q_rows_are_n else _as_aligned(q.t()).t()) for p, q in summed]
         ps, qs, y_arg = _descriptors(summed, y, config, q_rows_are_n, store_tma)
     else:
-        store_tma, (ps, qs), y_arg = False, zip(*summed, strict=True), y
+        store_tma, y_arg = False, y
+        ps, qs = ([pair[side] for pair in summed] for side in (0, 1))
     absent = (None,) * (MAX_SOURCES - len(summed))
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n)
     with on_device(p):
@@ -194,8 +202,8 @@ def matmul_expand(
             PRECISION=precision(p), SUBTILES=config.subtiles,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             BLOCK_R=max(16, min(32, triton.next_power_of_2(rank))), GROUP_M=config.group_m,
-            num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
-            **({"launch_pdl": True} if dependent_launch(device) else {}),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+            **launch_options(dependent_launch(device)),
         )  # fmt: skip
     return y
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from lora_kernels.dropout import draw_seed, threshold
 from lora_kernels.kernels._configs import ShrinkConfig, shrink_config
 from lora_kernels.kernels._device import keep_bits, last_to_arrive, unpack_bits
-from lora_kernels.kernels._launch import LAUNCH_OPTIONS, arrivals, dependent_launch, on_device, precision, thin_rows
+from lora_kernels.kernels._launch import arrivals, dependent_launch, launch_options, on_device, precision, thin_rows
 
 __all__ = ["shrink"]
 
@@ -119,6 +119,6 @@ def shrink(
             *x.stride(), *a.stride(), s.stride(0),
             HAS_DROPOUT=keep is not None, IS_SPLIT=splits > 1, PDL=dependent_launch(x.device), PRECISION=precision(x),
             BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
-            num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
+            num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(False),
         )  # fmt: skip
     return s, keep
