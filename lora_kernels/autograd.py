@@ -96,7 +96,7 @@ class LoRALinearFunction(torch.autograd.Function):
 def _gradient(adapter: Tensor | None) -> Tensor | None:
     """The gradient to add to in place, where the engine would do no more than add: a plain one, and nobody listens."""
     grad = None if adapter is None or not adapter.is_leaf else adapter.grad
-    if grad is None or grad.layout is not torch.strided or grad.requires_grad:
+    if grad is None or grad.layout is not torch.strided:
         return None
     if adapter._backward_hooks or getattr(adapter, "_post_accumulate_grad_hooks", None):
         return None
