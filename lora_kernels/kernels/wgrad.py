@@ -33,14 +33,17 @@ arXiv:2510.00206 (idea; there by atomic adds). The last to arrive adds up: CUDA'
 No code was taken.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.kernels import _launch
 from lora_kernels.kernels._configs import WgradConfig, wgrad_config
 from lora_kernels.kernels._device import last_to_arrive, unpack_bits
-from lora_kernels.kernels._launch import arrivals, dependent_launch, launch_options, on_device, precision
+from lora_kernels.kernels._launch import Facts, Launch, arrivals, facts, on_device, precision
 
 __all__ = ["Shrink", "wgrad"]
 
@@ -152,27 +155,44 @@ def wgrad(
     g = left.new_empty(left.shape[1], right.shape[1], dtype=out_dtype) if into is None else into
     # a mask belongs to `right` and a shrink to `left`, so with one that side is the wide one whatever its width
     right_is_wide = keep is not None or (shrink is None and right.shape[1] >= left.shape[1])
-    wide, thin, g_by_wide = (right, left, g.t()) if right_is_wide else (left, right, g)
+    wide, thin = (right, left) if right_is_wide else (left, right)
+    b, ds, alpha = shrink or (None, None, 1.0)
+    tiles, splits, ds_blocks, launch = _settle(
+        facts(wide), facts(thin), facts(g), facts(b), facts(ds), right_is_wide, wide.device, keep is not None,
+        into is not None, ready, precision(wide), config, _launch.imagined,
+    )  # fmt: skip
     (rows, width), thickness = wide.shape, thin.shape[1]
-    config = config or wgrad_config(rows, width, thickness, wide.dtype, shrink is not None)
+    g_parts = wide.new_empty(splits, width, thickness, dtype=torch.float32) if splits > 1 else None
+    ds_parts = wide.new_empty(ds_blocks, rows, thickness, dtype=torch.float32) if shrink else None
+    counters = arrivals(wide.device, tiles + splits) if splits > 1 or shrink else None
+    with on_device(wide):
+        launch(wide, thin, keep, b, g, g_parts, ds, ds_parts, counters, alpha)
+    return g if into is None else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _settle(
+    wide: Facts, thin: Facts, g: Facts, b: Facts | None, ds: Facts | None, right_is_wide: bool, device: torch.device,
+    masked: bool, accumulate: bool, ready: bool, precision: str, config: WgradConfig | None, imagined: object,
+) -> tuple[int, int, int, Launch]:  # fmt: skip
+    """The tiles of g, the splits of the rows, the parts of ds, and the launch."""
+    (rows, width), thickness = wide.shape, thin.shape[1]
+    config = config or wgrad_config(rows, width, thickness, wide.dtype, b is not None)
     splits = triton.cdiv(rows, config.rows_per_split)
     blocks = triton.cdiv(width, config.block_c)
     tiles = blocks * triton.cdiv(thickness, config.block_r)
-    b, ds, alpha = shrink or (None, None, 1.0)
-    g_parts = wide.new_empty(splits, width, thickness, dtype=torch.float32) if splits > 1 else None
-    ds_parts = wide.new_empty(blocks, rows, thickness, dtype=torch.float32) if shrink else None
-    counters = arrivals(wide.device, tiles + splits) if splits > 1 or shrink else None
-    dependent = dependent_launch(wide.device)
+    dependent = _launch.dependent_launch(device)
     ready = ready and dependent
-    with on_device(wide):
-        _wgrad_kernel[(tiles, splits)](
-            wide, thin, keep, b, g, g_parts, ds, ds_parts, counters, alpha,
-            rows, width, thickness, config.rows_per_split,
-            *wide.stride(), *thin.stride(), *(b.stride() if shrink else (0, 0)), *g_by_wide.stride(),
-            ds.stride(0) if shrink else 0,
-            HAS_KEEP=keep is not None, HAS_SHRINK=shrink is not None, IS_SPLIT=splits > 1, ACCUMULATE=into is not None,
-            PDL=shrink is not None and dependent, READY=ready, PRECISION=precision(wide),
+    return tiles, splits, blocks, Launch(
+        _wgrad_kernel, (tiles, splits),
+        (
+            rows, width, thickness, config.rows_per_split, *wide.strides, *thin.strides, *(b.strides if b else (0, 0)),
+            *(g.t().strides if right_is_wide else g.strides), ds.strides[0] if ds else 0,
+        ),
+        dict(
+            HAS_KEEP=masked, HAS_SHRINK=b is not None, IS_SPLIT=splits > 1, ACCUMULATE=accumulate,
+            PDL=b is not None and dependent, READY=ready, PRECISION=precision,
             BLOCK_M=config.block_m, BLOCK_W=config.block_c, BLOCK_T=config.block_r,
-            num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(ready),
-        )  # fmt: skip
-    return g if into is None else None
+        ),
+        dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(ready)),
+    )  # fmt: skip
