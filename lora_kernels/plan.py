@@ -32,6 +32,7 @@ __all__ = [
     "forced",
     "form",
     "interpreting",
+    "rule",
 ]
 
 BACKENDS = ("auto", "triton", "torch")
@@ -162,11 +163,14 @@ def expander(backend: str, p: Tensor, cols: int, rank: int, masked: bool, backwa
 @functools.lru_cache(maxsize=4096)
 def form(device: torch.device, dtype: torch.dtype, product: Product, tf32: bool = False) -> Form:
     """The form of a product on a device: what was measured there, or else what the model says."""
+    measured = tuned.lookup(device, dtype, product, tf32) if device.type == "cuda" else None
+    return rule(device, dtype, product, tf32) if measured is None else Form(*measured)
+
+
+def rule(device: torch.device, dtype: torch.dtype, product: Product, tf32: bool = False) -> Form:
+    """The form that the model says, whatever was measured."""
     if device.type != "cuda":  # the interpreter, where only the kernels are of interest
         return Form("fused")
-    measured = tuned.lookup(device, dtype, product, tf32)
-    if measured is not None and measured[0] in strategy.allowed(product):
-        return Form(*measured)
     return Form(strategy.best(product, strategy.limits(contractions("triton").capability(device), dtype, tf32)))
 
 

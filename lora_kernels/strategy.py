@@ -97,11 +97,11 @@ def seconds(name: str, q: Product, gpu: Limits) -> float:
     moved = wide + q.inner * q.cols * q.element + out
     more_inner = -(-q.rank // _K_STEP) * _K_STEP
 
-    def product(inner: int, cols: int) -> float:
-        return max(2 * q.rows * inner * cols / flops, moved / bandwidth)
+    def product(inner: int, cols: int, rate: float = flops) -> float:
+        return max(2 * q.rows * inner * cols / rate, moved / bandwidth)
 
-    if name == "fused":
-        return product(q.inner + more_inner, q.cols) * (1 + slowdown)
+    if name == "fused":  # slower at products, not at waiting for memory
+        return product(q.inner + more_inner, q.cols, flops / (1 + slowdown))
     if name == "beta1":
         return product(q.inner, q.cols) + 2 * out / bandwidth + _LAUNCH
     if name == "padded":
