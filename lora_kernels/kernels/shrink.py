@@ -94,8 +94,12 @@ def _shrink_kernel(
         tl.store(part_ptrs + split * part_size, acc, mask=mask)
         last = last_to_arrive(arrivals_ptr + pid, splits)
         acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for i in range(tl.where(last, splits, 0)):
-            acc += tl.load(part_ptrs + tl.cast(i, tl.int64) * part_size, mask=mask, other=0.0, cache_modifier=".cg")
+        for i in range(0, tl.where(last, splits, 0), 4):
+            for j in tl.static_range(4):  # four loads on their way at a time
+                k = tl.cast(i, tl.int64) + j
+                there = (offs_m * 0 + k < splits)[:, None]  # a block: the interpreter takes no scalar in a mask
+                part = tl.load(part_ptrs + k * part_size, mask=mask & there, other=0.0, cache_modifier=".cg")
+                acc += part
         mask = (offs_m < tl.where(last, M, 0))[:, None] & mask_r[None, :]  # the others have nothing more to store
     s = (acc * tl.cast(alpha, tl.float32)).to(s_ptr.dtype.element_ty)
     tl.store(s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :], s, mask=mask)

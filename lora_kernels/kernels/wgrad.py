@@ -114,8 +114,13 @@ def _wgrad_kernel(
         tl.store(g_part_ptrs + split * part_size, acc, mask=mask_g)
         last = last_to_arrive(arrivals_ptr + pid, splits)
         acc = tl.zeros((BLOCK_W, BLOCK_T), tl.float32)
-        for i in range(tl.where(last, splits, 0)):
-            acc += tl.load(g_part_ptrs + tl.cast(i, tl.int64) * part_size, mask=mask_g, other=0.0, cache_modifier=".cg")
+        G_AT_ONCE: tl.constexpr = 4 if BLOCK_W * BLOCK_T <= 4096 else 1  # loads on their way at a time
+        for i in range(0, tl.where(last, splits, 0), G_AT_ONCE):
+            for j in tl.static_range(G_AT_ONCE):
+                k = tl.cast(i, tl.int64) + j
+                there = (offs_w * 0 + k < splits)[:, None]  # a block: the interpreter takes no scalar in a mask
+                g_part = tl.load(g_part_ptrs + k * part_size, mask=mask_g & there, other=0.0, cache_modifier=".cg")
+                acc += g_part
         mask_g = (offs_w < tl.where(last, W, 0))[:, None] & mask_t[None, :]  # the others have nothing more to store
     g_ptrs = g_ptr + offs_w[:, None] * stride_gw + offs_t[None, :] * stride_gt
     if ACCUMULATE:
@@ -124,13 +129,19 @@ def _wgrad_kernel(
 
     if HAS_SHRINK:
         last = last_to_arrive(arrivals_ptr + tiles + split, tiles)
+        DS_AT_ONCE: tl.constexpr = 128 // BLOCK_T  # parts on their way at a time: one after the other takes too long
+        offs_j = tl.arange(0, DS_AT_ONCE)[:, None, None]
         for i in range(tl.where(last, steps, 0)):
             offs_m = split * rows_per_split + tl.cast(i, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
             mask = (offs_m < M)[:, None] & mask_t[None, :]
             ds = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
-            for j in range(tiles):
-                ds_part_ptrs = ds_parts_ptr + (tl.cast(j, tl.int64) * M + offs_m)[:, None] * T + offs_t[None, :]
-                ds += tl.load(ds_part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+            for j in range(0, tiles, DS_AT_ONCE):
+                part_rows = (tl.cast(j, tl.int64) + offs_j) * M + offs_m[None, :, None]
+                ds_parts = tl.load(
+                    ds_parts_ptr + part_rows * T + offs_t[None, None, :], mask=(j + offs_j < tiles) & mask[None, :, :],
+                    other=0.0, cache_modifier=".cg",
+                )  # fmt: skip
+                ds += tl.sum(ds_parts, 0)
             ds = (ds * tl.cast(alpha, tl.float32)).to(ds_ptr.dtype.element_ty)
             tl.store(ds_ptr + offs_m[:, None] * stride_dsm + offs_t[None, :], ds, mask=mask)
 
