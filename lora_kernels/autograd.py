@@ -27,12 +27,12 @@ def forward(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
     scaling: float, dropout_p: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Compute y `[*, out]`, and what backward needs of the way there: s `[M, r]` and the backend's mask."""
+    """Compute y `[M, out]`, and what backward needs of the way there: s `[M, r]` and the backend's mask."""
     ops, rows = plan.contractions(backend), _rows(x)
     s, keep = ops.shrink(rows, _as(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p)
     _, expand = plan.expander(backend, rows, weight.shape[0], lora_A.shape[0], masked=False, backward=False)
     y = expand([(rows, weight), (s, _as(lora_B, x.dtype))], bias)
-    return y.view(*x.shape[:-1], weight.shape[0]), s, keep
+    return y, s, keep  # no view of y: autograd lets nobody write to a view that a Function returns
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -43,7 +43,7 @@ class LoRALinearFunction(torch.autograd.Function):
         ctx: FunctionCtx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
         scaling: float, dropout_p: float, backend: str, accumulate_grad: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Compute y and save for backward what the gradients that are needed need."""
+        """Compute y `[M, out]` and save for backward what the gradients that are needed need."""
         ctx.accumulate = (lora_A, lora_B) if accumulate_grad else (None, None)
         ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
         lora_A, lora_B = _as(lora_A, x.dtype), _as(lora_B, x.dtype)
@@ -64,33 +64,42 @@ class LoRALinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in its parameter's dtype."""
-        x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
-        need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
-        ops, dy = plan.contractions(ctx.backend), _rows(dy)
-        dx = dweight = d_lora_A = d_lora_B = dbias = None
-        into_A, into_B = (_gradient(adapter) for adapter in ctx.accumulate)
-        how = expand = ds = None
-        if need_x:
-            how, expand = plan.expander(ctx.backend, dy, weight.shape[1], lora_B.shape[1], keep is not None, True)
-        if how == "joint":
-            dx, ds = expand(dy, weight, lora_A, lora_B, ctx.alpha, keep)
-        elif need_B and (need_x or need_A):
-            ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, ctx.alpha, ctx.adapter_dtypes[1], into_B)
-        elif need_x or need_A:
-            ds, _ = ops.shrink(dy, lora_B.t(), ctx.alpha)
-        if need_x and how != "joint":
-            dx = expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
-        if need_A:
-            d_lora_A = ops.wgrad(ds, _rows(x), ctx.adapter_dtypes[0], keep, into=into_A, ready=how == "fused")
-        if need_B and (how == "joint" or ds is None):
-            d_lora_B = ops.wgrad(dy, s, ctx.adapter_dtypes[1], into=into_B)
-        if need_weight:
-            dweight = torch.mm(dy.t(), _rows(x))
-        if need_bias:
-            dbias = dy.sum(0)
-        if dx is not None:
-            dx = dx.view(ctx.x_shape)
-        return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None, None
+        device_type = dy.device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):  # every dtype was settled in forward
+                return _backward(ctx, dy)
+        return _backward(ctx, dy)
+
+
+def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
+    need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
+    ops, dy = plan.contractions(ctx.backend), _rows(dy)
+    x = None if x is None else _rows(x)  # a copy, where one is needed, comes before the launches that overlap
+    dx = dweight = d_lora_A = d_lora_B = dbias = None
+    into_A, into_B = (_gradient(adapter) for adapter in ctx.accumulate)
+    how = expand = ds = None
+    if need_x:
+        how, expand = plan.expander(ctx.backend, dy, weight.shape[1], lora_B.shape[1], keep is not None, True)
+    if how == "joint":
+        dx, ds = expand(dy, weight, lora_A, lora_B, ctx.alpha, keep)
+    elif need_B and (need_x or need_A):
+        ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, ctx.alpha, ctx.adapter_dtypes[1], into_B)
+    elif need_x or need_A:
+        ds, _ = ops.shrink(dy, lora_B.t(), ctx.alpha)
+    if need_x and how != "joint":
+        dx = expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
+    if need_A:
+        d_lora_A = ops.wgrad(ds, x, ctx.adapter_dtypes[0], keep, into=into_A, ready=how == "fused")
+    if need_B and (how == "joint" or ds is None):
+        d_lora_B = ops.wgrad(dy, s, ctx.adapter_dtypes[1], into=into_B)
+    if need_weight:
+        dweight = torch.mm(dy.t(), x)
+    if need_bias:
+        dbias = dy.sum(0)
+    if dx is not None:
+        dx = dx.view(ctx.x_shape)
+    return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None, None
 
 
 def _gradient(adapter: Tensor | None) -> Tensor | None:
@@ -109,5 +118,6 @@ def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _rows(t: Tensor) -> Tensor:
-    """View `[*, features]` as `[M, features]`; copies only where no view exists."""
+    """View `[*, features]` as `[M, features]`; copies where no view exists, or where one stands for its negative."""
+    t = t.resolve_neg()
     return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])

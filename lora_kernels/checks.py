@@ -5,6 +5,7 @@ Each message names the argument, says what it is, what would be right, and, wher
 """
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ __all__ = ["check_call", "check_dtypes", "check_transforms"]
 
 _SUPPORTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
+_NUMBERS = (numbers.Real, torch.SymFloat, torch.SymInt)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -65,6 +67,11 @@ def check_call(
             if bias.dim() == 1
             else f"lora_linear: bias is {_shape(bias)} but must be ({out_features},): one value an output feature."
         )
+    for name, number in (("scaling", scaling), ("dropout_p", dropout_p)):
+        if type(number) is not float and not isinstance(number, _NUMBERS):
+            raise TypeError(
+                f"lora_linear: {name} must be a number, got {type(number).__name__} {number!r}. Use float({name})."
+            )
     if not (0.0 <= dropout_p <= 1.0):
         raise ValueError(
             f"lora_linear: dropout_p must be in [0, 1), got {dropout_p}. (Exactly 1 drops the whole low-rank term.)"

@@ -65,15 +65,17 @@ def lora_linear(
         return reference.lora_linear(
             x, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling=scaling, bias=bias, dropout_p=dropout_p
         )
-    rank = lora_A.shape[0]
+    scaling, dropout_p, rank = float(scaling), float(dropout_p), lora_A.shape[0]
     if dropout_p == 1 or rank == 0:
         return _base_only(x, weight, lora_A, lora_B, bias)
     empty = x.numel() == 0 or weight.shape[0] == 0
     backend = plan.choose(x.device, x.dtype, rank, empty, backend)
     args = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
-        return autograd.LoRALinearFunction.apply(*args, accumulate_grad)
-    return autograd.forward(*args)[0]
+        y = autograd.LoRALinearFunction.apply(*args, accumulate_grad)
+    else:
+        y = autograd.forward(*args)[0]
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _autocast(
@@ -89,5 +91,5 @@ def _autocast(
 def _base_only(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
     """The base layer alone, with zero gradients for the adapters rather than none."""
     y = F.linear(x, weight, bias)
-    zero = (lora_A.sum() * 0 + lora_B.sum() * 0).to(y.dtype)
-    return y + zero if zero.requires_grad else y
+    nothing = lora_A[:0].sum() + lora_B[:0].sum()  # of no elements: 0 whatever the adapters hold, and so the gradients
+    return y + nothing.to(y.dtype) if nothing.requires_grad else y

@@ -107,16 +107,20 @@ class LoRALinear(nn.Module):
         The weight is written where it lies, so a layer that shares it changes with it. Does nothing when merged.
         """
         if not self.merged:
-            self._merged_scaling = self.scaling
-            self._add_update(self._merged_scaling)
+            self._added = self.lora_A.detach().clone(), self.lora_B.detach().clone(), self.scaling
+            self._add_update(*self._added)
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take the update out of the weight again; exact to the rounding of the two sums."""
+        """Take out of the weight what `merge` added; exact to the rounding of the two sums.
+
+        The adapters as they were then are kept for it: they may have been written since.
+        """
         if self.merged:
-            self._add_update(-self._merged_scaling)
-            self.merged = False
+            lora_A, lora_B, scaling = self._added
+            self._add_update(lora_A, lora_B, -scaling)
+            self.merged, self._added = False, None
 
     def extra_repr(self) -> str:
         """The arguments that made the layer."""
@@ -130,13 +134,17 @@ class LoRALinear(nn.Module):
     def _configure(
         self, in_features: int, out_features: int, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool
     ) -> None:
+        if not isinstance(r, int) or isinstance(r, bool):
+            raise TypeError(f"LoRALinear: r must be an int, got {type(r).__name__} {r!r}.")
         if r < 1:
             raise ValueError(f"LoRALinear: r must be at least 1, got {r}.")
+        if not math.isfinite(lora_alpha):
+            raise ValueError(f"LoRALinear: lora_alpha must be finite, got {lora_alpha}.")
         if not 0.0 <= lora_dropout <= 1.0:
             raise ValueError(f"LoRALinear: lora_dropout must be in [0, 1], got {lora_dropout}.")
         self.in_features, self.out_features, self.r = in_features, out_features, r
         self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.scaling = float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
         self.merged = self.accumulate_grad = False
 
     def _adopt(self, linear: nn.Linear, dtype: torch.dtype | None) -> None:
@@ -147,10 +155,15 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, **like))
         self.reset_lora_parameters()
 
-    def _add_update(self, scaling: float) -> None:
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        update = (self.lora_B.to(wide) @ self.lora_A.to(wide)).mul_(scaling)
+    def _add_update(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+        like = dict(device=self.weight.device, dtype=torch.promote_types(self.weight.dtype, torch.float32))
+        update = (lora_B.to(**like) @ lora_A.to(**like)).mul_(scaling)
         self.weight.copy_(update.add_(self.weight))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.merged:
+            raise RuntimeError(f"LoRALinear {prefix.rstrip('.') or '(root)'} is merged; call unmerge() before loading.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

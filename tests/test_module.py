@@ -165,3 +165,33 @@ def test_moves_like_any_module():
     made = layer().to(torch.bfloat16)
     assert made(torch.randn(2, 12, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert LoRALinear(4, 4, r=1, device="meta", dtype=torch.float16).lora_A.is_meta
+
+
+def test_unmerge_takes_out_what_was_added_though_the_adapters_changed():
+    made = layer()
+    base = made.weight.detach().clone()
+    made.merge()
+    with torch.no_grad():
+        made.lora_A.mul_(3)
+        made.lora_B.zero_()
+    made.unmerge()
+    torch.testing.assert_close(made.weight.detach(), base, rtol=1e-5, atol=1e-5)
+
+
+def test_a_merged_layer_refuses_to_load():
+    made = layer()
+    state = made.state_dict()
+    made.merge()
+    with pytest.raises(RuntimeError, match=r"is merged; call unmerge\(\) before loading"):
+        made.load_state_dict(state)
+    made.unmerge()
+    made.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [({"r": 2.5}, "r must be an int, got float 2.5"), ({"lora_alpha": math.nan}, "lora_alpha must be finite, got nan")],
+)
+def test_arguments_that_do_not_fit(bad, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        LoRALinear(4, 4, **bad)

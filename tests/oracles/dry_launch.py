@@ -8,6 +8,7 @@ launch itself is left out.
 import re
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.nvidia import driver as nvidia
 
 from lora_kernels import plan
@@ -92,7 +93,29 @@ def main():
     with imagine(GPUS["sm_90"], Launcher):
         layers()
         replays()
+    nothing_between()
     print("dry launch:", len(launched), "launches of", *sorted(set(launched)))
+
+
+def nothing_between():
+    """Where x must be copied to be flattened, the copy does not come between dx and the dA that overlaps it."""
+    before = len(launched)
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op is torch.ops.aten.clone.default:
+                launched.append("copy")
+            return op(*args, **kwargs or {})
+
+    x = torch.zeros(64, 8, 256, dtype=torch.bfloat16).transpose(0, 1).requires_grad_()
+    w, a, b = (torch.zeros(*s, dtype=torch.bfloat16) for s in ((384, 256), (16, 256), (384, 16)))
+    with imagine(GPUS["sm_90"], Launcher), Copies():
+        y = LoRALinearFunction.apply(x, w, a.requires_grad_(), b.requires_grad_(), None, 2.0, 0.0, "triton")
+        y.backward(torch.zeros_like(y))
+    order = launched[before:]
+    del launched[before:]
+    assert order.count("copy") >= 2, order
+    assert order[-2:] == ["_matmul_expand_kernel", "_wgrad_kernel"], order
 
 
 def replays():
