@@ -88,7 +88,7 @@ def read(kernel: Any, shared_per_sm: int) -> Facts:
         kernel: Triton's `CompiledKernel`.
         shared_per_sm: Bytes of shared memory of a multiprocessor.
     """
-    narrow, _ = narrow_products(kernel.asm["ttir"])
+    narrow = narrow_products(kernel.asm["ttir"])
     if "cubin" in kernel.asm:
         return _nvidia(kernel, narrow, shared_per_sm)
     return _amd(kernel, narrow, shared_per_sm)
@@ -239,8 +239,8 @@ def _widths(names: list[str], kinds: tuple[str, ...]) -> dict[int, int]:
     return dict(sorted(counted.items(), reverse=True))
 
 
-def narrow_products(ttir: str) -> tuple[list[str], int]:
-    """Find 32-bit products by a run-time value that reach the offset of a pointer, and count the pointers looked at."""
+def narrow_products(ttir: str) -> list[str]:
+    """Find 32-bit products by a run-time value that reach the offset of a pointer."""
     definitions = {}
     for line in ttir.splitlines():
         if match := re.match(r"\s*(%[\w#:]+) = \"?([\w.]+)\"?(.*)", line):
@@ -267,4 +267,4 @@ def narrow_products(ttir: str) -> tuple[list[str], int]:
     offsets = [operands[1] for op, operands, _ in definitions.values() if op == "tt.addptr"]
     for offset in offsets:
         walk(offset, set(), found.add)
-    return sorted(found), len(offsets)
+    return sorted(found)
