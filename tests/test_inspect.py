@@ -36,6 +36,7 @@ STRIDED = Case(8192, 4096, 4096, 16, strided=True)
 
 GOOD = [
     kernel("matmul_expand", MATMUL),
+    kernel("matmul_expand", MATMUL | dict(BLOCK_K=128), loop_instructions=109),
     kernel("matmul_expand", MATMUL | dict(USE_TMA=False, PDL=False), arch="sm_80", dependent="", loop_async_copies=6),
     kernel("matmul_expand", MATMUL | dict(USE_TMA=False), STRIDED, loop_instructions=600, loop_loads={16: 64}),
     kernel("matmul_expand", MATMUL | dict(USE_TMA=False), FP32, mma={}, loop=None),
@@ -68,8 +69,10 @@ BAD = [
     (kernel("shrink", SHRINK, per_sm=0), "does not fit a multiprocessor"),
     (kernel("shrink", SHRINK, per_sm=1), "leaves a multiprocessor one program"),
     (kernel("matmul_expand", MATMUL, programs=265), "launches 265 programs at once and 264 fit"),
-    (kernel("matmul_expand", MATMUL, dependent="waits late"), "touches memory before it waits"),
-    (kernel("matmul_expand", MATMUL, dependent=""), "does not wait"),
+    (kernel("matmul_expand", MATMUL, dependent="waits late"), "before it touches memory"),
+    (kernel("matmul_expand", MATMUL, dependent="waits to write"), "before it touches memory"),
+    (kernel("matmul_expand", MATMUL, dependent=""), "before it touches memory"),
+    (kernel("wgrad", WGRAD | dict(READY=True), dependent="waits late"), "before it writes"),
     (kernel("matmul_expand", MATMUL, loop_tma_loads=1), "loads 1 tiles by descriptor"),
     (kernel("matmul_expand", MATMUL, loop_loads={128: 4}), "loads by pointer in the K loop: 4"),
     (kernel("matmul_expand", MATMUL, loop_instructions=101), "has 101 instructions in the K loop, more than 100"),
@@ -107,13 +110,15 @@ def test_stored_budgets_notice_what_grew(tmp_path):
         (dict(loop_instructions=92), "loop 92, stored 83"),
     ):
         (found,) = regressions([kernel("matmul_expand", MATMUL, **growth)], path)
-        assert found == f"sm_90 matmul_expand bf16 128x256x64 tma: {words}"
+        assert found == f"sm_90 matmul_expand bf16 128x256x64 4 warps 4 stages tma: {words}"
 
 
 def test_stored_budgets_want_every_kernel_of_their_architectures(tmp_path):
     path = tmp_path / "3.9.json"
     renew([kernel("shrink", SHRINK)], path)
-    assert list(regressions([kernel("wgrad", WGRAD)], path)) == ["sm_90 wgrad bf16 64x128x16: no budget is stored"]
+    assert list(regressions([kernel("wgrad", WGRAD)], path)) == [
+        "sm_90 wgrad bf16 64x128x16 4 warps 4 stages: no budget is stored"
+    ]
     assert not list(regressions([kernel("wgrad", WGRAD, arch="sm_80")], path))  # nothing at all is stored of it
 
 
@@ -123,8 +128,8 @@ def test_renewal_replaces_an_architecture_and_keeps_the_others(tmp_path):
     forward, backward = kernel("wgrad", WGRAD, registers=90), kernel("wgrad", WGRAD, loop_instructions=300)
     renew([forward, backward], path)
     assert json.loads(path.read_text()) == {
-        "sm_80 shrink bf16 64x128x16": [160, 100_000, 137],
-        "sm_90 wgrad bf16 64x128x16": [160, 100_000, 300],  # the larger of the two, figure by figure
+        "sm_80 shrink bf16 64x128x16 4 warps 4 stages": [160, 100_000, 137],
+        "sm_90 wgrad bf16 64x128x16 4 warps 4 stages": [160, 100_000, 300],  # the larger of the two, figure by figure
     }
     assert len(path.read_text().splitlines()) == 4  # a line for each, to be read in a diff
 
@@ -150,11 +155,11 @@ def test_a_broken_budget_is_the_exit_status(inspected, tmp_path):
     assert inspected([good])[0] == 0
     status, shown = inspected([good, bad], "--json", str(tmp_path / "i.json"))
     assert status == 1
-    assert "sm_90 wgrad bf16 64x128x16: spills 8" in shown
+    assert "sm_90 wgrad bf16 64x128x16 4 warps 4 stages: spills 8" in shown
     assert "2 kernels compiled by Triton" in shown
     assert "1 broken budgets." in shown
     report = json.loads((tmp_path / "i.json").read_text())
-    assert report["broken"] == ["sm_90 wgrad bf16 64x128x16: spills 8"]
+    assert report["broken"] == ["sm_90 wgrad bf16 64x128x16 4 warps 4 stages: spills 8"]
     assert report["kernels"][1]["facts"]["loop"]["instructions"] == 137
     assert inspected([good, bad], "--kernel", "shrink")[0] == 0
 

@@ -88,8 +88,10 @@ def test_planted_faults_are_found(planted, fault, finding):
     assert any(finding in words for words in planted[fault]["broken"]), planted[fault]
 
 
-def test_a_load_before_the_wait_is_found(planted):
-    assert planted["a late wait"]["dependent"] == "waits late"
+def test_it_is_seen_what_comes_before_the_wait(planted):
+    assert planted["a wait"]["dependent"] == "waits"
+    assert planted["a read before the wait"]["dependent"] == "waits to write"
+    assert planted["a write before the wait"]["dependent"] == "waits late"
 
 
 def test_nothing_is_found_where_nothing_is_planted(planted):

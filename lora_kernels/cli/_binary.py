@@ -60,8 +60,8 @@ class Facts:
         loop: The K loop, where there are tensor-core instructions in one.
         narrow_products: Products in 32 bits, by a run-time value, that reach a pointer.
         tf32: Whether products are rounded to TF32.
-        dependent: What it does about programmatic dependent launch: "waits" before it touches memory, "waits late",
-            "releases" the launch after it, or "".
+        dependent: What it does about programmatic dependent launch: "waits" before it touches memory, "waits to write"
+            but not to read, "waits late", only "releases" the launch after it, or "".
         warnings: ptxas warnings that it serialised tensor-core instructions (C75xx).
     """
 
@@ -130,12 +130,17 @@ def _nvidia(kernel: Any, narrow: list[str], shared_per_sm: int) -> Facts:
 
 
 def _dependent(ptx: str) -> str:
-    """When a kernel waits for the launch before it: what it loads earlier might not be written yet."""
+    """When a kernel waits for the launch before it: what it reads earlier might not be written yet, and so on."""
     wait = ptx.find("griddepcontrol.wait")
+    release = ptx.find("griddepcontrol.launch_dependents")
     if wait < 0:
-        return "releases" if "griddepcontrol.launch_dependents" in ptx else ""
-    touched = re.search(r"\b(cp\.async|ld\.global|st\.global|atom\.|red\.)", ptx)
-    return "waits late" if touched and touched.start() < wait else "waits"
+        return "releases" if release >= 0 else ""
+    before = ptx[:wait]
+    if 0 <= release < wait or re.search(
+        r"\b(st\.global|atom\.|red\.|cp\.async\.bulk\.tensor\S*\.global\.shared)", before
+    ):
+        return "waits late"
+    return "waits to write" if re.search(r"\b(cp\.async|ld\.global)", before) else "waits"
 
 
 def _amd(kernel: Any, narrow: list[str], shared_per_sm: int) -> Facts:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 __all__ = ["broken"]
 
-_LOOP = 100  # instructions of a K step of one dot, with room beside the 80 to 92 that are needed
+_LOOP = 100  # instructions for 64 of K, with room beside the 80 to 92 that are needed
 _FAST_ROWS = 64  # a dot of fewer rows cannot use Hopper's asynchronous tensor-core instructions
 
 
@@ -28,12 +28,22 @@ def broken(kernel: "Kernel", gpu: Any) -> Iterator[str]:
         yield f"multiplies in 32 bits for a pointer: {facts.narrow_products[0]}"
     if facts.warnings:
         yield f"ptxas serialises the tensor cores ({', '.join(facts.warnings)})"
+    yield from _dependent_launch(kernel)
     yield from _tensor_cores(kernel)
     yield from _occupancy(kernel, gpu)
     if kernel.name == "matmul_expand":
         yield from _matmul(kernel)
     elif kernel.case.dtype != "fp32" and not kernel.case.strided:
         yield from _streams(kernel)
+
+
+def _dependent_launch(kernel: "Kernel") -> Iterator[str]:
+    """Hold what comes up before the launch in front of it has ended to wait in time."""
+    found = kernel.facts.dependent
+    if kernel.name == "matmul_expand" and kernel.constants["PDL"] and found != "waits":
+        yield "does not wait for the launch before it, and then let the next come up, before it touches memory"
+    if kernel.constants.get("READY") and found not in ("waits", "waits to write"):
+        yield "does not wait for the launch before it before it writes"
 
 
 def _tensor_cores(kernel: "Kernel") -> Iterator[str]:
@@ -79,9 +89,7 @@ def _occupancy(kernel: "Kernel", gpu: Any) -> Iterator[str]:
 
 
 def _matmul(kernel: "Kernel") -> Iterator[str]:
-    facts, loop, constants = kernel.facts, kernel.facts.loop, kernel.constants
-    if constants["PDL"] and facts.dependent != "waits":
-        yield "touches memory before it waits for the launch before it" if facts.dependent else "does not wait"
+    loop, constants = kernel.facts.loop, kernel.constants
     if loop is None:
         return
     if constants["USE_TMA"]:
@@ -89,8 +97,9 @@ def _matmul(kernel: "Kernel") -> Iterator[str]:
             yield f"loads {loop.tma_loads} tiles by descriptor in the K loop, not 2"
         if loop.loads:
             yield f"loads by pointer in the K loop: {sum(loop.loads.values())}"
-        if loop.instructions > _LOOP:
-            yield f"has {loop.instructions} instructions in the K loop, more than {_LOOP}"
+        most = _LOOP * constants["BLOCK_K"] // 64
+        if loop.instructions > most:
+            yield f"has {loop.instructions} instructions in the K loop, more than {most}"
     elif kernel.arch == "sm_80" and not kernel.case.strided and not loop.async_copies:
         yield "is not pipelined: no asynchronous copy in the K loop"
 

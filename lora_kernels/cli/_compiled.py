@@ -18,7 +18,22 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Case:
-    """A layer whose forward and backward are launched: M rows, in_features K, out_features N, rank."""
+    """A layer whose forward and backward are launched.
+
+    Attributes:
+        m: Rows.
+        k: in_features.
+        n: out_features.
+        r: Rank.
+        dtype: "bf16", "fp16" or "fp32".
+        p: Dropout.
+        bias: Whether there is one.
+        strided: Whether no operand has an element next to the other, nor one on 16 bytes.
+        tf32: Whether fp32 products may use TF32.
+        accumulate: Whether gradients are added to those that are there.
+        strategy: Form of the large products.
+        place: Which of the shipped tiles they take; None for the rule's, as are places past the last.
+    """
 
     m: int
     k: int
@@ -29,24 +44,35 @@ class Case:
     bias: bool = False
     strided: bool = False
     tf32: bool = False
+    accumulate: bool = False
+    strategy: str = "fused"
+    place: int | None = None
 
     def __str__(self) -> str:
-        words = [word for word in ("bias", "strided", "tf32") if getattr(self, word)]
-        return " ".join([f"{self.m}x{self.k}x{self.n} r={self.r} {self.dtype} p={self.p:g}", *words])
+        words = [word for word in ("bias", "strided", "tf32", "accumulate") if getattr(self, word)]
+        tile = [] if self.place is None else [f"tile {self.place}"]
+        return " ".join([f"{self.m}x{self.k}x{self.n} r={self.r} {self.dtype} p={self.p:g}", *words, *tile])
 
 
-# each reaches tiles or flags that no other does; the quick ones reach every kernel, and every rule of the budgets
-QUICK = (
-    Case(8192, 4096, 4096, 16, bias=True), Case(8192, 4096, 4096, 16, p=0.1), Case(16, 4096, 4096, 16, p=0.1),
-    Case(2048, 1024, 1024, 16, "fp32", p=0.1),
+_LARGE = (8192, 4096, 4096)
+_SMALL = (2048, 1024, 1024)
+QUICK = (  # every kernel, and every rule of the budgets
+    Case(*_LARGE, 16, bias=True, place=0), Case(*_LARGE, 16, p=0.1, place=0), Case(16, 4096, 4096, 16, p=0.1),
+    Case(*_SMALL, 16, "fp32", p=0.1),
 )  # fmt: skip
-CASES = (
+CASES = (  # every tile of every path, and every flag
     *QUICK,
-    Case(8192, 4096, 4096, 32), Case(8192, 4096, 4096, 64, p=0.1), Case(2048, 2048, 2048, 16),
-    Case(2048, 2048, 2048, 16, p=0.1), Case(16, 4096, 4096, 16), Case(8192, 4096, 4096, 16, "fp16", p=0.1),
-    Case(2048, 1024, 1024, 16, "fp32", bias=True), Case(2048, 1024, 1024, 64, "fp32", p=0.1),
-    Case(2048, 1024, 1024, 16, "fp32", p=0.1, tf32=True), Case(2048, 1024, 1024, 16, strided=True),
-    Case(2048, 1024, 1024, 16, p=0.1, strided=True), Case(2048, 1024, 1024, 16, "fp32", p=0.1, strided=True),
+    *(Case(*_LARGE, 16, place=place) for place in range(8)),
+    *(Case(*_LARGE, 16, p=0.1, place=place) for place in range(1, 5)),
+    *(Case(*_SMALL, 16, p=0.1, strided=True, place=place) for place in range(4)),
+    Case(*_SMALL, 16, strided=True), Case(*_LARGE, 32, p=0.1), Case(*_LARGE, 64), Case(*_LARGE, 64, p=0.1),
+    Case(16, 4096, 4096, 16), Case(*_LARGE, 16, accumulate=True), Case(*_LARGE, 16, "fp16", p=0.1),
+    # the thin product alone, forward and backward, beside a library's product that is next to nothing here
+    Case(8192, 64, 4096, 16, bias=True, strategy="beta1"), Case(8192, 4096, 64, 16, strategy="beta1"),
+    Case(8192, 4096, 64, 16, p=0.1, strategy="beta1"),
+    Case(*_SMALL, 16, "fp32", bias=True), Case(*_SMALL, 64, "fp32", p=0.1),
+    *(Case(*_SMALL, 16, "fp32", p=0.1, tf32=True, place=place) for place in range(2)),
+    Case(*_SMALL, 16, "fp32", p=0.1, strided=True),
 )  # fmt: skip
 
 
@@ -98,7 +124,8 @@ class Kernel:
         return " ".join([*words, *(["tf32"] if tf32 else []), *(["strided"] if self.case.strided else [])])
 
     def __str__(self) -> str:
-        return f"{self.arch} {self.name} {self.case.dtype} {self.tile} {self.flags}".rstrip()
+        made = f"{self.num_warps} warps {self.num_stages} stages"
+        return f"{self.arch} {self.name} {self.case.dtype} {self.tile} {made} {self.flags}".rstrip()
 
 
 _SIDES = {
@@ -106,7 +133,8 @@ _SIDES = {
     "matmul_expand": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
     "wgrad": ("BLOCK_M", "BLOCK_W", "BLOCK_T"),
 }
-_FLAGS = {"USE_TMA": "tma", "HAS_BIAS": "bias", "HAS_KEEP": "masked", "HAS_DROPOUT": "dropout", "HAS_SHRINK": "shrinks"}
+_FLAGS = {"USE_TMA": "tma", "HAS_BIAS": "bias", "HAS_KEEP": "masked", "HAS_DROPOUT": "dropout", "HAS_SHRINK": "shrinks",
+          "ACCUMULATE": "adds"}  # fmt: skip
 
 
 def problem() -> str:
@@ -130,7 +158,7 @@ def compile_case(case: Case, arch: str, seen: set[str]) -> list[Kernel]:
     precision = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     try:
-        with imagine(GPUS[arch]) as launched:
+        with imagine(GPUS[arch]) as launched, plan.forced(case.strategy, case.place):
             y = _forward(case)
             forward = len(launched)
             y.backward(torch.empty_like(y))
@@ -180,4 +208,6 @@ def _forward(case: Case) -> torch.Tensor:
     x, weight = make(case.m, case.k), make(case.n, case.k, grad=False)
     lora_A, lora_B = make(case.r, case.k), make(case.n, case.r)
     bias = make(case.n, grad=False) if case.bias else None
-    return LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, 2.0, case.p, "triton")
+    if case.accumulate:
+        lora_A.grad, lora_B.grad = torch.empty_like(lora_A), torch.empty_like(lora_B)
+    return LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, 2.0, case.p, "triton", case.accumulate)

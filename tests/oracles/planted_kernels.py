@@ -32,10 +32,14 @@ def _tf32_kernel(x_ptr, y_ptr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _late_kernel(x_ptr, y_ptr):
-    x = tl.load(x_ptr)
+def _waits_kernel(x_ptr, y_ptr, READ_BEFORE: tl.constexpr, WRITE_BEFORE: tl.constexpr):
+    x = 1.0
+    if READ_BEFORE:
+        x = tl.load(x_ptr)
+    if WRITE_BEFORE:
+        tl.store(y_ptr, x)
     tl.extra.cuda.gdc_wait()
-    tl.store(y_ptr, x)
+    tl.store(y_ptr + 1, x)
 
 
 def empty(*shape, dtype=torch.bfloat16):
@@ -47,6 +51,11 @@ def matmul(config):
     matmul_expand([(empty(rows, width), empty(width, width)), (empty(rows, 16), empty(width, 16))], config=config)
 
 
+def waits(read_before, write_before):
+    x = empty(9, dtype=torch.float32)
+    _waits_kernel[(1,)](x, x, READ_BEFORE=read_before, WRITE_BEFORE=write_before)
+
+
 def strided_shrink():
     shrink(empty(512, 8192)[:, ::2], empty(16, 4096), 1.0)
 
@@ -55,7 +64,9 @@ FAULTS = {
     "a 32-bit product": ("sm_90", lambda: _narrow_kernel[(1,)](empty(9), empty(9), 3), Case(1, 1, 1, 1)),
     "TF32": ("sm_90", lambda: _tf32_kernel[(1,)](*(empty(64, 64, dtype=torch.float32),) * 2, PRECISION="ieee"),
              Case(1, 1, 1, 1, "fp32")),
-    "a late wait": ("sm_90", lambda: _late_kernel[(1,)](empty(9), empty(9)), Case(1, 1, 1, 1)),
+    "a wait": ("sm_90", lambda: waits(False, False), Case(1, 1, 1, 1)),
+    "a read before the wait": ("sm_90", lambda: waits(True, False), Case(1, 1, 1, 1)),
+    "a write before the wait": ("sm_90", lambda: waits(False, True), Case(1, 1, 1, 1)),
     "few warps": ("sm_90", lambda: matmul(MatmulConfig(128, 256, 64, 8, 2, 4, 4)), Case(1, 1, 1, 1)),
     "too many programs": ("sm_90", lambda: matmul(MatmulConfig(128, 256, 64, 8, 2, 8, 4, 2)), Case(1, 1, 1, 1)),
     "narrow loads": ("sm_90", strided_shrink, Case(1, 1, 1, 1)),
