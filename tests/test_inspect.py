@@ -28,7 +28,9 @@ def kernel(name, constants, case=None, arch="sm_90", programs=132, **changes):
     return Kernel(arch, name, case or Case(8192, 4096, 4096, 16), False, constants, 4, 4, programs, "hash", facts)
 
 
-MATMUL = dict(USE_TMA=True, PDL=True, HAS_KEEP=False, PRECISION="ieee", BLOCK_M=128, BLOCK_N=256, BLOCK_K=64)
+MATMUL = dict(
+    NUM_SOURCES=2, USE_TMA=True, PDL=True, HAS_KEEP=False, PRECISION="ieee", BLOCK_M=128, BLOCK_N=256, BLOCK_K=64
+)
 SHRINK = dict(HAS_DROPOUT=False, PRECISION="ieee", BLOCK_M=64, BLOCK_K=128, BLOCK_R=16)
 WGRAD = dict(HAS_KEEP=False, HAS_SHRINK=False, PRECISION="ieee", BLOCK_M=64, BLOCK_W=128, BLOCK_T=16)
 FP32 = Case(8192, 4096, 4096, 16, "fp32")
@@ -40,6 +42,7 @@ GOOD = [
     kernel("matmul_expand", MATMUL | dict(USE_TMA=False, PDL=False), arch="sm_80", dependent="", loop_async_copies=6),
     kernel("matmul_expand", MATMUL | dict(USE_TMA=False), STRIDED, loop_instructions=600, loop_loads={16: 64}),
     kernel("matmul_expand", MATMUL | dict(USE_TMA=False), FP32, mma={}, loop=None),
+    kernel("matmul_expand", MATMUL | dict(NUM_SOURCES=0), loop_tma_loads=0, loop_loads={128: 2}),
     kernel("shrink", SHRINK),
     kernel("shrink", SHRINK | dict(HAS_DROPOUT=True), loop_instructions=1413, loop_waits=2, loop_arrives=2),
     kernel("shrink", SHRINK | dict(BLOCK_M=16), mma={"HMMA.16816": 8}),

@@ -90,7 +90,7 @@ def _occupancy(kernel: "Kernel", gpu: Any) -> Iterator[str]:
 
 def _matmul(kernel: "Kernel") -> Iterator[str]:
     loop, constants = kernel.facts.loop, kernel.constants
-    if loop is None:
+    if loop is None or not constants["NUM_SOURCES"]:  # the masked product alone is always loaded by pointers
         return
     if constants["USE_TMA"]:
         if loop.tma_loads != 2:
