@@ -201,5 +201,5 @@ def test_layouts_keep_the_values_and_change_the_strides(layout):
 def test_command_line_lists_its_commands():
     done = command("--help")
     assert done.returncode == 0
-    for name in ("doctor", "verify", "bench", "tune", "demo"):
+    for name in ("doctor", "verify", "bench", "tune", "inspect", "demo"):
         assert name in done.stdout

@@ -5,6 +5,7 @@ addresses from Triton's first intermediate form, where the types still stand.
 """
 
 import importlib.util
+import math
 import re
 import subprocess
 import tempfile
@@ -16,19 +17,30 @@ from typing import Any
 
 __all__ = ["Facts", "Loop", "narrow_products", "read"]
 
-_HOPPER_MMA = ("HGMMA", "QGMMA", "IGMMA")
-_MMA = (*_HOPPER_MMA, "HMMA", "QMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA")
+_MMA = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA", "v_mfma")
 
 
 @dataclass(frozen=True)
 class Loop:
-    """The K loop: the loop densest in tensor-core instructions."""
+    """The K loop: the innermost loop that does most of the tensor cores' work.
+
+    Attributes:
+        instructions: All of them.
+        mma: Tensor-core instructions.
+        arrives: Times that Hopper's asynchronous tensor-core instructions are begun.
+        waits: Times that they are waited for.
+        tma_loads: Tiles loaded by descriptor.
+        async_copies: Copies from global to shared memory that pass no register (cp.async).
+        loads: Global loads by width in bits, asynchronous copies among them.
+    """
 
     instructions: int
     mma: int
+    arrives: int
     waits: int
     tma_loads: int
     async_copies: int
+    loads: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -39,22 +51,24 @@ class Facts:
         registers: A thread.
         spills: Bytes of stack a thread, or instructions that spill where there is no stack.
         shared: Bytes of shared memory a program.
-        per_sm: Programs that a multiprocessor holds at once; None where it is not computed.
+        per_sm: Programs that a multiprocessor holds at once.
         mma: Tensor-core instructions by name and shape.
         tma_loads: Instructions that load a tile by descriptor.
-        async_copies: Instructions that copy global to shared memory without registers (cp.async).
-        loads: Global loads through registers by width in bits, asynchronous copies among them.
+        async_copies: Instructions that copy global to shared memory and pass no register (cp.async).
+        loads: Global loads by width in bits, asynchronous copies among them.
         stores: Global stores by width in bits.
         loop: The K loop, where there are tensor-core instructions in one.
         narrow_products: Products in 32 bits, by a run-time value, that reach a pointer.
         tf32: Whether products are rounded to TF32.
+        dependent: What it does about programmatic dependent launch: "waits" before it touches memory, "waits to write"
+            but not to read, "waits late", only "releases" the launch after it, or "".
         warnings: ptxas warnings that it serialised tensor-core instructions (C75xx).
     """
 
     registers: int
     spills: int
     shared: int
-    per_sm: int | None
+    per_sm: int
     mma: dict[str, int]
     tma_loads: int
     async_copies: int
@@ -63,6 +77,7 @@ class Facts:
     loop: Loop | None
     narrow_products: list[str]
     tf32: bool
+    dependent: str = ""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -73,81 +88,87 @@ def read(kernel: Any, shared_per_sm: int) -> Facts:
         kernel: Triton's `CompiledKernel`.
         shared_per_sm: Bytes of shared memory of a multiprocessor.
     """
-    narrow, _ = narrow_products(kernel.asm["ttir"])
+    narrow = narrow_products(kernel.asm["ttir"])
     if "cubin" in kernel.asm:
         return _nvidia(kernel, narrow, shared_per_sm)
-    return _amd(kernel, narrow)
+    return _amd(kernel, narrow, shared_per_sm)
 
 
 def _nvidia(kernel: Any, narrow: list[str], shared_per_sm: int) -> Facts:
-    arch = kernel.metadata.target.arch
+    arch, ptx = kernel.metadata.target.arch, kernel.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
+        cubin, source = Path(folder, "k.cubin"), Path(folder, "k.ptx")
         cubin.write_bytes(kernel.asm["cubin"])
-        ptx.write_text(kernel.asm["ptx"])
+        source.write_text(ptx)
         usage = _tool("cuobjdump", "-res-usage", cubin)
         sass = _tool("nvdisasm", "-c", cubin)
-        warned = (
-            _tool("ptxas", f"-arch=sm_{arch}a", ptx, "-o", Path(folder, "o")) if "wgmma" in kernel.asm["ptx"] else ""
-        )
+        # compiled again, for Triton does not keep what the assembler said
+        said = _tool("ptxas", "-v", f"-arch=sm_{arch}a", source, "-o", Path(folder, "o")) if "wgmma" in ptx else ""
     lines, labels = _instructions(sass)
     names = [line.split()[0] for line in lines]
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     by_registers = 65_536 // (-(-registers * 32 // 256) * 256 * warps)
-    per_sm = min(by_registers, shared_per_sm // (shared + 1024), 64 // warps, 32)
     starts = Counter(name.split(".")[0] for name in names)
+    targets = [(i, re.search(r"`\((\.L\w+)\)", line)) for i, line in enumerate(lines) if line.startswith("BRA")]
     return Facts(
         registers=registers,
         spills=max(stack, starts["STL"] + starts["LDL"]),
         shared=shared,
-        per_sm=per_sm,
+        per_sm=min(by_registers, shared_per_sm // (shared + 1024), 64 // warps, 32),
         mma=dict(Counter(_shape(name) for name in names if name.startswith(_MMA))),
         tma_loads=starts["UTMALDG"],
         async_copies=starts["LDGSTS"],
         loads=_widths(names, ("LDG", "LDGSTS")),
         stores=_widths(names, ("STG",)),
-        loop=_loop(lines, names, labels),
+        loop=_loop(names, [(labels[to[1]], end) for end, to in targets if to and labels.get(to[1], end + 1) <= end]),
         narrow_products=narrow,
-        tf32="tf32" in kernel.asm["ptx"],
-        warnings=sorted(set(re.findall(r"\((C75\d\d)\)", warned))),
+        tf32="tf32" in ptx,
+        dependent=_dependent(ptx),
+        warnings=sorted(set(re.findall(r"\((C75\d\d)\)", said))),
     )
 
 
-def _amd(kernel: Any, narrow: list[str]) -> Facts:
-    text = kernel.asm["amdgcn"]
-    names = re.findall(r"^\s+([a-z]\w+)", text, re.MULTILINE)
+def _dependent(ptx: str) -> str:
+    """When a kernel waits for the launch before it: what it reads earlier might not be written yet, and so on."""
+    wait = ptx.find("griddepcontrol.wait")
+    release = ptx.find("griddepcontrol.launch_dependents")
+    if wait < 0:
+        return "releases" if release >= 0 else ""
+    before = ptx[:wait]
+    if 0 <= release < wait or re.search(
+        r"\b(st\.global|atom\.|red\.|cp\.async\.bulk\.tensor\S*\.global\.shared)", before
+    ):
+        return "waits late"
+    return "waits to write" if re.search(r"\b(cp\.async|ld\.global)", before) else "waits"
+
+
+def _amd(kernel: Any, narrow: list[str], shared_per_sm: int) -> Facts:
+    names, labels, targets = [], {}, []
+    for line in kernel.asm["amdgcn"].splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = len(names)
+        elif instruction := re.match(r"\s+([a-z]\w+)(?:\s+(\.LBB\w+))?", line):
+            if instruction[2] in labels and instruction[1].startswith(("s_branch", "s_cbranch")):
+                targets.append((labels[instruction[2]], len(names)))
+            names.append(instruction[1])
 
     def noted(what: str) -> int:
-        found = re.search(rf"\.{what}:\s+(\d+)", text)
-        return int(found[1]) if found else 0
+        return int(re.search(rf"\.{what}:\s+(\d+)", kernel.asm["amdgcn"])[1])
 
-    width = {
-        "dwordx4": 128,
-        "dwordx3": 96,
-        "dwordx2": 64,
-        "dword": 32,
-        "ushort": 16,
-        "short": 16,
-        "ubyte": 8,
-        "byte": 8,
-    }
-
-    def widths(verb: str) -> dict[int, int]:
-        found = (re.match(rf"(?:global|buffer|flat)_{verb}_(?:\w*?)(dword(?:x\d)?|u?short|u?byte)", n) for n in names)
-        return dict(Counter(width[match[1]] for match in found if match))
-
+    registers, shared = noted("vgpr_count"), kernel.metadata.shared
+    waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))  # of four SIMDs with 512 registers a lane each
     return Facts(
-        registers=noted("vgpr_count"),
+        registers=registers,
         spills=noted("vgpr_spill_count") + noted("sgpr_spill_count"),
-        shared=kernel.metadata.shared,
-        per_sm=None,
-        mma=dict(Counter(name for name in names if name.startswith("v_mfma"))),
+        shared=shared,
+        per_sm=min(waves // kernel.metadata.num_warps, shared_per_sm // max(shared, 1)),
+        mma=dict(Counter(name for name in names if name.startswith(_MMA))),
         tma_loads=0,
         async_copies=0,
-        loads=widths("load"),
-        stores=widths("store"),
-        loop=None,
+        loads=_widths(names, ("load",)),
+        stores=_widths(names, ("store",)),
+        loop=_loop(names, targets),
         narrow_products=narrow,
         tf32=any(name.startswith("v_mfma") and name.endswith("xf32") for name in names),
     )
@@ -171,22 +192,30 @@ def _instructions(sass: str) -> tuple[list[str], dict[str, int]]:
     return lines, labels
 
 
-def _loop(lines: list[str], names: list[str], labels: dict[str, int]) -> Loop | None:
-    loops = []
-    for end, line in enumerate(lines):
-        target = re.search(r"`\((\.L\w+)\)", line)
-        if names[end].startswith("BRA") and target and labels.get(target[1], len(lines)) <= end:
-            inside = names[labels[target[1]] : end + 1]
-            mma = sum(name.startswith(_MMA) for name in inside)
-            loops.append((mma / len(inside), mma, inside))
-    density, mma, inside = max(loops, default=(0, 0, []), key=lambda loop: loop[0])
-    if not density:
+def _loop(names: list[str], spans: list[tuple[int, int]]) -> Loop | None:
+    """Among loops, given as first and last instruction, find the K loop."""
+    innermost: list[tuple[int, int]] = []
+    for a, b in sorted(set(spans), key=lambda span: span[1] - span[0]):  # a loop is wider than what it holds
+        apart = all(b < c or d < a for c, d in innermost)
+        if apart and any(name.startswith(_MMA) for name in names[a : b + 1]):
+            innermost.append((a, b))
+    if not innermost:
         return None
+    inside = max((names[a : b + 1] for a, b in innermost), key=lambda loop: sum(map(_work, loop)))
 
     def count(*starts: str) -> int:
         return sum(name.startswith(starts) for name in inside)
 
-    return Loop(len(inside), mma, count("WARPGROUP.DEPBAR"), count("UTMALDG"), count("LDGSTS"))
+    return Loop(
+        instructions=len(inside), mma=count(*_MMA), arrives=count("WARPGROUP.ARRIVE"), waits=count("WARPGROUP.DEPBAR"),
+        tma_loads=count("UTMALDG"), async_copies=count("LDGSTS"), loads=_widths(inside, ("LDG", "LDGSTS", "load")),
+    )  # fmt: skip
+
+
+def _work(name: str) -> int:
+    """Multiply-adds of a tensor-core instruction, as far as its name tells; 1 if it does not, 0 of any other."""
+    sides = re.search(r"(\d+)x(\d+)x(\d+)", name)
+    return name.startswith(_MMA) * (math.prod(map(int, sides.groups())) if sides else 1)
 
 
 def _shape(name: str) -> str:
@@ -195,19 +224,28 @@ def _shape(name: str) -> str:
     return ".".join([parts[0], *(part for part in parts[1:] if re.fullmatch(r"\d+(x\d+)*", part))][:2])
 
 
+_NVIDIA_BITS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
+_AMD_BITS = {
+    "dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8, "byte": 8,
+}  # fmt: skip
+
+
 def _widths(names: list[str], kinds: tuple[str, ...]) -> dict[int, int]:
-    """Global accesses by width; without a width in its name an instruction moves 32 bits."""
+    """Global accesses by width in bits: LDG, LDGSTS and STG of NVIDIA's, loads and stores of AMD's."""
     counted: Counter[int] = Counter()
     for name in names:
         first, *parts = name.split(".")
-        if first in kinds:
-            sizes = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
-            counted[next((sizes[part] for part in parts if part in sizes), 32)] += 1
-    return dict(counted)
+        if first in kinds:  # without a width in its name it moves 32 bits
+            counted[next((_NVIDIA_BITS[part] for part in parts if part in _NVIDIA_BITS), 32)] += 1
+        elif amd := re.match(r"(?:global|buffer|flat)_(load|store)_(.+)", name):
+            widths = [part for part in amd[2].split("_") if part in _AMD_BITS]
+            if amd[1] in kinds and widths:
+                counted[_AMD_BITS[widths[0]]] += 1
+    return dict(sorted(counted.items(), reverse=True))
 
 
-def narrow_products(ttir: str) -> tuple[list[str], int]:
-    """Find 32-bit products by a run-time value that reach the offset of a pointer, and count the pointers looked at."""
+def narrow_products(ttir: str) -> list[str]:
+    """Find 32-bit products by a run-time value that reach the offset of a pointer."""
     definitions = {}
     for line in ttir.splitlines():
         if match := re.match(r"\s*(%[\w#:]+) = \"?([\w.]+)\"?(.*)", line):
@@ -234,4 +272,4 @@ def narrow_products(ttir: str) -> tuple[list[str], int]:
     offsets = [operands[1] for op, operands, _ in definitions.values() if op == "tt.addptr"]
     for offset in offsets:
         walk(offset, set(), found.add)
-    return sorted(found), len(offsets)
+    return sorted(found)

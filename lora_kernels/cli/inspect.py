@@ -8,194 +8,180 @@ These are compiled properties, not performance.
 """
 
 import argparse
+import multiprocessing
 import os
-import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lora_kernels import plan
 from lora_kernels.cli import _machine
-from lora_kernels.cli._binary import Facts, read
-from lora_kernels.cli._budget import broken
+from lora_kernels.cli._compiled import CASES, DTYPES, QUICK, Case, Kernel, compile_case, problem
+from lora_kernels.cli._stored import budget_file, regressions, renew
 
-__all__ = ["CASES", "Case", "Kernel", "add_arguments", "compile_case", "run"]
+__all__ = ["add_arguments", "run"]
 
-ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_SHARED_PER_SM = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024, "gfx942": 64 * 1024}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layer whose forward and backward are launched: M rows, in_features K, out_features N, rank."""
-
-    m: int
-    k: int
-    n: int
-    r: int
-    dtype: str = "bf16"
-    p: float = 0.0
-    bias: bool = False
-    strided: bool = False
-    tf32: bool = False
-
-
-# each line reaches tiles or flags that no other does
-CASES = (
-    Case(8192, 4096, 4096, 16, bias=True), Case(8192, 4096, 4096, 16, p=0.1), Case(8192, 4096, 4096, 32),
-    Case(8192, 4096, 4096, 64, p=0.1), Case(512, 1024, 1024, 16), Case(512, 1024, 1024, 16, p=0.1),
-    Case(16, 4096, 4096, 16), Case(16, 4096, 4096, 16, p=0.1), Case(8192, 4096, 4096, 16, "fp16", p=0.1),
-    Case(2048, 1024, 1024, 16, "fp32", bias=True), Case(2048, 1024, 1024, 16, "fp32", p=0.1),
-    Case(2048, 1024, 1024, 64, "fp32", p=0.1), Case(2048, 1024, 1024, 16, "fp32", p=0.1, tf32=True),
-    Case(2048, 1024, 1024, 16, strided=True), Case(2048, 1024, 1024, 16, p=0.1, strided=True),
-    Case(2048, 1024, 1024, 16, "fp32", p=0.1, strided=True),
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A compiled kernel: what it is, what it is made of, and which budgets it breaks."""
-
-    arch: str
-    name: str
-    dtype: str
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    strided: bool
-    facts: Facts
-    broken: tuple[str, ...] = ()
-
-    def label(self) -> str:
-        """Tile and flags as the table shows them."""
-        tile = "x".join(str(v) for k, v in self.constants.items() if k in _TILE)
-        flags = [word for name, word in _FLAGS.items() if self.constants.get(name)]
-        return " ".join([tile, *flags, *(["strided"] if self.strided else [])])
-
-
-_TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_W", "BLOCK_T", "BLOCK_K", "BLOCK_R")
-_FLAGS = {"USE_TMA": "tma", "HAS_BIAS": "bias", "HAS_KEEP": "masked", "HAS_DROPOUT": "dropout", "HAS_SHRINK": "shrinks",
-          "IS_SPLIT": "split"}  # fmt: skip
+_ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
+_WIDTH = 150  # where there is no terminal to ask
+_WIDE = 132  # columns that a terminal must have for the whole table
+_LEGEND = """\
+/SM: programs that a multiprocessor holds. K loop: instructions, and waits (w) for the tensor cores; -: none uses them.
+Loads and stores: bits of the widest, +: narrower ones as well. All of it is in the JSON file.
+Compiled properties, not performance."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lora-kernels inspect`."""
-    parser.add_argument("--arch", choices=ARCHES, nargs="+", default=ARCHES, help="only for these (default: all)")
+    parser.add_argument("--arch", choices=_ARCHES, nargs="+", default=_ARCHES, help="only for these (default: all)")
     parser.add_argument("--kernel", choices=("shrink", "matmul_expand", "wgrad"), help="only this kernel")
-    parser.add_argument("--dtype", choices=_DTYPES, help="only this dtype")
+    parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
+    parser.add_argument("--quick", action="store_true", help="a few shapes that reach every kernel")
+    parser.add_argument("--jobs", type=int, metavar="N", help="compile in so many processes (default: one a core)")
+    parser.add_argument(
+        "--budgets", metavar="FOLDER", help="hold registers, shared memory and loops to the file of this Triton in it"
+    )
+    parser.add_argument("--renew", action="store_true", help="write that file in place of holding to it")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compile and read; 0 if every budget holds, 1 if one is broken, 2 if nothing can be compiled."""
     console = Console(highlight=False)
-    problem = _problem()
-    if problem:
-        console.print(problem, style="red")
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_WIDTH)
+    wrong = problem() or _unfit(args)
+    if wrong:
+        console.print(f"lora-kernels inspect: {wrong}", style="red")
         return 2
-    cases = [case for case in CASES if args.dtype in (None, case.dtype)]
-    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    kernels: list[Kernel] = []
-    with Progress(*bar, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("compiling", total=len(args.arch) * len(cases))
-        for arch in args.arch:
-            seen: set[str] = set()
-            for case in cases:
-                progress.update(task, description=f"{arch} {case.dtype} {case.m}x{case.k}x{case.n}")
-                kernels += compile_case(case, arch, seen, args.kernel)
-                progress.advance(task)
+    kernels = [kernel for kernel in _compile(args) if args.kernel in (None, kernel.name)]
     for arch in args.arch:
-        console.print(_table(arch, [kernel for kernel in kernels if kernel.arch == arch]))
-    bad = [kernel for kernel in kernels if kernel.broken]
-    for kernel in bad:
-        console.print(
-            f"{kernel.arch} {kernel.name} {kernel.dtype} {kernel.label()}: {'; '.join(kernel.broken)}", style="red"
-        )
-    summary = f"{len(kernels)} kernels compiled by Triton {_machine.version_of('triton')}, {len(bad)} break a budget."
+        console.print(_table(arch, [kernel for kernel in kernels if kernel.arch == arch], console.width >= _WIDE))
+    console.print(_LEGEND, style="dim")
+    bad = [f"{kernel}: {'; '.join(kernel.broken)}" for kernel in kernels if kernel.broken]
+    triton = _machine.version_of("triton")
+    if args.budgets:
+        bad += _hold(console, kernels, args, triton)
+    for line in bad:
+        console.print(line, style="red")
+    summary = f"{len(kernels)} kernels compiled by Triton {triton}, {len(bad)} broken budgets."
     console.print(summary, style="bold red" if bad else "bold green")
-    console.print("Compiled properties, not performance.")
     if args.json:
         _machine.write_json(
-            args.json, dict(command="inspect", summary=summary, broken=len(bad), kernels=[asdict(k) for k in kernels])
+            args.json, dict(command="inspect", summary=summary, broken=bad, kernels=[asdict(k) for k in kernels])
         )
     return 1 if bad else 0
 
 
-def _problem() -> str:
-    """Why nothing can be compiled in this process, or ""."""
-    if "triton" in sys.modules and plan.interpreting():
-        return "Triton was imported with its interpreter; run this in a process of its own."
-    os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it when it is imported, which is later than this
-    return plan.triton_problem()
+def _unfit(args: argparse.Namespace) -> str:
+    """What is wrong with the options, or ""."""
+    if args.jobs is not None and args.jobs < 1:
+        return f"--jobs {args.jobs} is not at least 1."
+    if args.renew and not args.budgets:
+        return "--renew needs --budgets FOLDER."
+    if args.renew and (args.quick or args.kernel or args.dtype):
+        return "--renew stores every kernel: not with --quick, --kernel or --dtype."
+    return ""
 
 
-def compile_case(case: Case, arch: str, seen: set[str], only: str | None = None) -> Iterator[Kernel]:
-    """Launch a layer's forward and backward on an imagined GPU, and read each kernel not yet in `seen`."""
-    from lora_kernels.kernels._imagined import GPUS, imagine
-
-    precision = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
-    try:
-        with imagine(GPUS[arch]) as launched:
-            _layer(case)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = precision
-    for compiled in launched:
-        name = compiled.name.strip("_").removesuffix("_kernel")
-        if compiled.hash in seen or only not in (None, name):
-            continue
-        seen.add(compiled.hash)
-        names = compiled.src.fn.arg_names
-        constants = {
-            names[path[0]]: value
-            for path, value in compiled.src.constants.items()
-            if len(path) == 1 and names[path[0]].isupper() and len(names[path[0]]) > 1
-        }
-        kernel = Kernel(
-            arch, name, case.dtype, constants, compiled.metadata.num_warps, compiled.metadata.num_stages, case.strided,
-            read(compiled, _SHARED_PER_SM[arch]),
-        )  # fmt: skip
-        yield replace(kernel, broken=tuple(broken(kernel, GPUS[arch].shared)))
+def _compile(args: argparse.Namespace) -> list[Kernel]:
+    """Compile case after case, in several processes; each kernel comes once, under the first case that launches it."""
+    cases = [case for case in (QUICK if args.quick else CASES) if args.dtype in (None, case.dtype)]
+    tasks = [(case, arch) for arch in args.arch for case in cases]
+    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    kernels: dict[tuple[str, str], Kernel] = {}
+    with Progress(*bar, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("compiling", total=len(tasks))
+        for (case, arch), found in zip(tasks, _results(tasks, args.jobs), strict=True):
+            for kernel in found:
+                kernels.setdefault((arch, kernel.hash), kernel)
+            progress.update(task, advance=1, description=f"{arch} {case}")
+    return list(kernels.values())
 
 
-def _layer(case: Case) -> None:
-    """Forward and backward on tensors that are allocated and never touched."""
-    from lora_kernels.autograd import LoRALinearFunction
-
-    def make(*shape: int, grad: bool = True) -> torch.Tensor:
-        dtype = _DTYPES[case.dtype]
-        if case.strided:  # no element next to the other, and nothing on 16 bytes
-            return torch.empty(*shape[:-1], 2 * shape[-1] + 3, dtype=dtype)[..., 1:-2:2].requires_grad_(grad)
-        return torch.empty(shape, dtype=dtype, requires_grad=grad)
-
-    x, weight = make(case.m, case.k), make(case.n, case.k, grad=False)
-    lora_A, lora_B = make(case.r, case.k), make(case.n, case.r)
-    bias = make(case.n, grad=False) if case.bias else None
-    y = LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, 2.0, case.p, "triton")
-    y.backward(torch.empty_like(y))
+def _results(tasks: list[tuple[Case, str]], jobs: int | None) -> Iterator[list[Kernel]]:
+    jobs = min(jobs or len(os.sched_getaffinity(0)), len(tasks))
+    if jobs == 1:
+        yield from map(_task, tasks)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:  # Triton's threads survive no fork
+        yield from pool.map(_task, tasks)
 
 
-def _table(arch: str, kernels: list[Kernel]) -> Table:
-    table = Table(title=arch, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("kernel", "dtype", "tile and flags"):
-        table.add_column(name)
-    for name in ("warps", "regs", "spill", "shared", "/SM", "tensor cores", "TMA", "async", "K loop", "waits", "loads"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    for kernel in sorted(kernels, key=lambda k: (k.name, k.dtype, k.label())):
-        f = kernel.facts
-        loop = (str(f.loop.instructions), str(f.loop.waits)) if f.loop else ("-", "-")
-        table.add_row(
-            kernel.name, kernel.dtype, kernel.label(), str(kernel.num_warps), str(f.registers), str(f.spills),
-            f"{f.shared / 1024:.0f}K", "-" if f.per_sm is None else str(f.per_sm),
-            " ".join(f"{count}x {name}" for name, count in f.mma.items()) or "-", str(f.tma_loads), str(f.async_copies),
-            *loop, " ".join(f"{width}:{count}" for width, count in sorted(f.loads.items())),
-            "BROKEN" if kernel.broken else "ok",
-        )  # fmt: skip
+_seen: dict[str, set[str]] = {}  # by architecture, in each process: what it has read
+
+
+def _task(task: tuple[Case, str]) -> list[Kernel]:
+    case, arch = task
+    return compile_case(case, arch, _seen.setdefault(arch, set()))
+
+
+def _hold(console: Console, kernels: list[Kernel], args: argparse.Namespace, triton: str) -> list[str]:
+    """Hold the kernels to the stored budgets, or store what they take."""
+    path = budget_file(args.budgets, triton)
+    if args.renew:
+        renew(kernels, path)
+        console.print(f"Wrote {path}.")
+        return []
+    if not path.exists():
+        console.print(f"There is no {path}: only the rules were held.", style="yellow")
+        return []
+    over = list(regressions(kernels, path))
+    if over:
+        arches = f" --arch {' '.join(args.arch)}" if args.arch != _ARCHES else ""
+        console.print(f"If this is meant: lora-kernels inspect{arches} --budgets {args.budgets} --renew")
+    return over
+
+
+# header, how it is justified, a kernel's cell, and whether it is only for wide terminals
+_COLUMNS: tuple[tuple[str, str, Callable[[Kernel], Any], bool], ...] = (
+    ("dtype", "left", lambda k: k.case.dtype, False),
+    ("pass", "left", lambda k: "bwd" if k.backward else "fwd", True),
+    ("tile", "left", lambda k: k.tile, False),
+    ("flags", "left", lambda k: k.flags, False),
+    ("warps", "right", lambda k: k.num_warps, True),
+    ("stages", "right", lambda k: k.num_stages, True),
+    ("regs", "right", lambda k: k.facts.registers, False),
+    ("spills", "right", lambda k: k.facts.spills or "-", True),
+    ("smem", "right", lambda k: f"{k.facts.shared / 1024:.0f}K", False),
+    ("/SM", "right", lambda k: k.facts.per_sm, False),
+    ("tensor cores", "left", lambda k: _first(k.facts.mma), True),
+    ("TMA", "right", lambda k: k.facts.tma_loads or "-", True),
+    ("K loop", "right", lambda k: _loop(k), False),
+    ("loads", "left", lambda k: _first(k.facts.loads), False),
+    ("stores", "left", lambda k: _first(k.facts.stores), True),
+    ("", "left", lambda k: "[red]BAD[/red]" if k.broken else "ok", False),
+)
+
+
+def _table(arch: str, kernels: list[Kernel], wide: bool) -> Table:
+    table = Table(
+        title=f"\n{arch}", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, int(wide), 0, 0)
+    )
+    columns = [column for column in _COLUMNS if wide or not column[3]]
+    table.add_column("kernel", no_wrap=True)
+    for header, justify, _, _ in columns:
+        table.add_column(header, justify=justify, no_wrap=True)
+    above = None
+    for kernel in sorted(kernels, key=lambda k: (k.name, k.case.dtype, k.case.strided, k.sides, k.flags, k.backward)):
+        if above not in (None, kernel.name):
+            table.add_section()
+        name = kernel.name if kernel.name != above else ""
+        table.add_row(name, *(str(cell(kernel)) for _, _, cell, _ in columns))
+        above = kernel.name
     return table
+
+
+def _loop(kernel: Kernel) -> str:
+    loop = kernel.facts.loop
+    if loop is None:
+        return "-"
+    return f"{loop.instructions}/{loop.waits}w" if kernel.arch == "sm_90" else str(loop.instructions)
+
+
+def _first(found: dict[Any, int]) -> str:
+    """The first of several, marked where there are others."""
+    return f"{next(iter(found))}{'+' if len(found) > 1 else ''}" if found else "-"

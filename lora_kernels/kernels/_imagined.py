@@ -1,18 +1,19 @@
 """A GPU that is not there: launches go as far as they can without one, and what was compiled for them is kept.
 
 The launchers run on CPU tensors as they would on a GPU's: they pick the tiles for it, Triton binds and specialises the
-real arguments and compiles the kernel, checks its shared memory, and loads nothing. So what is compiled is what a call
-compiles on the real GPU, with no signature written by hand. For `lora-kernels inspect` and the tests; in a process of
-its own, because Triton keeps one driver a process.
+real arguments and compiles the kernel, and nothing is loaded. So what is compiled is what a call compiles on the real
+GPU, with no signature written by hand. For `lora-kernels inspect` and the tests; in a process of its own, because
+Triton keeps one driver a process.
 
 The driver's methods are those that Triton's `JITFunction.run` and `CompiledKernel` call (3.6 to 3.9). Source: Triton's
 own third_party drivers (interface).
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 
 from lora_kernels.kernels import _launch
 
-__all__ = ["GPUS", "ImaginedGPU", "imagine"]
+__all__ = ["GPUS", "ImaginedGPU", "Launch", "imagine"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class ImaginedGPU:
         arch: "sm_90" or "gfx942".
         num_sms: Multiprocessors, or compute units.
         shared: Most bytes of shared memory of a program.
+        shared_per_sm: Bytes of shared memory of a multiprocessor.
         index: A device number of its own, under which Triton keeps what it compiled.
     """
 
     arch: str
     num_sms: int
     shared: int
+    shared_per_sm: int
     index: int
 
     @property
@@ -56,34 +59,41 @@ class ImaginedGPU:
 GPUS = {
     gpu.arch: gpu
     for gpu in (
-        ImaginedGPU("sm_80", 108, 166_912, 0),
-        ImaginedGPU("sm_90", 132, 232_448, 1),
-        ImaginedGPU("sm_100", 148, 232_448, 2),
-        ImaginedGPU("gfx942", 304, 65_536, 3),
+        ImaginedGPU("sm_80", 108, 166_912, 167_936, 0),
+        ImaginedGPU("sm_90", 132, 232_448, 233_472, 1),
+        ImaginedGPU("sm_100", 148, 232_448, 233_472, 2),
+        ImaginedGPU("gfx942", 304, 65_536, 65_536, 3),
     )
 }
 
 
+class Launch(NamedTuple):
+    """A launch that did not happen: Triton's `CompiledKernel`, and how many programs it would have had."""
+
+    kernel: Any
+    programs: int
+
+
 @contextlib.contextmanager
-def imagine(gpu: ImaginedGPU, launcher: Callable[[Any, Any], Callable] | None = None) -> Iterator[list[Any]]:
-    """Launch on an imagined GPU; yields a list that gets the compiled kernel of every launch, in order.
+def imagine(gpu: ImaginedGPU, launcher: Callable[[Any, Any], Callable] | None = None) -> Iterator[list[Launch]]:
+    """Launch on an imagined GPU; yields a list that gets every launch, in order.
 
     Args:
         gpu: The GPU.
         launcher: Made from a kernel's source and metadata and called in place of a launch; by default nothing happens.
     """
-    compiled: list[Any] = []
+    launched: list[Launch] = []
     run = triton.JITFunction.run
 
-    def recorded(self: triton.JITFunction, *args: object, **kwargs: object) -> object:
-        kernel = run(self, *args, **kwargs)
-        compiled.append(kernel)
+    def recorded(self: triton.JITFunction, *args: object, grid: tuple[int, ...], **kwargs: object) -> object:
+        kernel = run(self, *args, grid=grid, **kwargs)
+        launched.append(Launch(kernel, math.prod(grid)))
         return kernel
 
     triton.runtime.driver.set_active(_Driver(gpu, launcher or _no_launcher))
     triton.JITFunction.run, _launch.imagined = recorded, gpu
     try:
-        yield compiled
+        yield launched
     finally:
         triton.JITFunction.run, _launch.imagined = run, None
 
@@ -118,8 +128,8 @@ class _Utils:
         self.gpu = gpu
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return dict(
-            max_shared_mem=self.gpu.shared, max_num_regs=65_536, multiprocessor_count=self.gpu.num_sms,
+        return dict(  # shared memory without end: a kernel that takes too much is to be reported, not to be refused
+            max_shared_mem=1 << 30, max_num_regs=65_536, multiprocessor_count=self.gpu.num_sms,
             warpSize=self.gpu.target.warp_size,
         )  # fmt: skip
 

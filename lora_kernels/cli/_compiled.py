@@ -1,0 +1,213 @@
+"""The kernels that a layer's forward and backward launch on a GPU that need not be there, each read and judged."""
+
+import os
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lora_kernels import plan
+from lora_kernels.cli._binary import Facts, read
+from lora_kernels.cli._budget import broken
+
+__all__ = ["CASES", "DTYPES", "QUICK", "Case", "Kernel", "compile_case", "describe", "problem"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer whose forward and backward are launched.
+
+    Attributes:
+        m: Rows.
+        k: in_features.
+        n: out_features.
+        r: Rank.
+        dtype: "bf16", "fp16" or "fp32".
+        p: Dropout.
+        bias: Whether there is one.
+        strided: Whether no operand has an element next to the other, nor one on 16 bytes.
+        tf32: Whether fp32 products may use TF32.
+        accumulate: Whether gradients are added to those that are there.
+        strategy: Form of the large products.
+        place: Which of the shipped tiles they take; None for the rule's, as are places past the last.
+    """
+
+    m: int
+    k: int
+    n: int
+    r: int
+    dtype: str = "bf16"
+    p: float = 0.0
+    bias: bool = False
+    strided: bool = False
+    tf32: bool = False
+    accumulate: bool = False
+    strategy: str = "fused"
+    place: int | None = None
+
+    def __str__(self) -> str:
+        words = [word for word in ("bias", "strided", "tf32", "accumulate") if getattr(self, word)]
+        tile = [] if self.place is None else [f"tile {self.place}"]
+        return " ".join([f"{self.m}x{self.k}x{self.n} r={self.r} {self.dtype} p={self.p:g}", *words, *tile])
+
+
+_LARGE = (8192, 4096, 4096)
+_SMALL = (2048, 1024, 1024)
+QUICK = (  # every kernel, and every rule of the budgets
+    Case(*_LARGE, 16, bias=True, place=0), Case(*_LARGE, 16, p=0.1, place=0), Case(16, 4096, 4096, 16, p=0.1),
+    Case(*_SMALL, 16, "fp32", p=0.1),
+)  # fmt: skip
+CASES = (  # every tile of every path, and every flag
+    *QUICK,
+    *(Case(*_LARGE, 16, place=place) for place in range(8)),
+    *(Case(*_LARGE, 16, p=0.1, place=place) for place in range(1, 5)),
+    *(Case(*_SMALL, 16, p=0.1, strided=True, place=place) for place in range(4)),
+    Case(*_SMALL, 16, strided=True), Case(*_LARGE, 32, p=0.1), Case(*_LARGE, 64), Case(*_LARGE, 64, p=0.1),
+    Case(16, 4096, 4096, 16), Case(*_LARGE, 16, accumulate=True), Case(*_LARGE, 16, "fp16", p=0.1),
+    # the thin product alone, forward and backward, beside a library's product that is next to nothing here
+    Case(8192, 64, 4096, 16, bias=True, strategy="beta1"), Case(8192, 4096, 64, 16, strategy="beta1"),
+    Case(8192, 4096, 64, 16, p=0.1, strategy="beta1"),
+    Case(*_SMALL, 16, "fp32", bias=True), Case(*_SMALL, 64, "fp32", p=0.1),
+    *(Case(*_SMALL, 16, "fp32", p=0.1, tf32=True, place=place) for place in range(2)),
+    Case(*_SMALL, 16, "fp32", p=0.1, strided=True),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel: who launches it, what it is made of, and which budgets it breaks.
+
+    Attributes:
+        arch: "sm_90" or "gfx942".
+        name: "shrink", "matmul_expand" or "wgrad".
+        case: The first case that launches it.
+        backward: Whether the first launch is in the backward pass.
+        constants: Its compile-time constants by name.
+        num_warps: Warps a program.
+        num_stages: Stages of its software pipelines.
+        programs: Programs of the launch.
+        hash: Triton's name for the binary.
+        facts: What was read from the binary.
+        broken: The budgets it breaks, in words.
+    """
+
+    arch: str
+    name: str
+    case: Case
+    backward: bool
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    programs: int
+    hash: str
+    facts: Facts
+    broken: tuple[str, ...] = ()
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The sides of its tile."""
+        return tuple(self.constants[side] for side in _SIDES.get(self.name, ()))
+
+    @property
+    def tile(self) -> str:
+        """Its tile, such as 128x256x64."""
+        return "x".join(map(str, self.sides))
+
+    @property
+    def flags(self) -> str:
+        """What sets it apart from others of that tile."""
+        words = [word for flag, word in _FLAGS.items() if self.constants.get(flag)]
+        tf32 = self.constants.get("PRECISION") == "tf32"
+        return " ".join([*words, *(["tf32"] if tf32 else []), *(["strided"] if self.case.strided else [])])
+
+    def __str__(self) -> str:
+        made = f"{self.num_warps} warps {self.num_stages} stages"
+        return f"{self.arch} {self.name} {self.case.dtype} {self.tile} {made} {self.flags}".rstrip()
+
+
+_SIDES = {
+    "shrink": ("BLOCK_M", "BLOCK_K", "BLOCK_R"),
+    "matmul_expand": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
+    "wgrad": ("BLOCK_M", "BLOCK_W", "BLOCK_T"),
+}
+_FLAGS = {"USE_TMA": "tma", "HAS_BIAS": "bias", "HAS_KEEP": "masked", "HAS_DROPOUT": "dropout", "HAS_SHRINK": "shrinks",
+          "ACCUMULATE": "adds"}  # fmt: skip
+
+
+def problem() -> str:
+    """Why nothing can be compiled in this process, or ""; before Triton is imported it sets the process up for it."""
+    if "triton" in sys.modules and plan.interpreting():
+        return "Triton was imported with its interpreter; run this in a process of its own."
+    os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it when it is imported, which is later than this
+    return plan.triton_problem()
+
+
+def compile_case(case: Case, arch: str, seen: set[str]) -> list[Kernel]:
+    """Launch a layer's forward and backward on an imagined GPU, and read each kernel whose hash is not in `seen`.
+
+    Args:
+        case: The layer.
+        arch: The GPU's architecture.
+        seen: Hashes of kernels that are known; the new ones are added.
+    """
+    from lora_kernels.kernels._imagined import GPUS, imagine
+
+    precision = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
+    try:
+        with imagine(GPUS[arch]) as launched, plan.forced(case.strategy, case.place):
+            y = _forward(case)
+            forward = len(launched)
+            y.backward(torch.empty_like(y))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = precision
+    kernels = []
+    for position, launch in enumerate(launched):
+        if launch.kernel.hash not in seen:
+            seen.add(launch.kernel.hash)
+            kernels.append(describe(launch, case, arch, backward=position >= forward))
+    return kernels
+
+
+def describe(launch: Any, case: Case, arch: str, backward: bool = False) -> Kernel:
+    """Read the kernel of a launch and hold it to the budgets.
+
+    Args:
+        launch: What `imagine` recorded.
+        case: Whose launch it is.
+        arch: The GPU's architecture.
+        backward: Whether it is in the backward pass.
+    """
+    from lora_kernels.kernels._imagined import GPUS
+
+    compiled = launch.kernel
+    names = compiled.src.fn.arg_names
+    constants = {names[path[0]]: value for path, value in compiled.src.constants.items() if len(path) == 1}
+    kernel = Kernel(
+        arch, compiled.name.strip("_").removesuffix("_kernel"), case, backward,
+        {name: value for name, value in constants.items() if name.isupper() and len(name) > 1},
+        compiled.metadata.num_warps, compiled.metadata.num_stages, launch.programs, compiled.hash,
+        read(compiled, GPUS[arch].shared_per_sm),
+    )  # fmt: skip
+    return replace(kernel, broken=tuple(broken(kernel, GPUS[arch])))
+
+
+def _forward(case: Case) -> torch.Tensor:
+    """The forward pass on tensors that are allocated and never touched."""
+    from lora_kernels.autograd import LoRALinearFunction
+
+    def make(*shape: int, grad: bool = True) -> torch.Tensor:
+        dtype = DTYPES[case.dtype]
+        if case.strided:  # no element next to the other, and nothing on 16 bytes
+            return torch.empty(*shape[:-1], 2 * shape[-1] + 3, dtype=dtype)[..., 1:-2:2].requires_grad_(grad)
+        return torch.empty(shape, dtype=dtype, requires_grad=grad)
+
+    x, weight = make(case.m, case.k), make(case.n, case.k, grad=False)
+    lora_A, lora_B = make(case.r, case.k), make(case.n, case.r)
+    bias = make(case.n, grad=False) if case.bias else None
+    if case.accumulate:
+        lora_A.grad, lora_B.grad = torch.empty_like(lora_A), torch.empty_like(lora_B)
+    return LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, 2.0, case.p, "triton", case.accumulate)
