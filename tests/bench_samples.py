@@ -34,7 +34,7 @@ def sample_case(ours=1.0, floor=0.8, peft=2.0, label="q, o"):
         return {"label": name, "reason": "", "seconds": taken, "saved_bytes": 2**20, "peak_bytes": 2**21} | more
 
     return {
-        "shape": {"m": 1, "k": 2, "n": 3, "label": label}, "r": 16, "p": 0.1, "dtype": "bfloat16",
+        "level": "layer", "shape": {"m": 1, "k": 2, "n": 3, "label": label}, "r": 16, "p": 0.1, "dtype": "bfloat16",
         "split_minimum_bytes": 2**20, "flops": {"forward": 1, "backward": 2},
         "providers": {
             "frozen": row("floor", floor), "ours": row("lora_kernels [triton]", ours), "peft": row("PEFT", peft),

@@ -1,6 +1,7 @@
-"""The pictures of `bench --plot` and of the generated page: time over the floor's, a line a provider, a tick a case.
+"""The pictures of `bench --plot` and of the generated page: time over the floor's, a tick a case.
 
-The floor is the frozen layer or model; of a single launch, PyTorch's operators for the same work.
+Layers are a line a provider, launches and models bars. The floor is the frozen layer or model; of a single launch,
+PyTorch's operators for the same work.
 """
 
 import importlib.util
@@ -30,17 +31,21 @@ def plot(cases: list[dict[str, Any]], caption: str, path: str) -> None:
     which, level = last_pass(cases), cases[0]["level"]
     floor = "operators" if level == "kernel" else "frozen"
     labels = labels_of(cases)
-    for name, label in labels.items():
+    for place, (name, label) in enumerate(labels.items()):
         both = [(i, median_ms(case, name, which), median_ms(case, floor, which)) for i, case in enumerate(cases)]
         points = [(i, taken / of_floor) for i, taken, of_floor in both if taken and of_floor]
-        if points:
+        if points and level == "layer":
             ours = name == "ours"
             axes.plot(
                 *zip(*points, strict=True), marker="o", markersize=4, label=label,
                 linewidth=2.5 if ours else 1.0, zorder=3 if ours else 2,
             )  # fmt: skip
+        elif points:
+            width = 0.8 / len(labels)
+            where = [i + (place - (len(labels) - 1) / 2) * width for i, _ in points]
+            axes.bar(where, [height for _, height in points], width, label=label)
     axes.set_xticks(range(len(cases)), [_tick(case) for case in cases], rotation=60, ha="right", fontsize=7)
-    axes.set_ylabel(f"{pass_name(cases)} over that of: {labels.get(floor, floor)}")
+    axes.set_ylabel(f"{pass_name(cases)} over that of: {labels.get(floor, floor)}", fontsize=8)
     axes.set_title(caption, fontsize=7)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=7)

@@ -1,9 +1,10 @@
 """Time forward, backward and both against what you would otherwise run.
 
 Baselines, taken in turn with this package in one run: the frozen linear layer alone (the floor), PEFT's layer with
-adapters in the base's dtype and in fp32, the same under torch.compile, a chain of in-place addmm, and LoRAFusion's split
-graph. Each is checked against float64 first; what fails is not timed. Shares of peak are of a matmul measured in this
-run. Other levels: each launch of the layer alone (kernel), a whole decoder layer (decoder), a small model (model).
+adapters in the base's dtype and in fp32, the same under torch.compile, a chain of in-place addmm, and on a GPU a graph
+split as LoRAFusion splits it. Each is checked against float64 first; what fails is not timed. Shares of peak are of a
+matmul measured in this run. Other levels time each launch alone (kernel), a whole decoder layer (decoder), and training
+steps of a small model (model).
 
   lora-kernels bench                                              a preset that fits this machine
   lora-kernels bench --preset lorafusion --m 2048 8192            a published sweep, two of its row counts
@@ -66,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--cuda-graph", action="store_true", help="replay CUDA graphs: no launch overhead for anyone")
     how.add_argument(
         "--cache", choices=_timing.CACHES,
-        help="before a call: overwrite the caches (on a GPU by default), take turns over copies of the operands, or leave "
-        "them as they are (on a CPU)",
+        help="before a call: overwrite the caches (on a GPU by default), take turns over copies of the operands, or "
+        "leave them as they are (on a CPU)",
     )  # fmt: skip
     how.add_argument("--minutes", type=float, help="begin no case after this many minutes")
     how.add_argument("--quick", action="store_true", help="one tiny shape, 3 rounds: only to see that it works")
@@ -132,8 +133,8 @@ def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) ->
 def _write(args: argparse.Namespace, settings: Settings, done: list, skipped: list, complete: bool) -> None:
     if args.json:
         write_json(args.json, {
-            "command": "bench", "level": args.level, "preset": _preset_name(args), "complete": complete, "skipped": skipped,
-            "method": _method(settings), "peaks": settings.peaks, "speedups": _bench_view.speedups(done),
+            "command": "bench", "level": args.level, "preset": _preset_name(args), "complete": complete,
+            "skipped": skipped, "method": _method(settings), "peaks": settings.peaks, "speedups": _bench_view.speedups(done),
             "cases": done,
         })  # fmt: skip
 
