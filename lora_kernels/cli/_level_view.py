@@ -51,7 +51,7 @@ def kernel_table(cases: list[dict[str, Any]]) -> Group:
 def model_title(case: dict[str, Any]) -> str:
     """A model in words."""
     d = case["model"]
-    depth = f"{d['layers']} layers, vocabulary {d['vocab']}" if case["level"] == "model" else "one decoder layer"
+    depth = f"{d['layers']} layers, vocabulary {d['vocab']}" if case["level"] == "model" else "One decoder layer"
     return (
         f"{depth}: hidden {d['hidden']}, {d['heads']}/{d['kv_heads']} heads, MLP {d['intermediate']}; {d['batch']} x "
         f"{d['seq']} tokens, r={case['r']}, p={case['p']:g}, {case['dtype']}"

@@ -134,8 +134,8 @@ def _write(args: argparse.Namespace, settings: Settings, done: list, skipped: li
     if args.json:
         write_json(args.json, {
             "command": "bench", "level": args.level, "preset": _preset_name(args), "complete": complete,
-            "skipped": skipped, "method": _method(settings), "peaks": settings.peaks, "speedups": _bench_view.speedups(done),
-            "cases": done,
+            "skipped": skipped, "method": _method(settings), "peaks": settings.peaks,
+            "speedups": _bench_view.speedups(done), "cases": done,
         })  # fmt: skip
 
 
