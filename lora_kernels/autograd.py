@@ -30,7 +30,8 @@ def forward(
     """Compute y `[*, out]`, and what backward needs of the way there: s `[M, r]` and the backend's mask."""
     ops, rows = plan.contractions(backend), _rows(x)
     s, keep = ops.shrink(rows, _as(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p)
-    y = ops.matmul_expand([(rows, weight), (s, _as(lora_B, x.dtype))], bias)
+    _, expand = plan.expander(backend, rows, weight.shape[0], lora_A.shape[0], masked=False, backward=False)
+    y = expand([(rows, weight), (s, _as(lora_B, x.dtype))], bias)
     return y.view(*x.shape[:-1], weight.shape[0]), s, keep
 
 
@@ -40,9 +41,10 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
-        scaling: float, dropout_p: float, backend: str,
+        scaling: float, dropout_p: float, backend: str, accumulate_grad: bool = False,
     ) -> Tensor:  # fmt: skip
         """Compute y and save for backward what the gradients that are needed need."""
+        ctx.accumulate = (lora_A, lora_B) if accumulate_grad else (None, None)
         ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
         lora_A, lora_B = _as(lora_A, x.dtype), _as(lora_B, x.dtype)
         y, s, keep = forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
@@ -66,21 +68,40 @@ class LoRALinearFunction(torch.autograd.Function):
         need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
         ops, dy = plan.contractions(ctx.backend), _rows(dy)
         dx = dweight = d_lora_A = d_lora_B = dbias = None
-        if need_B and (need_x or need_A):
-            ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, ctx.alpha, ctx.adapter_dtypes[1])
-        elif need_B:
-            d_lora_B = ops.wgrad(dy, s, ctx.adapter_dtypes[1])
+        into_A, into_B = (_gradient(adapter) for adapter in ctx.accumulate)
+        how = expand = ds = None
+        if need_x:
+            how, expand = plan.expander(ctx.backend, dy, weight.shape[1], lora_B.shape[1], keep is not None, True)
+        if how == "joint":
+            dx, ds = expand(dy, weight, lora_A, lora_B, ctx.alpha, keep)
+        elif need_B and (need_x or need_A):
+            ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, ctx.alpha, ctx.adapter_dtypes[1], into_B)
         elif need_x or need_A:
             ds, _ = ops.shrink(dy, lora_B.t(), ctx.alpha)
-        if need_x:
-            dx = ops.matmul_expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep).view(ctx.x_shape)
+        if need_x and how != "joint":
+            dx = expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
         if need_A:
-            d_lora_A = ops.wgrad(ds, _rows(x), ctx.adapter_dtypes[0], keep)
+            d_lora_A = ops.wgrad(ds, _rows(x), ctx.adapter_dtypes[0], keep, into=into_A, ready=how == "fused")
+        if need_B and (how == "joint" or ds is None):
+            d_lora_B = ops.wgrad(dy, s, ctx.adapter_dtypes[1], into=into_B)
         if need_weight:
             dweight = torch.mm(dy.t(), _rows(x))
         if need_bias:
             dbias = dy.sum(0)
-        return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None
+        if dx is not None:
+            dx = dx.view(ctx.x_shape)
+        return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None, None
+
+
+def _gradient(adapter: Tensor | None) -> Tensor | None:
+    """The gradient to add to in place, where the engine would do no more than add: a plain one, and nobody listens."""
+    grad = None if adapter is None or not adapter.is_leaf else adapter.grad
+    if grad is None or grad.layout is not torch.strided:
+        return None
+    if adapter._backward_hooks or getattr(adapter, "_post_accumulate_grad_hooks", None):
+        return None
+    torch.autograd.graph.increment_version(grad)
+    return grad
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -58,16 +58,31 @@ def matmul_expand(
     return y
 
 
-def wgrad(left: Tensor, right: Tensor, out_dtype: torch.dtype, keep: Tensor | None = None) -> Tensor:
-    """Compute g = leftᵀ (right · keep), `[C, D]`, in `out_dtype` without rounding it to a narrower one first."""
+def wgrad(
+    left: Tensor, right: Tensor, out_dtype: torch.dtype, keep: Tensor | None = None, *,
+    into: Tensor | None = None, ready: bool = False,
+) -> Tensor | None:  # fmt: skip
+    """Compute g = leftᵀ (right · keep), `[C, D]`, in `out_dtype` without rounding it to a narrower one first.
+
+    With `into`, g is added to that and nothing is returned. `ready` is for kernels, which may begin early.
+    """
     if keep is not None:
         right = right * _factors(keep)
-    return _thin_product(left.t(), right, 1.0, out_dtype)
+    if into is not None and left.dtype == out_dtype:
+        into.addmm_(left.t(), right)
+        return None
+    g = _thin_product(left.t(), right, 1.0, out_dtype)
+    if into is None:
+        return g
+    into.add_(g)
+    return None
 
 
-def shrink_wgrad(dy: Tensor, s: Tensor, lora_B: Tensor, alpha: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Compute ds = alpha · dy B, `[M, r]`, and dB = dyᵀ s, `[out, r]`, in `out_dtype`."""
-    return shrink(dy, lora_B.t(), alpha)[0], wgrad(dy, s, out_dtype)
+def shrink_wgrad(
+    dy: Tensor, s: Tensor, lora_B: Tensor, alpha: float, out_dtype: torch.dtype, into: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Compute ds = alpha · dy B, `[M, r]`, and dB = dyᵀ s, `[out, r]`, in `out_dtype`, or add it to `into`."""
+    return shrink(dy, lora_B.t(), alpha)[0], wgrad(dy, s, out_dtype, into=into)
 
 
 def _thin_product(left: Tensor, right: Tensor, alpha: float, out_dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ __all__ = ["lora_linear"]
 def lora_linear(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *,
     scaling: float = 1.0, bias: Tensor | None = None, dropout_p: float = 0.0, backend: str = "auto",
+    accumulate_grad: bool = False,
 ) -> Tensor:  # fmt: skip
     """Apply a linear layer with a low-rank adapter, in one fused pass.
 
@@ -31,6 +32,9 @@ def lora_linear(
             low-rank term is zero. The mask comes from the device's torch generator.
         backend: "triton" for the fused kernels, "torch" for PyTorch's operators, "auto" for Triton on GPUs that can
             run it and PyTorch otherwise; the environment variable LORA_KERNELS_BACKEND overrides "auto".
+        accumulate_grad: Let backward add the gradients of `lora_A` and `lora_B` to their `.grad` itself, where there is
+            one and no hook listens: a launch and a pass less for each when gradients are accumulated. Only for
+            `y.backward()`: `torch.autograd.grad` would see none, and gradients would be added all the same.
 
     Returns:
         y, `[*, out_features]`, contiguous, in x's dtype, or autocast's inside `torch.autocast`.
@@ -68,7 +72,7 @@ def lora_linear(
     backend = plan.choose(x.device, x.dtype, rank, empty, backend)
     args = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
-        return autograd.LoRALinearFunction.apply(*args)
+        return autograd.LoRALinearFunction.apply(*args, accumulate_grad)
     return autograd.forward(*args)[0]
 
 

@@ -35,6 +35,8 @@ class LoRALinear(nn.Module):
         lora_B: Trainable, `[out_features, r]`, zero at first: the layer starts out as its base.
         scaling: A plain number, read at each call; set it freely.
         merged: Whether the update stands in `weight` at the moment.
+        accumulate_grad: Whether backward adds to the `.grad` of lora_A and lora_B itself, see `lora_linear`; False at
+            first, set it freely.
 
     A merged layer's state dict is a plain linear layer's (`weight`, `bias`).
 
@@ -95,6 +97,7 @@ class LoRALinear(nn.Module):
         return lora_linear(
             x, self.weight, self.lora_A, self.lora_B,
             scaling=self.scaling, bias=self.bias, dropout_p=self.lora_dropout if self.training else 0.0,
+            accumulate_grad=self.accumulate_grad,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -134,7 +137,7 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features, self.r = in_features, out_features, r
         self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self.merged = False
+        self.merged = self.accumulate_grad = False
 
     def _adopt(self, linear: nn.Linear, dtype: torch.dtype | None) -> None:
         self.weight = linear.weight.requires_grad_(False)

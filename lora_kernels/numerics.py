@@ -116,8 +116,9 @@ def bounds(problem: Problem, split: bool = False) -> dict[str, Tensor]:
 
     Args:
         problem: What is computed.
-        split: Whether the base product and the dropped part are rounded on their own before they are summed, as
-            PyTorch's operators must: u(|x Wᵀ| + E) and u(|dy W| + |D(ds A)| + E) more for y and dx.
+        split: Whether the base product and the low-rank part may be rounded on their own before they are summed, as
+            PyTorch's operators and the hybrids with a library must: one of the two for y and both for dx, so
+            u(max(|x Wᵀ|, |s Bᵀ + bias|) + E) and u(|dy W| + |D(ds A)| + E) more.
     """
     dtype, p = problem.x.dtype, problem.dropout_p
     u, eta = _UNIT[dtype], _ETA[dtype]
@@ -148,7 +149,9 @@ def bounds(problem: Problem, split: bool = False) -> dict[str, Tensor]:
     truth = exact(problem)
     if split:
         base_dx = (exact64.dy.reshape(dy.shape) @ exact64.weight).abs() + reference.dropped(ds @ a, keep, p)
-        e["y"] = e["y"] * (1 + u) + u * (exact64.x.reshape(x.shape) @ exact64.weight.T).abs() + eta
+        base = exact64.x.reshape(x.shape) @ exact64.weight.T
+        parts = base.abs().maximum((truth["y"].reshape(base.shape) - base).abs())
+        e["y"] = e["y"] * (1 + u) + u * parts + eta
         e["dx"] = e["dx"] * (1 + u) + u * base_dx + 2 * eta
     out = {}
     for name, out_dtype in problem.output_dtypes().items():

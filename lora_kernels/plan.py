@@ -1,20 +1,39 @@
-"""Which backend serves a call: pure rules, and the one place that loads a backend.
+"""Which backend serves a call and in which form it does the large products: rules, and the place that loads a backend.
 
 "triton" runs the fused kernels, "torch" the same contractions in PyTorch's own operators (`lora_kernels.eager`).
-Nothing is asked of a device before the first call that needs the answer.
+On a GPU a large product takes the form that `strategy` says, or what `lora-kernels tune` measured (`tuned`). Nothing
+is asked of a device before the first call that needs the answer.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-__all__ = ["BACKENDS", "MAX_RANK", "Choice", "choose", "contractions", "interpreting"]
+from lora_kernels import strategy, tuned
+from lora_kernels.strategy import Product
+
+__all__ = [
+    "BACKENDS",
+    "MAX_RANK",
+    "Choice",
+    "Form",
+    "choose",
+    "contractions",
+    "expander",
+    "forced",
+    "form",
+    "interpreting",
+    "rule",
+]
 
 BACKENDS = ("auto", "triton", "torch")
 MAX_RANK = 512  # the largest the shipped tile configs are made for
@@ -29,6 +48,13 @@ class Choice(NamedTuple):
 
     backend: str
     reason: str
+
+
+class Form(NamedTuple):
+    """How a large product is done: a strategy of `lora_kernels.strategy`, and for "fused" a tile's place, or None."""
+
+    strategy: str
+    place: int | None = None
 
 
 def choose(device: torch.device, dtype: torch.dtype, rank: int, empty: bool, requested: str) -> str:
@@ -108,6 +134,58 @@ def triton_problem() -> str:
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors: for tests and `lora-kernels verify`."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def expander(backend: str, p: Tensor, cols: int, rank: int, masked: bool, backward: bool) -> tuple[str, Callable]:
+    """The form of a large product, and what computes it from sources, bias and mask, as `matmul_expand` does.
+
+    Args:
+        backend: "triton" or "torch".
+        p: x or dy, `[M, K]`.
+        cols: N.
+        rank: r.
+        masked: Whether the thin product is masked.
+        backward: Whether it is dx.
+
+    Returns:
+        The name of the strategy, and the function; `joint` for "joint", which takes other arguments.
+    """
+    ops = contractions(backend)
+    if backend == "torch":
+        return "operators", ops.matmul_expand
+    (rows, inner), device, dtype = p.shape, p.device, p.dtype
+    chosen = _forced or form(
+        device, dtype, Product(rows, inner, cols, rank, dtype.itemsize, masked, backward), ops.uses_tf32(dtype)
+    )
+    return chosen.strategy, ops.strategy(*chosen)
+
+
+@functools.lru_cache(maxsize=4096)
+def form(device: torch.device, dtype: torch.dtype, product: Product, tf32: bool = False) -> Form:
+    """The form of a product on a device: what was measured there, or else what the model says."""
+    measured = tuned.lookup(device, dtype, product, tf32) if device.type == "cuda" else None
+    return rule(device, dtype, product, tf32) if measured is None else Form(*measured)
+
+
+def rule(device: torch.device, dtype: torch.dtype, product: Product, tf32: bool = False) -> Form:
+    """The form that the model says, whatever was measured."""
+    if device.type != "cuda":  # the interpreter, where only the kernels are of interest
+        return Form("fused")
+    return Form(strategy.best(product, strategy.limits(contractions("triton").capability(device), dtype, tf32)))
+
+
+@contextlib.contextmanager
+def forced(name: str, place: int | None = None) -> Iterator[None]:
+    """Take one form for every large product, allowed or not: to check, measure and inspect each. Not thread-local."""
+    global _forced
+    before, _forced = _forced, Form(name, place)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+_forced: Form | None = None
 
 
 @functools.cache

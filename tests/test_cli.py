@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from lora_kernels import cli, eager
-from lora_kernels.cli import verify
+from lora_kernels import cli, eager, tuned
+from lora_kernels.cli import doctor, verify
 from lora_kernels.cli._cases import make_problem, run_problem, with_mask
 
 ON_GPU = torch.cuda.is_available()
@@ -51,6 +51,21 @@ def test_doctor_says_what_the_environment_does(tmp_path):
     assert effects["LORA_KERNELS_BACKEND"] == 'calls with backend="auto" take torch'
     assert effects["TRITON_CACHE_DIR"] == "compiled kernels are kept in kept/here"
     assert effects["TRITON_INTERPRET"] == "kernels are compiled, not interpreted"
+
+
+def test_doctor_says_whether_measured_choices_are_in_use(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "kept"))
+    cuda, fused = torch.device("cuda"), {"bf16": {"backend": "triton"}}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    tuned.forget()
+    assert "without the fused kernels" in doctor._tuned(cuda, {"bf16": {"backend": "torch"}})
+    assert "no choices measured for A GPU with these versions" in doctor._tuned(cuda, fused)
+    tuned.save("A GPU", {"bfloat16 forward 1x2x3 r16": ("fused", 0)})
+    assert doctor._tuned(cuda, fused) == f"1 measured choice in use, kept in {tmp_path / 'kept'}"
+    assert cli.main(["doctor", "--json", str(tmp_path / "d.json")]) == 0
+    effects = {v["name"]: v["effect"] for v in json.loads((tmp_path / "d.json").read_text())["environment"]}
+    assert effects["LORA_KERNELS_CACHE"] == f"what `lora-kernels tune` measures is kept in {tmp_path / 'kept'}"
+    tuned.forget()
 
 
 def test_doctor_fails_on_a_setting_that_makes_every_call_fail():
@@ -186,5 +201,5 @@ def test_layouts_keep_the_values_and_change_the_strides(layout):
 def test_command_line_lists_its_commands():
     done = command("--help")
     assert done.returncode == 0
-    for name in ("doctor", "verify", "bench", "demo"):
+    for name in ("doctor", "verify", "bench", "tune", "demo"):
         assert name in done.stdout

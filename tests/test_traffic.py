@@ -109,7 +109,7 @@ def test_the_wave_that_runs_together_touches_less_than_in_the_usual_order():
         height = min(num_m - first, group)
         return first + tile % (group * num_n) % height, tile % (group * num_n) // height
 
-    config = _configs.matmul_config(8192, 8192, torch.bfloat16, True, False, 132)
+    config = _configs.matmul_config(8192, 8192, 8192, torch.bfloat16, True, False, 132)
     assert footprint(config) <= 4352
     assert footprint(MatmulConfig(128, 256, 64, 8, 2, 8, 4)) == 5376
 

@@ -9,6 +9,7 @@ _COMMANDS = {
     "doctor": "what this machine has, and which backend and path each dtype takes, and why",
     "verify": "check the kernels against float64 on this machine",
     "bench": "time forward and backward against what you would otherwise run",
+    "tune": "measure on this GPU which form of each large product is fastest, and keep the answer",
     "inspect": "compile every kernel for GPUs that need not be there, and hold it to budgets",
     "demo": "train, adapt, save, reload and merge a small model on real text",
 }

@@ -96,7 +96,8 @@ def layer(
     e, e_g = dtype.itemsize, (adapter or dtype).itemsize
 
     def expand(cols: int, inner: int, masked: bool, bias: int) -> Moved:
-        config = _configs.matmul_config(m, cols, dtype, tma, masked, num_sms)
+        summed = inner if masked else inner + r
+        config = _configs.matmul_config(m, summed, cols, dtype, tma, masked, num_sms)
         return matmul_expand(m, cols, (inner, r), e, config, bias, masked)
 
     forward = [

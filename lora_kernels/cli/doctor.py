@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lora_kernels import plan
+from lora_kernels import cache, plan, tuned
 from lora_kernels.cli import _machine
 
 __all__ = ["add_arguments", "run"]
@@ -36,10 +36,10 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made_on = _machine.machine()
     routes = {name: _route(device, dtype) for name, dtype in _DTYPES.items()}
-    variables = _variables()
+    variables, measured = _variables(), _tuned(device, routes)
     verdict, next_command, ok = _verdict(device, routes, made_on)
 
-    console.print(_table("This machine", ("", ""), _hardware(made_on)))
+    console.print(_table("This machine", ("", ""), [*_hardware(made_on), ("tuned", measured)]))
     rows = [(name, *route.values()) for name, route in routes.items()]
     console.print(_table(f"What each dtype takes on {device.type}", ("dtype", "backend", "path", "why"), rows))
     rows = [(v["name"], "unset" if v["value"] is None else v["value"], v["effect"]) for v in variables]
@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         _machine.write_json(
             args.json,
-            dict(command="doctor", device=str(device), dtypes=routes, environment=variables, verdict=verdict, ok=ok,
-                 next=next_command),
+            dict(command="doctor", device=str(device), dtypes=routes, environment=variables, tuned=measured,
+                 verdict=verdict, ok=ok, next=next_command),
         )  # fmt: skip
     return 0 if ok else 1
 
@@ -116,6 +116,27 @@ def _route(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     return dict(backend=backend, path=path, reason=f"{reason}; {path_reason}")
 
 
+def _tuned(device: torch.device, routes: dict[str, dict[str, str]]) -> str:
+    """How many measured choices large products take on this GPU, and where they come from."""
+    if device.type != "cuda" or all(route["backend"] != "triton" for route in routes.values()):
+        return "nothing to tune: without the fused kernels every product has one form"
+    gpu = torch.cuda.get_device_name(device)
+    choices, file = tuned.in_use(gpu), _kept_in()
+    own = any(table.gpu == gpu and tuned.versions() in table.choices for _, table in tuned.stored())
+    if not choices:
+        return f"no choices measured for {gpu} with these versions; the rules choose. Next: lora-kernels tune"
+    return f"{len(choices)} measured {'choice' if len(choices) == 1 else 'choices'} in use, " + (
+        f"kept in {file}" if own else "shipped with this package"
+    )
+
+
+def _kept_in() -> str:
+    try:
+        return str(cache.directory())
+    except RuntimeError:
+        return "nothing: there is no home directory"
+
+
 def _variables() -> list[dict[str, str | None]]:
     """The environment variables that matter, and what each does as it is now."""
     backend = os.environ.get("LORA_KERNELS_BACKEND")
@@ -125,7 +146,7 @@ def _variables() -> list[dict[str, str | None]]:
         effect = f'calls with backend="auto" take {backend}'
     else:
         effect = f'calls with backend="auto" raise ValueError: not one of {", ".join(plan.BACKENDS)}'
-    cache = os.environ.get("TRITON_CACHE_DIR")
+    compiled = os.environ.get("TRITON_CACHE_DIR")
     home = Path(os.environ.get("TRITON_HOME", "~"))
     interpreted = 'kernels run in the slow NumPy interpreter, and only where backend="triton" is asked for'
     return [
@@ -137,8 +158,13 @@ def _variables() -> list[dict[str, str | None]]:
         ),
         dict(
             name="TRITON_CACHE_DIR",
-            value=cache,
-            effect=f"compiled kernels are kept in {cache or home / '.triton' / 'cache'}",
+            value=compiled,
+            effect=f"compiled kernels are kept in {compiled or home / '.triton' / 'cache'}",
+        ),
+        dict(
+            name="LORA_KERNELS_CACHE",
+            value=os.environ.get("LORA_KERNELS_CACHE"),
+            effect=f"what `lora-kernels tune` measures is kept in {_kept_in()}",
         ),
     ]
 

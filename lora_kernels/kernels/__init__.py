@@ -1,12 +1,15 @@
-"""The three contractions on the GPU, a Triton kernel and a launcher each, and two of them at once.
+"""The three contractions on the GPU, a Triton kernel and a launcher each, two of them at once, and hybrids with cuBLAS.
 
 Importing this loads Triton.
 """
 
-from lora_kernels.kernels._launch import describe_path
+from lora_kernels.kernels._launch import capability, describe_path, uses_tf32
+from lora_kernels.kernels.hybrid import strategy
 from lora_kernels.kernels.matmul_expand import matmul_expand
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.kernels.shrink_wgrad import shrink_wgrad
 from lora_kernels.kernels.wgrad import wgrad
 
-__all__ = ["describe_path", "matmul_expand", "shrink", "shrink_wgrad", "wgrad"]
+__all__ = [
+    "capability", "describe_path", "matmul_expand", "shrink", "shrink_wgrad", "strategy", "uses_tf32", "wgrad",
+]  # fmt: skip

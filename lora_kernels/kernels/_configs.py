@@ -12,11 +12,12 @@ import torch
 
 __all__ = [
     "MatmulConfig", "ShrinkConfig", "WgradConfig",
-    "descriptor_path", "matmul_config", "shrink_config", "shrink_wgrad_pays", "wgrad_config",
+    "descriptor_path", "matmul_config", "matmul_configs", "shrink_config", "shrink_wgrad_pays", "wgrad_config",
 ]  # fmt: skip
 
 _TINY = 16
 _PROGRAMS = 256  # aimed at where a sum is split; the same on every GPU, so that sums are split the same way everywhere
+_THIN = 128  # up to it a product is a matter of writing its result
 _SHRINK_WGRAD_RANK = 32  # above it the parts of ds weigh as much as a second read of dy
 
 
@@ -76,38 +77,93 @@ def descriptor_path(capability: tuple[int, int] | None, dtype: torch.dtype) -> t
 
 @functools.lru_cache(maxsize=4096)
 def matmul_config(
-    rows: int, cols: int, dtype: torch.dtype, tma: bool, masked: bool, num_sms: int, tf32: bool = False
-) -> MatmulConfig:
-    """The tile for y `[rows, cols]`.
+    rows: int, inner: int, cols: int, dtype: torch.dtype, tma: bool, masked: bool, num_sms: int, tf32: bool = False,
+    place: int | None = None,
+) -> MatmulConfig:  # fmt: skip
+    """The tile for y `[rows, cols]`: of the shipped ones the soonest done by the model, of equals the least padded.
 
     Args:
         rows: M.
+        inner: What is summed over, the K of all sources; masked ones not counted.
         cols: N.
         dtype: Of the operands.
         tma: Descriptor path or pointer path.
         masked: Whether the last product is masked in the epilogue, which costs registers.
         num_sms: Multiprocessors of the device.
         tf32: Whether fp32 products may use TF32.
+        place: Only this one of `matmul_configs`; ignored where there are not so many.
+    """
+    shipped = matmul_configs(dtype, tma, masked, tf32)
+    if place is not None and place < len(shipped):
+        shipped = shipped[place : place + 1]
+    elif inner <= _THIN:  # writing y is most of the work: many small programs at once
+        shipped = tuple(replace(config, num_stages=2, ctas_per_sm=4) for config in shipped if config.block_m <= 64)
+    best = min(shipped, key=lambda config: (_clocks(config, rows, cols, num_sms), _padded(config, rows, cols)))
+    if not tma:  # descriptors fill what is outside with zeros at no cost, pointers pay for every lane
+        block_m, block_n = _fit(rows, best.block_m), _fit(cols, best.block_n)
+        best = replace(best, block_m=block_m, block_n=block_n, subtiles=min(best.subtiles, block_n // _TINY))
+    return _square(best, num_sms)
+
+
+def matmul_configs(dtype: torch.dtype, tma: bool, masked: bool, tf32: bool = False) -> tuple[MatmulConfig, ...]:
+    """The shipped tiles of a path, the largest first; `lora-kernels tune` stores places in this tuple.
+
+    A masked product has a second accumulator, so its tiles are sliced more finely or spread over more warps: whole
+    ones spill.
     """
     if tma:
-        wide = _tiles(rows, cols, 128, 256) >= num_sms
-        if rows > 64 and wide and not masked:
-            return _square(MatmulConfig(128, 256, 64, 8, 2, 8, 4), num_sms)
-        if rows > 64 and wide:
-            return _square(MatmulConfig(128, 256, 64, 8, 4, 8, 3), num_sms)
-        if rows > 64:
-            return _square(MatmulConfig(128, 128, 64, 8, 2, 8 if masked else 4, 3, 1 if masked else 2), num_sms)
-        return MatmulConfig(64, 128, 64, 8, 1, 4, 4, 2)
-    slices = 2 if masked else 1  # a masked product of the whole tile would spill
+        return _MASKED_TMA if masked else _TMA
     if dtype.itemsize == 2:
-        base = MatmulConfig(128, 128, 32, 8, slices, 8 if masked else 4, 4)
-    elif tf32:
-        base = MatmulConfig(128, 64, 32, 8, slices, 8 if masked else 4, 3)
-    else:
-        base = MatmulConfig(64, 64, 32, 8, slices, 8 if masked else 4, 3)
-    block_m, block_n = _fit(rows, base.block_m), _fit(cols, base.block_n)
-    subtiles = min(base.subtiles, block_n // _TINY)
-    return _square(replace(base, block_m=block_m, block_n=block_n, subtiles=subtiles), num_sms)
+        return _MASKED_HALF if masked else _HALF
+    single = MatmulConfig(64, 64, 32, 8, 2, 8, 3) if masked else MatmulConfig(64, 64, 32, 8, 1, 4, 3)
+    return (replace(single, block_m=128), single) if tf32 else (single,)
+
+
+# On sm_90 and later. The first tiles are those of large products; narrow ones are for few rows, where W is all that is
+# read: enough programs to ask every multiprocessor for a part of it, deep pipelines to keep many bytes on the way.
+_TMA = (
+    MatmulConfig(128, 256, 64, 8, 2, 8, 4),
+    MatmulConfig(256, 128, 64, 8, 2, 8, 4),
+    MatmulConfig(128, 256, 64, 8, 1, 8, 3),
+    MatmulConfig(128, 128, 64, 8, 2, 4, 3, 2),
+    MatmulConfig(64, 256, 64, 8, 2, 4, 4),
+    MatmulConfig(64, 128, 64, 8, 1, 4, 4, 2),
+    MatmulConfig(64, 64, 64, 8, 1, 4, 6, 2),
+    MatmulConfig(64, 32, 128, 8, 1, 4, 4, 2),
+)
+_MASKED_TMA = (
+    MatmulConfig(128, 256, 64, 8, 4, 8, 3),
+    MatmulConfig(128, 128, 64, 8, 2, 8, 3),
+    MatmulConfig(64, 128, 64, 8, 2, 4, 4, 2),
+    MatmulConfig(64, 64, 64, 8, 1, 4, 6, 2),
+    MatmulConfig(64, 32, 128, 8, 1, 4, 4, 2),
+)
+_HALF = (
+    MatmulConfig(128, 128, 32, 8, 1, 4, 4),
+    MatmulConfig(64, 128, 32, 8, 1, 4, 4),
+    MatmulConfig(64, 64, 64, 8, 1, 4, 4),
+    MatmulConfig(64, 32, 64, 8, 1, 4, 4),
+)
+_MASKED_HALF = (
+    MatmulConfig(128, 128, 32, 8, 2, 8, 4),
+    MatmulConfig(64, 128, 32, 8, 2, 4, 4),
+    MatmulConfig(64, 64, 64, 8, 2, 4, 4),
+    MatmulConfig(64, 32, 64, 8, 1, 4, 4),
+)
+
+
+def _clocks(config: MatmulConfig, rows: int, cols: int, num_sms: int) -> float:
+    """A model of the clocks a multiprocessor is busy for 64 of K: a choice between tiles, not a forecast.
+
+    Tiles of one multiprocessor share its tensor cores, however many are there at once. A K step takes the longer of its
+    products, at 2048 multiply-adds a clock less what narrow instructions lose on reading shared memory at 128 bytes a
+    clock (Hopper's wgmma, 64 rows each), and of its operands, which L2 delivers at some 48 bytes a clock.
+    """
+    m, n = config.block_m, config.block_n
+    instruction = max(n / 2, (64 * 32 + n * 32) / 128)  # m64 n k16: n/2 clocks of products, or its operands from shared
+    products = max(1, m // 64) * 4 * instruction
+    operands = (min(m, rows) + min(n, cols)) * 128 / 48
+    return -(-_tiles(rows, cols, m, n) // num_sms) * max(products, operands)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -137,6 +193,11 @@ def wgrad_config(rows: int, wide: int, thin: int, dtype: torch.dtype, shrinks: b
     block_m = _fit(rows, 64 if dtype.itemsize == 2 else 32)
     rows_per_split = _split(rows, block_m, _tiles(wide, thin, block_c, block_r))
     return WgradConfig(block_m, block_c, block_r, rows_per_split, num_warps=4, num_stages=3)
+
+
+def _padded(config: MatmulConfig, rows: int, cols: int) -> int:
+    """Elements of y that the tiles cover, those outside of it among them."""
+    return _tiles(rows, cols, config.block_m, config.block_n) * config.block_m * config.block_n
 
 
 def _split(size: int, block: int, tiles: int) -> int:

@@ -1,8 +1,14 @@
-"""What the launchers share on the host: the device guard, precision, and options that Triton must not default."""
+"""What the launchers share on the host: settled launches, the device guard, precision, workspace.
+
+A launcher runs in two halves. What follows from shapes, strides, alignment and dtype (`Facts`) is settled once and
+kept: the tile, the grid, every integer argument, every flag. What is left to each call are allocations, pointers and
+run-time numbers, because on few rows the host is what takes the time.
+"""
 
 import contextlib
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,15 +16,67 @@ from torch import Tensor
 from lora_kernels.kernels._configs import descriptor_path
 
 __all__ = [
-    "LAUNCH_OPTIONS", "arrivals", "capability", "dependent_launch", "describe_path", "num_sms", "on_device",
-    "precision", "thin_rows", "uses_tf32",
+    "Facts", "Launch", "arrivals", "capability", "dependent_launch", "describe_path", "facts", "launch_options",
+    "num_sms", "on_device", "precision", "thin_pitch", "thin_rows", "uses_tf32",
 ]  # fmt: skip
-
-# Triton 3.10 flips the default; results must not change with it
-LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
 _COUNTERS = 1 << 16  # int32; 256 KiB a stream
 _INTERPRETER_SMS = 3  # few, so that the persistent loop goes round more than once in tests
+
+
+class Facts(NamedTuple):
+    """All that a launch depends on of a tensor, but for where it lies."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    aligned: bool
+
+    def t(self) -> "Facts":
+        """The facts of the transpose."""
+        return self._replace(shape=self.shape[::-1], strides=self.strides[::-1])
+
+    def rows_on_16_bytes(self) -> bool:
+        """Whether a TMA descriptor can read it: rows of contiguous elements, no two the same, all on 16 bytes."""
+        (_, cols), (stride, unit) = self.shape, self.strides
+        return unit == 1 and stride >= cols and stride * self.dtype.itemsize % 16 == 0 and self.aligned
+
+
+def facts(t: Tensor | None) -> Facts | None:
+    """The facts of a tensor."""
+    return None if t is None else Facts(t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0)
+
+
+class Launch:
+    """A kernel with its grid, integers and flags; a call adds tensors and run-time numbers.
+
+    The first call goes through Triton, which looks at every argument to find or compile the binary. Whoever makes a
+    `Launch` promises that they will say the same each time, so later calls go to that binary directly.
+
+    Args:
+        kernel: The Triton function. Its parameters are tensors, run-time floats, integers and flags, in this order.
+        grid: One to three numbers of programs.
+        integers: The integer arguments, in order; tuples are arguments that are tuples.
+        flags: The `constexpr` arguments by name, in order.
+        options: Warps, stages and the like.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: Sequence[int], integers: Sequence[Any], flags: dict[str, Any], options: dict[str, Any]
+    ) -> None:
+        self.kernel, self.grid, self.integers = kernel, (*grid, 1, 1)[:3], tuple(integers)
+        self.flags, self.options = flags, options
+        self._rest = (*self.integers, *flags.values())
+        self._binary: Callable[..., None] | None = None
+
+    def __call__(self, *arguments: Any) -> None:
+        """Launch on the current device's current stream."""
+        if self._binary is not None:
+            self._binary(*arguments, *self._rest)
+            return
+        compiled = self.kernel[self.grid](*arguments, *self.integers, **self.flags, **self.options)
+        if compiled is not None:  # the interpreter has nothing to keep
+            self._binary = compiled[self.grid]
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager:
@@ -65,15 +123,28 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
+def thin_pitch(rank: int, dtype: torch.dtype) -> int:
+    """Elements from one row to the next of `thin_rows`."""
+    pad = 16 // dtype.itemsize
+    return -(-rank // pad) * pad
+
+
 def thin_rows(like: Tensor, rank: int) -> Tensor:
     """Allocate `[M, rank]` for the rows and in the dtype of `like`, each on 16 bytes: a TMA descriptor can read it."""
-    pad = 16 // like.element_size()
-    return like.new_empty(like.shape[0], -(-rank // pad) * pad)[:, :rank]
+    pitch = thin_pitch(rank, like.dtype)
+    rows = like.new_empty(like.shape[0], pitch)
+    return rows if pitch == rank else rows[:, :rank]
 
 
 def dependent_launch(device: torch.device) -> bool:
     """Whether a launch may overlap the end of the one before it (programmatic dependent launch, sm_90 and later)."""
     return (capability(device) or (0, 0)) >= (9, 0)
+
+
+def launch_options(dependent: bool) -> dict[str, bool]:
+    """Options of every launch; with `dependent` it may come up before the launch in front of it has ended."""
+    # Triton 3.10 flips the default of the first; results must not change with it. Other GPUs have no second.
+    return {"enable_fp_fusion": True, "launch_pdl": True} if dependent else {"enable_fp_fusion": True}
 
 
 def arrivals(device: torch.device, count: int) -> Tensor:

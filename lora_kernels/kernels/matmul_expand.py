@@ -31,24 +31,20 @@ there the product comes before the loop). Dependent launch: CUDA C++ Programming
 programmatic dependent launch. No code was taken.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lora_kernels.kernels import _launch
 from lora_kernels.kernels._configs import MatmulConfig, descriptor_path, matmul_config
 from lora_kernels.kernels._device import halves, tile_position, unpack_bits
-from lora_kernels.kernels._launch import (
-    LAUNCH_OPTIONS,
-    capability,
-    dependent_launch,
-    num_sms,
-    on_device,
-    precision,
-    uses_tf32,
-)
+from lora_kernels.kernels._launch import Facts, Launch, facts, on_device, precision, thin_rows
 
 __all__ = ["matmul_expand"]
 
@@ -70,6 +66,7 @@ def _matmul_expand_kernel(
     """Each program walks tiles of y, and for each tile the K steps of every source in turn."""
     if PDL:
         tl.extra.cuda.gdc_wait()  # brought up while the shrink before it was running; its s is there from here on
+        tl.extra.cuda.gdc_launch_dependents()  # and not sooner: whoever comes up next may rely on that s as well
     # arguments of their own, because Triton 3.6 cannot launch with descriptors inside a tuple
     ps, qs = (p0, p1, p2, p3), (q0, q1, q2, q3)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -86,32 +83,33 @@ def _matmul_expand_kernel(
         offs_n = tl.cast(n0, tl.int64) + tl.arange(0, BLOCK_N)
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in range(steps):
-            p, q, k0, K = ps[0], qs[0], step * BLOCK_K, Ks[0]
-            stride_pm, stride_pk, stride_qn, stride_qk = strides_pm[0], strides_pk[0], strides_qn[0], strides_qk[0]
-            first = tl.cdiv(Ks[0], BLOCK_K)
-            for i in tl.static_range(1, NUM_SOURCES):
-                if step >= first:
-                    p = ps[i]
-                    q = qs[i]
-                k0 = tl.where(step >= first, (step - first) * BLOCK_K, k0)
-                K = tl.where(step >= first, Ks[i], K)
-                stride_pm = tl.where(step >= first, strides_pm[i], stride_pm)
-                stride_pk = tl.where(step >= first, strides_pk[i], stride_pk)
-                stride_qn = tl.where(step >= first, strides_qn[i], stride_qn)
-                stride_qk = tl.where(step >= first, strides_qk[i], stride_qk)
-                first += tl.cdiv(Ks[i], BLOCK_K)
-            if USE_TMA:
-                p_tile = p.load([m0, k0])
-                if Q_ROWS_ARE_N:
-                    q_tile = q.load([n0, k0]).T
+        if NUM_SOURCES > 0:  # none where a library adds the others
+            for step in range(steps):
+                p, q, k0, K = ps[0], qs[0], step * BLOCK_K, Ks[0]
+                stride_pm, stride_pk, stride_qn, stride_qk = strides_pm[0], strides_pk[0], strides_qn[0], strides_qk[0]
+                first = tl.cdiv(Ks[0], BLOCK_K)
+                for i in tl.static_range(1, NUM_SOURCES):
+                    if step >= first:
+                        p = ps[i]
+                        q = qs[i]
+                    k0 = tl.where(step >= first, (step - first) * BLOCK_K, k0)
+                    K = tl.where(step >= first, Ks[i], K)
+                    stride_pm = tl.where(step >= first, strides_pm[i], stride_pm)
+                    stride_pk = tl.where(step >= first, strides_pk[i], stride_pk)
+                    stride_qn = tl.where(step >= first, strides_qn[i], stride_qn)
+                    stride_qk = tl.where(step >= first, strides_qk[i], stride_qk)
+                    first += tl.cdiv(Ks[i], BLOCK_K)
+                if USE_TMA:
+                    p_tile = p.load([m0, k0])
+                    if Q_ROWS_ARE_N:
+                        q_tile = q.load([n0, k0]).T
+                    else:
+                        q_tile = q.load([k0, n0])
                 else:
-                    q_tile = q.load([k0, n0])
-            else:
-                offs_k = tl.cast(k0, tl.int64) + tl.arange(0, BLOCK_K)
-                p_tile = _load(p, offs_m[:, None], M, stride_pm, offs_k[None, :], K, stride_pk)
-                q_tile = _load(q, offs_k[:, None], K, stride_qk, offs_n[None, :], N, stride_qn)
-            acc = tl.dot(p_tile, q_tile, acc, input_precision=PRECISION)
+                    offs_k = tl.cast(k0, tl.int64) + tl.arange(0, BLOCK_K)
+                    p_tile = _load(p, offs_m[:, None], M, stride_pm, offs_k[None, :], K, stride_pk)
+                    q_tile = _load(q, offs_k[:, None], K, stride_qk, offs_n[None, :], N, stride_qn)
+                acc = tl.dot(p_tile, q_tile, acc, input_precision=PRECISION)
 
         # one column slice after the other: the masked product needs a second accumulator, and a whole one spills
         SLICE: tl.constexpr = BLOCK_N // SUBTILES
@@ -154,77 +152,121 @@ def _load(ptr, rows, num_rows, stride_row, cols, num_cols, stride_col):
 
 def matmul_expand(
     sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | None = None,
-    config: MatmulConfig | None = None, tma: bool | None = None,
+    config: MatmulConfig | int | None = None, tma: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute y = Σᵢ pᵢ qᵢᵀ + bias, `[M, N]`, with the last product masked by `keep`.
 
     Args:
-        sources: Pairs (p `[M, Kᵢ]`, q `[N, Kᵢ]`), the largest first; four at most, and one more if `keep` masks it.
+        sources: Pairs (p `[M, Kᵢ]`, q `[N, Kᵢ]`), the largest first; four at most, and one more if `keep` masks it,
+            which may be the only one.
         bias: `[N]` or None.
         keep: Packed mask `[M, ceil(N/8)]` of the last product, or None.
-        config: Tile to use in place of the rule's.
+        config: Tile to use in place of the rule's, or its place among `matmul_configs`.
         tma: Force descriptors on or off; by default they are used where they can be.
     """
-    (p, q), dtype, device = sources[0], sources[0][0].dtype, sources[0][0].device
-    rows, cols = p.shape[0], q.shape[0]
-    y = p.new_empty(rows, cols)
+    p, device = sources[0][0], sources[0][0].device
+    settled = _settle(
+        tuple((facts(p), facts(q)) for p, q in sources), facts(bias), device, keep is not None, config, tma,
+        precision(p), _launch.imagined,
+    )  # fmt: skip
+    y = p.new_empty(p.shape[0], sources[0][1].shape[0])
     summed, masked = (sources[:-1], sources[-1]) if keep is not None else (sources, (None, None))
-    if tma is None:
-        tma = descriptor_path(capability(device), dtype)[0] and _aligned(p) and (_aligned(q) or _aligned(q.t()))
-    config = config or matmul_config(rows, cols, dtype, tma, keep is not None, num_sms(device), uses_tf32(dtype))
-    rank = 0 if keep is None else masked[0].shape[1]
-    q_rows_are_n = _aligned(q)
-    if tma:
-        store_tma = _aligned(y)
-        summed = [(_as_aligned(p), _as_aligned(q) if q_rows_are_n else _as_aligned(q.t()).t()) for p, q in summed]
-        ps, qs, y_arg = _descriptors(summed, y, config, q_rows_are_n, store_tma)
-    else:
-        store_tma, (ps, qs), y_arg = False, zip(*summed, strict=True), y
+    ps, qs, y_arg = [p for p, _ in summed], [q for _, q in summed], y
+    if settled.tma:
+        m, n, k = settled.blocks
+        # only thin operands ever have to be copied for a descriptor to read them
+        ps = [_descriptor(_copy(p) if copy else p, m, k) for p, copy in zip(ps, settled.copy_p, strict=True)]
+        if settled.q_rows_are_n:
+            qs = [_descriptor(_copy(q) if copy else q, n, k) for q, copy in zip(qs, settled.copy_q, strict=True)]
+        else:
+            qs = [q.t() for q in qs]
+            qs = [_descriptor(_copy(q) if copy else q, k, n) for q, copy in zip(qs, settled.copy_q, strict=True)]
+        y_arg = _descriptor(y, m, settled.store_n) if settled.store_n else y
     absent = (None,) * (MAX_SOURCES - len(summed))
-    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n)
     with on_device(p):
-        _matmul_expand_kernel[(min(tiles, num_sms(device) * config.ctas_per_sm),)](
-            *ps, *absent, *qs, *absent, y_arg, *masked, bias, keep,
-            rows, cols, tuple(p.shape[1] for p, _ in summed), rank,
-            *(tuple(pair[side].stride(dim) for pair in summed) for side in (0, 1) for dim in (0, 1)),
-            y.stride(0), *(masked[0].stride() + masked[1].stride() if rank else (0, 0, 0, 0)),
-            0 if bias is None else bias.stride(0),
-            NUM_SOURCES=len(summed), USE_TMA=tma, Q_ROWS_ARE_N=q_rows_are_n, STORE_TMA=store_tma,
-            HAS_BIAS=bias is not None, HAS_KEEP=keep is not None, PDL=dependent_launch(device),
-            PRECISION=precision(p), SUBTILES=config.subtiles,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            BLOCK_R=max(16, min(32, triton.next_power_of_2(rank))), GROUP_M=config.group_m,
-            num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
-            **({"launch_pdl": True} if dependent_launch(device) else {}),
-        )  # fmt: skip
+        settled.launch(*ps, *absent, *qs, *absent, y_arg, *masked, bias, keep)
     return y
 
 
-def _aligned(t: Tensor) -> bool:
-    """Whether a TMA descriptor can read `t` `[rows, cols]`: rows of contiguous elements, all on 16 bytes."""
-    return (
-        t.stride(1) == 1
-        and t.stride(0) >= t.shape[1]  # an expanded tensor has rows that are one another
-        and t.stride(0) * t.element_size() % 16 == 0
-        and t.data_ptr() % 16 == 0
-    )
+class _Settled(NamedTuple):
+    """What is settled about a launch; `store_n` is the width of the slices that descriptors store, 0 for pointers."""
+
+    launch: Launch
+    tma: bool
+    q_rows_are_n: bool
+    copy_p: list[bool]
+    copy_q: list[bool]
+    blocks: tuple[int, int, int]
+    store_n: int
 
 
-def _as_aligned(t: Tensor) -> Tensor:
-    """The tensor, or a copy of it that a descriptor can read; only thin operands ever need one."""
-    if _aligned(t):
-        return t
-    pad = 16 // t.element_size()
-    return t.new_empty(t.shape[0], -(-t.shape[1] // pad) * pad)[:, : t.shape[1]].copy_(t)
+@functools.lru_cache(maxsize=4096)
+def _settle(
+    sources: tuple[tuple[Facts, Facts], ...], bias: Facts | None, device: torch.device, has_keep: bool,
+    config: MatmulConfig | int | None, tma: bool | None, precision: str, imagined: object,
+) -> _Settled:  # fmt: skip
+    (p, q), dtype = sources[0], sources[0][0].dtype
+    rows, cols, sms = p.shape[0], q.shape[0], _launch.num_sms(device)
+    summed, masked = (sources[:-1], sources[-1]) if has_keep else (sources, None)
+    if tma is None:
+        on_16_bytes = p.rows_on_16_bytes() and (q.rows_on_16_bytes() or q.t().rows_on_16_bytes())
+        tma = descriptor_path(_launch.capability(device), dtype)[0] and on_16_bytes
+    q_rows_are_n = q.rows_on_16_bytes()
+    inner = tuple(p.shape[1] for p, _ in summed)
+    if not isinstance(config, MatmulConfig):
+        config = matmul_config(rows, sum(inner), cols, dtype, tma, has_keep, sms, precision == "tf32", place=config)
+    rank = masked[0].shape[1] if masked else 0
+    store_tma = tma and cols * dtype.itemsize % 16 == 0
+    strides = [tuple(0 if tma else pair[side].strides[dim] for pair in summed) for side in (0, 1) for dim in (0, 1)]
+    pdl = _launch.dependent_launch(device)
+    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n)
+    launch = Launch(
+        _matmul_expand_kernel, (min(tiles, sms * config.ctas_per_sm),),
+        (
+            rows, cols, inner, rank,
+            *strides, cols, *((*masked[0].strides, *masked[1].strides) if masked else (0, 0, 0, 0)),
+            bias.strides[0] if bias else 0,
+        ),
+        dict(
+            NUM_SOURCES=len(summed), USE_TMA=tma, Q_ROWS_ARE_N=q_rows_are_n, STORE_TMA=store_tma,
+            HAS_BIAS=bias is not None, HAS_KEEP=has_keep, PDL=pdl, PRECISION=precision, SUBTILES=config.subtiles,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            BLOCK_R=max(16, min(32, triton.next_power_of_2(rank))), GROUP_M=config.group_m,
+        ),
+        dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(pdl)),
+    )  # fmt: skip
+    blocks = config.block_m, config.block_n, config.block_k
+    copy_p = [not p.rows_on_16_bytes() for p, _ in summed]
+    copy_q = [not (q if q_rows_are_n else q.t()).rows_on_16_bytes() for _, q in summed]
+    store_n = config.block_n // config.subtiles if store_tma else 0
+    return _Settled(launch, tma, q_rows_are_n, copy_p, copy_q, blocks, store_n)
 
 
-def _descriptors(summed: Sequence[Source], y: Tensor, config: MatmulConfig, q_rows_are_n: bool, store_tma: bool):
-    """TMA descriptors of the operands, and of y where it is aligned as well."""
+def _copy(t: Tensor) -> Tensor:
+    """A copy that a descriptor can read."""
+    return thin_rows(t, t.shape[1]).copy_(t)
 
-    def describe(t: Tensor, block: list[int]) -> TensorDescriptor:
-        return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
 
-    m, n, k = config.block_m, config.block_n, config.block_k
-    ps = tuple(describe(p, [m, k]) for p, _ in summed)
-    qs = tuple(describe(q, [n, k]) if q_rows_are_n else describe(q.t(), [k, n]) for _, q in summed)
-    return ps, qs, describe(y, [m, n // config.subtiles]) if store_tma else y
+class _Address(NamedTuple):
+    """As much of a tensor as a descriptor asks for; it keeps no memory alive."""
+
+    pointer: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        """The address."""
+        return self.pointer
+
+
+def _descriptor(t: Tensor, block_rows: int, block_cols: int) -> TensorDescriptor:
+    """Describe `t` for TMA in blocks. Descriptors of a GPU's memory are kept: Triton takes long to check new ones."""
+    if t.is_cuda or _launch.imagined:
+        return _describe(_Address(t.data_ptr(), t.dtype), t.shape, t.stride(), block_rows, block_cols)
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [block_rows, block_cols])
+
+
+@functools.lru_cache(maxsize=4096)
+def _describe(
+    base: _Address, shape: tuple[int, ...], strides: tuple[int, ...], block_rows: int, block_cols: int
+) -> TensorDescriptor:
+    return TensorDescriptor(base, list(shape), list(strides), [block_rows, block_cols])

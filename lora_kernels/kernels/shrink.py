@@ -24,15 +24,18 @@ Sources: Hu et al. 2021, arXiv:2106.09685, eq. 3. The name is Punica's (Chen et 
 the mask while it is drawn follows TransformerEngine's dropout. No code was taken from either.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.dropout import draw_seed, threshold
+from lora_kernels.kernels import _launch
 from lora_kernels.kernels._configs import ShrinkConfig, shrink_config
 from lora_kernels.kernels._device import keep_bits, last_to_arrive, unpack_bits
-from lora_kernels.kernels._launch import LAUNCH_OPTIONS, arrivals, dependent_launch, on_device, precision, thin_rows
+from lora_kernels.kernels._launch import Facts, Launch, arrivals, facts, on_device, precision, thin_rows
 
 __all__ = ["shrink"]
 
@@ -102,23 +105,38 @@ def shrink(
     x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0, config: ShrinkConfig | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Compute s `[M, R]`; with `dropout_p` > 0 draw a seed and return the packed mask `[M, ceil(K/8)]` as well."""
+    blocks, splits, launch = _settle(
+        facts(x), facts(a), x.device, dropout_p > 0, threshold(dropout_p), precision(x), config, _launch.imagined
+    )
     (rows, inner), rank = x.shape, a.shape[0]
-    config = config or shrink_config(rows, inner, rank, x.dtype)
     s = thin_rows(x, rank)
     keep = seed = None
     if dropout_p > 0:
         seed = draw_seed(x.device)
         keep = torch.empty(rows, -(-inner // 8), dtype=torch.uint8, device=x.device)
-    blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(rank, config.block_r)
-    splits = triton.cdiv(inner, config.k_per_split)
     parts = x.new_empty(splits, rows, rank, dtype=torch.float32) if splits > 1 else None
     with on_device(x):
-        _shrink_kernel[(blocks, splits)](
-            x, a, s, parts, arrivals(x.device, blocks) if splits > 1 else None, keep, seed, alpha, threshold(dropout_p),
-            rows, inner, rank, config.k_per_split,
-            *x.stride(), *a.stride(), s.stride(0),
-            HAS_DROPOUT=keep is not None, IS_SPLIT=splits > 1, PDL=dependent_launch(x.device), PRECISION=precision(x),
-            BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
-            num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
-        )  # fmt: skip
+        launch(x, a, s, parts, arrivals(x.device, blocks) if splits > 1 else None, keep, seed, alpha)
     return s, keep
+
+
+@functools.lru_cache(maxsize=4096)
+def _settle(
+    x: Facts, a: Facts, device: torch.device, dropout: bool, least: int, precision: str, config: ShrinkConfig | None,
+    imagined: object,
+) -> tuple[int, int, Launch]:  # fmt: skip
+    """The blocks of s, the splits of K, and the launch."""
+    (rows, inner), rank = x.shape, a.shape[0]
+    config = config or shrink_config(rows, inner, rank, x.dtype)
+    blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(rank, config.block_r)
+    splits = triton.cdiv(inner, config.k_per_split)
+    stride_sm = _launch.thin_pitch(rank, x.dtype)
+    return blocks, splits, Launch(
+        _shrink_kernel, (blocks, splits),
+        (least, rows, inner, rank, config.k_per_split, *x.strides, *a.strides, stride_sm),
+        dict(
+            HAS_DROPOUT=dropout, IS_SPLIT=splits > 1, PDL=_launch.dependent_launch(device), PRECISION=precision,
+            BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
+        ),
+        dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(False)),
+    )  # fmt: skip

@@ -15,9 +15,14 @@ from lora_kernels.kernels.wgrad import wgrad
 __all__ = ["shrink_wgrad"]
 
 
-def shrink_wgrad(dy: Tensor, s: Tensor, lora_B: Tensor, alpha: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Compute ds = alpha · dy B, `[M, r]`, in the dtype of dy, and dB = dyᵀ s, `[out, r]`, in `out_dtype`."""
+def shrink_wgrad(
+    dy: Tensor, s: Tensor, lora_B: Tensor, alpha: float, out_dtype: torch.dtype, into: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Compute ds = alpha · dy B, `[M, r]`, in the dtype of dy, and dB = dyᵀ s, `[out, r]`, in `out_dtype`.
+
+    With `into`, dB is added to that and None stands in its place.
+    """
     if not shrink_wgrad_pays(s.shape[1]):
-        return shrink(dy, lora_B.t(), alpha)[0], wgrad(dy, s, out_dtype)
+        return shrink(dy, lora_B.t(), alpha)[0], wgrad(dy, s, out_dtype, into=into)
     ds = thin_rows(dy, s.shape[1])
-    return ds, wgrad(dy, s, out_dtype, shrink=(lora_B, ds, alpha))
+    return ds, wgrad(dy, s, out_dtype, into=into, shrink=(lora_B, ds, alpha))

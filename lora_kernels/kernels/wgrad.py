@@ -6,7 +6,8 @@
     left   [M, C]          any strides   bf16, fp16 or fp32
     right  [M, D]          any strides   dtype of left
     keep   [M, ceil(D/8)]  bit-packed, as `shrink` writes it, or none
-    g      [C, D]          contiguous, in the dtype asked for, straight from the fp32 sums
+    g      [C, D]          contiguous, in the dtype asked for, straight from the fp32 sums; or a gradient that is there
+                           already, any strides, to which the sums are added
     b      [W, T]          any strides   dtype of left; W and T are the widths of the wide and of the thin operand
     ds     [M, T]          rows padded to 16 bytes, dtype of left
 
@@ -21,6 +22,9 @@ The rows are split among programs and so are the wide columns, so both results c
 their own. Of the programs that share a result, the last to finish adds the parts, in a fixed order whoever it is: the
 same inputs give the same bits, and no second launch is needed.
 
+On sm_90 and later the launch is a programmatic dependent one. Where the launch before it is the dx that needed the
+same ds, its programs read x while the last tiles of dx still run on the other multiprocessors.
+
 Cost: reads the wide operand once (thin side <= 64), M·W·itemsize bytes, + 8·W·T bytes a split and, with ds, + 8·M·T
 bytes a block of wide columns, written and read back, most of it from L2; 2·M·W·T FLOPs for g and as many for ds.
 
@@ -29,14 +33,17 @@ arXiv:2510.00206 (idea; there by atomic adds). The last to arrive adds up: CUDA'
 No code was taken.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.kernels import _launch
 from lora_kernels.kernels._configs import WgradConfig, wgrad_config
 from lora_kernels.kernels._device import last_to_arrive, unpack_bits
-from lora_kernels.kernels._launch import LAUNCH_OPTIONS, arrivals, dependent_launch, on_device, precision
+from lora_kernels.kernels._launch import Facts, Launch, arrivals, facts, on_device, precision
 
 __all__ = ["Shrink", "wgrad"]
 
@@ -49,8 +56,9 @@ def _wgrad_kernel(
     alpha,
     M, W, T, rows_per_split,
     stride_wm, stride_ww, stride_tm, stride_tt, stride_bw, stride_bt, stride_gw, stride_gt, stride_dsm,
-    HAS_KEEP: tl.constexpr, HAS_SHRINK: tl.constexpr, IS_SPLIT: tl.constexpr, PDL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr,
+    HAS_KEEP: tl.constexpr, HAS_SHRINK: tl.constexpr, IS_SPLIT: tl.constexpr, ACCUMULATE: tl.constexpr,
+    PDL: tl.constexpr, READY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Each program owns BLOCK_W by BLOCK_T elements of one split's part of g, and walks the rows of the split."""
     if PDL:
@@ -97,6 +105,8 @@ def _wgrad_kernel(
             ds_part_ptrs = ds_parts_ptr + (block * M + offs_m)[:, None] * T + offs_t[None, :]
             tl.store(ds_part_ptrs, part, mask=mask_m[:, None] & mask_t[None, :])
 
+    if READY:
+        tl.extra.cuda.gdc_wait()  # nothing read so far is of the launch before; what is written now it may still read
     mask_g = mask_w[:, None] & mask_t[None, :]
     if IS_SPLIT:
         g_part_ptrs = g_parts_ptr + offs_w[:, None] * T + offs_t[None, :]
@@ -108,6 +118,8 @@ def _wgrad_kernel(
             acc += tl.load(g_part_ptrs + tl.cast(i, tl.int64) * part_size, mask=mask_g, other=0.0, cache_modifier=".cg")
         mask_g = (offs_w < tl.where(last, W, 0))[:, None] & mask_t[None, :]  # the others have nothing more to store
     g_ptrs = g_ptr + offs_w[:, None] * stride_gw + offs_t[None, :] * stride_gt
+    if ACCUMULATE:
+        acc += tl.load(g_ptrs, mask=mask_g, other=0.0).to(tl.float32)
     tl.store(g_ptrs, acc.to(g_ptr.dtype.element_ty), mask=mask_g)
 
     if HAS_SHRINK:
@@ -124,9 +136,9 @@ def _wgrad_kernel(
 
 
 def wgrad(
-    left: Tensor, right: Tensor, out_dtype: torch.dtype, keep: Tensor | None = None,
-    shrink: Shrink | None = None, config: WgradConfig | None = None,
-) -> Tensor:  # fmt: skip
+    left: Tensor, right: Tensor, out_dtype: torch.dtype, keep: Tensor | None = None, *,
+    into: Tensor | None = None, ready: bool = False, shrink: Shrink | None = None, config: WgradConfig | None = None,
+) -> Tensor | None:  # fmt: skip
     """Compute g = leftᵀ (right · keep), `[C, D]`, in `out_dtype`; with `shrink` fill its ds on the way.
 
     Args:
@@ -134,31 +146,53 @@ def wgrad(
         right: `[M, D]`.
         out_dtype: Dtype of g.
         keep: Packed mask `[M, ceil(D/8)]` of `right`, or None.
+        into: A tensor `[C, D]` to which g is added; then nothing is returned.
+        ready: Whether the launch before this one is a `matmul_expand` and wrote neither `left`, `right` nor `keep`,
+            so that they may be read while it still runs.
         shrink: b, ds and alpha, to compute ds = alpha · left b as well; not with `keep`, and D at most a tile wide.
         config: Tile to use in place of the rule's.
     """
-    g = left.new_empty(left.shape[1], right.shape[1], dtype=out_dtype)
+    g = left.new_empty(left.shape[1], right.shape[1], dtype=out_dtype) if into is None else into
     # a mask belongs to `right` and a shrink to `left`, so with one that side is the wide one whatever its width
     right_is_wide = keep is not None or (shrink is None and right.shape[1] >= left.shape[1])
-    wide, thin, g_by_wide = (right, left, g.t()) if right_is_wide else (left, right, g)
+    wide, thin = (right, left) if right_is_wide else (left, right)
+    b, ds, alpha = shrink or (None, None, 1.0)
+    tiles, splits, ds_blocks, launch = _settle(
+        facts(wide), facts(thin), facts(g), facts(b), facts(ds), right_is_wide, wide.device, keep is not None,
+        into is not None, ready, precision(wide), config, _launch.imagined,
+    )  # fmt: skip
     (rows, width), thickness = wide.shape, thin.shape[1]
-    config = config or wgrad_config(rows, width, thickness, wide.dtype, shrink is not None)
+    g_parts = wide.new_empty(splits, width, thickness, dtype=torch.float32) if splits > 1 else None
+    ds_parts = wide.new_empty(ds_blocks, rows, thickness, dtype=torch.float32) if shrink else None
+    counters = arrivals(wide.device, tiles + splits) if splits > 1 or shrink else None
+    with on_device(wide):
+        launch(wide, thin, keep, b, g, g_parts, ds, ds_parts, counters, alpha)
+    return g if into is None else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _settle(
+    wide: Facts, thin: Facts, g: Facts, b: Facts | None, ds: Facts | None, right_is_wide: bool, device: torch.device,
+    masked: bool, accumulate: bool, ready: bool, precision: str, config: WgradConfig | None, imagined: object,
+) -> tuple[int, int, int, Launch]:  # fmt: skip
+    """The tiles of g, the splits of the rows, the parts of ds, and the launch."""
+    (rows, width), thickness = wide.shape, thin.shape[1]
+    config = config or wgrad_config(rows, width, thickness, wide.dtype, b is not None)
     splits = triton.cdiv(rows, config.rows_per_split)
     blocks = triton.cdiv(width, config.block_c)
     tiles = blocks * triton.cdiv(thickness, config.block_r)
-    b, ds, alpha = shrink or (None, None, 1.0)
-    g_parts = wide.new_empty(splits, width, thickness, dtype=torch.float32) if splits > 1 else None
-    ds_parts = wide.new_empty(blocks, rows, thickness, dtype=torch.float32) if shrink else None
-    counters = arrivals(wide.device, tiles + splits) if splits > 1 or shrink else None
-    with on_device(wide):
-        _wgrad_kernel[(tiles, splits)](
-            wide, thin, keep, b, g, g_parts, ds, ds_parts, counters, alpha,
-            rows, width, thickness, config.rows_per_split,
-            *wide.stride(), *thin.stride(), *(b.stride() if shrink else (0, 0)), *g_by_wide.stride(),
-            ds.stride(0) if shrink else 0,
-            HAS_KEEP=keep is not None, HAS_SHRINK=shrink is not None, IS_SPLIT=splits > 1,
-            PDL=shrink is not None and dependent_launch(wide.device), PRECISION=precision(wide),
+    dependent = _launch.dependent_launch(device)
+    ready = ready and dependent
+    return tiles, splits, blocks, Launch(
+        _wgrad_kernel, (tiles, splits),
+        (
+            rows, width, thickness, config.rows_per_split, *wide.strides, *thin.strides, *(b.strides if b else (0, 0)),
+            *(g.t().strides if right_is_wide else g.strides), ds.strides[0] if ds else 0,
+        ),
+        dict(
+            HAS_KEEP=masked, HAS_SHRINK=b is not None, IS_SPLIT=splits > 1, ACCUMULATE=accumulate,
+            PDL=b is not None and dependent, READY=ready, PRECISION=precision,
             BLOCK_M=config.block_m, BLOCK_W=config.block_c, BLOCK_T=config.block_r,
-            num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
-        )  # fmt: skip
-    return g
+        ),
+        dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(ready)),
+    )  # fmt: skip

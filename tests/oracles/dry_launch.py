@@ -91,7 +91,19 @@ def main():
     plan.interpreting = lambda: True  # lets CPU tensors through to the launchers
     with imagine(GPUS["sm_90"], Launcher):
         layers()
+        replays()
     print("dry launch:", len(launched), "launches of", *sorted(set(launched)))
+
+
+def replays():
+    """A second call with other tensors of the same kind goes to the binaries, past Triton's look at every argument."""
+    before = len(launched)
+    with imagine(GPUS["sm_90"], Launcher) as compiled:
+        for _ in range(3):
+            layer(512, 256, 384, 16, torch.bfloat16, p=0.1)
+    assert len(launched) - before == 15, len(launched) - before
+    assert len(compiled) == 0, "the launches of `layers` are settled"
+    del launched[before:]
 
 
 def layers():
@@ -105,6 +117,9 @@ def layers():
     layer(33, 41, 47, 3, bf16, bias=True)  # no descriptors
     layer(33, 40, 48, 3, fp16, p=0.1, strided=True)
     layer(1, 1, 1, 1, bf16, p=0.5)
+    with plan.forced("beta1"):  # the thin products alone
+        layer(512, 256, 384, 16, bf16, bias=True)
+        layer(512, 256, 384, 16, bf16, p=0.1)
 
 
 if __name__ == "__main__":

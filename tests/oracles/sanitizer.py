@@ -3,8 +3,8 @@
 For each launch: every load hits a logical element of an input (strides honoured, so the gap between the rows of a
 slice is out of bounds), every store hits an output, each output element is stored exactly once (twice is a race on a
 GPU, never is stale memory). What a launch writes itself is not there to be read, but for the parts of a split sum, and
-of those only what has been stored. Counters of arrivals start at 0 and end at 0. A 32-bit sum or product that
-overflows is an error as well. Tuples of arguments and TMA descriptors count as the tensors in them.
+of those only what has been stored, and for a gradient that is added to. Counters of arrivals start at 0 and end at 0. A
+32-bit sum or product that overflows is an error as well. Tuples of arguments and TMA descriptors count as the tensors in them.
 """
 
 import dataclasses
@@ -37,7 +37,8 @@ class Launch:
         self.tensors = {name: t for name, value in arguments.items() for t in _tensors(value)}
         written = OUTPUTS.get(kernel, set())
         self.counters = self.tensors.pop(COUNTERS, None)
-        self.readable = _logical(arguments, [name for name in arguments if name not in {*written, COUNTERS}])
+        unread = {*written, COUNTERS} - ({"g_ptr"} if arguments.get("ACCUMULATE") else set())
+        self.readable = _logical(arguments, [name for name in arguments if name not in unread])
         self.writable = _logical(arguments, written)
         self.parts = np.isin(self.writable, _logical(arguments, written & PARTS))
         self.stores = np.zeros(self.writable.size, np.int64)

@@ -9,7 +9,7 @@ import conftest  # noqa: F401  (interpreter, sanitizer)
 import torch
 
 from lora_kernels import dropout, lora_linear
-from lora_kernels.kernels import matmul_expand, shrink, wgrad
+from lora_kernels.kernels import hybrid, matmul_expand, shrink, wgrad
 from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
 from oracles import exact, philox
 from oracles.memory import virtual
@@ -47,6 +47,8 @@ def kernels():
     for tma in (False, True):
         y = matmul_expand([(x, w), (s, b)], bias, config=MatmulConfig(16, 64, 16, 2, 4, 4, 2), tma=tma)
         assert torch.equal(y.double(), case.truth()["y"].double()), f"matmul_expand, tma={tma}"
+    y = hybrid.beta1([(x, w), (s, b)], bias)
+    assert torch.equal(y.double(), case.truth()["y"].double()), "beta1"
     for k_per_split in (16, 32, 64):
         s, _ = shrink(x, a, 3.0, config=ShrinkConfig(16, 16, 16, k_per_split, 4, 2))
         assert torch.equal(s, 3 * x @ a.T), "shrink in splits"
@@ -54,6 +56,9 @@ def kernels():
         config = WgradConfig(16, 32, 16, rows_per_split, 4, 2)
         g = wgrad(x, x, torch.float32, config=config)
         assert torch.equal(g, x.T @ x), "wgrad in splits"
+        there = torch.ones_like(g)
+        wgrad(x, x, torch.float32, into=there, config=config)
+        assert torch.equal(there, g + 1), "wgrad into a gradient that is there"
         ds = torch.full_like(s, torch.nan)
         g = wgrad(x, s, torch.float32, shrink=(a.T, ds, 3.0), config=config)
         assert torch.equal(g, x.T @ s), "wgrad that shrinks"

@@ -1,0 +1,164 @@
+"""Files in a directory of the user's own: read with suspicion, replaced whole, and locked. Knows nothing of contents.
+
+Whoever can write a file that a program reads can steer the program, so what is read must be a plain file of a sane
+size, in a real directory, both of them the user's (or root's) and writable by nobody else. Files are opened relative
+to the directory that was looked at, and looked at after they were opened, so nothing can be exchanged in between.
+"""
+
+import contextlib
+import os
+import secrets
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["Busy", "directory", "locked", "names", "read", "remove", "replace"]
+
+MOST_BYTES = 1 << 20
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+class Busy(RuntimeError):
+    """Somebody else holds a lock; the message says which process."""
+
+
+def directory() -> Path:
+    """Where files are kept: $LORA_KERNELS_CACHE, else lora_kernels in $XDG_CACHE_HOME, else in ~/.cache.
+
+    Raises:
+        RuntimeError: There is no home directory.
+    """
+    own, shared = (os.environ.get(name, "") for name in ("LORA_KERNELS_CACHE", "XDG_CACHE_HOME"))
+    if own:
+        return Path(own).expanduser()
+    base = Path(shared) if os.path.isabs(shared) else Path.home() / ".cache"  # XDG: a relative one is to be ignored
+    return base / "lora_kernels"
+
+
+def read(folder: Path, name: str) -> bytes:
+    """The contents of a file.
+
+    Raises:
+        FileNotFoundError: There is no such file, or no such directory.
+        OSError: It cannot be read.
+        ValueError: It, or the directory, is not to be trusted, or it is too large; the message says what to do.
+    """
+    with _opened(folder) as at, os.fdopen(_open(name, os.O_RDONLY | os.O_NONBLOCK, at, folder), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a plain file; remove it")
+        _check_owner(status, folder / name)
+        contents = file.read(MOST_BYTES + 1)
+    if len(contents) > MOST_BYTES:
+        raise ValueError(f"it is larger than {MOST_BYTES} bytes; remove it")
+    return contents
+
+
+def replace(folder: Path, name: str, contents: bytes) -> None:
+    """Write a file, 0600, making the directory, 0700: a reader finds the old one or the whole new one, never a part.
+
+    Raises:
+        OSError: It cannot be written; there is the old one, and nothing else.
+        ValueError: The directory is not to be trusted.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _opened(folder) as at:
+        partial = f".{name}.{secrets.token_hex(8)}"
+        try:
+            with os.fdopen(_open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, at, folder), "wb") as file:
+                file.write(contents)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, name, src_dir_fd=at, dst_dir_fd=at)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(partial, dir_fd=at)
+            raise
+
+
+def names(folder: Path) -> list[str]:
+    """What is in the directory, sorted; nothing if there is none. Raises as `read` does."""
+    try:
+        with _opened(folder) as at:
+            return sorted(os.listdir(at))
+    except FileNotFoundError:
+        return []
+
+
+def remove(folder: Path, name: str) -> None:
+    """Remove a file. Raises as `read` does."""
+    with _opened(folder) as at:
+        os.unlink(name, dir_fd=at)
+
+
+_held: dict[str, threading.Lock] = {}
+_held_guard = threading.Lock()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, name: str, wait: bool) -> Iterator[None]:
+    """Hold the lock file `name`, made if needed, against every other thread and process of this machine.
+
+    Args:
+        folder: The directory, made if needed.
+        name: Of the lock file, which stays: removing it would let two hold it.
+        wait: Whether to wait for it.
+
+    Raises:
+        Busy: Somebody holds it and `wait` is False.
+        OSError: It cannot be made or locked.
+        ValueError: The directory is not to be trusted.
+    """
+    import fcntl  # not on Windows, where there are no kernels to tune
+
+    with _held_guard:
+        threads = _held.setdefault(f"{folder}/{name}", threading.Lock())
+    if not threads.acquire(blocking=wait):
+        raise Busy(f"a thread of this process ({os.getpid()}) is at it")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _opened(folder) as at, os.fdopen(_open(name, os.O_RDWR | os.O_CREAT, at, folder), "r+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                pid = file.read(20)
+                raise Busy(f"process {pid.decode() if pid.isdigit() else 'unknown'} is at it") from None
+            file.truncate(0)
+            file.write(b"%d" % os.getpid())
+            file.flush()
+            yield  # closing the file releases it
+    finally:
+        threads.release()
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    """A descriptor of the directory, after a look at it."""
+    try:
+        at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if os.path.islink(folder):
+            raise ValueError(f"{folder} is a symbolic link; name the directory itself") from None
+        raise error
+    try:
+        _check_owner(os.fstat(at), folder)
+        yield at
+    finally:
+        os.close(at)
+
+
+def _open(name: str, flags: int, at: int, folder: Path) -> int:
+    try:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=at)
+    except OSError as error:
+        if os.path.islink(folder / name):
+            raise ValueError("it is a symbolic link; remove it") from None
+        raise error
+
+
+def _check_owner(status: os.stat_result, path: Path) -> None:
+    if status.st_uid not in (0, os.geteuid()):
+        raise ValueError(f"{path} belongs to another user; remove it or choose another directory")
+    if status.st_mode & _OTHERS_WRITE:
+        raise ValueError(f"{path} can be written by others; chmod go-w it, if what it holds is yours")
