@@ -55,7 +55,7 @@ WRONG = {
     ),
     "ds, dB": off("shrink_wgrad", lambda f, *a: (f(*a)[0], f(*a)[1] * 1.001)),
     "dx": off("matmul_expand", lambda f, sources, *a, keep=None: f(sources, *a)),
-    "dA": off("wgrad", lambda f, left, right, dtype, keep=None: f(left, right, dtype)),
+    "dA": off("wgrad", lambda f, left, right, dtype, keep=None, **k: f(left, right, dtype, **k)),
 }
 
 

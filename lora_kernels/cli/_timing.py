@@ -58,11 +58,14 @@ class Calls:
 Measure = Callable[[Callable[[], Any], Callable[[Any], Any]], tuple[float, float | None]]
 
 
-def clock(device: torch.device, flush: bool = False) -> Measure:
+def clock(device: torch.device, flush: bool | None = None) -> Measure:
     """A function of a preparation and a call: seconds the call took, and the host's seconds on a GPU.
 
-    With `flush` a buffer larger than the caches is overwritten before each call.
+    Args:
+        device: Where the calls run.
+        flush: Whether a buffer larger than the caches is overwritten before each call; on a GPU by default.
     """
+    flush = device.type == "cuda" if flush is None else flush
     buffer = torch.empty(_FLUSH_BYTES if flush else 0, dtype=torch.int8, device=device)
     if device.type != "cuda":
 

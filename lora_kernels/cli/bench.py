@@ -193,7 +193,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     _levels.names(args.level, settings, 1)  # says so now if one of them is not of this level
     if args.memory_only:
         return settings
-    return replace(settings, peaks=_timing.measure_peaks(device, dtype, _timing.clock(device, flush=on_gpu)))
+    return replace(settings, peaks=_timing.measure_peaks(device, dtype, _timing.clock(device)))
 
 
 def _check_files(args: argparse.Namespace) -> None:
