@@ -68,19 +68,24 @@ def plan_steps(rehearse: bool) -> list[Step]:
             Step("gpu_tests", (*tests, "--collect-only"), 60, fine=(0, 5)),  # 5: no such tests
             Step("verify", (*cli, "verify", "--quick", "--json", "{file}", "--minutes", "{minutes}"), 120),
             Step("llama-8b", _bench(*tiny, "--p", "0", "0.1"), 120),
+            Step("decoder", _bench("--level", "decoder", *tiny, "--p", "0.1"), 120),
+            Step("kernels", _bench("--level", "kernel", *tiny, "--p", "0", "0.1"), 120),
+            Step("model", _bench("--level", "model", *tiny, "--p", "0.1"), 120),
             Step("lorafusion", _bench(*tiny, "--m", "16", "32", "--p", "0.1"), 120),
-            Step("memory", _bench(*tiny, "--memory-only"), 120),
+            Step("large", _bench(*tiny, "--memory-only"), 120),
         ]
     both, lean = ("--dtype", "bf16", "--p", "0", "0.1"), ("--no-compile", "--rounds", "15")
-    weigh = ("--memory-only", "--no-compile", "--m", "2048", "32768")
+    llama = ("--preset", "llama-8b")
+    # compiling takes longer than all else: of layers it is done in both cases, of a decoder layer without dropout
     return [
-        Step("gpu_tests", tests, 100),
-        Step("verify", (*cli, "verify", "--json", "{file}", "--minutes", "{minutes}"), 120),
-        Step("llama-8b", _bench("--preset", "llama-8b", *both), 200),
-        Step("lorafusion", _bench("--preset", "lorafusion", "--m", "2048", "4096", "6144", "8192", *both, *lean), 100),
-        Step("qwen-32b", _bench("--preset", "qwen-32b", *both, *lean), 60),
-        Step("llama-70b", _bench("--preset", "llama-70b", *both, *lean), 80),
-        Step("memory", _bench("--preset", "llama-8b", *both, *weigh), 40),
+        Step("gpu_tests", tests, 80),
+        Step("verify", (*cli, "verify", "--json", "{file}", "--minutes", "{minutes}"), 90),
+        Step("llama-8b", _bench(*llama, *both), 150),
+        Step("decoder", _bench("--level", "decoder", *llama, "--dtype", "bf16", "--p", "0", "--rounds", "15"), 90),
+        Step("kernels", _bench("--level", "kernel", *llama, *both, "--rounds", "15"), 40),
+        Step("model", _bench("--level", "model", *llama, *both, "--no-compile", "--rounds", "10"), 50),
+        Step("lorafusion", _bench("--preset", "lorafusion", "--m", "2048", "4096", "6144", "8192", *both, *lean), 90),
+        Step("large", _bench("--preset", "large", *both, *lean), 90),
     ]
 
 

@@ -1,19 +1,24 @@
-"""Write docs/benchmarks.md from the result files under bench/results/, and from nothing else.
+"""Write docs/benchmarks.md and its pictures from the result files under bench/results/, and from nothing else.
 
-`python -m bench.report` writes the page; with `--check` it exits 1 if the page is not what the files say.
+`python -m bench.report` writes all of it; with `--check` it exits 1 if the page is not what the files say or one of its
+pictures is not there. A check draws nothing and does not need matplotlib.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.cli._bench_view import SPEEDUPS, labels_of, mib, overview
+from lora_kernels.cli import _bench_plot
+from lora_kernels.cli._bench_view import SPEEDUPS, labels_of, mib, overview, pass_name
+from lora_kernels.cli._level_view import KERNEL_HEADING, kernel_row, model_title, passes_of
 from lora_kernels.cli._machine import caption
 
-__all__ = ["main", "render"]
+__all__ = ["main", "pictures", "render"]
 
+_PREFIX = "bench-"  # of the pictures, which have their folder to share with others
 ROOT = Path(__file__).resolve().parent.parent
 _HEAD = """# Benchmarks
 
@@ -24,24 +29,47 @@ No GPU has been measured yet: there is no result file of one. `python -m bench.b
 GPU makes them, and `python -m bench.report` this page.
 """
 _HOW_TO_READ = """
-Medians of forward + backward in milliseconds, all providers taken in turn in one run, each checked against float64
-before it was timed. The floor is the frozen linear layer alone. *moved* is arithmetic, not a measurement: every launch
-reads its operands and writes its results once. *saved* is what autograd holds for backward beyond `x` and the
-parameters; *peak* is the most memory of forward + backward on top of what was there. A dtype after a name is that
-of the adapters. A dash was not run or not timed; why stands below the table. Spread, single passes,
-shares of peak and versions are in the JSON files.
+Medians in milliseconds, of forward + backward unless said; all providers taken in turn in one run, each checked before
+it was timed, against float64 or, a 16-bit model, fp32. The floor is the frozen layer or model, without an adapter.
+*moved* is arithmetic, not a measurement: every launch reads its operands and writes its results once. *saved* is what
+autograd holds for backward beyond `x` and the parameters; *peak* is the most memory of forward + backward on top of
+what was there. *base* is the large product of a launch alone; rates of launches are of ours, by the bytes it has to
+move. A dtype after a name is that of the adapters. A dash was not run or not timed; why stands below the table. Spread,
+single passes, shares of peak and versions are in the JSON files.
 """
 
 
 def render(results: Path) -> str:
     """The page for a folder of result folders."""
-    folders = {folder: _load(folder) for folder in sorted(results.glob("*")) if folder.is_dir()}
-    folders = {folder: files for folder, files in folders.items() if files}
+    folders = _folders(results)
     on_gpu = any(content["machine"]["gpu"] for files in folders.values() for content in files.values())
     parts = [_HEAD] + ([] if on_gpu else [_NOTHING]) + ([_HOW_TO_READ] if folders else [])
     for folder, files in folders.items():
         parts += _folder(folder.name, files)
     return "\n".join(part.strip("\n") + "\n" for part in parts)
+
+
+def pictures(results: Path) -> dict[str, dict[str, Any]]:
+    """The pictures that the page shows: file name to the result file it is drawn from."""
+    return {
+        _picture(folder.name, stem): content
+        for folder, files in _folders(results).items()
+        for stem, content in files.items()
+        if _timed(content)
+    }
+
+
+def _picture(folder: str, stem: str) -> str:
+    return f"{_PREFIX}{folder}-{stem}.png"
+
+
+def _timed(content: dict[str, Any]) -> bool:
+    return content.get("command") == "bench" and bool(content["cases"] and content["peaks"])
+
+
+def _folders(results: Path) -> dict[Path, dict[str, dict[str, Any]]]:
+    folders = {folder: _load(folder) for folder in sorted(results.glob("*")) if folder.is_dir()}
+    return {folder: files for folder, files in folders.items() if files}
 
 
 def _load(folder: Path) -> dict[str, dict[str, Any]]:
@@ -60,10 +88,12 @@ def _folder(name: str, files: dict[str, dict[str, Any]]) -> list[str]:
     verified = files.get("verify")
     if verified:
         parts.append(f"`lora-kernels verify`: {verified['passed']} cases passed, {verified['failed']} failed.")
-    order = ("llama-8b", "lorafusion", "qwen-32b", "llama-70b")
+    order = ("llama-8b", "decoder", "kernels", "model", "lorafusion", "large")
     benches = {stem: content for stem, content in files.items() if content.get("command") == "bench"}
     for stem in sorted(benches, key=lambda s: (order.index(s) if s in order else len(order), s)):
         parts += _bench(stem, benches[stem])
+        if _timed(benches[stem]):
+            parts.append(f"![{pass_name(benches[stem]['cases'])}, over the floor's](img/{_picture(name, stem)})")
     return parts
 
 
@@ -77,22 +107,31 @@ def _bench(stem: str, content: dict[str, Any]) -> list[str]:
     cases, method, peaks = content["cases"], content["method"], content["peaks"]
     if not cases:
         return []
-    labels = labels_of(cases)
+    labels, level = labels_of(cases), content["level"]
     parts = [f"### {stem}"]
     if peaks:
         parts.append(
-            f"{method['rounds']} rounds, {method['timer']}, {method['launch']}; {method['cache']}. In the same run a "
-            f"{peaks['matmul'].split(',')[0]} matmul reached {peaks['matmul_flops_per_second'] / 1e12:.4g} TFLOP/s and "
-            f"a copy {peaks['copy_bytes_per_second'] / 1e9:.4g} GB/s."
+            f"{method['rounds']} rounds, {method['timer']}, {method['launch']}; cache: {method['cache']}. "
+            f"In the same run a {peaks['matmul'].split(',')[0]} matmul reached "
+            f"{peaks['matmul_flops_per_second'] / 1e12:.4g} TFLOP/s and a copy "
+            f"{peaks['copy_bytes_per_second'] / 1e9:.4g} GB/s."
         )
+    if level == "kernel":
+        parts.append(_table(KERNEL_HEADING, list(map(kernel_row, cases))))
+    elif level in ("decoder", "model"):
+        for case in cases:
+            parts += [f"{model_title(case)}:", _model(case)]
+    elif peaks:
         rows = [[*_case(case), *(_ms(case, name) for name in labels), _to_floor(case)] for case in cases]
         parts.append(_table(["rows x in x out", "r", "p", *labels.values(), "ours / floor"], rows))
+    if peaks:
         faster = [f"- over {label}: {figures}" for label, figures in overview(cases)]
         if faster:
-            parts.append(f"{SPEEDUPS}:\n\n" + "\n".join(faster))
-    rows = [[*_case(case), *(_memory(case, name) for name in labels)] for case in cases]
-    parts.append("MiB moved / saved / peak:")
-    parts.append(_table(["rows x in x out", "r", "p", *labels.values()], rows))
+            parts.append(f"{SPEEDUPS}, {pass_name(cases)}:\n\n" + "\n".join(faster))
+    if level == "layer":
+        rows = [[*_case(case), *(_memory(case, name) for name in labels)] for case in cases]
+        parts.append("MiB moved / saved / peak:")
+        parts.append(_table(["rows x in x out", "r", "p", *labels.values()], rows))
     failed = [row for case in cases for row in case["providers"].values() if row["reason"]]
     if failed:
         parts.append("Not timed:\n\n" + "\n".join(dict.fromkeys(f"- {r['label']}: {r['reason']}" for r in failed)))
@@ -127,13 +166,29 @@ def _memory(case: dict[str, Any], name: str) -> str:
     return " / ".join(map(mib, (moved, row["saved_bytes"], row["peak_bytes"])))
 
 
-def _table(heading: list[str], rows: list[list[str]]) -> str:
+def _model(case: dict[str, Any]) -> str:
+    """A provider a row: every pass, tokens a second, memory."""
+    passes = passes_of(case)
+    rows = []
+    for row in case["providers"].values():
+        end = row["seconds"].get(list(passes)[-1]) if passes else None
+        rows.append([
+            row["label"],
+            *(f"{row['seconds'][which]['median'] * 1e3:.3f}" if which in row["seconds"] else "-" for which in passes),
+            f"{end['to_floor']:.3f}" if end and end["to_floor"] else "-",
+            f"{end['tokens_per_second']:.0f}" if end else "-", mib(row.get("saved_bytes")), mib(row.get("peak_bytes")),
+        ])  # fmt: skip
+    heading = ["", *(f"{name} ms" for name in passes.values()), "/ floor", "tokens/s", "saved MiB", "peak MiB"]
+    return _table(heading, rows)
+
+
+def _table(heading: Sequence[str], rows: list[list[str]]) -> str:
     lines = [heading, ["---", *("--:" for _ in heading[1:])], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write or check the page; 1 if it is stale."""
+    """Write or check the page; 1 if it is stale, 2 if its pictures cannot be drawn."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -141,12 +196,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", metavar="DIR")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md", metavar="FILE")
     args = parser.parse_args(argv)
-    page = render(args.results)
+    page, drawings, images = render(args.results), pictures(args.results), args.page.parent / "img"
     if not args.check:
+        if drawings and _bench_plot.missing():
+            print(f"bench.report: the page has pictures; {_bench_plot.missing()}", file=sys.stderr)
+            return 2
+        for name, content in drawings.items():
+            _bench_plot.plot(content["cases"], caption(content["machine"]), str(images / name))
+        for old in set(images.glob(f"{_PREFIX}*.png")) - {images / name for name in drawings}:
+            old.unlink()
         args.page.write_text(page, encoding="utf-8")
-        print(f"wrote {args.page}")
+        print(f"wrote {args.page}" + (f" and {len(drawings)} pictures under {images}" if drawings else ""))
         return 0
-    if args.page.is_file() and args.page.read_text(encoding="utf-8") == page:
+    drawn = all((images / name).is_file() for name in drawings)
+    if drawn and args.page.is_file() and args.page.read_text(encoding="utf-8") == page:
         return 0
     print(f"{args.page} is not what the files under {args.results} say: run python -m bench.report", file=sys.stderr)
     return 1

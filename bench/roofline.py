@@ -40,6 +40,7 @@ CHAINS: dict[str, tuple[Callable[[Size, bool], Cost], int]] = {
     "PEFT, fp32 adapters": (_cost.COSTS["peft"], 4),
     "PEFT": (_cost.COSTS["peft"], 2),
     "Unsloth": (lambda z, dropout: _cost.unsloth(z), 2),
+    "LoRAFusion": (_cost.lorafusion, 2),
     "addmm chain": (_cost.COSTS["addmm"], 2),
     "lora_kernels": (_cost.COSTS["triton"], 2),
     "split minimum": (lambda z, dropout: _cost.split_minimum(z), 2),

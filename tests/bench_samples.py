@@ -9,7 +9,7 @@ from rich.console import Console
 from lora_kernels.cli import bench
 from lora_kernels.cli._baselines import PROVIDERS, Provider
 from lora_kernels.cli._bench_case import Settings
-from lora_kernels.cli._presets import Shape
+from lora_kernels.cli._presets import PRESETS, Shape
 
 CPU = torch.device("cpu")
 SHAPE = Shape(48, 64, 40)
@@ -34,12 +34,36 @@ def sample_case(ours=1.0, floor=0.8, peft=2.0, label="q, o"):
         return {"label": name, "reason": "", "seconds": taken, "saved_bytes": 2**20, "peak_bytes": 2**21} | more
 
     return {
-        "shape": {"m": 1, "k": 2, "n": 3, "label": label}, "r": 16, "p": 0.1, "dtype": "bfloat16",
+        "level": "layer", "shape": {"m": 1, "k": 2, "n": 3, "label": label}, "r": 16, "p": 0.1, "dtype": "bfloat16",
         "split_minimum_bytes": 2**20, "flops": {"forward": 1, "backward": 2},
         "providers": {
             "frozen": row("floor", floor), "ours": row("lora_kernels [triton]", ours), "peft": row("PEFT", peft),
             "addmm": row("chain", None, reason="RuntimeError: no such thing"),
         },
+    }  # fmt: skip
+
+
+def sample_launch(ours=2e-3, operators=3e-3):
+    def row(label, seconds):
+        taken = {"median": seconds, "q1": seconds, "q3": seconds, "flops_per_second": 5e11, "bytes_per_second": 4e12,
+                 "of_peak": None, "of_copy": 0.8}  # fmt: skip
+        return {"label": label, "reason": "", "seconds": {"forward": taken}}
+
+    return {
+        "level": "kernel", "launch": "s", "kernel": "shrink", "shape": {"m": 1, "k": 2, "n": 3, "label": ""}, "r": 16,
+        "p": 0.1, "dtype": "bfloat16", "flops": 1, "bytes": 1,
+        "providers": {"ours": row("lora_kernels [triton]", ours), "operators": row("PyTorch's operators", operators)},
+    }  # fmt: skip
+
+
+def sample_model(level="decoder"):
+    def row(label, seconds):
+        taken = {"median": seconds, "q1": seconds, "q3": seconds, "to_floor": 1.25, "tokens_per_second": 64 / seconds}
+        return {"label": label, "reason": "", "seconds": {"both": taken}, "saved_bytes": 2**20, "peak_bytes": 2**21}
+
+    return {
+        "level": level, "model": dataclasses.asdict(PRESETS["quick"].model), "tokens": 64, "r": 16, "p": 0.1,
+        "dtype": "bfloat16", "providers": {"frozen": row("frozen model", 1e-3), "ours": row("lora_kernels [triton]", 2e-3)},
     }  # fmt: skip
 
 

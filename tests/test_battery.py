@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_samples import arguments, sample_case
+from bench_samples import arguments, sample_case, sample_launch, sample_model, settings
 
-from lora_kernels.cli import bench
+from lora_kernels.cli import _bench_plot, _levels, bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import battery, report
@@ -26,9 +26,9 @@ def put(folder, name, gpu, **content):
     (folder / name).write_text(json.dumps({"machine": made_on | {"lora_kernels": "0"}, **content}))
 
 
-def bench_file(*cases):
+def bench_file(*cases, level="layer"):
     return dict(
-        command="bench", cases=cases, skipped=[], method={"rounds": 3, "timer": "t", "launch": "l", "cache": "c"},
+        command="bench", level=level, cases=cases, skipped=[], method={"rounds": 3, "timer": "t", "launch": "l", "cache": "c"},
         peaks={"matmul": "8x8x8 bf16, best", "matmul_flops_per_second": 5e14, "copy_bytes_per_second": 1e12},
     )  # fmt: skip
 
@@ -53,6 +53,40 @@ def test_page_of_a_gpu_run(tmp_path):
     assert "| 1.234 |" in page
     assert "| 1 x 2 x 3 (q, o) | 16 | 0.1 |" in page
     assert "RuntimeError: no such thing" in page
+
+
+def test_page_of_every_level(tmp_path):
+    put(tmp_path / "g", "kernels.json", GPU, **bench_file(sample_launch(), level="kernel"))
+    put(tmp_path / "g", "decoder.json", GPU, **bench_file(sample_model(), level="decoder"))
+    page = report.render(tmp_path)
+    assert page.index("### decoder") < page.index("### kernels")  # the most telling first
+    assert "One decoder layer: hidden 64, 4/2 heads, MLP 96; 2 x 32 tokens, r=16, p=0.1, bfloat16:" in page
+    assert "| forward + backward ms | / floor | tokens/s |" in page
+    assert "| lora_kernels [triton] | 2.000 | 1.250 | 32000 |" in page
+    assert "| s | shrink | 1 x 2 x 3 | 16 | 0.1 | - | 2.000 ±0% | 3.000 ±0% | 1.500 | 4000 | 80% | 0.5 | - |" in page
+    assert "(geometric mean; above 1 is faster), one launch" in page
+
+
+def test_pictures_come_and_go_with_the_page(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    where = ["--results", str(tmp_path / "results"), "--page", str(tmp_path / "page.md")]
+    put(tmp_path / "results" / "g", "kernels.json", GPU, **bench_file(sample_launch(), level="kernel"))
+    put(tmp_path / "results" / "g", "weighed.json", GPU, **bench_file(sample_case()) | {"peaks": {}})  # nothing timed
+    old, foreign = tmp_path / "img" / "bench-gone.png", tmp_path / "img" / "logo.png"
+    old.parent.mkdir()
+    for file in (old, foreign):
+        file.write_bytes(b"")
+    assert report.main(where) == 0
+    picture = tmp_path / "img" / "bench-g-kernels.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert {file.name for file in old.parent.iterdir()} == {picture.name, "logo.png"}
+    assert f"(img/{picture.name})" in (tmp_path / "page.md").read_text()
+    monkeypatch.setattr(_bench_plot, "missing", lambda: "no matplotlib")  # as in CI: a check draws nothing
+    assert report.main([*where, "--check"]) == 0
+    assert report.main(where) == 2
+    assert "no matplotlib" in capsys.readouterr().err
+    picture.unlink()
+    assert report.main([*where, "--check"]) == 1
 
 
 def test_page_keeps_no_failure_back(tmp_path):
@@ -181,12 +215,15 @@ def alive(pid):
 
 def test_battery_fits_its_files_and_its_order():
     steps = battery.plan_steps(rehearse=False)
-    assert [step.name for step in steps][:3] == ["gpu_tests", "verify", "llama-8b"]
+    assert [step.name for step in steps][:6] == ["gpu_tests", "verify", "llama-8b", "decoder", "kernels", "model"]
+    assert sum(step.cap_s for step in steps[:6]) <= 8.5 * 60  # all levels have their turn, whatever the others take
     assert sum(step.file is not None for step in steps) + 1 <= 8
     for step in steps:  # every bench command line is one that bench takes
         if "bench" in step.command:
             argv = [{"{file}": "f", "{minutes}": "1"}.get(part, part) for part in step.command[3:]]
-            assert bench._cases(arguments(*argv))
+            args = arguments(*argv)
+            assert bench._cases(args)
+            assert _levels.names(args.level, settings(only=tuple(args.providers)), 16)
 
 
 def test_battery_rehearsal(tmp_path, monkeypatch):
@@ -194,11 +231,11 @@ def test_battery_rehearsal(tmp_path, monkeypatch):
     (tmp_path / "without" / "peft.py").write_text("raise ImportError")  # the real one takes seconds to load
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "without"))
     out = tmp_path / "out"
-    assert battery.main(["--rehearse", "--out", str(out), "--only", "memory"]) == 0
-    written = json.loads((out / "memory.json").read_text())
+    assert battery.main(["--rehearse", "--out", str(out), "--only", "large"]) == 0
+    written = json.loads((out / "large.json").read_text())
     assert written["complete"] is True
     assert written["cases"][0]["providers"]["ours"]["saved_bytes"] > 0
     assert written["cases"][0]["providers"]["ours"]["seconds"] == {}
     assert json.loads((out / "summary.json").read_text())["rehearsal"] is True
-    assert battery.main(["--rehearse", "--out", str(out), "--only", "memory", "--minutes", "0"]) == 0
+    assert battery.main(["--rehearse", "--out", str(out), "--only", "large", "--minutes", "0"]) == 0
     assert json.loads((out / "summary.json").read_text())["steps"][0]["state"] == "skipped"

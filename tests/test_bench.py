@@ -5,6 +5,7 @@ import importlib.util
 import math
 import time
 
+import numpy as np
 import pytest
 import torch
 from bench_samples import CPU, SHAPE, broken, printed, settings
@@ -27,6 +28,8 @@ from lora_kernels.cli._presets import PRESETS, Shape, parse_shape, with_rows
         ("peft", False, 4, 3076.5, 17),
         ("peft", True, 4, 3652.5, 19),
         ("addmm", False, 2, 834.2, 8),
+        ("split", False, 2, 514.2, 5),
+        ("split", True, 2, 714.5, 8),
         ("triton", False, 2, 514.2, 5),
         ("triton", True, 2, 526.2, 5),
     ],
@@ -37,11 +40,14 @@ def test_bytes_at_8192_rows_of_4096_squared(formula, dropout_, adapter, mib, lau
     assert cost.launches == launches
 
 
-def test_bytes_of_the_split_minimum_and_of_unsloth():
+def test_bytes_of_the_split_minimum_and_of_others():
     size = _cost.Size(8192, 4096, 4096, 16)
     assert round(_cost.split_minimum(size).total / 2**20, 1) == 514.2
     assert _cost.split_minimum(size).launches == 5
     assert _cost.unsloth(size).total == 963 * 2**20
+    published = [_cost.lorafusion(size, dropout_) for dropout_ in (False, True)]
+    assert [cost.total / 2**20 for cost in published] == [516.5, 708.5]
+    assert [cost.launches for cost in published] == [9, 10]
     wide = _cost.Size(8192, 4096, 14336, 16)  # tells in_features from out_features
     assert round(_cost.COSTS["peft"](wide, True).total / 2**20) == 3747
     assert round(_cost.split_minimum(wide).total / 2**20) == 1155
@@ -204,6 +210,28 @@ def test_a_provider_that_cannot_run_says_why():
     assert rows["frozen"]["seconds"]
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_the_split_graph_is_right(backend, p):
+    shape = Shape(48, 60, 40)  # a mask whose rows are no whole bytes
+    provider = _baselines.build("split", draw(shape, 4, p, settings()), backend)
+    verdict = _judge.judge(provider, _judge.Truth())
+    assert verdict.ok, verdict.reason
+    assert provider.label == f"split graph [{backend}]"
+    assert provider.cost == ("split" if backend == "triton" else "")
+
+
+def test_the_split_graph_stands_beside_kernels_alone():
+    assert "split" in _baselines.names_for(torch.bfloat16, "triton", compiled=False)
+    assert "split" not in _baselines.names_for(torch.bfloat16, "torch", compiled=False)
+
+
+def test_a_mask_is_packed_little_end_first():
+    keep = torch.rand(5, 70) < 0.5
+    bits = np.packbits(keep.numpy(), axis=1, bitorder="little")
+    assert torch.equal(_baselines._packed(keep), torch.from_numpy(bits))
+
+
 def test_the_mask_is_read_off_the_provider():
     problem = draw(SHAPE, 4, 0.3, settings())
     weight = problem.weight.clone()
@@ -244,6 +272,7 @@ def test_saved_bytes():
     assert saved_bytes(_baselines.build("addmm", plain)) == s
     assert saved_bytes(_baselines.build("addmm", dropping)) == s + x + mask
     assert saved_bytes(_baselines.build("ours", dropping)) == s + mask
+    assert saved_bytes(_baselines.build("split", dropping)) == s + x + mask  # what LoRAFusion keeps
 
 
 def test_a_storage_is_saved_once_however_often_it_is_kept():

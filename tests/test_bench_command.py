@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from bench_samples import arguments, broken, printed, sample_case
+from bench_samples import arguments, broken, printed, sample_case, sample_launch, sample_model
 
 from lora_kernels.cli import _bench_plot, _bench_view, bench
 from lora_kernels.cli._baselines import PROVIDERS
@@ -84,6 +84,39 @@ def test_labels_are_those_that_were_built():
     assert list(_bench_view.labels_of([unbuilt])) == ["frozen", "ours", "peft", "addmm"]
 
 
+@pytest.mark.usefixtures("no_peft")
+@pytest.mark.parametrize(
+    ("level", "said"),
+    [("kernel", "operators / ours"), ("decoder", "One decoder layer"), ("model", "training step ms")],
+)
+def test_every_level_by_the_command(level, said, tmp_path, capsys):
+    file = tmp_path / "b.json"
+    assert bench.run(arguments("--quick", "--level", level, "--cache", "flush", "--json", file)) == 0
+    written = json.loads(file.read_text())
+    assert (written["level"], written["preset"], written["complete"]) == (level, "quick", True)
+    assert {case["level"] for case in written["cases"]} == {level}
+    assert written["method"]["cache"] == "overwritten before each call"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--level", "kernel", "--pass", "forward"), "--level kernel: a launch has neither passes"),
+        (("--level", "kernel", "--memory-only"), "--level kernel: a launch has neither passes"),
+        (("--level", "kernel", "--providers", "addmm"), "--providers addmm: --level kernel has base, ours, operators"),
+        (("--level", "model", "--shape", "8x8x8"), "--level model takes a --preset that is a model: llama-8b,"),
+        (("--level", "decoder", "--preset", "lorafusion"), "--level decoder takes a --preset that is a model"),
+        (("--level", "decoder", "--backend", "torch"), "--level decoder: a model takes --backend auto"),
+        (("--level", "model", "--cache", "rotate"), "caches flushed or warm"),
+        (("--level", "model", "--m", "200"), "--m 200: at this level, tokens in whole sequences of 128"),
+    ],
+)
+def test_what_a_level_does_not_have_is_refused(argv, message, capsys):
+    assert bench.run(arguments(*argv)) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_geometric_mean():
     over_peft = _bench_view.speedups([sample_case(peft=2.0), sample_case(peft=8.0)])["peft"]
     assert over_peft == {"geometric_mean": pytest.approx(4.0), "worst": 2.0, "best": 8.0, "cases": 2}
@@ -129,8 +162,10 @@ def test_a_sweep_is_a_row_a_case():
 
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    _bench_plot.plot([sample_case(), sample_case(peft=3.0)], "made on paper", str(tmp_path / "p.png"))
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    for cases in ([sample_case(), sample_case(peft=3.0)], [sample_launch()], [sample_model("model")]):
+        _bench_plot.plot(cases, "made on paper", str(tmp_path / "p.png"))
+        assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "p.png").unlink()
 
 
 def test_json_is_json_and_never_half(tmp_path):

@@ -3,6 +3,7 @@
 A provider gets a `Problem` and gives a forward; autograd does the rest. All read the same tensors.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -10,12 +11,13 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lora_kernels import plan
 from lora_kernels.functional import lora_linear
 from lora_kernels.numerics import Problem
 
-__all__ = ["PROVIDERS", "Provider", "build", "names_for"]
+__all__ = ["PROVIDERS", "Provider", "build", "names_for", "scaled_mm"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def names_for(dtype: torch.dtype, backend: str, compiled: bool) -> list[str]:
     names = [name for name in PROVIDERS if compiled or "compiled" not in name]
     if dtype not in (torch.bfloat16, torch.float16):
         names = [name for name in names if "fp32" not in name]
-    return [name for name in names if name != "ours_torch" or backend == "triton"]
+    # in PyTorch's operators the split graph is the addmm chain
+    return [name for name in names if name not in ("ours_torch", "split") or backend == "triton"]
 
 
 def _leaves(problem: Problem, *names: str) -> dict[str, Tensor]:
@@ -145,7 +148,7 @@ class _AddmmChain(torch.autograd.Function):
     def forward(ctx, x, weight, lora_A, lora_B, bias, scaling, p):
         y = F.linear(x, weight, bias)
         x_d, keep = torch.native_dropout(x, p, True) if p else (x, None)
-        s = _scaled_mm(x_d, lora_A.t(), scaling)
+        s = scaled_mm(x_d, lora_A.t(), scaling)
         y.addmm_(s, lora_B.t())
         ctx.save_for_backward(x_d, weight, lora_A, lora_B, s, keep)
         ctx.scaling, ctx.p = scaling, p
@@ -154,7 +157,7 @@ class _AddmmChain(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x_d, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
-        ds = _scaled_mm(dy, lora_B, ctx.scaling)
+        ds = scaled_mm(dy, lora_B, ctx.scaling)
         dx = dy @ weight
         if keep is None:
             dx.addmm_(ds, lora_A)
@@ -163,8 +166,9 @@ class _AddmmChain(torch.autograd.Function):
         return dx, None, ds.t() @ x_d, dy.t() @ s, None, None, None
 
 
-def _scaled_mm(left: Tensor, right: Tensor, alpha: float) -> Tensor:
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=alpha)  # one launch; the first is not read
+def scaled_mm(left: Tensor, right: Tensor, alpha: float) -> Tensor:
+    """Compute alpha · left right in one launch."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=alpha)  # the first is not read
 
 
 def _addmm(problem: Problem, backend: str) -> Provider:
@@ -175,6 +179,67 @@ def _addmm(problem: Problem, backend: str) -> Provider:
         return _AddmmChain.apply(x, problem.weight, a, b, problem.bias, problem.scaling, problem.dropout_p)
 
     return Provider("in-place addmm chain", problem, forward, leaves, cost="addmm")
+
+
+class _SplitGraph(torch.autograd.Function):
+    """LoRAFusion's scheme (arXiv:2510.00206): the graph split at s, dropped x and a byte mask stored for backward.
+
+    Dropout and shrink are launches of their own before a fused GEMM. The published backward sums ds and dB by atomics;
+    here they come from this package's launch, which has none. Its GEMM reads the mask as bits, so they are packed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, bias, scaling, p, backend):
+        ops = plan.contractions(backend)
+        x_d, keep = torch.native_dropout(x, p, True) if p else (x, None)
+        s, _ = ops.shrink(x_d, lora_A, scaling)
+        ctx.save_for_backward(x_d, weight, lora_A, lora_B, s, keep)
+        ctx.scaling, ctx.p, ctx.backend = scaling, p, backend
+        return ops.matmul_expand([(x, weight), (s, lora_B)], bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x_d, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
+        ops = plan.contractions(ctx.backend)
+        ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, ctx.scaling, lora_B.dtype)
+        d_lora_A = ops.wgrad(ds, x_d, lora_A.dtype)
+        if keep is not None:
+            lora_A = lora_A / (1 - ctx.p)  # the scale of what is kept, on the smallest of the operands
+            keep = _packed(keep) if ctx.backend == "triton" else keep
+        dx = ops.matmul_expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
+        return dx, None, d_lora_A, d_lora_B, None, None, None, None
+
+
+def _packed(keep: Tensor) -> Tensor:
+    """Pack a bool mask `[M, K]` into `[M, ceil(K/8)]` bytes, bit i of a byte for the i-th of its eight elements."""
+    words = F.pad(keep, (0, -keep.shape[1] % 8)).view(torch.int64)
+    return (_compiled_gather() if keep.is_cuda else _gather_bits)(words)
+
+
+def _gather_bits(words: Tensor) -> Tensor:
+    """Bit 0 of each byte of a word, gathered in its top byte: b·2^(8i) · 2^(56-7i) = b·2^(56+i)."""
+    return ((words * 0x0102040810204080) >> 56).bitwise_and(255).to(torch.uint8)
+
+
+@functools.cache
+def _compiled_gather() -> Callable[[Tensor], Tensor]:
+    return torch.compile(_gather_bits, dynamic=True)  # one launch in place of four
+
+
+def _split(problem: Problem, backend: str) -> Provider:
+    chosen, leaves = _backend(problem, backend), _leaves(problem)
+    if chosen == "triton" and problem.dropout_p:
+        with torch.no_grad():  # compiles now and here, not in the thread of the first backward
+            _packed(torch.ones_like(problem.x, dtype=torch.bool))
+
+    def forward() -> Tensor:
+        x, a, b = leaves.values()
+        return _SplitGraph.apply(
+            x, problem.weight, a, b, problem.bias, problem.scaling, problem.dropout_p, chosen
+        )  # fmt: skip
+
+    return Provider(f"split graph [{chosen}]", problem, forward, leaves, cost="split" if chosen == "triton" else "")
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -191,4 +256,5 @@ PROVIDERS: dict[str, Callable[[Problem, str], Provider]] = {
     "peft_compiled": lambda problem, backend: _compiled(_peft(problem, backend)),
     "peft_fp32_compiled": lambda problem, backend: _compiled(_peft(_fp32_adapters(problem), backend)),
     "addmm": _addmm,
+    "split": _split,
 }

@@ -1,7 +1,8 @@
 """One case of `bench`: a shape, a rank and a drop probability, every provider built, judged, weighed and timed."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from lora_kernels.cli._presets import Shape
 from lora_kernels.dropout import threshold
 from lora_kernels.numerics import Problem
 
-__all__ = ["Settings", "draw", "peak_bytes", "run_case", "saved_bytes"]
+__all__ = ["Settings", "clone", "draw", "first_line", "held_bytes", "peak_bytes", "ready", "run_case", "saved_bytes"]
+
+_OPERANDS = ("x", "weight", "lora_A", "lora_B", "dy")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Settings:
         peaks: What this machine reaches, see `_timing.measure_peaks`.
         build: Provider name and problem to provider.
         only: Provider names to take; all that make sense if empty.
+        cache: One of `_timing.CACHES`.
     """
 
     device: torch.device
@@ -44,6 +48,11 @@ class Settings:
     peaks: dict[str, Any] = field(default_factory=dict)
     build: Callable[[str, Problem, str], Provider] = _baselines.build
     only: tuple[str, ...] = ()
+    cache: str = "warm"
+
+    def clock(self) -> _timing.Measure:
+        """How a call is timed."""
+        return _timing.clock(self.device, self.cache == "flush")
 
     def names(self, r: int) -> list[str]:
         """The providers of a case of rank r, in the tables' order."""
@@ -79,30 +88,56 @@ def run_case(
     if settings.compiled:
         torch._dynamo.reset()  # its cache is by code, not by layer: after eight shapes it runs eager and does not say
     problem = draw(shape, r, p, settings)
-    truth, rows, ready = _judge.Truth(), {}, {}
+    copies, turn = _copies(problem, settings), itertools.count()
+    truth, rows, timed = _judge.Truth(), {}, {}
     for name in settings.names(r):
         tick(f"checking {name}")
         rows[name], provider = _admit(name, problem, truth, settings)
-        if provider is not None:
-            try:
-                calls = _timing.Calls(provider.forward, provider.backward)
-                ready[name] = _timing.graphed(calls) if settings.cuda_graph else calls
-            except Exception as error:
-                rows[name]["reason"] = f"no CUDA graph: {_first_line(error)}"
+        if provider is None:
+            continue
+        if len(copies) > 1 and "compiled" in name:
+            rows[name]["reason"] = "not with --cache rotate: it would be compiled anew for every copy"
+            continue
+        try:
+            others = [settings.build(name, copy, settings.backend) for copy in copies[1:]]
+            calls = [_timing.Calls(one.forward, one.backward) for one in (provider, *others)]
+            timed[name] = ready(calls, settings, turn)
+        except Exception as error:
+            rows[name]["reason"] = f"cannot be timed so: {first_line(error)}"
     del truth
-    measure = _timing.clock(settings.device)
     if settings.passes:
-        times = _timing.time_all(ready, settings.passes, settings.rounds, measure, lambda: tick("timing"))
+        times = _timing.time_all(timed, settings.passes, settings.rounds, settings.clock(), lambda: tick("timing"))
         for name, taken in times.items():
             rows[name]["seconds"] = taken
     _compare(rows, shape, r, settings)
     return {
+        "level": "layer", "copies": len(copies),
         "shape": {"m": shape.m, "k": shape.k, "n": shape.n, "label": shape.label}, "r": r, "p": p,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "flops": dict(zip(("forward", "backward"), _cost.flops(shape.m, shape.k, shape.n, r), strict=True)),
         "split_minimum_bytes": _cost.split_minimum(_size(problem)).total,
         "providers": rows,
     }  # fmt: skip
+
+
+def _copies(problem: Problem, settings: Settings) -> list[Problem]:
+    """The problem, and its copies where the buffers are rotated."""
+    if settings.cache != "rotate" or not settings.passes:
+        return [problem]
+    count = _timing.copies_for(sum(getattr(problem, name).nbytes for name in _OPERANDS))
+    return [problem, *(clone(problem) for _ in range(count - 1))]
+
+
+def clone(problem: Problem) -> Problem:
+    """The same problem in memory of its own."""
+    return replace(problem, **{name: getattr(problem, name).clone() for name in _OPERANDS})
+
+
+def ready(copies: list[_timing.Calls], settings: Settings, turn: Iterator[int]) -> _timing.Calls:
+    """What is timed, from one or more copies of it: their graphs if asked for, in turn if there are several."""
+    if settings.cuda_graph:
+        copies = [_timing.graphed(calls) for calls in copies]
+    return _timing.rotated(copies, turn) if len(copies) > 1 else copies[0]
 
 
 def _admit(
@@ -118,9 +153,10 @@ def _admit(
         if not verdict.ok:
             row["reason"] = f"wrong result, not timed: {verdict.reason}"
             return row, None
-        row["saved_bytes"], row["peak_bytes"] = saved_bytes(provider), peak_bytes(provider)
+        row["saved_bytes"] = saved_bytes(provider)
+        row["peak_bytes"] = peak_bytes(_timing.Calls(provider.forward, provider.backward), settings.device)
     except Exception as error:  # a baseline that cannot run here is a line in the table, not the end of it
-        row["reason"] = _first_line(error)
+        row["reason"] = first_line(error)
         return row, None
     if provider.cost:
         cost = _cost.COSTS[provider.cost](_size(provider.problem), problem.dropout_p > 0)
@@ -135,7 +171,8 @@ def _size(problem: Problem) -> _cost.Size:
     return _cost.Size(m, k, n, r, problem.x.element_size(), problem.lora_A.element_size())
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # "inductor raised:" alone says nothing
     return f"{type(error).__name__}: {said}"[:300]
@@ -161,37 +198,38 @@ def _moved(row: dict[str, Any], which: str) -> int:
 
 
 def saved_bytes(provider: Provider) -> int:
-    """Bytes that autograd holds for backward beyond x and the parameters, each storage once."""
+    """Bytes that a provider's autograd holds for backward beyond x and the parameters."""
     problem = provider.problem
-    given = {
-        t.untyped_storage().data_ptr()
-        for t in (problem.x, problem.weight, problem.lora_A, problem.lora_B, problem.bias, *provider.leaves.values())
-        if t is not None
-    }
+    given = (problem.x, problem.weight, problem.lora_A, problem.lora_B, problem.bias, *provider.leaves.values())
+    return held_bytes(provider.forward, [t for t in given if t is not None])
+
+
+def held_bytes(forward: Callable[[], Tensor], given: Iterable[Tensor]) -> int:
+    """Bytes that autograd holds for backward beyond the tensors `given`, each storage once."""
+    not_counted = {t.untyped_storage().data_ptr() for t in given}
     held: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
+        if storage.data_ptr() not in not_counted:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = provider.forward()  # alive until all is counted, so that no address is given out twice
+        y = forward()  # alive until all is counted, so that no address is given out twice
     del y
     return sum(held.values())
 
 
-def peak_bytes(provider: Provider) -> int | None:
+def peak_bytes(calls: _timing.Calls, device: torch.device) -> int | None:
     """The most memory forward and backward take on top of what is there before; None where PyTorch does not count."""
-    device = provider.problem.x.device
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    y = provider.forward()
-    gradients = provider.backward(y)
+    y = calls.forward()
+    gradients = calls.backward(y)
     torch.cuda.synchronize(device)
     del y, gradients
     return torch.cuda.max_memory_allocated(device) - before

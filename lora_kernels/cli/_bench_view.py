@@ -9,15 +9,16 @@ from rich.table import Table
 from rich.text import Text
 
 __all__ = [
-    "PASS_NAMES", "SPEEDUPS", "case_table", "labels_of", "last_pass", "mib", "overview", "show", "speedups",
-    "sweep_table",
+    "SPEEDUPS", "case_table", "labels_of", "last_pass", "median_ms", "mib", "overview", "pass_name", "quotient",
+    "show_speedups", "speedups", "sweep_table", "with_spread",
 ]  # fmt: skip
 
 SPEEDUPS = "Speed of lora_kernels over the others (geometric mean; above 1 is faster)"
-PASS_NAMES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+_PASS_NAMES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+_OF_LEVEL = {("kernel", "forward"): "one launch", ("model", "both"): "training step"}
 _DASH = "-"
 _WIDE = 132  # columns of the widest table
-_SWEEP_COLUMNS = ("frozen", "ours", "peft", "peft_fp32", "peft_compiled", "peft_fp32_compiled", "addmm")
+_SWEEP_COLUMNS = ("frozen", "ours", "peft", "peft_fp32", "peft_compiled", "peft_fp32_compiled", "addmm", "split")
 
 
 def mib(size: int | None) -> str:
@@ -44,6 +45,12 @@ def last_pass(cases: list[dict[str, Any]]) -> str:
     """The pass that tables of many cases show: both if it was timed."""
     rows = [row for case in cases for row in case["providers"].values()]
     return next((w for w in ("both", "backward", "forward") if any(w in row["seconds"] for row in rows)), "both")
+
+
+def pass_name(cases: list[dict[str, Any]]) -> str:
+    """`last_pass` in words."""
+    which = last_pass(cases)
+    return _OF_LEVEL.get((cases[0]["level"], which), _PASS_NAMES[which])
 
 
 def labels_of(cases: list[dict[str, Any]]) -> dict[str, str]:
@@ -88,7 +95,7 @@ def case_table(case: dict[str, Any], width: int = _WIDE) -> Group:
     """
     rows = list(case["providers"].values())
     passes = [which for which in ("forward", "backward", "both") if any(which in row["seconds"] for row in rows)]
-    times = [(f"{which} ms", [_time(row["seconds"].get(which)) for row in rows]) for which in passes]
+    times = [(f"{which} ms", [with_spread(row["seconds"].get(which)) for row in rows]) for which in passes]
     rates: list = []
     if passes:
         ratios = [_ratios(row["seconds"].get(passes[-1])) for row in rows]
@@ -133,7 +140,7 @@ def sweep_table(cases: list[dict[str, Any]]) -> Group:
     names = [n for n in _SWEEP_COLUMNS if any(median_ms(case, n, which) is not None for case in cases)]
     labels = labels_of(cases)
     table = Table(
-        title=f"{PASS_NAMES[which]}, ms", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold",
+        title=f"{pass_name(cases)}, ms", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold",
         padding=(0, 1, 0, 0),
     )  # fmt: skip
     for heading in ("rows x in x out", "r", "p", *(labels[n] for n in names), "ours / floor", "PEFT / ours"):
@@ -146,29 +153,25 @@ def sweep_table(cases: list[dict[str, Any]]) -> Group:
         table.add_row(
             f"{shape['m']}x{shape['k']}x{shape['n']}", str(case["r"]), f"{case['p']:g}",
             *(_DASH if value is None else f"{value:.3f}" for value in found.values()),
-            _quotient(ours, found.get("frozen")), _quotient(found.get("peft"), ours),
+            quotient(ours, found.get("frozen")), quotient(found.get("peft"), ours),
         )  # fmt: skip
         reasons |= dict.fromkeys(f"{r['label']}: {r['reason']}" for r in case["providers"].values() if r["reason"])
     return Group(table, *(Text(f"  {reason}", style="yellow") for reason in reasons))
 
 
-def show(console: Console, cases: list[dict[str, Any]], full: bool) -> None:
-    """Print the tables of a run, in full or a row a case, and the means over its cases."""
-    if full:
-        for case in cases:
-            console.print(case_table(case, console.width))
-    elif cases:
-        console.print(sweep_table(cases))
+def show_speedups(console: Console, cases: list[dict[str, Any]]) -> None:
+    """Print the means over the cases of a run."""
     lines = overview(cases)
     if lines:
         grid = Table.grid(padding=(0, 2))
         for label, figures in lines:
             grid.add_row(Text(f"  over {label}"), figures)
-        console.print(f"{SPEEDUPS}, {PASS_NAMES[last_pass(cases)]}", style="bold")
+        console.print(f"{SPEEDUPS}, {pass_name(cases)}", style="bold")
         console.print(grid)
 
 
-def _time(taken: dict[str, Any] | None) -> str:
+def with_spread(taken: dict[str, Any] | None) -> str:
+    """A median in milliseconds and half its interquartile range."""
     if taken is None:
         return _DASH
     spread = (taken["q3"] - taken["q1"]) / 2 / taken["median"]
@@ -179,11 +182,12 @@ def _ratios(taken: dict[str, Any] | None) -> list[str]:
     if taken is None:
         return [_DASH] * 3
     return [
-        _quotient(taken["to_floor"], 1.0),
+        quotient(taken["to_floor"], 1.0),
         f"{taken['flops_per_second'] / 1e12:.3g}",
         _DASH if taken["of_peak"] is None else f"{taken['of_peak']:.0%}",
     ]
 
 
-def _quotient(over: float | None, under: float | None) -> str:
+def quotient(over: float | None, under: float | None) -> str:
+    """One number over another, or a dash."""
     return _DASH if over is None or under is None else f"{over / under:.3f}"

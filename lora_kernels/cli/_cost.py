@@ -10,7 +10,7 @@ bias and its gradient, random numbers, and the partial sums of split reductions.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["COSTS", "ONE_READ_RANK", "Cost", "Size", "floor", "flops", "split_minimum", "unsloth"]
+__all__ = ["COSTS", "ONE_READ_RANK", "Cost", "Size", "floor", "flops", "lorafusion", "split_minimum", "unsloth"]
 
 ONE_READ_RANK = 32  # up to it the kernels take ds and dB from one read of dy; a test holds it to their own rule
 
@@ -156,6 +156,35 @@ def unsloth(z: Size) -> Cost:
     )
 
 
+def lorafusion(z: Size, dropout: bool) -> Cost:
+    """LoRAFusion's launches (arXiv:2510.00206): dropped x and a byte mask stored, ds and dB summed by fp32 atomics."""
+    dropping, mask = ((2 * z.x + z.mask,), z.mask) if dropout else ((), 0)
+    ds32, db32 = z.m * z.r * 4, z.n * z.r * 4
+    expands = z.base + z.s + z.b, z.base + z.s + z.a + mask
+    return Cost(
+        (*dropping, z.x + z.a + z.s, expands[0]),
+        (ds32, db32, z.y + z.b + z.s + ds32 + db32, ds32 + z.s, db32 + z.b, z.s + z.x + z.a, expands[1]),
+        expands,
+    )
+
+
+def _split(z: Size, dropout: bool) -> Cost:
+    """The same scheme without atomics: ds and dB by this package's one launch, the mask packed for dx in backward."""
+    dropping, packing = ((2 * z.x + z.mask,), (2 * z.a, z.mask + z.bits)) if dropout else ((), ())
+    expands = z.base + z.s + z.b, z.base + z.s + z.a + (z.bits if dropout else 0)
+    return Cost(
+        (*dropping, z.x + z.a + z.s, expands[0]),
+        (*_from_dy(z, z.b), *packing, expands[1], z.s + z.x + z.a),
+        expands,
+    )
+
+
+def _from_dy(z: Size, d_b: int) -> tuple[int, ...]:
+    """Ds and dB: one read of dy at small ranks, two at others."""
+    one_read = z.r <= ONE_READ_RANK
+    return (z.y + z.b + z.s + z.s + d_b,) if one_read else (z.y + z.b + z.s, z.y + z.s + d_b)
+
+
 def _casts(z: Size) -> tuple[int, ...]:
     """A and B rounded to x's dtype, once a pass."""
     return (z.wide.a + z.a, z.wide.b + z.b) if z.mixed else ()
@@ -164,11 +193,10 @@ def _casts(z: Size) -> tuple[int, ...]:
 def _kernels(z: Size, dropout: bool) -> Cost:
     """This package's kernels as they are launched: shrink, expand; ds with dB from one read of dy, expand, wgrad."""
     bits, d_a, d_b = z.bits if dropout else 0, z.wide.a, z.wide.b
-    from_dy = (z.y + z.b + z.s + z.s + d_b,) if z.r <= ONE_READ_RANK else (z.y + z.b + z.s, z.y + z.s + d_b)
     expands = z.base + z.s + z.b, z.base + z.s + z.a + bits
     return Cost(
         (*_casts(z), z.x + z.a + z.s + bits, expands[0]),
-        (*_casts(z), *from_dy, expands[1], z.s + z.x + d_a + bits),
+        (*_casts(z), *_from_dy(z, d_b), expands[1], z.s + z.x + d_a + bits),
         expands,
     )
 
@@ -205,5 +233,5 @@ def floor(z: Size) -> Cost:
 
 
 COSTS: dict[str, Callable[[Size, bool], Cost]] = {
-    "frozen": _frozen, "peft": _peft, "addmm": _addmm, "triton": _kernels, "torch": _operators,
+    "frozen": _frozen, "peft": _peft, "addmm": _addmm, "split": _split, "triton": _kernels, "torch": _operators,
 }  # fmt: skip

@@ -17,7 +17,7 @@ from lora_kernels.cli._baselines import Provider
 from lora_kernels.dropout import threshold
 from lora_kernels.numerics import Problem
 
-__all__ = ["Truth", "Verdict", "find_mask", "judge", "run_once"]
+__all__ = ["Truth", "Verdict", "find_mask", "judge", "poison", "run_once", "wrong_share"]
 
 _SIGMAS = 6
 
@@ -68,7 +68,7 @@ def judge(provider: Provider, truth: Truth, seed: int = 1) -> Verdict:
         if reason:
             return Verdict(reason, float("inf"), "share of elements kept")
         problem = replace(problem, keep=keep)
-    _poison(problem)
+    poison(problem.dy, problem.x, problem.lora_A, problem.lora_B)
     actual = run_once(provider, problem.dy, seed)
     if provider.rule == "peer":
         return _peer(actual, problem, truth)
@@ -78,13 +78,16 @@ def judge(provider: Provider, truth: Truth, seed: int = 1) -> Verdict:
     return Verdict("; ".join(f.message for f in findings if not f.ok), worst, "numerics rules 1 and 2")
 
 
-def _poison(problem: Problem) -> None:
-    """Leave NaN in freed memory: a right answer that another provider left there must not pass for this one's."""
-    if problem.x.is_cuda:
+def poison(*outputs: Tensor) -> None:
+    """Leave NaN in freed memory: a right answer that another provider left there must not pass for this one's.
+
+    Args:
+        *outputs: Tensors as large as those that are about to be allocated.
+    """
+    if outputs[0].is_cuda:
         torch.cuda.empty_cache()  # so that the allocator has no other blocks to give out
-    outputs = (problem.dy, problem.x, problem.lora_A, problem.lora_B)
-    poison = [torch.full_like(t, float("nan")) for t in outputs for _ in range(2)]
-    del poison
+    left = [torch.full_like(t, float("nan")) for t in outputs for _ in range(2)]
+    del left
 
 
 def run_once(provider: Provider, dy: Tensor, seed: int) -> dict[str, Tensor]:
@@ -105,10 +108,14 @@ def find_mask(provider: Provider, seed: int) -> tuple[Tensor, str]:
             keep |= run_once(provider, dy, seed)["dx"] != 0
     finally:
         problem.weight.copy_(weight)
+    return keep, wrong_share(keep, p)
+
+
+def wrong_share(keep: Tensor, p: float) -> str:
+    """What is wrong with the share of elements that a mask keeps, or ""."""
     off = keep.double().mean().item() - (1 - p)
     allowed = _SIGMAS * (p * (1 - p) / keep.numel()) ** 0.5
-    wrong = f"dropout keeps a share of {1 - p + off:.4f}, {1 - p:.4f} expected" if abs(off) > allowed else ""
-    return keep, wrong
+    return f"dropout keeps a share of {1 - p + off:.4f}, {1 - p:.4f} expected" if abs(off) > allowed else ""
 
 
 def _peer(actual: dict[str, Tensor], problem: Problem, truth: Truth) -> Verdict:

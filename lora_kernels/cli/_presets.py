@@ -1,8 +1,8 @@
-"""Named sets of shapes for `bench`: the projections of well-known models, and published sweeps."""
+"""Named sets of shapes for `bench`: the projections of well-known models, their layers, and published sweeps."""
 
 from dataclasses import dataclass, replace
 
-__all__ = ["PRESETS", "Preset", "Shape", "parse_shape", "with_rows"]
+__all__ = ["PRESETS", "Dims", "Preset", "Shape", "parse_shape", "with_rows", "with_tokens"]
 
 
 @dataclass(frozen=True)
@@ -26,38 +26,88 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Dims:
+    """A Llama-shaped model, and how many tokens it sees at once.
+
+    Attributes:
+        hidden: Width of the stream.
+        heads: Query heads.
+        kv_heads: Key and value heads, a divisor of `heads`.
+        intermediate: Width of the MLP.
+        vocab: Entries of embedding and head.
+        layers: Decoder layers of the small full model.
+        batch: Sequences at once.
+        seq: Tokens of a sequence.
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocab: int = 32000
+    layers: int = 4
+    batch: int = 4
+    seq: int = 2048
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.hidden // self.heads
+
+    @property
+    def tokens(self) -> int:
+        """Rows of every projection."""
+        return self.batch * self.seq
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.seq} tokens x {self.hidden}/{self.intermediate}, {self.layers} layers"
+
+
+@dataclass(frozen=True)
 class Preset:
-    """Shapes, and the rank and drop probability they are usually run with."""
+    """Shapes, the rank and drop probability they are usually run with, and the model they come from, if one."""
 
     shapes: tuple[Shape, ...]
     r: int = 16
     p: float = 0.0
     note: str = ""
+    model: Dims | None = None
 
 
-def _decoder(hidden: int, key_value: int, intermediate: int, note: str) -> Preset:
+def _decoder(dims: Dims, note: str) -> Preset:
     """The four kinds of projection that a decoder layer has."""
+    hidden, key_value, intermediate, m = dims.hidden, dims.kv_heads * dims.head_dim, dims.intermediate, dims.tokens
     return Preset(
         (
-            Shape(8192, hidden, hidden, "q, o"),
-            Shape(8192, hidden, key_value, "k, v"),
-            Shape(8192, hidden, intermediate, "gate, up"),
-            Shape(8192, intermediate, hidden, "down"),
+            Shape(m, hidden, hidden, "q, o"),
+            Shape(m, hidden, key_value, "k, v"),
+            Shape(m, hidden, intermediate, "gate, up"),
+            Shape(m, intermediate, hidden, "down"),
         ),
-        note=note,
-    )
+        note=note, model=dims,
+    )  # fmt: skip
 
+
+_QWEN_32B = _decoder(Dims(5120, 40, 8, 27648), "Qwen2.5-32B")
+_LLAMA_70B = _decoder(Dims(8192, 64, 8, 28672), "Llama-3.1-70B")
 
 PRESETS: dict[str, Preset] = {
-    "llama-8b": _decoder(4096, 1024, 14336, "Llama-3.1-8B"),
-    "llama-70b": _decoder(8192, 1024, 28672, "Llama-3.1-70B"),
-    "qwen-32b": _decoder(5120, 1024, 27648, "Qwen2.5-32B"),
+    "llama-8b": _decoder(Dims(4096, 32, 8, 14336), "Llama-3.1-8B"),
+    "llama-70b": _LLAMA_70B,
+    "qwen-32b": _QWEN_32B,
+    "large": Preset(_QWEN_32B.shapes + _LLAMA_70B.shapes, note="both of them"),
     "lorafusion": Preset(
         tuple(Shape(m, d, d) for d in (4096, 5120, 8192) for m in range(2048, 8193, 256)), p=0.1,
         note="the sweep of LoRAFusion's own kernel benchmark",
     ),
-    "cpu": Preset((Shape(512, 1024, 1024),), note="fits two CPU cores"),
-    "quick": Preset((Shape(64, 256, 192),), note="only to see that everything works"),
+    "cpu": Preset(
+        (Shape(512, 1024, 1024),), note="fits two CPU cores",
+        model=Dims(512, 8, 2, 1408, vocab=1024, layers=2, batch=2, seq=128),
+    ),
+    "quick": Preset(
+        (Shape(64, 256, 192),), note="only to see that everything works",
+        model=Dims(64, 4, 2, 96, vocab=128, layers=2, batch=2, seq=32),
+    ),
 }  # fmt: skip
 
 
@@ -77,3 +127,16 @@ def with_rows(shapes: tuple[Shape, ...], rows: list[int]) -> tuple[Shape, ...]:
     """The same layers at other numbers of rows."""
     layers = dict.fromkeys(replace(shape, m=0) for shape in shapes)
     return tuple(replace(layer, m=m) for layer in layers for m in rows)
+
+
+def with_tokens(dims: Dims, tokens: int) -> Dims:
+    """The same model at another number of tokens, in sequences as long as they were, or one shorter one.
+
+    Raises:
+        ValueError: The tokens make no whole number of sequences.
+    """
+    if tokens <= dims.seq:
+        return replace(dims, batch=1, seq=tokens)
+    if tokens % dims.seq:
+        raise ValueError(f"--m {tokens}: at this level, tokens in whole sequences of {dims.seq}, or fewer than one")
+    return replace(dims, batch=tokens // dims.seq)

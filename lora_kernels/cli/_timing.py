@@ -1,8 +1,10 @@
 """How `bench` takes a time: one provider after the other, round after round, medians of many.
 
-On a GPU a call lies between two CUDA events, after a buffer larger than the L2 cache was written and a short spin was
-queued: the cache holds nothing of the call before, and the host is ahead, so that what is measured is the device. The
-host's own time to issue the call is taken beside it. On a CPU a call lies between two readings of `perf_counter`.
+On a GPU a call lies between two CUDA events, after a short spin was queued: the host is ahead, so that what is measured
+is the device. The host's own time to issue the call is taken beside it. On a CPU a call lies between two readings of
+`perf_counter`. What the caches hold before a call is one of `CACHES`: nothing of it, because a buffer larger than any
+of them was written ("flush"); nothing of it, because calls take turns over more copies of their operands than fit
+("rotate"); or whatever the call before left there ("warm").
 """
 
 import statistics
@@ -14,11 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PASSES", "Calls", "clock", "graphed", "measure_peaks", "schedule", "summary", "time_all"]
+__all__ = [
+    "CACHES", "PASSES", "Calls", "clock", "copies_for", "graphed", "measure_peaks", "rotated", "schedule", "summary",
+    "time_all",
+]  # fmt: skip
 
 PASSES = ("forward", "backward", "both")
+CACHES = ("flush", "rotate", "warm")
 _WARM_UP = 3
 _FLUSH_BYTES = 1 << 28  # several times the L2 cache of any GPU there is
+_MOST_COPIES = 64
 _SPIN_CYCLES = 2_000_000  # about a millisecond, longer than the host takes to issue one call
 
 
@@ -28,11 +35,16 @@ class Calls:
 
     Attributes:
         forward: Computes y, recording what backward needs.
-        backward: Computes the gradients from what `forward` returned.
+        backward: Computes the gradients from what `forward` returned; None of a single launch, which has one pass.
     """
 
     forward: Callable[[], Any]
-    backward: Callable[[Any], Any]
+    backward: Callable[[Any], Any] | None = None
+
+    def whole(self) -> Any:
+        """Run all there is, forward and backward."""
+        state = self.forward()
+        return state if self.backward is None else self.backward(state)
 
     def split(self, name: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
         """The untimed preparation and the timed part of a pass."""
@@ -40,22 +52,38 @@ class Calls:
             return (lambda: None), (lambda _: self.forward())
         if name == "backward":
             return self.forward, self.backward
-        return (lambda: None), (lambda _: self.backward(self.forward()))
+        return (lambda: None), (lambda _: self.whole())
 
 
 Measure = Callable[[Callable[[], Any], Callable[[Any], Any]], tuple[float, float | None]]
 
 
-def clock(device: torch.device) -> Measure:
-    """A function of a preparation and a call: seconds the call took, and the host's seconds on a GPU."""
+def clock(device: torch.device, flush: bool | None = None) -> Measure:
+    """A function of a preparation and a call: seconds the call took, and the host's seconds on a GPU.
+
+    Args:
+        device: Where the calls run.
+        flush: Whether a buffer larger than the caches is overwritten before each call; on a GPU by default.
+    """
+    flush = device.type == "cuda" if flush is None else flush
+    buffer = torch.empty(_FLUSH_BYTES if flush else 0, dtype=torch.int8, device=device)
     if device.type != "cuda":
-        return _measure_cpu
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+
+        def measure_cpu(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> tuple[float, float | None]:
+            state = prepare()
+            buffer.zero_()
+            began = time.perf_counter()
+            kept = call(state)
+            seconds = time.perf_counter() - began
+            del kept
+            return seconds, None
+
+        return measure_cpu
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def measure(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> tuple[float, float | None]:
         state = prepare()
-        flush.zero_()
+        buffer.zero_()
         torch.cuda._sleep(_SPIN_CYCLES)
         start.record()
         began = time.perf_counter()
@@ -69,13 +97,26 @@ def clock(device: torch.device) -> Measure:
     return measure
 
 
-def _measure_cpu(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> tuple[float, float | None]:
-    state = prepare()
-    began = time.perf_counter()
-    kept = call(state)
-    seconds = time.perf_counter() - began
-    del kept
-    return seconds, None
+def copies_for(size: int) -> int:
+    """How many copies of operands of `size` bytes to rotate so that none is in a cache when its turn comes again."""
+    return min(_MOST_COPIES, 1 - (-_FLUSH_BYTES // max(size, 1)))
+
+
+def rotated(copies: Sequence[Calls], turn: Iterator[int]) -> Calls:
+    """The same calls over one copy of the operands after the other; a backward stays with its forward's copy.
+
+    Args:
+        copies: One for each copy of the operands.
+        turn: Counts up; shared by all who read the same copies, or one would find what another has just read.
+    """
+
+    def forward() -> Any:
+        calls = copies[next(turn) % len(copies)]
+        return calls, calls.forward()
+
+    if copies[0].backward is None:
+        return Calls(forward)
+    return Calls(forward, lambda state: state[0].backward(state[1]))
 
 
 def schedule(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
@@ -105,7 +146,7 @@ def time_all(
     for name in calls:
         samples[name] = {which: [] for which in passes}
         for _ in range(_WARM_UP):
-            calls[name].backward(calls[name].forward())
+            calls[name].whole()
     for _, name in schedule(tuple(calls), rounds):
         for which in passes:
             samples[name][which].append(measure(*calls[name].split(which)))
@@ -124,16 +165,18 @@ def summary(samples: Sequence[tuple[float, float | None]]) -> dict[str, Any]:
 
 
 def graphed(calls: Calls) -> Calls:
-    """The same work replayed from CUDA graphs: forward, backward and both, each captured once."""
+    """The same work replayed from CUDA graphs: forward and backward, each captured once."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UP):
-            calls.backward(calls.forward())
+            calls.whole()
     torch.cuda.current_stream().wait_stream(stream)
     forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(forward):
         y = calls.forward()
+    if calls.backward is None:
+        return Calls(lambda: (forward.replay(), y))
     with torch.cuda.graph(backward, pool=forward.pool()):
         kept = calls.backward(y)
 

@@ -1,12 +1,15 @@
 """Time forward, backward and both against what you would otherwise run.
 
 Baselines, taken in turn with this package in one run: the frozen linear layer alone (the floor), PEFT's layer with
-adapters in the base's dtype and in fp32, the same under torch.compile, and a chain of in-place addmm. Each is checked
-against float64 first; what fails is not timed. Shares of peak are of a matmul measured in this run.
+adapters in the base's dtype and in fp32, the same under torch.compile, a chain of in-place addmm, and on a GPU a graph
+split as LoRAFusion splits it. Each is checked against float64 first; what fails is not timed. Shares of peak are of a
+matmul measured in this run. Other levels time each launch alone (kernel), a whole decoder layer (decoder), and training
+steps of a small model (model).
 
   lora-kernels bench                                              a preset that fits this machine
   lora-kernels bench --preset lorafusion --m 2048 8192            a published sweep, two of its row counts
   lora-kernels bench --shape 8192x4096x4096 --r 16 --p 0 0.1      your own: rows x in_features x out_features
+  lora-kernels bench --level model --m 4096                       training steps, 4096 tokens each
 """
 
 import argparse
@@ -15,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +27,49 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lora_kernels import plan
-from lora_kernels.cli import _bench_plot, _bench_view, _timing
-from lora_kernels.cli._baselines import PROVIDERS
-from lora_kernels.cli._bench_case import Settings, run_case
+from lora_kernels.cli import _bench_plot, _bench_view, _level_view, _levels, _timing
+from lora_kernels.cli._bench_case import Settings
+from lora_kernels.cli._kernel_case import LAUNCHES
 from lora_kernels.cli._machine import caption, machine, write_json
-from lora_kernels.cli._presets import PRESETS, Shape, parse_shape, with_rows
+from lora_kernels.cli._presets import PRESETS, Dims, Shape, parse_shape
 
 __all__ = ["add_arguments", "run"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_FULL_UP_TO = 3  # cases; more are one row each
 _WIDTH = 150  # of a table that goes into a file or a pipe
+_CACHE_WORDS = {
+    "flush": "overwritten before each call", "rotate": "operands in turn from up to 64 copies of them",
+    "warm": "as the call before left it",
+}  # fmt: skip
 
-Case = tuple[Shape, int, float]
+Case = tuple[Shape | Dims, int, float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lora-kernels bench`."""
     what = parser.add_argument_group("what is timed")
+    what.add_argument("--level", choices=_levels.LEVELS, default="layer", help="a layer by default")
     which = what.add_mutually_exclusive_group()
     which.add_argument("--preset", choices=PRESETS, help="named shapes; llama-8b on a GPU, cpu on a CPU by default")
     which.add_argument("--shape", type=_shape, nargs="+", metavar="MxINxOUT", help="rows x in_features x out_features")
-    what.add_argument("--m", type=int, nargs="+", metavar="ROWS", help="other numbers of rows for the same layers")
+    what.add_argument("--m", type=int, nargs="+", metavar="ROWS", help="other numbers of rows, or of tokens")
     what.add_argument("--r", type=int, nargs="+", metavar="RANK", help="ranks; the preset's, or 16")
     what.add_argument("--p", type=float, nargs="+", metavar="P", help="dropout probabilities; the preset's, or 0")
     what.add_argument("--dtype", choices=_DTYPES, help="of x and W; bf16 on a GPU, fp32 on a CPU by default")
     what.add_argument("--backend", choices=plan.BACKENDS, default="auto", help="of this package's own rows")
-    what.add_argument("--pass", dest="passes", choices=_timing.PASSES, nargs="+", default=_timing.PASSES)
-    what.add_argument("--providers", choices=PROVIDERS, nargs="+", default=(), help="only these")
+    what.add_argument("--pass", dest="passes", choices=_timing.PASSES, nargs="+")
+    what.add_argument("--providers", choices=_levels.PROVIDERS, nargs="+", default=(), help="only these")
     what.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     what.add_argument("--memory-only", action="store_true", help="check and weigh, time nothing")
     how = parser.add_argument_group("how")
     how.add_argument("--device", choices=("cuda", "cpu"), help="the GPU if there is one")
     how.add_argument("--rounds", type=int, help="timed calls of each; 30 on a GPU, 10 on a CPU by default")
     how.add_argument("--cuda-graph", action="store_true", help="replay CUDA graphs: no launch overhead for anyone")
+    how.add_argument(
+        "--cache", choices=_timing.CACHES,
+        help="before a call: overwrite the caches (on a GPU by default), take turns over copies of the operands, or "
+        "leave them as they are (on a CPU)",
+    )  # fmt: skip
     how.add_argument("--minutes", type=float, help="begin no case after this many minutes")
     how.add_argument("--quick", action="store_true", help="one tiny shape, 3 rounds: only to see that it works")
     parser.add_argument("--full", action="store_true", help="a table for each case, however many")
@@ -75,10 +88,10 @@ def run(args: argparse.Namespace) -> int:
         console = Console(width=_WIDTH)
     done, skipped = _run_all(args, settings, cases)
     made_on = machine()
-    _bench_view.show(console, done, args.full or len(done) <= _FULL_UP_TO)
+    _level_view.show(console, done, args.full)
     console.print(f"{caption(made_on)}\n{_footnote(settings)}", style="dim", highlight=False)
     taken = [t for case in done for row in case["providers"].values() for t in row["seconds"].values()]
-    if any((t["of_peak"] or 0) > 1 for t in taken):
+    if any((t.get("of_peak") or 0) > 1 for t in taken):
         busy = "A share of peak is above 100 %: the machine was busier when its peak was measured."
         console.print(busy, style="yellow")
     if skipped:
@@ -93,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
 def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) -> tuple[list, list]:
     """Run case after case, each written as soon as it is there: whoever ends this early keeps what was measured."""
     began, done, skipped = time.monotonic(), [], []
-    steps = [len(settings.names(r)) * (1 + settings.rounds * bool(settings.passes)) for _, r, _ in cases]
+    turns = 1 + settings.rounds * bool(settings.passes)
+    launches = len(LAUNCHES) if args.level == "kernel" else 1
+    steps = [len(_levels.names(args.level, settings, r)) * turns * launches for _, r, _ in cases]
     with _progress(sum(steps)) as advance_to:
         for i, (shape, r, p) in enumerate(cases):
             if args.minutes is not None and time.monotonic() - began > args.minutes * 60:
@@ -106,7 +121,7 @@ def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) ->
                 advance_to(at[0], f"{name}: {doing}")
 
             try:
-                done.append(run_case(shape, r, p, settings, tick))
+                done += _levels.run(args.level, shape, r, p, settings, tick)
             except torch.OutOfMemoryError:
                 skipped.append({"shape": str(shape), "r": r, "p": p, "why": "out of memory"})
             advance_to(sum(steps[: i + 1]), "")
@@ -118,9 +133,9 @@ def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) ->
 def _write(args: argparse.Namespace, settings: Settings, done: list, skipped: list, complete: bool) -> None:
     if args.json:
         write_json(args.json, {
-            "command": "bench", "preset": _preset_name(args), "complete": complete, "skipped": skipped,
-            "method": _method(settings), "peaks": settings.peaks, "speedups": _bench_view.speedups(done),
-            "cases": done,
+            "command": "bench", "level": args.level, "preset": _preset_name(args), "complete": complete,
+            "skipped": skipped, "method": _method(settings), "peaks": settings.peaks,
+            "speedups": _bench_view.speedups(done), "cases": done,
         })  # fmt: skip
 
 
@@ -137,9 +152,6 @@ def _device(args: argparse.Namespace) -> torch.device:
 def _cases(args: argparse.Namespace) -> list[Case]:
     name = _preset_name(args)
     preset = PRESETS[name] if name else None
-    shapes = preset.shapes if preset else tuple(args.shape)
-    if args.m:
-        shapes = with_rows(shapes, args.m)
     ranks = args.r or [preset.r if preset else 16]
     probabilities = args.p or [preset.p if preset else 0.0]
     for option, given in (("--r", args.r), ("--m", args.m), ("--rounds", [args.rounds])):
@@ -149,7 +161,8 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     for p in probabilities:
         if not 0 <= p < 1:
             raise ValueError(f"--p {p:g}: a dropout probability is at least 0 and below 1")
-    return [(shape, r, p) for shape in shapes for r in ranks for p in probabilities]
+    subjects = _levels.subjects(args.level, name, args.shape, args.m)
+    return [(subject, r, p) for subject in subjects for r in ranks for p in probabilities]
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -159,6 +172,12 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise RuntimeError("there is no CUDA GPU here")
     if args.cuda_graph and not on_gpu:
         raise ValueError("--cuda-graph needs a GPU")
+    if args.level == "kernel" and (args.passes or args.memory_only):
+        raise ValueError("--level kernel: a launch has neither passes nor memory of its own")
+    if args.level in ("decoder", "model") and (args.backend != "auto" or args.cache == "rotate"):
+        raise ValueError(
+            f"--level {args.level}: a model takes --backend auto (or LORA_KERNELS_BACKEND), and caches flushed or warm"
+        )
     if args.plot and _bench_plot.missing():
         raise RuntimeError(_bench_plot.missing())
     _check_files(args)
@@ -166,11 +185,15 @@ def _settings(args: argparse.Namespace) -> Settings:
     dtype = _DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
     for r in args.r or [16]:
         plan.choose(device, dtype, r, False, args.backend)  # says so now if that backend cannot run
-    peaks = {} if args.memory_only else _timing.measure_peaks(device, dtype, _timing.clock(device))
-    return Settings(
-        device, dtype, args.backend, () if args.memory_only else tuple(args.passes), rounds,
-        not args.no_compile, args.cuda_graph, peaks, only=tuple(args.providers),
+    passes = ("forward",) if args.level == "kernel" else tuple(args.passes or _timing.PASSES)
+    settings = Settings(
+        device, dtype, args.backend, () if args.memory_only else passes, rounds, not args.no_compile, args.cuda_graph,
+        only=tuple(args.providers), cache=args.cache or ("flush" if on_gpu else "warm"),
     )  # fmt: skip
+    _levels.names(args.level, settings, 1)  # says so now if one of them is not of this level
+    if args.memory_only:
+        return settings
+    return replace(settings, peaks=_timing.measure_peaks(device, dtype, _timing.clock(device)))
 
 
 def _check_files(args: argparse.Namespace) -> None:
@@ -192,7 +215,7 @@ def _method(settings: Settings) -> dict[str, Any]:
         "device": str(settings.device), "rounds": settings.rounds, "interleaved": True,
         "statistic": "median, quartiles",
         "timer": "CUDA events" if on_gpu else "perf_counter",
-        "cache": "L2 overwritten before each call" if on_gpu else "as the call before left it",
+        "cache": _CACHE_WORDS[settings.cache],
         "launch": "CUDA graph replays" if settings.cuda_graph else "calls",
         "saved_bytes": "held for backward beyond x and parameters, each storage once",
         "peak_bytes": "forward + backward over what was allocated before" if on_gpu else "not measured on a CPU",

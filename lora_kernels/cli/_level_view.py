@@ -1,0 +1,113 @@
+"""What `bench` shows of a run: tables of launches and of models, and those of layers by `_bench_view`."""
+
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from lora_kernels.cli._bench_view import case_table, median_ms, mib, quotient, show_speedups, sweep_table, with_spread
+
+__all__ = ["KERNEL_HEADING", "kernel_row", "kernel_table", "model_table", "model_title", "passes_of", "show"]
+
+_FULL_UP_TO = 3  # layers; more are one row each
+
+KERNEL_HEADING = (
+    "result", "kernel", "rows x in x out", "r", "p", "base ms", "ours ms", "operators ms", "operators / ours", "GB/s",
+    "of copy", "TFLOP/s", "of peak",
+)  # fmt: skip
+
+
+def kernel_row(case: dict[str, Any]) -> list[str]:
+    """A launch in the columns of `KERNEL_HEADING`; rates are of this package's launch."""
+    shape, rows = case["shape"], case["providers"]
+    taken = {name: row["seconds"].get("forward") for name, row in rows.items()}
+    ours = taken.get("ours")
+    rates = ["-"] * 4
+    if ours:
+        rates = [
+            f"{ours['bytes_per_second'] / 1e9:.4g}", _percent(ours["of_copy"]),
+            f"{ours['flops_per_second'] / 1e12:.3g}", _percent(ours["of_peak"]),
+        ]  # fmt: skip
+    return [
+        case["launch"], case["kernel"], f"{shape['m']} x {shape['k']} x {shape['n']}", str(case["r"]), f"{case['p']:g}",
+        *(with_spread(taken.get(name)) for name in ("base", "ours", "operators")),
+        quotient(median_ms(case, "operators", "forward"), median_ms(case, "ours", "forward")), *rates,
+    ]  # fmt: skip
+
+
+def kernel_table(cases: list[dict[str, Any]]) -> Group:
+    """A launch a row."""
+    table = _table("single launches, beside PyTorch's operators for the same work")
+    for i, heading in enumerate(KERNEL_HEADING):
+        table.add_column(heading, justify="left" if i < 3 else "right", no_wrap=True)
+    for case in cases:
+        table.add_row(*kernel_row(case))
+    note = "  base: the large product alone; rates are of our launch, by the bytes it has to move"
+    return Group(table, Text(note, style="dim"), *_reasons(cases))
+
+
+def model_title(case: dict[str, Any]) -> str:
+    """A model in words."""
+    d = case["model"]
+    depth = f"{d['layers']} layers, vocabulary {d['vocab']}" if case["level"] == "model" else "One decoder layer"
+    return (
+        f"{depth}: hidden {d['hidden']}, {d['heads']}/{d['kv_heads']} heads, MLP {d['intermediate']}; {d['batch']} x "
+        f"{d['seq']} tokens, r={case['r']}, p={case['p']:g}, {case['dtype']}"
+    )
+
+
+def passes_of(case: dict[str, Any]) -> dict[str, str]:
+    """The passes that were timed, and what each is called at this level."""
+    names = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+    if case["level"] == "model":
+        names |= {"backward": "backward + AdamW", "both": "training step"}
+    timed = {which for row in case["providers"].values() for which in row["seconds"]}
+    return {which: name for which, name in names.items() if which in timed}
+
+
+def model_table(case: dict[str, Any]) -> Group:
+    """A provider a row."""
+    passes = passes_of(case)
+    last = list(passes)[-1:]
+    table = _table(model_title(case))
+    table.add_column("", no_wrap=True)
+    for heading in (*(f"{name} ms" for name in passes.values()), "/ floor", "tokens/s", "saved MiB", "peak MiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, row in case["providers"].items():
+        taken = [row["seconds"].get(which) for which in passes]
+        end = row["seconds"].get(last[0]) if last else None
+        table.add_row(
+            Text(row["label"]), *map(with_spread, taken), quotient(end["to_floor"], 1.0) if end else "-",
+            f"{end['tokens_per_second']:.4g}" if end else "-", mib(row.get("saved_bytes")),
+            mib(row["peak_bytes"]) if row.get("peak_bytes") is not None else "n/a",
+            style="bold" if name == "ours" else "",
+        )  # fmt: skip
+    return Group(table, *_reasons([case]))
+
+
+def show(console: Console, cases: list[dict[str, Any]], full: bool) -> None:
+    """Print the tables of a run, of layers in `full` or a row a case where there are many, and the means."""
+    level = cases[0]["level"] if cases else ""
+    if level == "kernel":
+        console.print(kernel_table(cases))
+    elif level == "layer" and not full and len(cases) > _FULL_UP_TO:
+        console.print(sweep_table(cases))
+    else:
+        for case in cases:
+            console.print(case_table(case, console.width) if level == "layer" else model_table(case))
+    show_speedups(console, cases)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
+
+
+def _reasons(cases: list[dict[str, Any]]) -> list[Text]:
+    said = (f"  {row['label']}: {row['reason']}" for c in cases for row in c["providers"].values() if row["reason"])
+    return [Text(line, style="yellow") for line in dict.fromkeys(said)]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
