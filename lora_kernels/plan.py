@@ -154,10 +154,22 @@ def expander(backend: str, p: Tensor, cols: int, rank: int, masked: bool, backwa
     if backend == "torch":
         return "operators", ops.matmul_expand
     (rows, inner), device, dtype = p.shape, p.device, p.dtype
-    chosen = _forced or form(
-        device, dtype, Product(rows, inner, cols, rank, dtype.itemsize, masked, backward), ops.uses_tf32(dtype)
-    )
+    product = Product(rows, inner, cols, rank, dtype.itemsize, masked, backward)
+    chosen = _forced if _forced is not None else form(device, dtype, product, ops.uses_tf32(dtype))
+    if chosen.strategy not in strategy.allowed(product):
+        chosen = Form("fused")
     return chosen.strategy, ops.strategy(*chosen)
+
+
+def fuses(backend: str, x: Tensor, weight: Tensor, rank: int, masked: bool) -> bool:
+    """Whether a layer's y and dx both come from one accumulator, and so are rounded once; x is `[*, in]`."""
+    (cols, inner), rows = weight.shape, x.shape[:-1].numel()
+    if backend == "torch" or not rows * cols * inner:
+        return False
+    like = x.reshape(-1)[:1]  # of the shapes of x and dy in name alone
+    forward, _ = expander(backend, like.expand(rows, inner), cols, rank, masked=False, backward=False)
+    backward, _ = expander(backend, like.expand(rows, cols), inner, rank, masked=masked, backward=True)
+    return forward == backward == "fused"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -176,7 +188,10 @@ def rule(device: torch.device, dtype: torch.dtype, product: Product, tf32: bool 
 
 @contextlib.contextmanager
 def forced(name: str, place: int | None = None) -> Iterator[None]:
-    """Take one form for every large product, allowed or not: to check, measure and inspect each. Not thread-local."""
+    """Take one form for every large product that can have it, "fused" for the others. Not thread-local.
+
+    To check, to measure and to inspect each form.
+    """
     global _forced
     before, _forced = _forced, Form(name, place)
     try:

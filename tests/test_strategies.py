@@ -1,5 +1,6 @@
 """Every form of the large products gives the same numbers: the rules, exact integers, layouts, and what is saved."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from oracles import exact, philox
 from test_kernels_numerics import LAYOUTS
 
-from lora_kernels import LoRALinear, dropout, lora_linear, numerics, plan, strategy
+from lora_kernels import LoRALinear, dropout, lora_linear, numerics, plan
 from lora_kernels.cli._cases import make_problem, run_problem, with_mask
 from lora_kernels.kernels import hybrid, matmul_expand
 from lora_kernels.kernels._configs import matmul_configs
@@ -27,18 +28,10 @@ def each_form(*probabilities):
 
 
 @pytest.fixture
-def take(monkeypatch):
+def take():
     """Take a form wherever it can be taken, as the plan would."""
-
-    def take(name):
-        stock = plan.form
-
-        def form(device, dtype, product, tf32=False):
-            return plan.Form(name) if name in strategy.allowed(product) else stock(device, dtype, product, tf32)
-
-        monkeypatch.setattr(plan, "form", form)
-
-    return take
+    with contextlib.ExitStack() as stack:
+        yield lambda name: stack.enter_context(plan.forced(name))
 
 
 def check(problem, seed=11):

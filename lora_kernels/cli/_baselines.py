@@ -92,7 +92,8 @@ def _ours(problem: Problem, backend: str) -> Provider:
             scaling=problem.scaling, bias=problem.bias, dropout_p=problem.dropout_p, backend=chosen,
         )  # fmt: skip
 
-    rule = "kernel" if chosen == "triton" else "operators"
+    fused = plan.fuses(chosen, problem.x, problem.weight, problem.lora_A.shape[0], problem.dropout_p > 0)
+    rule = "kernel" if fused else "operators"
     wide = "" if problem.lora_A.dtype == problem.x.dtype else f" {_short(problem.lora_A.dtype)}"
     return Provider(f"lora_kernels [{chosen}]{wide}", problem, forward, leaves, rule, chosen)
 

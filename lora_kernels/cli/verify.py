@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from torch import Tensor
 
-from lora_kernels import numerics, plan
+from lora_kernels import numerics, plan, strategy
 from lora_kernels.cli import _machine
 from lora_kernels.cli._cases import make_problem, run_problem, with_mask
 from lora_kernels.numerics import Finding, Problem
@@ -54,6 +54,7 @@ class Case:
     r: int
     layout: str = "contiguous"
     p: float = 0.0
+    form: str = "fused"  # of the large products, see `lora_kernels.strategy`; means nothing to the torch backend
 
     def shape(self) -> str:
         """The shape as the table shows it."""
@@ -177,10 +178,14 @@ def _matrix(backend: str, dtype: str, on_gpu: bool, quick: bool) -> list[Case]:
     if quick:
         first, second = shapes[0], shapes[3]
         cases = [Case(backend, dtype, *shape, p=p) for shape, p in ((first, 0.0), (first, 0.1), (second, 0.1))]
-        return cases + [Case(backend, dtype, *base, layout, 0.1) for layout in _QUICK_LAYOUTS]
+        cases += [Case(backend, dtype, *base, layout, 0.1) for layout in _QUICK_LAYOUTS]
+        return cases if backend == "torch" else [*cases, Case(backend, dtype, *base, p=0.1, form="beta1")]
     cases = [Case(backend, dtype, *shape, p=p) for shape in shapes for p in (0.0, 0.1)]
     cases += [Case(backend, dtype, *base, layout, p) for layout in layouts for p in ((0.0, 0.1) if fast else (0.1,))]
-    return cases + [Case(backend, dtype, *base, p=p) for p in (0.5, 0.999)]
+    cases += [Case(backend, dtype, *base, p=p) for p in (0.5, 0.999)]
+    if backend == "triton":  # a mask keeps "padded" from dx alone
+        cases += [Case(backend, dtype, *base, p=p, form=form) for form in strategy.NAMES[1:] for p in (0.0, 0.1)]
+    return cases
 
 
 _GPU_SHAPES = (
@@ -233,11 +238,13 @@ def _examine(case: Case, device: torch.device, seed: int) -> Result:
     )  # fmt: skip
     problem = with_mask(lay_out(problem, case.layout), case.backend, seed)
     before = _bytes(problem)
-    actual, again = (run_problem(problem, case.backend, seed) for _ in range(2))
+    with plan.forced(case.form):
+        actual, again = (run_problem(problem, case.backend, seed) for _ in range(2))
     after = _bytes(problem)
     messages = [f"{name} was written to" for name in before if not torch.equal(before[name], after[name])]
     messages += [f"{name} differs from run to run" for name in actual if not _same_bits(actual[name], again[name])]
-    findings = numerics.check(actual, problem, numerics.eager(problem), split=case.backend == "torch")
+    split = case.backend == "torch" or case.form != "fused"
+    findings = numerics.check(actual, problem, numerics.eager(problem), split=split)
     messages = [finding.message for finding in findings if not finding.ok] + messages
     rule_2 = max((finding.rule_2 for finding in findings if finding.rule_2 is not None), default=None)
     return Result(not messages, max(finding.rule_1 for finding in findings), rule_2, "; ".join(messages), findings)
@@ -279,7 +286,8 @@ def _run_all(console: Console, cases: list[Case], device: torch.device, seed: in
 
 def _print_result(console: Console, case: Case, result: Result) -> None:
     used = [f"{rule:.2f}" if rule is not None else "-" for rule in (result.rule_1, result.rule_2)]
-    line = Text(_row(case.backend, case.dtype, case.shape(), case.layout, f"{case.p:g}", *used, ""))
+    layout = case.layout if case.form == "fused" else case.form
+    line = Text(_row(case.backend, case.dtype, case.shape(), layout, f"{case.p:g}", *used, ""))
     line.append("pass", "green") if result.ok else line.append("FAIL", "bold red")
     console.print(line)
     if result.message:
