@@ -46,7 +46,8 @@ def lora_linear(
             differentiation (use `lora_kernels.reference.lora_linear` for that).
 
     Numerics: fp32 accumulation; s = scaling D(x) Aᵀ, its gradient, and each output are rounded once (the torch
-    backend rounds the base product on its own as well). In float16, s must fit float16's range.
+    backend, and a hybrid with the vendor's library, round one part of a sum on its own as well). In float16, s must
+    fit float16's range.
 
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
