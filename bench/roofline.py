@@ -5,6 +5,7 @@ it is arithmetic on shapes; no GPU is asked.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from lora_kernels import strategy
 from lora_kernels.cli import _cost, _traffic
 from lora_kernels.cli._cost import Cost, Size
 
@@ -36,6 +38,7 @@ GPUS = {
 }
 SHAPES = ((4096, 4096), (5120, 5120), (8192, 8192), (4096, 14336), (14336, 4096))
 ROWS = (1, 256, 2048, 8192)
+FORM_ROWS = (16, 2048, 8192)
 CHAINS: dict[str, tuple[Callable[[Size, bool], Cost], int]] = {
     "PEFT, fp32 adapters": (_cost.COSTS["peft"], 4),
     "PEFT": (_cost.COSTS["peft"], 2),
@@ -69,7 +72,7 @@ def seconds(cost: Cost, z: Size, limits: Limits) -> float:
 
 def render() -> str:
     """The page."""
-    parts = [_HEAD, *_launches(), *_chains()]
+    parts = [_HEAD, *_launches(), *_chains(), *_forms()]
     for name, limits in GPUS.items():
         parts += _times(name, limits)
     return "\n".join(part.strip("\n") + "\n" for part in parts)
@@ -115,6 +118,32 @@ def _chains() -> list[str]:
         "The same layer, MiB, every launch reading its operands and writing its results once. *Split minimum* is the "
         "least with s and ds in memory; *floor* reads each large tensor once a pass, which nobody does.",
         _table(["chain", "p = 0", "p = 0.1", "launches, p = 0", "p = 0.1"], rows),
+    ]
+
+
+def _forms() -> list[str]:
+    """What each form of the large products needs, and the slowdown of the fused kernel at which the next one ties."""
+    gpu = strategy.limits((9, 0), torch.bfloat16)
+    rows = []
+    for m, (k, n) in itertools.product(FORM_ROWS, SHAPES):
+        for what, q in (
+            ("y", strategy.Product(m, k, n, 16, 2)),
+            ("dx", strategy.Product(m, n, k, 16, 2, masked=False, backward=True)),
+            ("dx, masked", strategy.Product(m, n, k, 16, 2, masked=True, backward=True)),
+        ):
+            alone = max(2 * m * k * n / gpu.flops, 2 * (m * k + k * n + m * n) / gpu.bandwidth)
+            times = {name: strategy.seconds(name, q, gpu._replace(slowdown=0)) for name in strategy.allowed(q)}
+            others = min(seconds for name, seconds in times.items() if name != "fused")
+            cells = [f"{times[name] / alone:.3f}" if name in times else "-" for name in strategy.NAMES]
+            ties = f"{100 * (others / times['fused'] - 1):.1f} %"
+            rows.append([f"{m} x {k} x {n}", what, f"{alone * 1e6:.0f}", *cells, ties, strategy.best(q, gpu)])
+    return [
+        "## Forms of the large products",
+        f"H200, bf16, r = 16, at {gpu.flops / 1e12:.0f} TFLOP/s (an assumption: three quarters of the datasheet's) and "
+        f"{gpu.bandwidth / 1e12:.1f} TB/s: µs of the base product alone, and each form (`lora_kernels/strategy.py`) as a "
+        "ratio to it if our kernel were as fast as cuBLAS. *Ties* is how much slower it may be before another form is "
+        f"as good; *taken* is what the rule takes, which assumes {100 * gpu.slowdown:.0f} %. `lora-kernels tune` measures.",
+        _table(["shape", "product", "alone, µs", *strategy.NAMES, "ties", "taken"], rows),
     ]
 
 
