@@ -49,7 +49,7 @@ class Facts:
 
     Attributes:
         registers: A thread.
-        spills: Bytes of stack a thread, or instructions that spill where there is no stack.
+        spills: Bytes of memory a thread spills to.
         shared: Bytes of shared memory a program.
         per_sm: Programs that a multiprocessor holds at once.
         mma: Tensor-core instructions by name and shape.
@@ -160,7 +160,7 @@ def _amd(kernel: Any, narrow: list[str], shared_per_sm: int) -> Facts:
     waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))  # of four SIMDs with 512 registers a lane each
     return Facts(
         registers=registers,
-        spills=noted("vgpr_spill_count") + noted("sgpr_spill_count"),
+        spills=noted("private_segment_fixed_size"),  # scalars that go to lanes of a vector register are not memory
         shared=shared,
         per_sm=min(waves // kernel.metadata.num_warps, shared_per_sm // max(shared, 1)),
         mma=dict(Counter(name for name in names if name.startswith(_MMA))),
