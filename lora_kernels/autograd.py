@@ -13,6 +13,8 @@ Saved for backward: x, W, A and B in x's dtype (the parameters themselves unless
 and, with dropout, the mask; and of these only what the gradients that were asked for need. No input is ever written.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -29,8 +31,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Compute y `[*, out]`, and what backward needs of the way there: s `[M, r]` and the backend's mask."""
     ops, rows = plan.contractions(backend), _rows(x)
-    s, keep = ops.shrink(rows, _as(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p)
-    y = ops.matmul_expand([(rows, weight), (s, _as(lora_B, x.dtype))], bias)
+    with _no_autocast(x):
+        s, keep = ops.shrink(rows, _as(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p)
+        y = ops.matmul_expand([(rows, weight), (s, _as(lora_B, x.dtype))], bias)
     return y.view(*x.shape[:-1], weight.shape[0]), s, keep
 
 
@@ -62,25 +65,38 @@ class LoRALinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in its parameter's dtype."""
-        x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
-        need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
-        ops, dy = plan.contractions(ctx.backend), _rows(dy)
-        dx = dweight = d_lora_A = d_lora_B = dbias = None
-        if need_B and (need_x or need_A):
-            ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, ctx.alpha, ctx.adapter_dtypes[1])
-        elif need_B:
-            d_lora_B = ops.wgrad(dy, s, ctx.adapter_dtypes[1])
-        elif need_x or need_A:
-            ds, _ = ops.shrink(dy, lora_B.t(), ctx.alpha)
-        if need_x:
-            dx = ops.matmul_expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep).view(ctx.x_shape)
-        if need_A:
-            d_lora_A = ops.wgrad(ds, _rows(x), ctx.adapter_dtypes[0], keep)
-        if need_weight:
-            dweight = torch.mm(dy.t(), _rows(x))
-        if need_bias:
-            dbias = dy.sum(0)
-        return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None
+        with _no_autocast(dy):
+            return _backward(ctx, dy)
+
+
+def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
+    need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
+    ops, dy = plan.contractions(ctx.backend), _rows(dy)
+    dx = dweight = d_lora_A = d_lora_B = dbias = None
+    if need_B and (need_x or need_A):
+        ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, ctx.alpha, ctx.adapter_dtypes[1])
+    elif need_B:
+        d_lora_B = ops.wgrad(dy, s, ctx.adapter_dtypes[1])
+    elif need_x or need_A:
+        ds, _ = ops.shrink(dy, lora_B.t(), ctx.alpha)
+    if need_x:
+        dx = ops.matmul_expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep).view(ctx.x_shape)
+    if need_A:
+        d_lora_A = ops.wgrad(ds, _rows(x), ctx.adapter_dtypes[0], keep)
+    if need_weight:
+        dweight = torch.mm(dy.t(), _rows(x))
+    if need_bias:
+        dbias = dy.sum(0)
+    return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None
+
+
+def _no_autocast(t: Tensor) -> AbstractContextManager:
+    """The operands have their dtypes: where autocast is on, it would round fp32 sums that are to stay fp32."""
+    device = t.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
