@@ -13,8 +13,6 @@ Saved for backward: x, W, A and B in x's dtype (the parameters themselves unless
 and, with dropout, the mask; and of these only what the gradients that were asked for need. No input is ever written.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -31,10 +29,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Compute y `[*, out]`, and what backward needs of the way there: s `[M, r]` and the backend's mask."""
     ops, rows = plan.contractions(backend), _rows(x)
-    with _no_autocast(x):
-        s, keep = ops.shrink(rows, _as(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p)
-        y = ops.matmul_expand([(rows, weight), (s, _as(lora_B, x.dtype))], bias)
-    return y.view(*x.shape[:-1], weight.shape[0]), s, keep
+    s, keep = ops.shrink(rows, _as(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p)
+    y = ops.matmul_expand([(rows, weight), (s, _as(lora_B, x.dtype))], bias)
+    return y if rows is x else y.view(*x.shape[:-1], weight.shape[0]), s, keep
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -62,11 +59,14 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in its parameter's dtype."""
-        with _no_autocast(dy):
-            return _backward(ctx, dy)
+        device = dy.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # it would round what is to be an fp32 sum
+                return _backward_once(ctx, dy)
+        # the guard against a second differentiation takes as long as three small operators: only where one may come
+        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
 
 
 def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -81,7 +81,8 @@ def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
     elif need_x or need_A:
         ds, _ = ops.shrink(dy, lora_B.t(), ctx.alpha)
     if need_x:
-        dx = ops.matmul_expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep).view(ctx.x_shape)
+        dx = ops.matmul_expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
+        dx = dx if len(ctx.x_shape) == 2 else dx.view(ctx.x_shape)
     if need_A:
         d_lora_A = ops.wgrad(ds, _rows(x), ctx.adapter_dtypes[0], keep)
     if need_weight:
@@ -91,12 +92,7 @@ def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None
 
 
-def _no_autocast(t: Tensor) -> AbstractContextManager:
-    """The operands have their dtypes: where autocast is on, it would round fp32 sums that are to stay fp32."""
-    device = t.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+_backward_once = once_differentiable(_backward)
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:

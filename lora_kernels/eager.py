@@ -13,9 +13,10 @@ to 60 times slower.
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels.dropout import threshold
@@ -23,31 +24,41 @@ from lora_kernels.dropout import threshold
 __all__ = ["draw_mask", "matmul_expand", "shrink", "shrink_wgrad", "wgrad"]
 
 _BLOCK = 1 << 17  # elements of x or dy at a time: half a megabyte in fp32
+_DRAWN = 1 << 19  # elements of a mask at a time
 _LEAST_ROWS = 64  # of a block; fewer would spend their time on the sum they are added to
 _TILE = 1024, 1 << 20  # rows of y, and elements of the weight, widened at a time
 _HALF = (torch.bfloat16, torch.float16)
 
 
 def draw_mask(shape: torch.Size, dropout_p: float, device: torch.device) -> Tensor:
-    """Draw a dropout mask, bool, True where kept, from the device's default torch generator.
+    """Draw a dropout mask, uint8, 1 where kept, from the device's default torch generator.
 
     Kept with the probability 1 - threshold(p) / 65536, like the kernels' mask. On a CPU one 64-bit draw decides four
-    elements, which is several times faster there than `bernoulli_`, one draw an element.
+    elements, which is several times faster there than `bernoulli_`, one draw an element; and it multiplies by bytes
+    several times faster than by bools.
     """
     drop = threshold(dropout_p)
     if device.type != "cpu":
-        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - drop / 65536)
+        return torch.empty(shape, dtype=torch.uint8, device=device).bernoulli_(1 - drop / 65536)
     if drop == 65536:  # more than int16 can compare with
-        return torch.zeros(shape, dtype=torch.bool)
-    keep = torch.empty(shape.numel(), dtype=torch.uint8)
-    for part in keep.split(4 * _BLOCK):
-        words = torch.empty(-(-part.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        torch.ge(words.view(torch.int16)[: part.numel()], drop - 32768, out=part)
-    return keep.view(shape).view(torch.bool)
+        return torch.zeros(shape, dtype=torch.uint8)
+    numel = shape.numel()
+    if numel <= _DRAWN:
+        return _words(numel).ge(drop - 32768).view(shape).view(torch.uint8)
+    keep = torch.empty(numel, dtype=torch.uint8)
+    for part in keep.split(_DRAWN):
+        torch.ge(_words(part.numel()), drop - 32768, out=part)
+    return keep.view(shape)
+
+
+def _words(numel: int) -> Tensor:
+    """Random 16-bit words, int16."""
+    words = torch.empty(-(-numel // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    return words[:numel] if numel % 4 else words
 
 
 def shrink(x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0) -> tuple[Tensor, Tensor | None]:
-    """Compute s = alpha · (x · keep) aᵀ, `[M, R]`, and draw keep, bool `[M, K]`, when `dropout_p` > 0."""
+    """Compute s = alpha · (x · keep) aᵀ, `[M, R]`, and draw keep, uint8 `[M, K]`, when `dropout_p` > 0."""
     keep = draw_mask(x.shape, dropout_p, x.device) if dropout_p > 0 else None
     right = _wide(a).t()
     parts = [_product(_dropped(_wide(x_m), keep_m), right, alpha, x.dtype) for x_m, keep_m in _blocks(x, keep)]
@@ -57,18 +68,18 @@ def shrink(x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0) -> tuple[
 def matmul_expand(
     sources: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None = None, keep: Tensor | None = None
 ) -> Tensor:
-    """Compute y = Σᵢ pᵢ qᵢᵀ + bias, `[M, N]`; `keep` (bool `[M, N]`) masks the last product."""
+    """Compute y = Σᵢ pᵢ qᵢᵀ + bias, `[M, N]`; `keep` (uint8 `[M, N]`) masks the last product."""
     (p, q), *rest = sources
     if p.device.type == "cpu" and _slow(p.dtype):
         return _matmul_expand_in_fp32(sources, bias, keep)
-    y = torch.mm(p, q.t()) if bias is None else torch.addmm(bias, p, q.t())
+    y = F.linear(p, q, bias)
     masked = rest.pop() if keep is not None else None
     for p, q in rest:
         y.addmm_(p, q.t())
     if masked is not None:
         p, q = masked
         for y_m, keep_m, p_m in _blocks(y, keep, p):
-            y_m.addcmul_(torch.mm(p_m, q.t()), _factors(keep_m))
+            y_m.addcmul_(torch.mm(p_m, q.t()), keep_m)
     return y
 
 
@@ -108,16 +119,16 @@ def _matmul_expand_in_fp32(
                 if keep is None:
                     tile.addmm_(left, right)
                 else:
-                    tile.addcmul_(torch.mm(left, right), _factors(keep[i : i + rows, j : j + cols]))
+                    tile.addcmul_(torch.mm(left, right), keep[i : i + rows, j : j + cols])
             y[i : i + rows, j : j + cols] = tile
     return y
 
 
-def _blocks(wide: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+def _blocks(wide: Tensor, *others: Tensor | None) -> Iterable[tuple[Tensor | None, ...]]:
     """The same rows of a wide tensor and of others, a block after the other; all at once where it is not on a CPU."""
-    rows = max(_LEAST_ROWS, _BLOCK // max(wide.shape[1], 1))
-    if wide.shape[0] <= rows or wide.device.type != "cpu":
-        return iter(((wide, *others),))
+    if wide.numel() <= _BLOCK or wide.device.type != "cpu":
+        return ((wide, *others),)
+    rows = max(_LEAST_ROWS, _BLOCK // wide.shape[1])
     split = [itertools.repeat(None) if t is None else t.split(rows) for t in (wide, *others)]
     return zip(*split, strict=False)
 
@@ -128,8 +139,8 @@ def _product(left: Tensor, right: Tensor, alpha: float, out_dtype: torch.dtype) 
         return torch.mm(left, right).mul_(alpha).to(out_dtype)
     if alpha == 1:
         return torch.mm(left, right)
-    # alpha rides inside the product; with beta=0 the first argument is not read
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=alpha)
+    # alpha rides inside the product; with beta=0 what was there is not read
+    return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=alpha)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -151,12 +162,7 @@ def _wide(t: Tensor) -> Tensor:
 
 
 def _dropped(t: Tensor, keep: Tensor | None) -> Tensor:
-    return t if keep is None else t * _factors(keep)
-
-
-def _factors(keep: Tensor) -> Tensor:
-    """The mask as bytes of 0 and 1: a CPU multiplies by bytes several times faster than by bools."""
-    return keep.view(torch.uint8)
+    return t if keep is None else t * keep
 
 
 @functools.cache

@@ -209,7 +209,7 @@ def test_the_mask_is_read_off_the_provider():
     weight = problem.weight.clone()
     keep, reason = _judge.find_mask(_baselines.build("ours", problem), seed=5)
     torch.manual_seed(5)
-    assert torch.equal(keep, eager.draw_mask(problem.x.shape, problem.dropout_p, CPU))
+    assert torch.equal(keep, eager.draw_mask(problem.x.shape, problem.dropout_p, CPU).bool())
     assert reason == ""
     assert torch.equal(problem.weight, weight)
     assert problem.dropout_p == dropout.threshold(0.3) / 65536
