@@ -9,8 +9,9 @@ r"""LoRA's forward and backward as six products over three contractions, and the
 
 The contractions come from a backend (`plan.contractions`); this file knows none of them. Dropout's factor
 `keep_scale` rides in the two shrinks with the scaling, on their accumulators, so everything else sees a 0/1 mask.
-Saved for backward: x, W, A and B in x's dtype (the parameters themselves unless they are wider), s (M·r elements)
-and, with dropout, the mask; and of these only what the gradients that were asked for need. No input is ever written.
+Saved for backward: x, W, A and B as they were given, s (M·r elements) and, with dropout, the mask; and of these only
+what the gradients that were asked for need. Adapters wider than x are rounded to its dtype in each pass: for few rows
+the rounded copies would be more than all else that is saved. No input is ever written.
 """
 
 import torch
@@ -44,7 +45,6 @@ class LoRALinearFunction(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         """Compute y and save for backward what the gradients that are needed need."""
         ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
-        lora_A, lora_B = _as(lora_A, x.dtype), _as(lora_B, x.dtype)
         y, s, keep = forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
         need_x, need_weight, need_A, need_B, _ = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
@@ -74,6 +74,7 @@ def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
     ops, dy = plan.contractions(ctx.backend), _rows(dy)
     dx = dweight = d_lora_A = d_lora_B = dbias = None
+    lora_A, lora_B = (None if t is None else _as(t, dy.dtype) for t in (lora_A, lora_B))
     if need_B and (need_x or need_A):
         ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, ctx.alpha, ctx.adapter_dtypes[1])
     elif need_B:

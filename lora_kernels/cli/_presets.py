@@ -27,11 +27,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Preset:
-    """Shapes, and the rank and drop probability they are usually run with."""
+    """Shapes, and the ranks and drop probabilities they are usually run with."""
 
     shapes: tuple[Shape, ...]
-    r: int = 16
-    p: float = 0.0
+    r: tuple[int, ...] = (16,)
+    p: tuple[float, ...] = (0.0,)
     note: str = ""
 
 
@@ -53,10 +53,23 @@ PRESETS: dict[str, Preset] = {
     "llama-70b": _decoder(8192, 1024, 28672, "Llama-3.1-70B"),
     "qwen-32b": _decoder(5120, 1024, 27648, "Qwen2.5-32B"),
     "lorafusion": Preset(
-        tuple(Shape(m, d, d) for d in (4096, 5120, 8192) for m in range(2048, 8193, 256)), p=0.1,
+        tuple(Shape(m, d, d) for d in (4096, 5120, 8192) for m in range(2048, 8193, 256)), p=(0.1,),
         note="the sweep of LoRAFusion's own kernel benchmark",
     ),
     "cpu": Preset((Shape(512, 1024, 1024),), note="fits two CPU cores"),
+    "cpu-sweep": Preset(
+        tuple(
+            Shape(m, k, n)
+            for m, layers in (
+                (32, ((256, 256), (2048, 2048))),
+                (512, ((256, 256), (512, 2048), (2048, 512), (1024, 1024))),
+                (4096, ((256, 1024), (1024, 256), (512, 512), (2048, 2048))),
+            )
+            for k, n in layers
+        ),
+        r=(8, 64), p=(0.0, 0.1),
+        note="small to middling layers, a few minutes on two CPU cores in fp32",
+    ),
     "quick": Preset((Shape(64, 256, 192),), note="only to see that everything works"),
 }  # fmt: skip
 

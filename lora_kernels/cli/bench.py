@@ -6,6 +6,7 @@ against float64 first; what fails is not timed. Shares of peak are of a matmul m
 
   lora-kernels bench                                              a preset that fits this machine
   lora-kernels bench --preset lorafusion --m 2048 8192            a published sweep, two of its row counts
+  lora-kernels bench --preset cpu-sweep --no-compile              a sweep for a CPU: 10 shapes, 2 ranks, dropout or none
   lora-kernels bench --shape 8192x4096x4096 --r 16 --p 0 0.1      your own: rows x in_features x out_features
 """
 
@@ -140,8 +141,8 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     shapes = preset.shapes if preset else tuple(args.shape)
     if args.m:
         shapes = with_rows(shapes, args.m)
-    ranks = args.r or [preset.r if preset else 16]
-    probabilities = args.p or [preset.p if preset else 0.0]
+    ranks = args.r or (preset.r if preset else (16,))
+    probabilities = args.p or (preset.p if preset else (0.0,))
     for option, given in (("--r", args.r), ("--m", args.m), ("--rounds", [args.rounds])):
         for value in given or ():
             if value is not None and value < 1:
@@ -191,7 +192,7 @@ def _method(settings: Settings) -> dict[str, Any]:
     return {
         "device": str(settings.device), "rounds": settings.rounds, "interleaved": True,
         "statistic": "median, quartiles",
-        "timer": "CUDA events" if on_gpu else "perf_counter",
+        "timer": "CUDA events" if on_gpu else _timing.cpu_timer().__name__,
         "cache": "L2 overwritten before each call" if on_gpu else "as the call before left it",
         "launch": "CUDA graph replays" if settings.cuda_graph else "calls",
         "saved_bytes": "held for backward beyond x and parameters, each storage once",
