@@ -9,8 +9,9 @@ r"""LoRA's forward and backward as six products over three contractions, and the
 
 The contractions come from a backend (`plan.contractions`); this file knows none of them. Dropout's factor
 `keep_scale` rides in the two shrinks with the scaling, on their accumulators, so everything else sees a 0/1 mask.
-Saved for backward: x, W, A and B in x's dtype (the parameters themselves unless they are wider), s (M·r elements)
-and, with dropout, the mask; and of these only what the gradients that were asked for need. No input is ever written.
+Saved for backward: x, W, A and B as they were given, s (M·r elements) and, with dropout, the mask; and of these only
+what the gradients that were asked for need. Adapters wider than x are rounded to its dtype in each pass: for few rows
+the rounded copies would be more than all else that is saved. No input is ever written.
 """
 
 import torch
@@ -46,7 +47,6 @@ class LoRALinearFunction(torch.autograd.Function):
         """Compute y `[M, out]` and save for backward what the gradients that are needed need."""
         ctx.accumulate = (lora_A, lora_B) if accumulate_grad else (None, None)
         ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
-        lora_A, lora_B = _as(lora_A, x.dtype), _as(lora_B, x.dtype)
         y, s, keep = forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
         need_x, need_weight, need_A, need_B, _ = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
@@ -61,14 +61,14 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in its parameter's dtype."""
         device_type = dy.device.type
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):  # every dtype was settled in forward
-                return _backward(ctx, dy)
-        return _backward(ctx, dy)
+                return _backward_once(ctx, dy)
+        # the guard against a second differentiation takes as long as three small operators: only where one may come
+        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
 
 
 def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -76,6 +76,7 @@ def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
     ops, dy = plan.contractions(ctx.backend), _rows(dy)
     x = None if x is None else _rows(x)  # a copy, where one is needed, comes before the launches that overlap
+    lora_A, lora_B = (None if t is None else _as(t, dy.dtype) for t in (lora_A, lora_B))
     dx = dweight = d_lora_A = d_lora_B = dbias = None
     into_A, into_B = (_gradient(adapter) for adapter in ctx.accumulate)
     how = expand = ds = None
@@ -97,9 +98,12 @@ def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         dweight = torch.mm(dy.t(), x)
     if need_bias:
         dbias = dy.sum(0)
-    if dx is not None:
+    if dx is not None and len(ctx.x_shape) != 2:
         dx = dx.view(ctx.x_shape)
     return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None, None
+
+
+_backward_once = once_differentiable(_backward)
 
 
 def _gradient(adapter: Tensor | None) -> Tensor | None:

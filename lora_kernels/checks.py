@@ -30,6 +30,7 @@ def check_call(
     tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     if bias is not None:
         tensors["bias"] = bias
+    device = x.device if isinstance(x, Tensor) else None
     for name, t in tensors.items():
         if type(t) not in _PLAIN or t.layout is not torch.strided:
             _check_kind(name, t)
@@ -37,7 +38,7 @@ def check_call(
             raise TypeError(
                 f"lora_linear: {name} has dtype {t.dtype}; supported: bfloat16, float16, float32 (float64 on CPU)."
             )
-        if t.device != x.device:
+        if t.device != device:
             raise ValueError(
                 f"lora_linear: all tensors must be on one device; x is on {x.device}, {name} on {t.device}."
             )

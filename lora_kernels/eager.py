@@ -3,58 +3,83 @@
 Same functions and same meaning as the launchers in `lora_kernels.kernels`; see there for the formulas. What sets
 this apart from the slow chain is that sums are accumulated in place, the scaling rides in a matmul's alpha, no
 dropped copy of x outlives the call that needs it, and the mask is one byte an element from PyTorch's own generator.
+
+A CPU has two more needs. It makes its passes over x and dy a block of rows at a time, so that what lies between two
+operators (a dropped block, a widened block) is still in the cache, and never so large that the C library takes fresh
+pages for it from the system, which costs more than the pass. And where PyTorch has no fast 16-bit product, which is
+on every x86 without AVX-512, it multiplies in fp32, tile by tile, and rounds once: there its own 16-bit product is 5
+to 60 times slower.
 """
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels.dropout import threshold
 
 __all__ = ["draw_mask", "matmul_expand", "shrink", "shrink_wgrad", "wgrad"]
 
-_CHUNK = 4096  # summed terms upcast at a time where a half-precision product must come out in fp32
+_BLOCK = 1 << 17  # elements of x or dy at a time: half a megabyte in fp32
+_DRAWN = 1 << 19  # elements of a mask at a time
+_LEAST_ROWS = 64  # of a block; fewer would spend their time on the sum they are added to
+_TILE = 1024, 1 << 20  # rows of y, and elements of the weight, widened at a time
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def draw_mask(shape: torch.Size, dropout_p: float, device: torch.device) -> Tensor:
-    """Draw a dropout mask, bool, True where kept, from the device's default torch generator.
+    """Draw a dropout mask, uint8, 1 where kept, from the device's default torch generator.
 
     Kept with the probability 1 - threshold(p) / 65536, like the kernels' mask. On a CPU one 64-bit draw decides four
-    elements, which is several times faster there than `bernoulli_`, one draw an element.
+    elements, which is several times faster there than `bernoulli_`, one draw an element; and it multiplies by bytes
+    several times faster than by bools.
     """
     drop = threshold(dropout_p)
     if device.type != "cpu":
-        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - drop / 65536)
-    numel = shape.numel()
+        return torch.empty(shape, dtype=torch.uint8, device=device).bernoulli_(1 - drop / 65536)
     if drop == 65536:  # more than int16 can compare with
-        return torch.zeros(shape, dtype=torch.bool)
-    words = torch.empty(-(-numel // 4), dtype=torch.int64).random_(-(2**63), None)
+        return torch.zeros(shape, dtype=torch.uint8)
+    numel = shape.numel()
+    if numel <= _DRAWN:
+        return _words(numel).ge(drop - 32768).view(shape).view(torch.uint8)
     keep = torch.empty(numel, dtype=torch.uint8)
-    return torch.ge(words.view(torch.int16)[:numel], drop - 32768, out=keep).view(shape).view(torch.bool)
+    for part in keep.split(_DRAWN):
+        torch.ge(_words(part.numel()), drop - 32768, out=part)
+    return keep.view(shape)
+
+
+def _words(numel: int) -> Tensor:
+    """Random 16-bit words, int16."""
+    words = torch.empty(-(-numel // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    return words[:numel] if numel % 4 else words
 
 
 def shrink(x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0) -> tuple[Tensor, Tensor | None]:
-    """Compute s = alpha · (x · keep) aᵀ, `[M, R]`, and draw keep, bool `[M, K]`, when `dropout_p` > 0."""
-    keep = None
-    if dropout_p > 0:
-        keep = draw_mask(x.shape, dropout_p, x.device)
-        x = x * _factors(keep)
-    return _thin_product(x, a.t(), alpha, x.dtype), keep
+    """Compute s = alpha · (x · keep) aᵀ, `[M, R]`, and draw keep, uint8 `[M, K]`, when `dropout_p` > 0."""
+    keep = draw_mask(x.shape, dropout_p, x.device) if dropout_p > 0 else None
+    right = _wide(a).t()
+    parts = [_product(_dropped(_wide(x_m), keep_m), right, alpha, x.dtype) for x_m, keep_m in _blocks(x, keep)]
+    return _joined(parts), keep
 
 
 def matmul_expand(
     sources: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None = None, keep: Tensor | None = None
 ) -> Tensor:
-    """Compute y = Σᵢ pᵢ qᵢᵀ + bias, `[M, N]`; `keep` (bool `[M, N]`) masks the last product."""
+    """Compute y = Σᵢ pᵢ qᵢᵀ + bias, `[M, N]`; `keep` (uint8 `[M, N]`) masks the last product."""
     (p, q), *rest = sources
-    y = torch.mm(p, q.t()) if bias is None else torch.addmm(bias, p, q.t())
+    if p.device.type == "cpu" and _slow(p.dtype):
+        return _matmul_expand_in_fp32(sources, bias, keep)
+    y = F.linear(p, q, bias)
     masked = rest.pop() if keep is not None else None
     for p, q in rest:
         y.addmm_(p, q.t())
     if masked is not None:
         p, q = masked
-        y.add_(torch.mm(p, q.t()).mul_(_factors(keep)))
+        for y_m, keep_m, p_m in _blocks(y, keep, p):
+            y_m.addcmul_(torch.mm(p_m, q.t()), keep_m)
     return y
 
 
@@ -66,40 +91,103 @@ def wgrad(
 
     With `into`, g is added to that and nothing is returned. `ready` is for kernels, which may begin early.
     """
-    if keep is not None:
-        right = right * _factors(keep)
-    if into is not None and left.dtype == out_dtype:
-        into.addmm_(left.t(), right)
-        return None
-    g = _thin_product(left.t(), right, 1.0, out_dtype)
-    if into is None:
-        return g
-    into.add_(g)
-    return None
+    total = None
+    for wide_m, left_m, keep_m in _blocks(right, left, keep):
+        total = _add_product(total, _wide(left_m), _dropped(_wide(wide_m), keep_m), out_dtype)
+    return _delivered(total, out_dtype, into)
 
 
 def shrink_wgrad(
     dy: Tensor, s: Tensor, lora_B: Tensor, alpha: float, out_dtype: torch.dtype, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Compute ds = alpha · dy B, `[M, r]`, and dB = dyᵀ s, `[out, r]`, in `out_dtype`, or add it to `into`."""
-    return shrink(dy, lora_B.t(), alpha)[0], wgrad(dy, s, out_dtype, into=into)
+    parts, total, right = [], None, _wide(lora_B)
+    for dy_m, s_m in _blocks(dy, s):
+        dy_m = _wide(dy_m)
+        parts.append(_product(dy_m, right, alpha, dy.dtype))
+        # sᵀ dy: libraries are up to five times slower at a product whose result is tall and thin
+        total = _add_product(total, _wide(s_m), dy_m, out_dtype)
+    return _joined(parts), _delivered(total.t(), out_dtype, into)
 
 
-def _thin_product(left: Tensor, right: Tensor, alpha: float, out_dtype: torch.dtype) -> Tensor:
+def _delivered(total: Tensor, out_dtype: torch.dtype, into: Tensor | None) -> Tensor | None:
+    """A sum rounded to `out_dtype`, or added to `into` in the width it has."""
+    if into is None:
+        return total.to(out_dtype)
+    into.add_(total)
+    return None
+
+
+def _matmul_expand_in_fp32(
+    sources: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None, keep: Tensor | None
+) -> Tensor:
+    """`matmul_expand` with a tile of fp32 sums, rounded once."""
+    (p, q), *_ = sources
+    y = p.new_empty(p.shape[0], q.shape[0])
+    rows, cols = _TILE[0], max(1, _TILE[1] // q.shape[1])
+    for i in range(0, y.shape[0], rows):
+        lefts = [p[i : i + rows].float() for p, _ in sources]
+        for j in range(0, y.shape[1], cols):
+            products = zip(lefts, (q[j : j + cols].float().t() for _, q in sources), strict=True)
+            left, right = next(products)
+            tile = torch.mm(left, right) if bias is None else torch.addmm(bias[j : j + cols].float(), left, right)
+            for left, right in products:
+                if keep is None:
+                    tile.addmm_(left, right)
+                else:
+                    tile.addcmul_(torch.mm(left, right), keep[i : i + rows, j : j + cols])
+            y[i : i + rows, j : j + cols] = tile
+    return y
+
+
+def _blocks(wide: Tensor, *others: Tensor | None) -> Iterable[tuple[Tensor | None, ...]]:
+    """The same rows of a wide tensor and of others, a block after the other; all at once where it is not on a CPU."""
+    if wide.numel() <= _BLOCK or wide.device.type != "cpu":
+        return ((wide, *others),)
+    rows = max(_LEAST_ROWS, _BLOCK // wide.shape[1])
+    split = [itertools.repeat(None) if t is None else t.split(rows) for t in (wide, *others)]
+    return zip(*split, strict=False)
+
+
+def _product(left: Tensor, right: Tensor, alpha: float, out_dtype: torch.dtype) -> Tensor:
     """Compute alpha · left @ right, rounded once, to `out_dtype`."""
-    if out_dtype == left.dtype:
-        if alpha == 1:
-            return torch.mm(left, right)
-        # alpha rides inside the product; with beta=0 the first argument is not read
-        return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=alpha)
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=out_dtype).mul_(alpha)
-    product = torch.mm(left[:, :_CHUNK].float(), right[:_CHUNK].float())
-    for k in range(_CHUNK, left.shape[1], _CHUNK):
-        product.addmm_(left[:, k : k + _CHUNK].float(), right[k : k + _CHUNK].float())
-    return (product if alpha == 1 else product.mul_(alpha)).to(out_dtype)
+    if out_dtype != left.dtype:
+        return torch.mm(left, right).mul_(alpha).to(out_dtype)
+    if alpha == 1:
+        return torch.mm(left, right)
+    # alpha rides inside the product; with beta=0 what was there is not read
+    return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=alpha)
 
 
-def _factors(keep: Tensor) -> Tensor:
-    """The mask as bytes of 0 and 1: a CPU multiplies by bytes several times faster than by bools."""
-    return keep.view(torch.uint8)
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Add leftᵀ right to a sum that is as wide as `out_dtype`, or wider."""
+    if total is not None:
+        return total.addmm_(left.t(), right)
+    if left.is_cuda and out_dtype != left.dtype:
+        return torch.mm(left.t(), right, out_dtype=out_dtype)
+    return torch.mm(left.t(), right)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _wide(t: Tensor) -> Tensor:
+    """On a CPU thin products of 16-bit tensors are summed in fp32 throughout: they wait for memory anyway."""
+    return t.float() if t.dtype in _HALF and t.device.type == "cpu" else t
+
+
+def _dropped(t: Tensor, keep: Tensor | None) -> Tensor:
+    return t if keep is None else t * keep
+
+
+@functools.cache
+def _slow(dtype: torch.dtype) -> bool:
+    """Whether PyTorch has no fast matrix product in this dtype on this CPU."""
+    if dtype not in _HALF:
+        return False
+    if not torch.backends.mkldnn.is_available():
+        return True
+    ops = torch.ops.mkldnn
+    fast = ops._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported
+    return not fast()

@@ -54,8 +54,16 @@ def lora_linear(
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         x, weight, bias, adapters_fit = _autocast(device_type, x, weight, bias)
-    else:
-        adapters_fit = False
+        with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
+            return _checked(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, accumulate_grad, adapters_fit)
+    return _checked(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, accumulate_grad, False)
+
+
+def _checked(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
+    backend: str, accumulate_grad: bool, adapters_fit: bool,
+) -> Tensor:  # fmt: skip
+    """Check, choose a backend, and call it; `adapters_fit` where autocast makes up for their dtypes."""
     checks.check_call(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if not adapters_fit:
         checks.check_dtypes(x, weight, lora_A, lora_B, bias)
@@ -67,12 +75,13 @@ def lora_linear(
             x, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling=scaling, bias=bias, dropout_p=dropout_p
         )
     scaling, dropout_p, rank = float(scaling), float(dropout_p), lora_A.shape[0]
+    empty = x.numel() == 0 or weight.shape[0] == 0
+    backend = plan.choose(x.device, x.dtype, rank, empty or rank == 0, backend)
     if dropout_p == 1 or rank == 0:
         return _base_only(x, weight, lora_A, lora_B, bias)
-    empty = x.numel() == 0 or weight.shape[0] == 0
-    backend = plan.choose(x.device, x.dtype, rank, empty, backend)
     args = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
+    trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or weight.requires_grad
+    if torch.is_grad_enabled() and (trained or (bias is not None and bias.requires_grad)):
         y = autograd.LoRALinearFunction.apply(*args, accumulate_grad)
     else:
         y = autograd.forward(*args)[0]

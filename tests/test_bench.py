@@ -63,11 +63,21 @@ def test_flops():
 def test_presets():
     assert {"llama-8b", "llama-70b", "qwen-32b", "lorafusion"} <= set(PRESETS)
     sweep = PRESETS["lorafusion"]
-    assert (sweep.r, sweep.p, len(sweep.shapes)) == (16, 0.1, 75)
+    assert (sweep.r, sweep.p, len(sweep.shapes)) == ((16,), (0.1,), 75)
     assert {(s.k, s.n) for s in sweep.shapes} == {(d, d) for d in (4096, 5120, 8192)}
     assert sorted({s.m for s in sweep.shapes}) == list(range(2048, 8193, 256))
     assert (8192, 14336, 4096) in {(s.m, s.k, s.n) for s in PRESETS["llama-8b"].shapes}
     assert len(with_rows(sweep.shapes, [2048, 8192])) == 6
+
+
+def test_the_sweep_for_a_cpu_spans_what_it_claims():
+    sweep = PRESETS["cpu-sweep"]
+    assert {s.m for s in sweep.shapes} == {32, 512, 4096}
+    assert (min(sweep.r), max(sweep.r), sweep.p) == (8, 64, (0.0, 0.1))
+    widths = {width for s in sweep.shapes for width in (s.k, s.n)}
+    assert (min(widths), max(widths)) == (256, 2048)
+    assert any(s.k < s.n for s in sweep.shapes)
+    assert any(s.k > s.n for s in sweep.shapes)
 
 
 def test_a_shape_is_rows_in_out():
@@ -114,10 +124,24 @@ def test_summary_is_median_and_quartiles():
     assert _timing.summary([(3.0, 0.5)])["host_median"] == 0.5
 
 
-def test_cpu_clock_times_the_call_alone():
+def test_cpu_clock_times_the_call_alone(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     seconds, host = _timing.clock(CPU)(lambda: time.sleep(0.2), lambda _: time.sleep(0.01))
     assert 0.01 <= seconds < 0.15
     assert host is None
+
+
+def test_one_thread_is_timed_by_its_own_clock(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+    def work(state):
+        time.sleep(0.2)  # what another process would take
+        until = time.thread_time() + 0.01
+        while time.thread_time() < until:
+            pass
+
+    assert 0.01 <= _timing.clock(CPU)(lambda: None, work)[0] < 0.15
+    assert _timing.cpu_timer() is time.thread_time
 
 
 # --- nothing wrong is timed
@@ -237,7 +261,7 @@ def test_the_mask_is_read_off_the_provider():
     weight = problem.weight.clone()
     keep, reason = _judge.find_mask(_baselines.build("ours", problem), seed=5)
     torch.manual_seed(5)
-    assert torch.equal(keep, eager.draw_mask(problem.x.shape, problem.dropout_p, CPU))
+    assert torch.equal(keep, eager.draw_mask(problem.x.shape, problem.dropout_p, CPU).bool())
     assert reason == ""
     assert torch.equal(problem.weight, weight)
     assert problem.dropout_p == dropout.threshold(0.3) / 65536

@@ -1,5 +1,6 @@
 """The benchmark as its user sees it: the command, its tables, its plot, its JSON."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -11,6 +12,7 @@ from bench_samples import arguments, broken, printed, sample_case, sample_launch
 from lora_kernels.cli import _bench_plot, _bench_view, bench
 from lora_kernels.cli._baselines import PROVIDERS
 from lora_kernels.cli._machine import write_json
+from lora_kernels.cli._presets import PRESETS, Shape
 
 
 @pytest.mark.usefixtures("no_peft")
@@ -36,6 +38,18 @@ def test_the_command_writes_what_it_shows(tmp_path, capsys):
         t["of_peak"] > 1 for c in written["cases"] for r in c["providers"].values() for t in r["seconds"].values()
     )
     assert ("above 100 %" in shown) == busy
+
+
+@pytest.mark.usefixtures("no_peft")
+def test_a_preset_brings_its_ranks_and_probabilities(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(PRESETS, "cpu-sweep", dataclasses.replace(PRESETS["cpu-sweep"], shapes=(Shape(16, 24, 8),)))
+    file = tmp_path / "b.json"
+    assert bench.run(arguments("--preset", "cpu-sweep", "--pass", "both", "--json", file)) == 0
+    written = json.loads(file.read_text())
+    assert [(case["r"], case["p"]) for case in written["cases"]] == [(8, 0), (8, 0.1), (64, 0), (64, 0.1)]
+    over_peft = written["speedups"]["peft"]
+    assert over_peft["worst"] <= over_peft["geometric_mean"] <= over_peft["best"]
+    assert f"{over_peft['geometric_mean']:.3f}x (worst {over_peft['worst']:.3f}x" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("no_peft")
@@ -154,9 +168,11 @@ def test_a_narrow_screen_gets_two_tables():
 
 
 def test_a_sweep_is_a_row_a_case():
-    text = printed(_bench_view.sweep_table([sample_case(peft=2.0), sample_case(peft=8.0)]))
+    lean = sample_case(peft=8.0)
+    lean["providers"]["ours"]["saved_bytes"] = 2**18
+    text = printed(_bench_view.sweep_table([sample_case(peft=2.0), lean]))
     assert text.count("1x2x3") == 2
-    assert "8.000" in text
+    assert "8.000 0.250" in " ".join(text.split())  # PEFT / ours, and what is saved beside PEFT
     assert "chain: RuntimeError: no such thing" in text
 
 

@@ -18,6 +18,7 @@ _PASS_NAMES = {"forward": "forward", "backward": "backward", "both": "forward + 
 _OF_LEVEL = {("kernel", "forward"): "one launch", ("model", "both"): "training step"}
 _DASH = "-"
 _WIDE = 132  # columns of the widest table
+_SWEEP_RATIOS = ("ours / floor", "PEFT / ours", "saved: ours / PEFT")
 _SWEEP_COLUMNS = ("frozen", "ours", "peft", "peft_fp32", "peft_compiled", "peft_fp32_compiled", "addmm", "split")
 
 
@@ -143,7 +144,7 @@ def sweep_table(cases: list[dict[str, Any]]) -> Group:
         title=f"{pass_name(cases)}, ms", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold",
         padding=(0, 1, 0, 0),
     )  # fmt: skip
-    for heading in ("rows x in x out", "r", "p", *(labels[n] for n in names), "ours / floor", "PEFT / ours"):
+    for heading in ("rows x in x out", "r", "p", *(labels[n] for n in names), *_SWEEP_RATIOS):
         is_shape = heading.startswith("rows")
         table.add_column(Text(heading), justify="left" if is_shape else "right", no_wrap=is_shape, overflow="fold")
     reasons: dict[str, None] = {}
@@ -153,10 +154,16 @@ def sweep_table(cases: list[dict[str, Any]]) -> Group:
         table.add_row(
             f"{shape['m']}x{shape['k']}x{shape['n']}", str(case["r"]), f"{case['p']:g}",
             *(_DASH if value is None else f"{value:.3f}" for value in found.values()),
-            quotient(ours, found.get("frozen")), quotient(found.get("peft"), ours),
+            quotient(ours, found.get("frozen")), quotient(found.get("peft"), ours), _saved_beside_peft(case),
         )  # fmt: skip
         reasons |= dict.fromkeys(f"{r['label']}: {r['reason']}" for r in case["providers"].values() if r["reason"])
     return Group(table, *(Text(f"  {reason}", style="yellow") for reason in reasons))
+
+
+def _saved_beside_peft(case: dict[str, Any]) -> str:
+    """What this package holds for backward over what PEFT does, at the same dtypes."""
+    ours, peft = (case["providers"].get(name, {}).get("saved_bytes") for name in ("ours", "peft"))
+    return quotient(ours, peft or None)
 
 
 def show_speedups(console: Console, cases: list[dict[str, Any]]) -> None:

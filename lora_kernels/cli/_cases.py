@@ -58,7 +58,7 @@ def with_mask(problem: Problem, backend: str, seed: int) -> Problem:
     if backend == "triton":
         keep = reference.keep_mask(dropout.draw_seed(x.device), *rows.shape, p)
     else:
-        keep = eager.draw_mask(rows.shape, p, x.device)
+        keep = eager.draw_mask(rows.shape, p, x.device).bool()
     return Problem(**{**vars(problem), "keep": keep.view(x.shape)})
 
 

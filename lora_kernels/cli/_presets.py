@@ -65,11 +65,11 @@ class Dims:
 
 @dataclass(frozen=True)
 class Preset:
-    """Shapes, the rank and drop probability they are usually run with, and the model they come from, if one."""
+    """Shapes, the ranks and drop probabilities they are usually run with, and the model they come from, if one."""
 
     shapes: tuple[Shape, ...]
-    r: int = 16
-    p: float = 0.0
+    r: tuple[int, ...] = (16,)
+    p: tuple[float, ...] = (0.0,)
     note: str = ""
     model: Dims | None = None
 
@@ -97,12 +97,25 @@ PRESETS: dict[str, Preset] = {
     "qwen-32b": _QWEN_32B,
     "large": Preset(_QWEN_32B.shapes + _LLAMA_70B.shapes, note="both of them"),
     "lorafusion": Preset(
-        tuple(Shape(m, d, d) for d in (4096, 5120, 8192) for m in range(2048, 8193, 256)), p=0.1,
+        tuple(Shape(m, d, d) for d in (4096, 5120, 8192) for m in range(2048, 8193, 256)), p=(0.1,),
         note="the sweep of LoRAFusion's own kernel benchmark",
     ),
     "cpu": Preset(
         (Shape(512, 1024, 1024),), note="fits two CPU cores",
         model=Dims(512, 8, 2, 1408, vocab=1024, layers=2, batch=2, seq=128),
+    ),
+    "cpu-sweep": Preset(
+        tuple(
+            Shape(m, k, n)
+            for m, layers in (
+                (32, ((256, 256), (2048, 2048))),
+                (512, ((256, 256), (512, 2048), (2048, 512), (1024, 1024))),
+                (4096, ((256, 1024), (1024, 256), (512, 512), (2048, 2048))),
+            )
+            for k, n in layers
+        ),
+        r=(8, 64), p=(0.0, 0.1),
+        note="small to middling layers, a few minutes on two CPU cores in fp32",
     ),
     "quick": Preset(
         (Shape(64, 256, 192),), note="only to see that everything works",

@@ -2,8 +2,9 @@
 
 On a GPU a call lies between two CUDA events, after a short spin was queued: the host is ahead, so that what is measured
 is the device. The host's own time to issue the call is taken beside it. On a CPU a call lies between two readings of
-`perf_counter`. What the caches hold before a call is one of `CACHES`: nothing of it, because a buffer larger than any
-of them was written ("flush"); nothing of it, because calls take turns over more copies of their operands than fit
+`perf_counter`, or, where PyTorch has one thread (OMP_NUM_THREADS=1), of that thread's own CPU time: no other process
+stretches it. What the caches hold before a call is one of `CACHES`: nothing of it, because a buffer larger than any of
+them was written ("flush"); nothing of it, because calls take turns over more copies of their operands than fit
 ("rotate"); or whatever the call before left there ("warm").
 """
 
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "CACHES", "PASSES", "Calls", "clock", "copies_for", "graphed", "measure_peaks", "rotated", "schedule", "summary",
-    "time_all",
+    "CACHES", "PASSES", "Calls", "clock", "copies_for", "cpu_timer", "graphed", "measure_peaks", "rotated", "schedule",
+    "summary", "time_all",
 ]  # fmt: skip
 
 PASSES = ("forward", "backward", "both")
@@ -70,11 +71,12 @@ def clock(device: torch.device, flush: bool | None = None) -> Measure:
     if device.type != "cuda":
 
         def measure_cpu(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> tuple[float, float | None]:
+            now = cpu_timer()
             state = prepare()
             buffer.zero_()
-            began = time.perf_counter()
+            began = now()
             kept = call(state)
-            seconds = time.perf_counter() - began
+            seconds = now() - began
             del kept
             return seconds, None
 
@@ -95,6 +97,11 @@ def clock(device: torch.device, flush: bool | None = None) -> Measure:
         return start.elapsed_time(end) * 1e-3, host
 
     return measure
+
+
+def cpu_timer() -> Callable[[], float]:
+    """The clock a CPU's times are read from; its name says which."""
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def copies_for(size: int) -> int:

@@ -8,6 +8,7 @@ steps of a small model (model).
 
   lora-kernels bench                                              a preset that fits this machine
   lora-kernels bench --preset lorafusion --m 2048 8192            a published sweep, two of its row counts
+  lora-kernels bench --preset cpu-sweep --no-compile              a sweep for a CPU: 10 shapes, 2 ranks, dropout or none
   lora-kernels bench --shape 8192x4096x4096 --r 16 --p 0 0.1      your own: rows x in_features x out_features
   lora-kernels bench --level model --m 4096                       training steps, 4096 tokens each
 """
@@ -152,8 +153,8 @@ def _device(args: argparse.Namespace) -> torch.device:
 def _cases(args: argparse.Namespace) -> list[Case]:
     name = _preset_name(args)
     preset = PRESETS[name] if name else None
-    ranks = args.r or [preset.r if preset else 16]
-    probabilities = args.p or [preset.p if preset else 0.0]
+    ranks = args.r or (preset.r if preset else (16,))
+    probabilities = args.p or (preset.p if preset else (0.0,))
     for option, given in (("--r", args.r), ("--m", args.m), ("--rounds", [args.rounds])):
         for value in given or ():
             if value is not None and value < 1:
@@ -214,7 +215,7 @@ def _method(settings: Settings) -> dict[str, Any]:
     return {
         "device": str(settings.device), "rounds": settings.rounds, "interleaved": True,
         "statistic": "median, quartiles",
-        "timer": "CUDA events" if on_gpu else "perf_counter",
+        "timer": "CUDA events" if on_gpu else _timing.cpu_timer().__name__,
         "cache": _CACHE_WORDS[settings.cache],
         "launch": "CUDA graph replays" if settings.cuda_graph else "calls",
         "saved_bytes": "held for backward beyond x and parameters, each storage once",

@@ -158,7 +158,7 @@ def _cases(args: argparse.Namespace, settings: Settings) -> list[Case]:
         shapes = with_rows(shapes, args.m)
     cases, seen = [], set()
     for shape in shapes:
-        for r in args.r or [preset.r if preset else 16]:
+        for r in args.r or (preset.r if preset else (16,)):
             plan.choose(settings.device, settings.dtype, r, False, "triton")  # says so now if the kernels cannot run
             for p in args.p:
                 bucket = replace(shape, m=tuned.bucket(shape.m))

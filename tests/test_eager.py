@@ -1,0 +1,118 @@
+"""The torch backend on a CPU: what it allocates, what it keeps, and that blocks and tiles change no number's rules."""
+
+import pytest
+import torch
+from bench_samples import settings
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_kernels import eager, lora_linear, numerics
+from lora_kernels.cli import _baselines
+from lora_kernels.cli._bench_case import draw, saved_bytes
+from lora_kernels.cli._cases import make_problem, run_problem, with_mask
+from lora_kernels.cli._presets import Shape
+
+
+class Allocations(TorchDispatchMode):
+    """The tensors that operators give out, from a number of elements up; not views, nor what is written in place."""
+
+    def __init__(self, at_least):
+        super().__init__()
+        self.at_least, self.large, self._alive = at_least, [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {
+            t.untyped_storage().data_ptr() for t in (*args, *(kwargs or {}).values()) if isinstance(t, torch.Tensor)
+        }
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
+                self._alive.append(t)  # so that no address is given out twice
+                if t.numel() >= self.at_least:
+                    self.large.append((str(func), t.dtype))
+        return out
+
+
+@pytest.fixture(params=["native", "in fp32"])
+def products(request, monkeypatch):
+    """Both ways to multiply 16-bit matrices, whatever this machine would take."""
+    monkeypatch.setattr(eager, "_slow", lambda dtype: request.param == "in fp32" and dtype in eager._HALF)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks, tiles and draws so small that a small problem has many, and a last one that is not full."""
+    for name, value in (("_BLOCK", 96), ("_LEAST_ROWS", 3), ("_DRAWN", 40), ("_TILE", (7, 64))):
+        monkeypatch.setattr(eager, name, value)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_of_the_size_of_x_is_made_but_y_dx_and_the_mask(dtype, p, monkeypatch):
+    rows, width = 8192, 128  # eight blocks, and two draws
+    monkeypatch.setattr(eager, "_slow", lambda dtype: False)
+    problem = make_problem((rows,), width, width, 4, dtype, "cpu", dropout_p=p)
+    x, a, b = (t.requires_grad_() for t in (problem.x, problem.lora_A, problem.lora_B))
+    with Allocations(at_least=rows * width) as forward:
+        y = lora_linear(x, problem.weight, a, b, dropout_p=p, backend="torch")
+    with Allocations(at_least=rows * width) as backward:
+        torch.autograd.grad(y, (x, a, b), problem.dy)
+    assert sorted(str(t) for _, t in forward.large) == sorted([str(dtype), *["torch.uint8"] * bool(p)])
+    assert [t for _, t in backward.large] == [dtype]
+
+
+@pytest.mark.usefixtures("products", "small_blocks")
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("adapters", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(23, 33, 21, 5), (50, 8, 40, 16), (1, 300, 7, 3)], ids=str)
+def test_blocks_and_tiles_keep_the_rules(shape, dtype, adapters, p):
+    if adapters and dtype not in eager._HALF:
+        pytest.skip("adapters are wider than a 16-bit x alone")
+    rows, k, n, r = shape
+    problem = make_problem((rows,), k, n, r, dtype, "cpu", adapter_dtype=adapters, bias=True, dropout_p=p)
+    problem = with_mask(problem, "torch", 1)
+    findings = numerics.check(run_problem(problem, "torch", 1), problem, numerics.eager(problem), split=True)
+    assert all(f.ok for f in findings), [f.message for f in findings]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_sums_in_fp32_tiles_are_rounded_once(monkeypatch):
+    monkeypatch.setattr(eager, "_slow", lambda dtype: True)
+    problem = make_problem((64,), 96, 80, 5, torch.bfloat16, "cpu", bias=True)
+    outputs = run_problem(problem, "torch", 0)
+    findings = numerics.check(outputs, problem, split=False)  # the kernels' own, stricter rule
+    assert all(f.ok for f in findings), [f.message for f in findings]
+
+
+def test_a_mask_drawn_in_parts_is_the_mask_drawn_at_once(monkeypatch):
+    shape = torch.Size((37, 11))
+    torch.manual_seed(2)
+    at_once = eager.draw_mask(shape, 0.3, torch.device("cpu"))
+    monkeypatch.setattr(eager, "_DRAWN", 40)
+    torch.manual_seed(2)
+    assert torch.equal(eager.draw_mask(shape, 0.3, torch.device("cpu")), at_once)
+    assert set(at_once.unique().tolist()) == {0, 1}
+
+
+def test_gradients_of_fp32_adapters_stay_fp32_sums_inside_autocast():
+    problem = make_problem((40,), 32, 24, 4, torch.bfloat16, "cpu", adapter_dtype=torch.float32)
+    outside = run_problem(problem, "torch", 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = run_problem(problem, "torch", 0)  # its backward, too
+    assert all(torch.equal(inside[name], outside[name]) for name in outside)
+    for name in ("d_lora_A", "d_lora_B"):
+        assert not torch.equal(inside[name], inside[name].bfloat16().float())
+
+
+@pytest.mark.usefixtures("no_peft")
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("r", [8, 64])
+@pytest.mark.parametrize("shape", [Shape(32, 256, 256), Shape(32, 2048, 2048), Shape(512, 1024, 256)], ids=str)
+def test_fewer_bytes_are_saved_than_by_peft(shape, r, p):
+    """As many, where there is no dropout and one dtype: then s is all that either holds."""
+    s, mask = shape.m * r, shape.m * shape.k * bool(p)
+    for dtype, suffix in ((torch.float32, ""), (torch.bfloat16, ""), (torch.bfloat16, "_fp32")):
+        problem = draw(shape, r, p, settings(dtype))
+        ours, peft = (saved_bytes(_baselines.build(name + suffix, problem, "torch")) for name in ("ours", "peft"))
+        assert ours == s * dtype.itemsize + mask
+        assert ours < peft if p or suffix else ours == peft
