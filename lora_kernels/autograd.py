@@ -13,6 +13,8 @@ Saved for backward: x, W, A and B in x's dtype (the parameters themselves unless
 and, with dropout, the mask; and of these only what the gradients that were asked for need. No input is ever written.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -20,19 +22,54 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from lora_kernels import plan
 from lora_kernels.dropout import keep_scale
 
-__all__ = ["LoRALinearFunction", "forward"]
+__all__ = ["LoRALinearFunction", "backward", "forward"]
 
 
 def forward(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
-    scaling: float, dropout_p: float, backend: str,
+    scaling: float, dropout_p: float, backend: str, noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Compute y `[*, out]`, and what backward needs of the way there: s `[M, r]` and the backend's mask."""
+    """Compute y `[*, out]`, and what backward needs of the way there: s `[M, r]` and the backend's mask.
+
+    `noise` decides the mask; drawn here when there is none.
+    """
     ops, rows = plan.contractions(backend), _rows(x)
-    s, keep = ops.shrink(rows, _as(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p)
+    s, keep = ops.shrink(rows, _as(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p, noise)
     _, expand = plan.expander(backend, rows, weight.shape[0], lora_A.shape[0], masked=False, backward=False)
     y = expand([(rows, weight), (s, _as(lora_B, x.dtype))], bias)
     return y.view(*x.shape[:-1], weight.shape[0]), s, keep
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,
+    s: Tensor | None, keep: Tensor | None, alpha: float, backend: str,
+    adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: Sequence[bool],
+    into: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Compute dx `[*, in]`, dA and dB, as far as they are `needed`, from what they need.
+
+    dx needs W, A, B and the mask; dA needs x, B and the mask; dB needs s. A and B in the dtype of dy; `alpha` is
+    scaling · keep_scale. dA and dB come in `adapter_dtypes`, or are added to `into`, and then are None.
+    """
+    (need_x, need_A, need_B), ops, rows = needed, plan.contractions(backend), _rows(dy)
+    dx = d_lora_A = d_lora_B = how = expand = ds = None
+    if need_x:
+        how, expand = plan.expander(backend, rows, weight.shape[1], lora_B.shape[1], keep is not None, True)
+    if how == "joint":
+        dx, ds = expand(rows, weight, lora_A, lora_B, alpha, keep)
+    elif need_B and (need_x or need_A):
+        ds, d_lora_B = ops.shrink_wgrad(rows, s, lora_B, alpha, adapter_dtypes[1], into[1])
+    elif need_x or need_A:
+        ds, _ = ops.shrink(rows, lora_B.t(), alpha)
+    if need_x and how != "joint":
+        dx = expand([(rows, weight.t()), (ds, lora_A.t())], keep=keep)
+    if need_A:
+        d_lora_A = ops.wgrad(ds, _rows(x), adapter_dtypes[0], keep, into=into[0], ready=how == "fused")
+    if need_B and (how == "joint" or ds is None):
+        d_lora_B = ops.wgrad(rows, s, adapter_dtypes[1], into=into[1])
+    if dx is not None:
+        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+    return dx, d_lora_A, d_lora_B
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -57,7 +94,7 @@ class LoRALinearFunction(torch.autograd.Function):
             s if need_B else None,
             keep if need_x or need_A else None,
         )
-        ctx.alpha, ctx.backend, ctx.x_shape = scaling * keep_scale(dropout_p), backend, x.shape
+        ctx.alpha, ctx.backend = scaling * keep_scale(dropout_p), backend
         return y
 
     @staticmethod
@@ -66,30 +103,12 @@ class LoRALinearFunction(torch.autograd.Function):
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in its parameter's dtype."""
         x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
         need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
-        ops, dy = plan.contractions(ctx.backend), _rows(dy)
-        dx = dweight = d_lora_A = d_lora_B = dbias = None
-        into_A, into_B = (_gradient(adapter) for adapter in ctx.accumulate)
-        how = expand = ds = None
-        if need_x:
-            how, expand = plan.expander(ctx.backend, dy, weight.shape[1], lora_B.shape[1], keep is not None, True)
-        if how == "joint":
-            dx, ds = expand(dy, weight, lora_A, lora_B, ctx.alpha, keep)
-        elif need_B and (need_x or need_A):
-            ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, ctx.alpha, ctx.adapter_dtypes[1], into_B)
-        elif need_x or need_A:
-            ds, _ = ops.shrink(dy, lora_B.t(), ctx.alpha)
-        if need_x and how != "joint":
-            dx = expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
-        if need_A:
-            d_lora_A = ops.wgrad(ds, _rows(x), ctx.adapter_dtypes[0], keep, into=into_A, ready=how == "fused")
-        if need_B and (how == "joint" or ds is None):
-            d_lora_B = ops.wgrad(dy, s, ctx.adapter_dtypes[1], into=into_B)
-        if need_weight:
-            dweight = torch.mm(dy.t(), _rows(x))
-        if need_bias:
-            dbias = dy.sum(0)
-        if dx is not None:
-            dx = dx.view(ctx.x_shape)
+        dx, d_lora_A, d_lora_B = backward(
+            dy, x, weight, lora_A, lora_B, s, keep, ctx.alpha, ctx.backend, ctx.adapter_dtypes,
+            (need_x, need_A, need_B), tuple(_gradient(adapter) for adapter in ctx.accumulate),
+        )  # fmt: skip
+        dweight = torch.mm(_rows(dy).t(), _rows(x)) if need_weight else None
+        dbias = _rows(dy).sum(0) if need_bias else None
         return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None, None
 
 

@@ -12,33 +12,57 @@ from torch import Tensor
 
 from lora_kernels.dropout import threshold
 
-__all__ = ["draw_mask", "matmul_expand", "shrink", "shrink_wgrad", "wgrad"]
+__all__ = ["draw_mask", "draw_noise", "matmul_expand", "outputs", "shrink", "shrink_wgrad", "wgrad"]
 
 _CHUNK = 4096  # summed terms upcast at a time where a half-precision product must come out in fp32
 
 
-def draw_mask(shape: torch.Size, dropout_p: float, device: torch.device) -> Tensor:
-    """Draw a dropout mask, bool, True where kept, from the device's default torch generator.
+def draw_noise(x: Tensor) -> Tensor:
+    """Draw what decides a mask for x, from the device's default torch generator: int64, 16 bits an element.
 
-    Kept with the probability 1 - threshold(p) / 65536, like the kernels' mask. On a CPU one 64-bit draw decides four
-    elements, which is several times faster there than `bernoulli_`, one draw an element.
+    One 64-bit draw for four elements is on a CPU several times faster than `bernoulli_`, one draw an element.
     """
-    drop = threshold(dropout_p)
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - drop / 65536)
-    numel = shape.numel()
+    return torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+
+
+def draw_mask(shape: torch.Size, dropout_p: float, device: torch.device, noise: Tensor | None = None) -> Tensor:
+    """Draw a dropout mask, bool, True where kept, or make it of the `noise` that was drawn.
+
+    Kept with the probability 1 - threshold(p) / 65536, like the kernels' mask.
+    """
+    drop, numel = threshold(dropout_p), shape.numel()
     if drop == 65536:  # more than int16 can compare with
-        return torch.zeros(shape, dtype=torch.bool)
-    words = torch.empty(-(-numel // 4), dtype=torch.int64).random_(-(2**63), None)
-    keep = torch.empty(numel, dtype=torch.uint8)
-    return torch.ge(words.view(torch.int16)[:numel], drop - 32768, out=keep).view(shape).view(torch.bool)
+        return torch.zeros(shape, dtype=torch.bool, device=device)
+    noise = _words(numel, device) if noise is None else noise
+    keep = torch.empty(numel, dtype=torch.uint8, device=device)
+    return torch.ge(noise.view(torch.int16)[:numel], drop - 32768, out=keep).view(shape).view(torch.bool)
 
 
-def shrink(x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0) -> tuple[Tensor, Tensor | None]:
-    """Compute s = alpha · (x · keep) aᵀ, `[M, R]`, and draw keep, bool `[M, K]`, when `dropout_p` > 0."""
+def draw_noise(x: Tensor) -> Tensor:
+    """Draw what decides the mask of x, from the device's default torch generator: 16 bits an element, in int64."""
+    return _words(x.numel(), x.device)
+
+
+def _words(numel: int, device: torch.device) -> Tensor:
+    # one draw for four elements: on a CPU several times faster than `bernoulli_`, one draw an element
+    return torch.empty(-(-numel // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
+
+
+def outputs(x: Tensor, rank: int, dropout_p: float) -> tuple[Tensor, Tensor | None]:
+    """Allocate what `shrink` returns, s `[M, R]` and keep `[M, K]`, for shapes and strides alone."""
+    return x.new_empty(x.shape[0], rank), x.new_empty(x.shape, dtype=torch.bool) if dropout_p > 0 else None
+
+
+def shrink(
+    x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Compute s = alpha · (x · keep) aᵀ, `[M, R]`, and draw keep, bool `[M, K]`, when `dropout_p` > 0.
+
+    With `noise`, from an earlier `draw_noise(x)`, nothing is drawn: a pure function.
+    """
     keep = None
     if dropout_p > 0:
-        keep = draw_mask(x.shape, dropout_p, x.device)
+        keep = draw_mask(x.shape, dropout_p, x.device, noise)
         x = x * _factors(keep)
     return _thin_product(x, a.t(), alpha, x.dtype), keep
 

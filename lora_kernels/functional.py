@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels import autograd, checks, plan, reference
+from lora_kernels import ops as _operators  # noqa: F401 (registers them)
 
 __all__ = ["lora_linear"]
 
@@ -58,16 +59,16 @@ def lora_linear(
     checks.check_call(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if not adapters_fit:
         checks.check_dtypes(x, weight, lora_A, lora_B, bias)
-    transforming = torch._C._are_functorch_transforms_active()
-    if transforming:
+    if torch._C._are_functorch_transforms_active():
         checks.check_transforms(backend)
-    if transforming or torch.compiler.is_compiling():  # both want operators that they can see into
         return reference.lora_linear(
             x, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling=scaling, bias=bias, dropout_p=dropout_p
         )
     rank = lora_A.shape[0]
     if dropout_p == 1 or rank == 0:
         return _base_only(x, weight, lora_A, lora_B, bias)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return torch.ops.lora_kernels.linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
     empty = x.numel() == 0 or weight.shape[0] == 0
     backend = plan.choose(x.device, x.dtype, rank, empty, backend)
     args = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
