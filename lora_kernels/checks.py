@@ -69,7 +69,7 @@ def check_call(
         raise ValueError(
             f"lora_linear: dropout_p must be in [0, 1), got {dropout_p}. (Exactly 1 drops the whole low-rank term.)"
         )
-    if not math.isfinite(scaling):
+    if not -math.inf < scaling < math.inf:  # not isfinite, which a compiler cannot trace with a symbol
         raise ValueError(f"lora_linear: scaling must be finite, got {scaling}.")
 
 

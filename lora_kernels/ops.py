@@ -28,13 +28,17 @@ from torch.autograd.function import FunctionCtx
 from lora_kernels import autograd, plan
 from lora_kernels.dropout import keep_scale
 
-__all__ = ["linear", "linear_backward", "linear_forward"]
+__all__ = ["draw_noise", "linear", "linear_backward", "linear_forward"]
 
 _library = torch.library.Library("lora_kernels", "DEF")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, "
-    "float scaling, float dropout_p, str backend) -> Tensor",
+    "Scalar scaling, float dropout_p, str backend) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "draw_noise(Tensor x, Tensor unique, str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
 )
 _library.define(
     "linear_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? noise, "
@@ -60,13 +64,22 @@ def linear(
     backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or weight.shape[0] == 0, backend)
     noise = None
     if dropout_p > 0:
-        noise = plan.contractions(backend).draw_noise(x)
+        noise = torch.ops.lora_kernels.draw_noise(x, torch.empty(0, device=x.device), backend)
     if isinstance(scaling, torch.SymFloat):
         lora_A = lora_A.to(torch.promote_types(lora_A.dtype, torch.float32)) * scaling
         scaling = 1.0
     return torch.ops.lora_kernels.linear_forward(
         x, weight, lora_A, lora_B, bias, noise, scaling, dropout_p, backend
     )[0]  # fmt: skip
+
+
+def draw_noise(x: Tensor, unique: Tensor, backend: str) -> Tensor:
+    """Draw the noise that decides the mask of x, `[*, in]`, from the device's default torch generator.
+
+    Compilers merge equal calls, of random operators too where they are not PyTorch's own. They never merge two `empty`,
+    so a new one as `unique` makes every call a different one: layers that read the same x get masks of their own.
+    """
+    return plan.contractions(backend).draw_noise(x)
 
 
 def linear_forward(
@@ -159,8 +172,10 @@ def _differentiate_again(ctx: FunctionCtx, *_: Tensor | None) -> None:
 
 
 _library.impl("linear", linear, "CompositeImplicitAutograd")
+_library.impl("draw_noise", draw_noise, "CompositeExplicitAutograd")
 _library.impl("linear_forward", linear_forward, "CompositeExplicitAutograd")
 _library.impl("linear_backward", linear_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_kernels::draw_noise", draw_noise, lib=_library)
 torch.library.register_fake("lora_kernels::linear_forward", _fake_forward, lib=_library)
 torch.library.register_fake("lora_kernels::linear_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("lora_kernels::linear_forward", _differentiate, setup_context=_save, lib=_library)
