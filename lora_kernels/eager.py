@@ -17,14 +17,6 @@ __all__ = ["draw_mask", "draw_noise", "matmul_expand", "outputs", "shrink", "shr
 _CHUNK = 4096  # summed terms upcast at a time where a half-precision product must come out in fp32
 
 
-def draw_noise(x: Tensor) -> Tensor:
-    """Draw what decides a mask for x, from the device's default torch generator: int64, 16 bits an element.
-
-    One 64-bit draw for four elements is on a CPU several times faster than `bernoulli_`, one draw an element.
-    """
-    return torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-
-
 def draw_mask(shape: torch.Size, dropout_p: float, device: torch.device, noise: Tensor | None = None) -> Tensor:
     """Draw a dropout mask, bool, True where kept, or make it of the `noise` that was drawn.
 

@@ -1,4 +1,4 @@
-r"""The LoRA linear layer as registered operators, for what has to see an operator: torch.compile, export, dispatch modes.
+r"""The LoRA linear layer as registered operators, for torch.compile, export and dispatch modes, which have to see one.
 
     lora_kernels::linear            y; chooses a backend, draws the noise of dropout, calls the next
     lora_kernels::linear_forward    y, s, keep: a pure function of its arguments, differentiable once
@@ -53,27 +53,25 @@ _library.define(
 )
 
 
-def linear(
+def _linear(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
     scaling: float, dropout_p: float, backend: str,
 ) -> Tensor:  # fmt: skip
     """Compute y `[*, out]` of arguments that `functional.lora_linear` has checked and cast."""
     if "torch.utils.flop_counter" in sys.modules:
         _register_flops()
-    rank = lora_A.shape[0]
+    rank = int(lora_A.shape[0])  # compiled in, where everything else may vary
     backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or weight.shape[0] == 0, backend)
     noise = None
     if dropout_p > 0:
-        noise = torch.ops.lora_kernels.draw_noise(x, torch.empty(0, device=x.device), backend)
+        noise = draw_noise(x, torch.empty(0, device=x.device), backend)
     if isinstance(scaling, torch.SymFloat):
         lora_A = lora_A.to(torch.promote_types(lora_A.dtype, torch.float32)) * scaling
         scaling = 1.0
-    return torch.ops.lora_kernels.linear_forward(
-        x, weight, lora_A, lora_B, bias, noise, scaling, dropout_p, backend
-    )[0]  # fmt: skip
+    return linear_forward(x, weight, lora_A, lora_B, bias, noise, scaling, dropout_p, backend)[0]
 
 
-def draw_noise(x: Tensor, unique: Tensor, backend: str) -> Tensor:
+def _draw_noise(x: Tensor, unique: Tensor, backend: str) -> Tensor:
     """Draw the noise that decides the mask of x, `[*, in]`, from the device's default torch generator.
 
     Compilers merge equal calls, of random operators too where they are not PyTorch's own. They never merge two `empty`,
@@ -82,7 +80,7 @@ def draw_noise(x: Tensor, unique: Tensor, backend: str) -> Tensor:
     return plan.contractions(backend).draw_noise(x)
 
 
-def linear_forward(
+def _linear_forward(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, noise: Tensor | None,
     scaling: float, dropout_p: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
@@ -102,12 +100,12 @@ def linear_forward(
     return autograd.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, noise)
 
 
-def linear_backward(
+def _linear_backward(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,
     s: Tensor | None, keep: Tensor | None, alpha: float, backend: str,
     dtype_A: torch.dtype, dtype_B: torch.dtype, needed: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Compute dx `[*, in]`, dA and dB as far as they are needed, None in place of the others; see `autograd.backward`."""
+    """Compute dx `[*, in]`, dA and dB as far as they are needed, and None for the rest."""
     lora_A, lora_B = (None if t is None else t.to(dy.dtype) for t in (lora_A, lora_B))
     dx, d_lora_A, d_lora_B = autograd.backward(
         dy, x, weight, lora_A, lora_B, s, keep, alpha, backend, (dtype_A, dtype_B), needed
@@ -156,7 +154,7 @@ def _differentiate(ctx: FunctionCtx, dy: Tensor | None, *_: None) -> tuple[Tenso
     need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
     dx = d_lora_A = d_lora_B = None
     if need_x or need_A or need_B:
-        dx, d_lora_A, d_lora_B = torch.ops.lora_kernels.linear_backward(
+        dx, d_lora_A, d_lora_B = linear_backward(
             dy, x if need_A else None, *saved, ctx.alpha, ctx.backend, *ctx.adapter_dtypes, [need_x, need_A, need_B]
         )
     dweight = torch.mm(dy.flatten(0, -2).t(), x.flatten(0, -2)) if need_weight else None
@@ -171,15 +169,20 @@ def _differentiate_again(ctx: FunctionCtx, *_: Tensor | None) -> None:
     )
 
 
-_library.impl("linear", linear, "CompositeImplicitAutograd")
-_library.impl("draw_noise", draw_noise, "CompositeExplicitAutograd")
-_library.impl("linear_forward", linear_forward, "CompositeExplicitAutograd")
-_library.impl("linear_backward", linear_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("lora_kernels::draw_noise", draw_noise, lib=_library)
+_library.impl("linear", _linear, "CompositeImplicitAutograd")
+_library.impl("draw_noise", _draw_noise, "CompositeExplicitAutograd")
+_library.impl("linear_forward", _linear_forward, "CompositeExplicitAutograd")
+_library.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_kernels::draw_noise", _draw_noise, lib=_library)
 torch.library.register_fake("lora_kernels::linear_forward", _fake_forward, lib=_library)
 torch.library.register_fake("lora_kernels::linear_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("lora_kernels::linear_forward", _differentiate, setup_context=_save, lib=_library)
 torch.library.register_autograd("lora_kernels::linear_backward", _differentiate_again, lib=_library)
+
+linear = torch.ops.lora_kernels.linear.default
+draw_noise = torch.ops.lora_kernels.draw_noise.default
+linear_forward = torch.ops.lora_kernels.linear_forward.default
+linear_backward = torch.ops.lora_kernels.linear_backward.default
 
 
 def _forward_flops(x, weight, lora_A, lora_B, *_: Any, **__: Any) -> int:
@@ -206,8 +209,8 @@ def _register_flops() -> None:
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
     formulas = {
-        torch.ops.lora_kernels.linear_forward: _forward_flops,
-        torch.ops.lora_kernels.linear_backward: _backward_flops,
+        linear_forward.overloadpacket: _forward_flops,
+        linear_backward.overloadpacket: _backward_flops,
     }
     for operator, formula in formulas.items():
         if operator not in flop_counter.flop_registry:
