@@ -69,7 +69,7 @@ def lora_linear(
         return _base_only(x, weight, lora_A, lora_B, bias)
     # a compiler and a dispatch mode have to see an operator; the plain path is some tens of microseconds faster
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return ops.linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p, plan.requested(backend))
+        return ops.linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p, plan.overridden(backend))
     empty = x.numel() == 0 or weight.shape[0] == 0
     backend = plan.choose(x.device, x.dtype, rank, empty, backend)
     args = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)

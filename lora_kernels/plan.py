@@ -32,7 +32,7 @@ __all__ = [
     "forced",
     "form",
     "interpreting",
-    "requested",
+    "overridden",
 ]
 
 BACKENDS = ("auto", "triton", "torch")
@@ -57,7 +57,7 @@ class Form(NamedTuple):
     place: int | None = None
 
 
-def choose(device: torch.device, dtype: torch.dtype, rank: int, empty: bool, backend: str) -> str:
+def choose(device: torch.device, dtype: torch.dtype, rank: int, empty: bool, requested: str) -> str:
     """The backend for a call.
 
     Args:
@@ -65,26 +65,26 @@ def choose(device: torch.device, dtype: torch.dtype, rank: int, empty: bool, bac
         dtype: The dtype computed in.
         rank: r.
         empty: Whether M, N, K or r is 0: there is nothing to launch, PyTorch has the right answer.
-        backend: "auto", "triton" or "torch", as the caller said.
+        requested: "auto", "triton" or "torch", as the caller said.
 
     Raises:
-        ValueError: `backend` is none of these, or the rank is too large for "triton".
+        ValueError: `requested` is none of these, or the rank is too large for "triton".
         RuntimeError: "triton" was asked for and cannot run; the message says why.
         TypeError: "triton" was asked for in a dtype it does not have.
     """
-    if backend == "torch" or (empty and backend in BACKENDS):
+    if requested == "torch" or (empty and requested in BACKENDS):
         return "torch"
-    return _choose(device, dtype, rank, requested(backend)).backend
+    return _choose(device, dtype, rank, overridden(requested)).backend
 
 
-def requested(backend: str) -> str:
-    """What a caller asks for, once LORA_KERNELS_BACKEND has overridden "auto"."""
+def overridden(backend: str) -> str:
+    """The backend that was asked for; where that is "auto", what LORA_KERNELS_BACKEND says."""
     return _environment_backend() if backend == "auto" else backend
 
 
 # torch.compiler.assume_constant_result, which would import the compiler: a compiled graph, and the key under which it
 # is kept on disk, hold the answer and not the question
-requested._dynamo_marked_constant = True
+overridden._dynamo_marked_constant = True
 
 
 @functools.cache
