@@ -84,13 +84,12 @@ def test_an_operator_that_is_saved_does_not_run_again(saved, runs, backend, devi
     assert calls == [model[0].scaling * keep_scale(0.5)] * runs
 
 
-@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_checkpointing_under_autocast(use_reentrant, compute, backend, device):
+def test_checkpointing_under_autocast(use_reentrant, backend, device):
     model, x = block(device), torch.randn(9, 12, device=device)
 
     def run(x, f=model):
-        with torch.autocast(device, dtype=compute):
+        with torch.autocast(device, dtype=torch.bfloat16):
             return f(x).float()
 
     def checkpointed(x):

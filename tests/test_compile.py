@@ -2,7 +2,6 @@
 
 import functools
 import io
-import warnings
 
 import pytest
 import torch
@@ -56,7 +55,7 @@ def assert_same(got, expected):
         torch.testing.assert_close(value, exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
 
 
-@pytest.mark.parametrize(("compiler", "p"), [("aot_eager", 0.0), ("aot_eager", 0.3), ("inductor", 0.3)])
+@pytest.mark.parametrize(("compiler", "p"), [("aot_eager", 0.0), ("inductor", 0.3)])
 def test_one_graph_for_every_seed_scaling_and_batch(compiler, p, backend, device):
     layer = make_layer(device, p)
     counter = CompileCounterWithBackend(compiler)
@@ -86,11 +85,10 @@ def test_static_shapes_give_way_to_dynamic_ones_once(backend, device):
 class Decoder(nn.Module):
     """Attention and a gated MLP, every projection a LoRALinear."""
 
-    def __init__(self, p, checkpointed):
+    def __init__(self, p):
         super().__init__()
         torch.manual_seed(0)
         make = functools.partial(LoRALinear, r=3, lora_alpha=6, lora_dropout=p, bias=False)
-        self.checkpointed = checkpointed
         self.embedding, self.head = nn.Embedding(17, 16), nn.Linear(16, 17)
         self.norms = nn.ModuleList(nn.RMSNorm(16) for _ in range(2))
         self.qkv = nn.ModuleList(make(16, 16) for _ in range(3))
@@ -107,8 +105,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens):
         x = self.embedding(tokens)
-        x = checkpoint(self.block, x, use_reentrant=False) if self.checkpointed else self.block(x)
-        return self.head(x)
+        return self.head(checkpoint(self.block, x, use_reentrant=False))
 
 
 def losses(run, model, device):
@@ -126,10 +123,10 @@ def losses(run, model, device):
     return series
 
 
-@pytest.mark.parametrize(("p", "checkpointed"), [(0.0, False), (0.3, True)], ids=["plain", "dropout, checkpointed"])
-def test_a_decoder_trains_to_the_same_losses(p, checkpointed, device, monkeypatch):
+def test_a_decoder_trains_to_the_same_losses(device, monkeypatch):
+    """With dropout, each block checkpointed."""
     monkeypatch.setattr(plan, "_environment_backend", lambda: "torch")  # the interpreter would take a minute
-    plain, model = (Decoder(p, checkpointed).to(device) for _ in range(2))
+    plain, model = (Decoder(0.3).to(device) for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     torch.testing.assert_close(losses(compiled, model, device), losses(plain, plain, device), rtol=1e-4, atol=0)
@@ -208,7 +205,6 @@ def test_export_of_a_layer_in_evaluation(strict, device, backend):
 def test_export_for_training_draws_new_masks_and_has_the_gradients(device, backend):
     layer = make_layer(device, 0.3)
     x = torch.randn(5, 12, device=device)
-    with warnings.catch_warnings():
-        exported = torch.export.export(layer, (x,)).module()
+    exported = torch.export.export(layer, (x,)).module()
     assert_same(outcome(exported, exported, x, 3), outcome(layer, layer, x, 3))
     assert not torch.equal(exported(x), exported(x))
