@@ -77,7 +77,7 @@ def check_call(
         raise ValueError(
             f"lora_linear: dropout_p must be in [0, 1), got {dropout_p}. (Exactly 1 drops the whole low-rank term.)"
         )
-    if not math.isfinite(scaling):
+    if not -math.inf < scaling < math.inf:  # not isfinite, which a compiler cannot trace with a symbol
         raise ValueError(f"lora_linear: scaling must be finite, got {scaling}.")
 
 
@@ -103,13 +103,15 @@ def check_dtypes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias
 
 
 def check_transforms(backend: str) -> None:
-    """Refuse functorch transforms (`torch.func.grad`, `vmap`, `jvp`) unless the call asked for plain PyTorch.
+    """Refuse `torch.func` transforms and forward-mode AD unless the call asked for plain PyTorch.
 
     Raises:
-        RuntimeError: A transform is active and backend is not "torch".
+        RuntimeError: One of them is active and backend is not "torch".
     """
     if backend != "torch":
-        raise RuntimeError('lora_linear does not support torch.func transforms; use backend="torch" inside them.')
+        raise RuntimeError(
+            'lora_linear does not support torch.func transforms and forward-mode AD; use backend="torch" inside them.'
+        )
 
 
 def _check_kind(name: str, t: object) -> None:

@@ -3,8 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from lora_kernels import autograd, checks, plan, reference
+from lora_kernels import autograd, checks, ops, plan, reference
 
 __all__ = ["lora_linear"]
 
@@ -42,8 +43,8 @@ def lora_linear(
     Raises:
         TypeError: A dtype, a mix of dtypes, or a kind of tensor that is not supported.
         ValueError: Shapes, devices, `scaling`, `dropout_p` or `backend` that do not fit.
-        RuntimeError: backend="triton" where it cannot run, a `torch.func` transform, or, from backward, a second
-            differentiation (use `lora_kernels.reference.lora_linear` for that).
+        RuntimeError: backend="triton" where it cannot run, a `torch.func` transform or forward-mode AD, or, from
+            backward, a second differentiation (use `lora_kernels.reference.lora_linear` for that).
 
     Numerics: fp32 accumulation; s = scaling D(x) Aᵀ, its gradient, and each output are rounded once (the torch
     backend, and a hybrid with the vendor's library, round one part of a sum on its own as well). In float16, s must
@@ -67,17 +68,23 @@ def _checked(
     checks.check_call(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if not adapters_fit:
         checks.check_dtypes(x, weight, lora_A, lora_B, bias)
-    transforming = torch._C._are_functorch_transforms_active()
-    if transforming:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         checks.check_transforms(backend)
-    if transforming or torch.compiler.is_compiling():  # both want operators that they can see into
         return reference.lora_linear(
             x, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling=scaling, bias=bias, dropout_p=dropout_p
         )
-    scaling, dropout_p, rank = float(scaling), float(dropout_p), lora_A.shape[0]
+    rank = lora_A.shape[0]
+    base_only = dropout_p == 1 or rank == 0
+    # a compiler and a dispatch mode have to see an operator; the plain path is some tens of microseconds faster
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        backend = plan.overridden(backend)
+        if base_only:
+            return _base_only(x, weight, lora_A, lora_B, bias)
+        return ops.linear(x, weight, lora_A, lora_B, bias, _number(scaling), _number(dropout_p), backend)
+    scaling, dropout_p = float(scaling), float(dropout_p)
     empty = x.numel() == 0 or weight.shape[0] == 0
     backend = plan.choose(x.device, x.dtype, rank, empty or rank == 0, backend)
-    if dropout_p == 1 or rank == 0:
+    if base_only:
         return _base_only(x, weight, lora_A, lora_B, bias)
     args = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
     trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or weight.requires_grad
@@ -86,6 +93,11 @@ def _checked(
     else:
         y = autograd.forward(*args)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _number(value: float) -> float:
+    """A number that an operator takes; a compiler's symbol is left one."""
+    return value if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) else float(value)
 
 
 def _autocast(
