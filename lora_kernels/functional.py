@@ -1,12 +1,12 @@
-"""`lora_linear`: check, apply autocast, choose a backend, and go with or without autograd."""
+"""`lora_linear` and `lora_add`: check, apply autocast, choose a backend, and go with or without autograd."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels import autograd, checks, plan, reference
+from lora_kernels import autograd, checks, low_rank, plan, reference
 
-__all__ = ["lora_linear"]
+__all__ = ["lora_add", "lora_linear"]
 
 
 def lora_linear(
@@ -74,6 +74,54 @@ def lora_linear(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
         return autograd.LoRALinearFunction.apply(*args, accumulate_grad)
     return autograd.forward(*args)[0]
+
+
+def lora_add(
+    base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, *,
+    scaling: float = 1.0, dropout_p: float = 0.0, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Add a low-rank adapter to the result of a base layer that only the layer itself can compute.
+
+    y = base + scaling · D(x) Aᵀ Bᵀ, for quantised layers, hooked ones, a second adapter over the first.
+
+    Args:
+        base: The base layer's result, `[*, out_features]`; read, not written.
+        x: What the base layer was given, `[*, in_features]`; as in `lora_linear`.
+        lora_A: A, `[r, in_features]`; as in `lora_linear`.
+        lora_B: B, `[out_features, r]`.
+        scaling: Multiplies the low-rank term.
+        dropout_p: As in `lora_linear`.
+        backend: As in `lora_linear`.
+
+    Returns:
+        y, `[*, out_features]`, in base's dtype. The low-rank term is computed in x's dtype, or autocast's.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As `lora_linear`.
+    """
+    device_type = x.device.type if isinstance(x, Tensor) else "cpu"
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if autocast and isinstance(x, Tensor) and x.is_floating_point() and x.itemsize <= 4:
+        x = x.to(torch.get_autocast_dtype(device_type))
+    else:
+        autocast = False
+    checks.check_add(base, x, lora_A, lora_B, scaling, dropout_p)
+    if not autocast:
+        checks.check_dtypes(x, x, lora_A, lora_B, None, call="lora_add")
+    transforming = torch._C._are_functorch_transforms_active()
+    if transforming:
+        checks.check_transforms(backend)
+    if transforming or torch.compiler.is_compiling():
+        a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        return reference.lora_add(base, x, a, b, scaling=scaling, dropout_p=dropout_p)
+    rank = lora_A.shape[0]
+    if dropout_p == 1 or rank == 0:
+        return base + (lora_A.sum() * 0 + lora_B.sum() * 0).to(base.dtype)
+    backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or base.numel() == 0, backend)
+    args = (base, x, lora_A, lora_B, scaling, dropout_p, backend)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in args[:4]):
+        return low_rank.LoRAAddFunction.apply(*args)
+    return low_rank.forward(*args)[0]
 
 
 def _autocast(
