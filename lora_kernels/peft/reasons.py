@@ -208,19 +208,19 @@ def _layer_report(name: str, module: nn.Module, reason: str, x: Tensor | None) -
 
 
 def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
-    """Call the model and look at each layer at the moment it is called; hooks on the layers themselves do not count."""
+    """Call the model and look at each layer as its call ends: what hooks before it gave it is known by then."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, known.lora_layer())}
     seen: dict[str, LayerReport] = {}
 
     def observer(name: str) -> Any:
-        def observe(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        def observe(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], y: Any) -> None:
             more = tuple(f"argument {i}" for i in range(1, len(given))) + tuple(key for key in named if key != "x")
             x = given[0] if given else named.get("x")
             seen[name] = _layer_report(name, module, stock_reason(module, x, more), x)
 
         return observe
 
-    handles = [module.register_forward_pre_hook(observer(name), with_kwargs=True) for name, module in layers.items()]
+    handles = [module.register_forward_hook(observer(name), with_kwargs=True) for name, module in layers.items()]
     try:
         with torch.no_grad():
             model(*args, **kwargs)
