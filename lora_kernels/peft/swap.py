@@ -135,8 +135,9 @@ def select(
     if layers_to_transform is None or layers_to_transform == []:
         return chosen
     wanted = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
-    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or [r"[^.]*"]
-    places = rf"(?:^|.*?\.)(?:{'|'.join(patterns)})\.(\d+)\."  # the first number that stands after such a name
+    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    # the first number that stands after one of these names; without any, after a name within another, as in PEFT
+    places = rf"(?:^|.*?\.)(?:{'|'.join(patterns)})\.(\d+)\." if patterns else r".*?\.[^.]*\.(\d+)\."
     return [name for name in chosen if (found := re.match(places, name)) and int(found[1]) in wanted]
 
 
