@@ -69,7 +69,7 @@ def check_call(
         raise ValueError(
             f"lora_linear: dropout_p must be in [0, 1), got {dropout_p}. (Exactly 1 drops the whole low-rank term.)"
         )
-    if not math.isfinite(scaling):
+    if not -math.inf < scaling < math.inf:  # so written, torch.compile follows it for a scaling that changes
         raise ValueError(f"lora_linear: scaling must be finite, got {scaling}.")
 
 
@@ -106,7 +106,7 @@ def check_add(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
         )
     if not (0.0 <= dropout_p <= 1.0):
         raise ValueError(f"lora_add: dropout_p must be in [0, 1), got {dropout_p}.")
-    if not math.isfinite(scaling):
+    if not -math.inf < scaling < math.inf:  # so written, torch.compile follows it for a scaling that changes
         raise ValueError(f"lora_add: scaling must be finite, got {scaling}.")
 
 

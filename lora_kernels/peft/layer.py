@@ -110,7 +110,7 @@ def traced() -> bool:
     """Whether something follows the call that only sees PyTorch's own operators, or every module's call."""
     return (
         torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
+        or torch.jit.is_tracing()
         or forward_ad._current_level >= 0
         or _has_any_global_hook()
     )
