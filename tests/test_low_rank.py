@@ -148,6 +148,7 @@ def test_double_backward_raises():
         dx.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when dynamo is first imported
 def test_transforms_fake_tensors_and_compile():
     base, x, a, b = (t.detach() for t in case(torch.float32))
     gradient = torch.func.grad(lambda a: lora_add(base, x, a, b, backend="torch").sum())(a)

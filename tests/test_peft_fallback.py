@@ -251,7 +251,7 @@ def test_transforms_and_tracing(computed):
     assert tangent.abs().sum() > 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit.trace says that it is old
-        graph = torch.jit.trace(layer(model), x).inlined_graph
+        graph = torch.jit.trace(layer(model), x, check_trace=False).inlined_graph
     assert not computed
     assert str(graph).count("aten::linear") == 3
 
@@ -350,3 +350,35 @@ def test_gptq_s_own_class(computed):
         torch.testing.assert_close(actual[key], t, msg=key)
     model.lin.enable_adapters(False)
     assert torch.equal(model(x), model.lin.base_layer(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("first", ["patched", "sharded"])
+@pytest.mark.parametrize("unit", ["model", "layer", "leaves"])
+def test_fsdp2(unit, first, computed):
+    """One rank is enough to see who gathers the parameters, and when."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        model, x = tiny(), torch.randn(3, IN, requires_grad=True)
+        expected = call(model, x)
+        one = layer(model)
+        if first == "patched":
+            patch_peft(model)
+        units = {"model": [], "layer": [one], "leaves": [one.lora_A["default"], one.lora_B["default"]]}[unit]
+        for module in [*units, model]:
+            fully_shard(module, mesh=mesh)
+        patch_peft(model)
+        assert "DTensor" in explain(model).layers[0].reason or unit == "leaves"
+        actual = {key: getattr(t, "full_tensor", lambda t=t: t)() for key, t in call(model, x).items()}
+        assert actual.keys() == expected.keys()
+        for key, t in actual.items():
+            torch.testing.assert_close(t, expected[key], msg=key)
+        assert computed == ([] if unit == "leaves" else ["lora_linear"])
+        (found,) = explain(model, x).layers
+        assert found.form == ("stock" if unit == "leaves" else "fused")
+        assert found.reason == ("lora_A.default is a FSDPLinear, not a plain nn.Linear" if unit == "leaves" else "")
+    finally:
+        torch.distributed.destroy_process_group()

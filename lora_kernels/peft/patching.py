@@ -26,7 +26,7 @@ def patch_peft(model: nn.Module, backend: str = "auto") -> Report:
     y = x Wᵀ + bias + Σᵢ scalingᵢ · Dᵢ(x) Aᵢᵀ Bᵢᵀ over the active adapters, in one pass over x. What a layer cannot do
     fused, PEFT's own forward does, call by call: the model computes what it computed before, to rounding, and with
     dropout from another stream of random numbers. The model is changed in place. Call it after `get_peft_model` or
-    `PeftModel.from_pretrained`, and before `fully_shard`; call it again for layers that were added later.
+    `PeftModel.from_pretrained`, before or after `fully_shard`; call it again for layers that were added later.
 
     Args:
         model: A `PeftModel`, or any module that holds PEFT's LoRA layers.

@@ -1,7 +1,9 @@
 """How each LoRA layer of a model is computed, and why it is not fused where it is not: what `layer` saw, in words."""
 
+import itertools
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ __all__ = ["FORMS", "LayerReport", "Report", "explain", "report", "stock_reason"
 
 FORMS = {"fused": "base and low-rank in one pass", "low-rank": "the low-rank term alone", "stock": "PEFT's own forward"}
 _STATE = {"_disable_adapters", "merged_adapters", "_active_adapter", "lora_variant", "cast_input_dtype_enabled"}
+_SHARDED = " while the layer is not called; explain(model, inputs) looks inside a call"
 
 
 @dataclass(frozen=True)
@@ -98,15 +101,14 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     return found
 
 
-def stock_reason(module: nn.Module, x: Tensor | None = None, arguments: tuple[str, ...] = ()) -> str:
+def stock_reason(module: nn.Module, x: Tensor | None = None) -> str:
     """Why PEFT's own forward computes a layer, "" if it does not.
 
     Args:
         module: A LoRA layer.
         x: Its input, if a call is to be explained.
-        arguments: Names of what else the call was given.
     """
-    return _class_reason(module) or _state_reason(module) or _call_reason(module, x, arguments)
+    return _class_reason(module) or _state_reason(module) or _call_reason(module, x)
 
 
 def _class_reason(module: nn.Module) -> str:
@@ -146,7 +148,8 @@ def _adapter_reason(module: nn.Module, name: str) -> str:
     for part in ("lora_A", "lora_B"):
         own = getattr(module, part)[name]._parameters
         if type(own.get("weight")) is not nn.Parameter:
-            return f"{part}.{name}.weight is a {type(getattr(getattr(module, part)[name], 'weight', None)).__name__}"
+            kind = type(getattr(getattr(module, part)[name], "weight", None)).__name__
+            return f"{part}.{name}.weight is a {kind}" + _SHARDED * (kind == "DTensor")
         if own.get("bias") is not None:
             return f"lora_bias=True: {part}.{name} has a bias"
     if isinstance(scaling, Tensor) and scaling.dim():
@@ -156,9 +159,7 @@ def _adapter_reason(module: nn.Module, name: str) -> str:
     return ""
 
 
-def _call_reason(module: nn.Module, x: Tensor | None, arguments: tuple[str, ...]) -> str:
-    if arguments:
-        return f"called with {', '.join(arguments)}"
+def _call_reason(module: nn.Module, x: Tensor | None) -> str:
     if rules._has_any_global_hook():
         return "a hook on all modules is registered"
     if rules.traced():
@@ -208,19 +209,37 @@ def _layer_report(name: str, module: nn.Module, reason: str, x: Tensor | None) -
 
 
 def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
-    """Call the model and look at each layer as its call ends: what hooks before it gave it is known by then."""
+    """Call the model and look at each layer as its forward begins, when its parameters are gathered.
+
+    Arguments that a hook adds to the call, as PEFT does with `adapter_names`, may come after that: they are looked at
+    when it ends.
+    """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, known.lora_layer())}
     seen: dict[str, LayerReport] = {}
 
-    def observer(name: str) -> Any:
-        def observe(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], y: Any) -> None:
-            more = tuple(f"argument {i}" for i in range(1, len(given))) + tuple(key for key in named if key != "x")
+    def begins(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             x = given[0] if given else named.get("x")
-            seen[name] = _layer_report(name, module, stock_reason(module, x, more), x)
+            seen[name] = _layer_report(name, module, stock_reason(module, x), x)
 
-        return observe
+        return look
 
-    handles = [module.register_forward_hook(observer(name), with_kwargs=True) for name, module in layers.items()]
+    def ends(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], y: Any) -> None:
+            more = (f"argument {i}" for i in range(1, len(given))), (key for key in named if key != "x")
+            if seen[name].form != "stock" and (added := ", ".join(itertools.chain(*more))):
+                seen[name] = replace(seen[name], form="stock", reason=f"called with {added}")
+
+        return look
+
+    handles = [
+        handle
+        for name, module in layers.items()
+        for handle in (
+            module.register_forward_pre_hook(begins(name), with_kwargs=True),
+            module.register_forward_hook(ends(name), with_kwargs=True),
+        )
+    ]
     try:
         with torch.no_grad():
             model(*args, **kwargs)
