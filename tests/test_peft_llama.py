@@ -164,9 +164,8 @@ def test_lora_linear_layers_train_as_peft_s(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when dynamo is first imported
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_compiles_in_one_graph(dropout):
-    model = adapted(lora_dropout=dropout, init_lora_weights=False)
+def test_compiles_in_one_graph():
+    model = adapted(lora_dropout=0.2, init_lora_weights=False)
     patch_peft(model)
     torch._dynamo.reset()
     compiled = torch.compile(model.model.model.layers[0].mlp, backend="aot_eager", fullgraph=True)
