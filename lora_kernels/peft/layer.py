@@ -74,7 +74,8 @@ def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
         active, casting = fields["_active_adapter"], fields["cast_input_dtype_enabled"]
     except KeyError:  # a PEFT that keeps its state elsewhere
         return None
-    lora_As, lora_Bs, dropouts = (modules[n].__dict__["_modules"] for n in ("lora_A", "lora_B", "lora_dropout"))
+    lora_As, lora_Bs = modules["lora_A"].__dict__["_modules"], modules["lora_B"].__dict__["_modules"]
+    dropouts = modules["lora_dropout"].__dict__["_modules"]
     terms = []
     for name in (active,) if isinstance(active, str) else active:
         if name not in lora_As:
