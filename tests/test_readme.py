@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from lora_kernels import cli, lora_linear, reference
 
@@ -33,7 +34,9 @@ def test_python_blocks_run(name, capsys, tmp_path, monkeypatch):
         F=F, x=x, weight=torch.randn(7, 12), bias=torch.randn(7), dy=torch.randn(5, 7), scaling=2.0, dropout_p=0.0,
         lora_A=torch.randn(3, 12, requires_grad=True), lora_B=torch.randn(7, 3, requires_grad=True),
     )  # fmt: skip
-    names = dict(given)
+    if "peft" in BLOCKS[name]:
+        pytest.importorskip("peft")
+    names = dict(given, base_model=nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 7)))
     monkeypatch.chdir(tmp_path)  # for the files that some of them write
     exec(BLOCKS[name], names)  # the project's own pages
     if "low_rank" in names:  # the "Equivalent to" block: it must be what the library computes
@@ -44,6 +47,8 @@ def test_python_blocks_run(name, capsys, tmp_path, monkeypatch):
         assert x.grad is not None
     if "exact" in names:
         assert float(capsys.readouterr().out) < 1e-3
+    if "LoraConfig" in names:
+        assert capsys.readouterr().out.startswith("2 LoRA layers: 2 fused")
     if "optimizer" in names:
         trained = [p for group in names["optimizer"].param_groups for p in group["params"]]
         assert any(p.grad is not None and p.grad.any() for p in trained)
