@@ -109,9 +109,7 @@ def _linear_backward(
     """Compute dx `[*, in]`, dA and dB as far as they are needed, and None for the rest."""
     shape = (*dy.shape[:-1], -1 if weight is None else weight.shape[1])
     dy, x = autograd.rows(dy), None if x is None else autograd.rows(x)
-    gradients = autograd.backward(
-        dy, x, weight, lora_A, lora_B, s, keep, alpha, backend, (dtype_A, dtype_B), needed
-    )
+    gradients = autograd.backward(dy, x, weight, lora_A, lora_B, s, keep, alpha, backend, (dtype_A, dtype_B), needed)
     # some forms of the products leave padding between the rows or have them in columns, which no shape tells
     dx, d_lora_A, d_lora_B = (None if g is None else g.contiguous() for g in gradients)
     return None if dx is None else dx.view(shape), d_lora_A, d_lora_B
