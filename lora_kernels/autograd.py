@@ -34,7 +34,7 @@ def forward(
     `noise` decides the mask; drawn here when there is none.
     """
     ops, rows = plan.contractions(backend), _rows(x)
-    s, keep = ops.shrink(rows, _as(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p, noise)
+    s, keep = ops.shrink(rows, _as(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p, noise=noise)
     _, expand = plan.expander(backend, rows, weight.shape[0], lora_A.shape[0], masked=False, backward=False)
     y = expand([(rows, weight), (s, _as(lora_B, x.dtype))], bias)
     return y.view(*x.shape[:-1], weight.shape[0]), s, keep
@@ -107,8 +107,11 @@ class LoRALinearFunction(torch.autograd.Function):
             dy, x, weight, lora_A, lora_B, s, keep, ctx.alpha, ctx.backend, ctx.adapter_dtypes,
             (need_x, need_A, need_B), tuple(_gradient(adapter) for adapter in ctx.accumulate),
         )  # fmt: skip
-        dweight = torch.mm(_rows(dy).t(), _rows(x)) if need_weight else None
-        dbias = _rows(dy).sum(0) if need_bias else None
+        dweight = dbias = None
+        if need_weight:
+            dweight = torch.mm(_rows(dy).t(), _rows(x))
+        if need_bias:
+            dbias = _rows(dy).sum(0)
         return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None, None
 
 

@@ -20,12 +20,12 @@ SHRINK, MATMUL, WGRAD, DEVICE = (f"kernels/{n}.py" for n in ("shrink", "matmul_e
 
 # name: (file, text, replacement); the ones in ALWAYS run in every test run
 MUTANTS = {
-    "scaling missing": ("autograd.py", "scaling * keep_scale(dropout_p), dropout_p)", "keep_scale(dropout_p), dropout_p)"),
-    "scaling missing in backward": ("autograd.py", "scaling * keep_scale(dropout_p), backend, x.shape", "keep_scale(dropout_p), backend, x.shape"),
+    "scaling missing": ("autograd.py", "scaling * keep_scale(dropout_p), dropout_p, noise", "keep_scale(dropout_p), dropout_p, noise"),
+    "scaling missing in backward": ("autograd.py", "ctx.backend = scaling * keep_scale(dropout_p)", "ctx.backend = keep_scale(dropout_p)"),
     "alpha ignored by the kernel": (SHRINK, "acc * tl.cast(alpha, tl.float32)", "acc * 2.0"),
     "keep_scale missing": ("dropout.py", "return _STEPS / kept if kept else 0.0", "return 1.0"),
-    "mask missing in dx": ("autograd.py", ", keep=keep).view(ctx.x_shape)", ").view(ctx.x_shape)"),
-    "mask missing in dA": ("autograd.py", "_rows(x), ctx.adapter_dtypes[0], keep)", "_rows(x), ctx.adapter_dtypes[0])"),
+    "mask missing in dx": ("autograd.py", "(ds, lora_A.t())], keep=keep)", "(ds, lora_A.t())])"),
+    "mask missing in dA": ("autograd.py", "_rows(x), adapter_dtypes[0], keep,", "_rows(x), adapter_dtypes[0], None,"),
     "mask missing in s": (SHRINK, "x = tl.where(unpack_bits(bits), x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))", "x = x"),
     "mask flipped in dx": (MATMUL, "tl.where(unpack_bits(packed.to(tl.int32)), product, 0.0)", "tl.where(unpack_bits(packed.to(tl.int32)), 0.0, product)"),
     "mask on the base product": (MATMUL, "part += tl.where(unpack_bits(packed.to(tl.int32)), product, 0.0)", "part = tl.where(unpack_bits(packed.to(tl.int32)), product + part, 0.0)"),

@@ -111,8 +111,8 @@ def outputs(x: Tensor, rank: int, dropout_p: float) -> tuple[Tensor, Tensor | No
 
 
 def shrink(
-    x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0, noise: Tensor | None = None,
-    config: ShrinkConfig | None = None,
+    x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0, config: ShrinkConfig | None = None,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute s `[M, R]`; with `dropout_p` > 0 draw a seed and return the packed mask `[M, ceil(K/8)]` as well.
 
@@ -121,7 +121,9 @@ def shrink(
     (rows, inner), rank = x.shape, a.shape[0]
     config = config or shrink_config(rows, inner, rank, x.dtype)
     s, keep = outputs(x, rank, dropout_p)
-    seed = draw_noise(x) if keep is not None and noise is None else noise
+    seed = noise
+    if keep is not None and noise is None:
+        seed = draw_seed(x.device)
     blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(rank, config.block_r)
     splits = triton.cdiv(inner, config.k_per_split)
     parts = x.new_empty(splits, rows, rank, dtype=torch.float32) if splits > 1 else None
