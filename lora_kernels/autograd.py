@@ -35,7 +35,7 @@ def forward(
     `noise` decides the mask; drawn here when there is none.
     """
     ops, flat = plan.contractions(backend), rows(x)
-    s, keep = ops.shrink(flat, _as(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p, noise)
+    s, keep = ops.shrink(flat, _as(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p, noise=noise)
     _, expand = plan.expander(backend, flat, weight.shape[0], lora_A.shape[0], masked=False, backward=False)
     y = expand([(flat, weight), (s, _as(lora_B, x.dtype))], bias)
     return y, s, keep  # no view of y: autograd lets nobody write to a view that a Function returns

@@ -70,7 +70,7 @@ def outputs(x: Tensor, rank: int, dropout_p: float) -> tuple[Tensor, Tensor | No
 
 
 def shrink(
-    x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0, noise: Tensor | None = None
+    x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0, *, noise: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Compute s = alpha · (x · keep) aᵀ, `[M, R]`, and draw keep, uint8 `[M, K]`, when `dropout_p` > 0.
 

@@ -20,7 +20,7 @@ SHRINK, MATMUL, WGRAD, DEVICE = (f"kernels/{n}.py" for n in ("shrink", "matmul_e
 
 # name: (file, text, replacement); the ones in ALWAYS run in every test run
 MUTANTS = {
-    "scaling missing": ("autograd.py", "scaling * keep_scale(dropout_p), dropout_p, noise)", "keep_scale(dropout_p), dropout_p, noise)"),
+    "scaling missing": ("autograd.py", "scaling * keep_scale(dropout_p), dropout_p, noise=noise)", "keep_scale(dropout_p), dropout_p, noise=noise)"),
     "scaling missing in backward": ("autograd.py", "scaling * keep_scale(dropout_p), backend, x.shape", "keep_scale(dropout_p), backend, x.shape"),
     "alpha ignored by the kernel": (SHRINK, "acc * tl.cast(alpha, tl.float32)", "acc * 2.0"),
     "keep_scale missing": ("dropout.py", "return _STEPS / kept if kept else 0.0", "return 1.0"),

@@ -118,8 +118,8 @@ def outputs(x: Tensor, rank: int, dropout_p: float) -> tuple[Tensor, Tensor | No
 
 
 def shrink(
-    x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0, noise: Tensor | None = None,
-    config: ShrinkConfig | None = None,
+    x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0, config: ShrinkConfig | None = None,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute s `[M, R]`; with `dropout_p` > 0 draw a seed and return the packed mask `[M, ceil(K/8)]` as well.
 
