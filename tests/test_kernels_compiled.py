@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ORACLES = Path(__file__).parent / "oracles"
 BUDGETS = Path(__file__).parent / "budgets"
 
@@ -27,33 +25,26 @@ def test_every_launch_is_laid_out_as_its_kernel_takes_it():
     assert "71 launches of _matmul_expand_kernel _shrink_kernel _wgrad_kernel" in done.stdout.splitlines()[-1]
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """What `lora-kernels inspect` writes of the kernels for sm_90, every budget held."""
-    path = tmp_path_factory.mktemp("inspect") / "report.json"
+def test_every_kernel_keeps_its_budgets(tmp_path):
+    path = tmp_path / "report.json"
     done = run_compiled(
         "-m", "lora_kernels", "inspect", "--quick", "--arch", "sm_90", "--jobs", 1, "--budgets", BUDGETS, "--json", path
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "Compiled properties, not performance." in done.stdout
-    return json.loads(path.read_text())
-
-
-def test_every_kernel_keeps_its_budgets(report):
-    assert not report["broken"]
-    kernels = report["kernels"]
+    kernels = json.loads(path.read_text())["kernels"]
     assert {(k["name"], k["case"]["dtype"]) for k in kernels} == {
         (name, dtype) for name in ("shrink", "matmul_expand", "wgrad") for dtype in ("bf16", "fp32")
     }
     assert {k["backward"] for k in kernels} == {True, False}
-    flags = ("USE_TMA", "HAS_BIAS", "HAS_KEEP", "HAS_DROPOUT", "HAS_SHRINK", "IS_SPLIT", "PDL", "Q_ROWS_ARE_N")
+    flags = ("USE_TMA", "HAS_BIAS", "HAS_KEEP", "HAS_DROPOUT", "HAS_SHRINK", "IS_SPLIT", "PDL", "Q_ROWS_ARE_N", "READY")
     for flag in flags:
         assert any(k["constants"].get(flag) for k in kernels), f"{flag} was never compiled"
+    figures_follow_from_the_tile(next(k for k in kernels if k["constants"].get("BLOCK_N") == 256))
 
 
-def test_what_is_read_of_the_large_product(report):
-    """Figures that follow from its tile, by hand."""
-    kernel = next(k for k in report["kernels"] if k["name"] == "matmul_expand" and k["constants"]["BLOCK_N"] == 256)
+def figures_follow_from_the_tile(kernel):
+    """What is read of the machine code of the large product, by hand."""
     facts, loop, sides = kernel["facts"], kernel["facts"]["loop"], kernel["constants"]
     groups = kernel["num_warps"] // 4  # warpgroups of the program, each of which takes its rows 64 at a time
     assert facts["mma"] == {"HGMMA.64x256x16": sides["BLOCK_M"] // 64 // groups * sides["BLOCK_K"] // 16}
@@ -64,35 +55,24 @@ def test_what_is_read_of_the_large_product(report):
     assert facts["dependent"] == "waits"
 
 
-@pytest.fixture(scope="module")
-def planted():
-    """What is found broken in kernels with a fault planted in each."""
+PLANTED = {
+    "a 32-bit product": ["multiplies in 32 bits for a pointer"],
+    "TF32": ["rounds fp32 to TF32 unasked"],
+    "few warps": ["spills", "waits 8 times"],
+    "too many programs": ["launches 264 programs at once and 132 fit"],
+    "narrow loads": ["narrower than 128 bits"],
+    "no pipeline": ["is not pipelined"],
+}
+
+
+def test_planted_faults_are_found():
     done = run_compiled(ORACLES / "planted_kernels.py")
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize(
-    ("fault", "finding"),
-    [
-        ("a 32-bit product", "multiplies in 32 bits for a pointer"),
-        ("TF32", "rounds fp32 to TF32 unasked"),
-        ("few warps", "spills"),
-        ("few warps", "waits 8 times"),
-        ("too many programs", "launches 264 programs at once and 132 fit"),
-        ("narrow loads", "narrower than 128 bits"),
-        ("no pipeline", "is not pipelined"),
-    ],
-)
-def test_planted_faults_are_found(planted, fault, finding):
-    assert any(finding in words for words in planted[fault]["broken"]), planted[fault]
-
-
-def test_it_is_seen_what_comes_before_the_wait(planted):
+    planted = json.loads(done.stdout.splitlines()[-1])
+    for fault, findings in PLANTED.items():
+        for finding in findings:
+            assert any(finding in words for words in planted[fault]["broken"]), (fault, planted[fault])
     assert planted["a wait"]["dependent"] == "waits"
     assert planted["a read before the wait"]["dependent"] == "waits to write"
     assert planted["a write before the wait"]["dependent"] == "waits late"
-
-
-def test_nothing_is_found_where_nothing_is_planted(planted):
     assert planted["none"] == {"broken": [], "dependent": "waits", "warnings": []}
