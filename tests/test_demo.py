@@ -60,7 +60,11 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "merge", [lambda self: setattr(self, "merged", True), lambda self: self._add_update(0.9 * self.scaling)]
+    "merge",
+    [
+        lambda self: setattr(self, "merged", True),
+        lambda self: self._add_update(self.lora_A, self.lora_B, 0.9 * self.scaling),
+    ],
 )
 def test_a_broken_merge_fails(merge, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(LoRALinear, "merge", torch.no_grad()(merge))
