@@ -97,7 +97,8 @@ def matmul_config(
     if place is not None and place < len(shipped):
         shipped = shipped[place : place + 1]
     elif inner <= _THIN:  # writing y is most of the work: many small programs at once
-        shipped = tuple(replace(config, num_stages=2, ctas_per_sm=4) for config in shipped if config.block_m <= 64)
+        small = [config for config in shipped if config.block_m <= 64 and config.block_n <= 128]
+        shipped = tuple(replace(config, num_stages=2, ctas_per_sm=2) for config in small)
     best = min(shipped, key=lambda config: (_clocks(config, rows, cols, num_sms), _padded(config, rows, cols)))
     if not tma:  # descriptors fill what is outside with zeros at no cost, pointers pay for every lane
         block_m, block_n = _fit(rows, best.block_m), _fit(cols, best.block_n)
