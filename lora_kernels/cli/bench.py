@@ -8,7 +8,7 @@ steps of a small model (model).
 
   lora-kernels bench                                              a preset that fits this machine
   lora-kernels bench --preset lorafusion --m 2048 8192            a published sweep, two of its row counts
-  lora-kernels bench --preset cpu-sweep --no-compile              a sweep for a CPU: 10 shapes, 2 ranks, dropout or none
+  lora-kernels bench --preset cpu-sweep --no-compile              a sweep for a CPU: 9 shapes, 2 ranks, dropout or none
   lora-kernels bench --shape 8192x4096x4096 --r 16 --p 0 0.1      your own: rows x in_features x out_features
   lora-kernels bench --level model --m 4096                       training steps, 4096 tokens each
 """
