@@ -15,6 +15,7 @@ __all__ = ["check_call", "check_dtypes", "check_transforms"]
 _SUPPORTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
 _NUMBERS = (numbers.Real, torch.SymFloat, torch.SymInt)
+_NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -27,26 +28,24 @@ def check_call(
         TypeError: An argument is not a plain dense tensor or has a dtype that is not supported.
         ValueError: A shape, a device, `scaling` or `dropout_p` does not fit.
     """
-    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
-    if bias is not None:
-        tensors["bias"] = bias
+    tensors = (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
     device = x.device if isinstance(x, Tensor) else None
-    for name, t in tensors.items():
+    for i, t in enumerate(tensors):
         if type(t) not in _PLAIN or t.layout is not torch.strided:
-            _check_kind(name, t)
+            _check_kind(_NAMES[i], t)
         if t.dtype not in _SUPPORTED:
             raise TypeError(
-                f"lora_linear: {name} has dtype {t.dtype}; supported: bfloat16, float16, float32 (float64 on CPU)."
+                f"lora_linear: {_NAMES[i]} has dtype {t.dtype}; supported: bfloat16, float16, float32 (float64 on CPU)."
             )
         if t.device != device:
             raise ValueError(
-                f"lora_linear: all tensors must be on one device; x is on {x.device}, {name} on {t.device}."
+                f"lora_linear: all tensors must be on one device; x is on {x.device}, {_NAMES[i]} on {t.device}."
             )
     if x.dim() == 0:
         raise ValueError("lora_linear: x must have at least 1 dim (…, in_features), got a scalar.")
-    for name in ("weight", "lora_A", "lora_B"):
-        if tensors[name].dim() != 2:
-            raise ValueError(f"lora_linear: {name} must have 2 dims, got shape {_shape(tensors[name])}.")
+    if not weight.dim() == lora_A.dim() == lora_B.dim() == 2:
+        name, t = next((name, t) for name, t in zip(_NAMES[1:], tensors[1:], strict=False) if t.dim() != 2)
+        raise ValueError(f"lora_linear: {name} must have 2 dims, got shape {_shape(t)}.")
     (out_features, in_features), rank = weight.shape, lora_A.shape[0]
     if x.shape[-1] != in_features:
         raise ValueError(
@@ -88,6 +87,8 @@ def check_dtypes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias
         TypeError: The mix is none of these.
     """
     dtype = x.dtype
+    if weight.dtype == lora_A.dtype == lora_B.dtype == dtype and (bias is None or bias.dtype == dtype):
+        return
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.dtype != dtype:
             raise TypeError(
