@@ -63,6 +63,10 @@ def kernels():
         g = wgrad(x, s, torch.float32, shrink=(a.T, ds, 3.0), config=config)
         assert torch.equal(g, x.T @ s), "wgrad that shrinks"
         assert torch.equal(ds, 3 * x @ a.T), "the shrink of wgrad"
+    wide, thin, b = torch.ones(20, 150), torch.ones(20, 5), torch.ones(150, 5)
+    ds = torch.full_like(thin, torch.nan)  # of ten parts, more than are on their way at a time
+    wgrad(wide, thin, torch.float32, shrink=(b, ds, 1.0), config=WgradConfig(16, 16, 16, 16, 4, 2))
+    assert torch.equal(ds, wide @ b), "the shrink of wgrad, in many parts"
     big = torch.tensor([64.0] * 64 + [1.0] + [-64.0] * 64, dtype=torch.float16).expand(4, -1)
     assert torch.equal(
         shrink(big, torch.full((2, 129), 64.0, dtype=torch.float16), 0.5)[0].double().unique(), _one(32.0)
