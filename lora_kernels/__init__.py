@@ -1,11 +1,28 @@
 """Fused LoRA for PyTorch: y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias, forward and backward.
 
-`lora_linear` is the function, `LoRALinear` the module, `reference` the same in plain PyTorch.
+`patch_peft` makes a PEFT model fast in place; `lora_linear` is the function, `LoRALinear` the module with
+`swap_linear`, `save_adapter`, `load_adapter` and `merge_and_unload` for models made of it; `reference` is the same in
+plain PyTorch.
 """
+
+from typing import Any
 
 from lora_kernels import reference
 from lora_kernels._version import __version__
 from lora_kernels.functional import lora_linear
 from lora_kernels.modules import LoRALinear
 
-__all__ = ["LoRALinear", "__version__", "lora_linear", "reference"]
+_FROM_PEFT = ("load_adapter", "merge_and_unload", "patch_peft", "save_adapter", "swap_linear", "unpatch_peft")
+
+__all__ = [
+    "LoRALinear", "__version__", "lora_linear", "reference", *_FROM_PEFT,
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Names of `lora_kernels.peft`, loaded when they are first asked for."""
+    if name in _FROM_PEFT:
+        from lora_kernels import peft
+
+        return getattr(peft, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,8 @@ what the gradients that were asked for need. Adapters wider than x are rounded t
 the rounded copies would be more than all else that is saved. No input is ever written.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -21,19 +23,54 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from lora_kernels import plan
 from lora_kernels.dropout import keep_scale
 
-__all__ = ["LoRALinearFunction", "forward"]
+__all__ = ["LoRALinearFunction", "backward", "forward", "rows"]
 
 
 def forward(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
-    scaling: float, dropout_p: float, backend: str,
+    scaling: float, dropout_p: float, backend: str, noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Compute y `[M, out]`, and what backward needs of the way there: s `[M, r]` and the backend's mask."""
-    ops, rows = plan.contractions(backend), _rows(x)
-    s, keep = ops.shrink(rows, _as(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p)
-    _, expand = plan.expander(backend, rows, weight.shape[0], lora_A.shape[0], masked=False, backward=False)
-    y = expand([(rows, weight), (s, _as(lora_B, x.dtype))], bias)
+    """Compute y `[M, out]`, and what backward needs of the way there: s `[M, r]` and the backend's mask.
+
+    `noise` decides the mask; drawn here when there is none.
+    """
+    ops, flat = plan.contractions(backend), rows(x)
+    s, keep = ops.shrink(flat, _as(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p, noise=noise)
+    _, expand = plan.expander(backend, flat, weight.shape[0], lora_A.shape[0], masked=False, backward=False)
+    y = expand([(flat, weight), (s, _as(lora_B, x.dtype))], bias)
     return y, s, keep  # no view of y: autograd lets nobody write to a view that a Function returns
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,
+    s: Tensor | None, keep: Tensor | None, alpha: float, backend: str,
+    adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: Sequence[bool],
+    into: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Compute dx `[M, in]`, dA and dB, as far as they are `needed`, from what they need.
+
+    dx needs W, A, B and the mask; dA needs x, B and the mask; dB needs s. dy is `[M, out]` and x `[M, in]`: a copy,
+    where `rows` has to make one, comes before the launches, which overlap. `alpha` is scaling · keep_scale. dA and dB
+    come in `adapter_dtypes`, or are added to `into`, and then are None.
+    """
+    (need_x, need_A, need_B), ops = needed, plan.contractions(backend)
+    lora_A, lora_B = (None if t is None else _as(t, dy.dtype) for t in (lora_A, lora_B))
+    dx = d_lora_A = d_lora_B = how = expand = ds = None
+    if need_x:
+        how, expand = plan.expander(backend, dy, weight.shape[1], lora_B.shape[1], keep is not None, True)
+    if how == "joint":
+        dx, ds = expand(dy, weight, lora_A, lora_B, alpha, keep)
+    elif need_B and (need_x or need_A):
+        ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, alpha, adapter_dtypes[1], into[1])
+    elif need_x or need_A:
+        ds, _ = ops.shrink(dy, lora_B.t(), alpha)
+    if need_x and how != "joint":
+        dx = expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
+    if need_A:
+        d_lora_A = ops.wgrad(ds, x, adapter_dtypes[0], keep, into=into[0], ready=how == "fused")
+    if need_B and (how == "joint" or ds is None):
+        d_lora_B = ops.wgrad(dy, s, adapter_dtypes[1], into=into[1])
+    return dx, d_lora_A, d_lora_B
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -74,30 +111,13 @@ class LoRALinearFunction(torch.autograd.Function):
 def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
     need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
-    ops, dy = plan.contractions(ctx.backend), _rows(dy)
-    x = None if x is None else _rows(x)  # a copy, where one is needed, comes before the launches that overlap
-    lora_A, lora_B = (None if t is None else _as(t, dy.dtype) for t in (lora_A, lora_B))
-    dx = dweight = d_lora_A = d_lora_B = dbias = None
-    into_A, into_B = (_gradient(adapter) for adapter in ctx.accumulate)
-    how = expand = ds = None
-    if need_x:
-        how, expand = plan.expander(ctx.backend, dy, weight.shape[1], lora_B.shape[1], keep is not None, True)
-    if how == "joint":
-        dx, ds = expand(dy, weight, lora_A, lora_B, ctx.alpha, keep)
-    elif need_B and (need_x or need_A):
-        ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, ctx.alpha, ctx.adapter_dtypes[1], into_B)
-    elif need_x or need_A:
-        ds, _ = ops.shrink(dy, lora_B.t(), ctx.alpha)
-    if need_x and how != "joint":
-        dx = expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
-    if need_A:
-        d_lora_A = ops.wgrad(ds, x, ctx.adapter_dtypes[0], keep, into=into_A, ready=how == "fused")
-    if need_B and (how == "joint" or ds is None):
-        d_lora_B = ops.wgrad(dy, s, ctx.adapter_dtypes[1], into=into_B)
-    if need_weight:
-        dweight = torch.mm(dy.t(), x)
-    if need_bias:
-        dbias = dy.sum(0)
+    dy, x = rows(dy), None if x is None else rows(x)
+    dx, d_lora_A, d_lora_B = backward(
+        dy, x, weight, lora_A, lora_B, s, keep, ctx.alpha, ctx.backend, ctx.adapter_dtypes,
+        (need_x, need_A, need_B), tuple(_gradient(adapter) for adapter in ctx.accumulate),
+    )  # fmt: skip
+    dweight = torch.mm(dy.t(), x) if need_weight else None
+    dbias = dy.sum(0) if need_bias else None
     if dx is not None and len(ctx.x_shape) != 2:
         dx = dx.view(ctx.x_shape)
     return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None, None
@@ -121,7 +141,7 @@ def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
-def _rows(t: Tensor) -> Tensor:
+def rows(t: Tensor) -> Tensor:
     """View `[*, features]` as `[M, features]`; copies where no view exists, or where one stands for its negative."""
     t = t.resolve_neg()
     return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])

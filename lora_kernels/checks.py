@@ -10,7 +10,7 @@ import numbers
 import torch
 from torch import Tensor
 
-__all__ = ["check_call", "check_dtypes", "check_transforms"]
+__all__ = ["check_add", "check_call", "check_dtypes", "check_transforms"]
 
 _SUPPORTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
@@ -68,20 +68,46 @@ def check_call(
             if bias.dim() == 1
             else f"lora_linear: bias is {_shape(bias)} but must be ({out_features},): one value an output feature."
         )
-    for name, number in (("scaling", scaling), ("dropout_p", dropout_p)):
-        if type(number) is not float and not isinstance(number, _NUMBERS):
+    _check_numbers(scaling, dropout_p, "lora_linear")
+
+
+def check_add(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float) -> None:
+    """Check kinds, shapes, devices and numbers of one call of `lora_add`.
+
+    Raises:
+        TypeError: An argument is not a plain dense tensor or has a dtype that is not supported.
+        ValueError: A shape, a device, `scaling` or `dropout_p` does not fit.
+    """
+    for name, t in (("base", base), ("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if type(t) not in _PLAIN or t.layout is not torch.strided:
+            _check_kind(name, t, "lora_add")
+        if t.dtype not in _SUPPORTED:
             raise TypeError(
-                f"lora_linear: {name} must be a number, got {type(number).__name__} {number!r}. Use float({name})."
+                f"lora_add: {name} has dtype {t.dtype}; supported: bfloat16, float16, float32 (float64 on CPU)."
             )
-    if not (0.0 <= dropout_p <= 1.0):
+        if t.device != x.device:
+            raise ValueError(f"lora_add: all tensors must be on one device; x is on {x.device}, {name} on {t.device}.")
+    if x.dim() == 0 or base.shape[:-1] != x.shape[:-1]:
         raise ValueError(
-            f"lora_linear: dropout_p must be in [0, 1), got {dropout_p}. (Exactly 1 drops the whole low-rank term.)"
+            f"lora_add: base must be (…, out_features) with the leading dims of x, (…, in_features); "
+            f"got {_shape(base)} for x of {_shape(x)}."
         )
-    if not math.isfinite(scaling):
-        raise ValueError(f"lora_linear: scaling must be finite, got {scaling}.")
+    if lora_A.dim() != 2 or lora_A.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"lora_add: lora_A is {_shape(lora_A)} but must be (r, {x.shape[-1]}) to match x. "
+            "Did you pass lora_A transposed?"
+        )
+    if lora_B.shape != (base.shape[-1], lora_A.shape[0]):
+        raise ValueError(
+            f"lora_add: lora_B is {_shape(lora_B)} but must be ({base.shape[-1]}, {lora_A.shape[0]}): "
+            "out_features x rank."
+        )
+    _check_numbers(scaling, dropout_p, "lora_add")
 
 
-def check_dtypes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
+def check_dtypes(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, call: str = "lora_linear"
+) -> None:
     """Check the mix of dtypes outside autocast: one dtype throughout, or fp32 adapters over a half base.
 
     Raises:
@@ -97,39 +123,55 @@ def check_dtypes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias
     for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
         if t.dtype != dtype and not (t.dtype == torch.float32 and dtype in _HALF):
             raise TypeError(
-                f"lora_linear: x is {_name(x)} but {name} is {_name(t)}. Adapters must have x's dtype, or be float32 "
+                f"{call}: x is {_name(x)} but {name} is {_name(t)}. Adapters must have x's dtype, or be float32 "
                 f"over a float16 or bfloat16 x. Use torch.autocast, or cast: {name}.to(x.dtype)."
             )
 
 
 def check_transforms(backend: str) -> None:
-    """Refuse functorch transforms (`torch.func.grad`, `vmap`, `jvp`) unless the call asked for plain PyTorch.
+    """Refuse `torch.func` transforms and forward-mode AD unless the call asked for plain PyTorch.
 
     Raises:
-        RuntimeError: A transform is active and backend is not "torch".
+        RuntimeError: One of them is active and backend is not "torch".
     """
     if backend != "torch":
-        raise RuntimeError('lora_linear does not support torch.func transforms; use backend="torch" inside them.')
+        raise RuntimeError(
+            'lora_linear does not support torch.func transforms and forward-mode AD; use backend="torch" inside them.'
+        )
 
 
-def _check_kind(name: str, t: object) -> None:
+def _check_numbers(scaling: float, dropout_p: float, call: str) -> None:
+    for name, number in (("scaling", scaling), ("dropout_p", dropout_p)):
+        if type(number) is not float and not isinstance(number, _NUMBERS):
+            raise TypeError(
+                f"{call}: {name} must be a number, got {type(number).__name__} {number!r}. Use float({name})."
+            )
+    if not (0.0 <= dropout_p <= 1.0):
+        raise ValueError(
+            f"{call}: dropout_p must be in [0, 1), got {dropout_p}. (Exactly 1 drops the whole low-rank term.)"
+        )
+    if not -math.inf < scaling < math.inf:  # not isfinite, which a compiler cannot trace with a symbol
+        raise ValueError(f"{call}: scaling must be finite, got {scaling}.")
+
+
+def _check_kind(name: str, t: object, call: str = "lora_linear") -> None:
     if not isinstance(t, Tensor):
-        raise TypeError(f"lora_linear: {name} must be a torch.Tensor, got {type(t).__name__}.")
+        raise TypeError(f"{call}: {name} must be a torch.Tensor, got {type(t).__name__}.")
     kind = type(t).__name__
     if kind == "DTensor":
         raise TypeError(
-            f"lora_linear: {name} is a DTensor. Call the module inside its FSDP forward (so it is unsharded) "
+            f"{call}: {name} is a DTensor. Call the module inside its FSDP forward (so it is unsharded) "
             f"or use {name}.to_local() if it is replicated."
         )
     if t.is_nested:
-        raise TypeError(f"lora_linear: {name} is a nested tensor. Use {name}.to_padded_tensor(0.0) or {name}.values().")
+        raise TypeError(f"{call}: {name} is a nested tensor. Use {name}.to_padded_tensor(0.0) or {name}.values().")
     if t.layout is not torch.strided:
-        raise TypeError(f"lora_linear: {name} has layout {t.layout}. Use {name}.to_dense().")
+        raise TypeError(f"{call}: {name} has layout {t.layout}. Use {name}.to_dense().")
     if t.is_quantized:
-        raise TypeError(f"lora_linear: {name} is quantized. Use {name}.dequantize().")
+        raise TypeError(f"{call}: {name} is quantized. Use {name}.dequantize().")
     if kind not in ("FakeTensor", "FunctionalTensor", "Buffer") and type(t) not in _PLAIN:
         raise TypeError(
-            f"lora_linear: {name} is a {kind}, a tensor subclass that the kernels cannot read. "
+            f"{call}: {name} is a {kind}, a tensor subclass that the kernels cannot read. "
             f"Pass the dense tensor it stands for."
         )
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lora_kernels.dropout import threshold
 
-__all__ = ["draw_mask", "matmul_expand", "shrink", "shrink_wgrad", "wgrad"]
+__all__ = ["draw_mask", "draw_noise", "matmul_expand", "outputs", "shrink", "shrink_wgrad", "wgrad"]
 
 _BLOCK = 1 << 17  # elements of x or dy at a time: half a megabyte in fp32
 _DRAWN = 1 << 19  # elements of a mask at a time
@@ -30,36 +30,53 @@ _TILE = 1024, 1 << 20  # rows of y, and elements of the weight, widened at a tim
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def draw_mask(shape: torch.Size, dropout_p: float, device: torch.device) -> Tensor:
-    """Draw a dropout mask, uint8, 1 where kept, from the device's default torch generator.
+def draw_mask(shape: torch.Size, dropout_p: float, device: torch.device, noise: Tensor | None = None) -> Tensor:
+    """Draw a dropout mask, uint8, 1 where kept, or make it of the `noise` that was drawn.
 
-    Kept with the probability 1 - threshold(p) / 65536, like the kernels' mask. On a CPU one 64-bit draw decides four
-    elements, which is several times faster there than `bernoulli_`, one draw an element; and it multiplies by bytes
-    several times faster than by bools.
+    Kept with the probability 1 - threshold(p) / 65536, like the kernels' mask. One 64-bit draw decides four elements,
+    which on a CPU is several times faster than `bernoulli_`, one draw an element; and it multiplies by bytes several
+    times faster than by bools.
     """
-    drop = threshold(dropout_p)
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=torch.uint8, device=device).bernoulli_(1 - drop / 65536)
+    drop, numel = threshold(dropout_p), shape.numel()
     if drop == 65536:  # more than int16 can compare with
-        return torch.zeros(shape, dtype=torch.uint8)
-    numel = shape.numel()
-    if numel <= _DRAWN:
-        return _words(numel).ge(drop - 32768).view(shape).view(torch.uint8)
+        return torch.zeros(shape, dtype=torch.uint8, device=device)
+    if noise is not None or numel <= _DRAWN or device.type != "cpu":
+        words = _words(numel, device) if noise is None else noise.view(torch.int16)[:numel]
+        return words.ge(drop - 32768).view(shape).view(torch.uint8)
     keep = torch.empty(numel, dtype=torch.uint8)
-    for part in keep.split(_DRAWN):
-        torch.ge(_words(part.numel()), drop - 32768, out=part)
+    for part in keep.split(_DRAWN):  # the words of a single draw, a part at a time
+        torch.ge(_words(part.numel(), device), drop - 32768, out=part)
     return keep.view(shape)
 
 
-def _words(numel: int) -> Tensor:
+def draw_noise(x: Tensor) -> Tensor:
+    """Draw what decides the mask of x, from the device's default torch generator: 16 bits an element, in int64."""
+    return _draw(x.numel(), x.device)
+
+
+def _draw(numel: int, device: torch.device) -> Tensor:
+    return torch.empty(-(-numel // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
+
+
+def _words(numel: int, device: torch.device) -> Tensor:
     """Random 16-bit words, int16."""
-    words = torch.empty(-(-numel // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    words = _draw(numel, device).view(torch.int16)
     return words[:numel] if numel % 4 else words
 
 
-def shrink(x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0) -> tuple[Tensor, Tensor | None]:
-    """Compute s = alpha · (x · keep) aᵀ, `[M, R]`, and draw keep, uint8 `[M, K]`, when `dropout_p` > 0."""
-    keep = draw_mask(x.shape, dropout_p, x.device) if dropout_p > 0 else None
+def outputs(x: Tensor, rank: int, dropout_p: float) -> tuple[Tensor, Tensor | None]:
+    """Allocate what `shrink` returns, s `[M, R]` and keep `[M, K]`, for shapes and strides alone."""
+    return x.new_empty(x.shape[0], rank), x.new_empty(x.shape, dtype=torch.uint8) if dropout_p > 0 else None
+
+
+def shrink(
+    x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0, *, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Compute s = alpha · (x · keep) aᵀ, `[M, R]`, and draw keep, uint8 `[M, K]`, when `dropout_p` > 0.
+
+    With `noise`, from an earlier `draw_noise(x)`, nothing is drawn: a pure function.
+    """
+    keep = draw_mask(x.shape, dropout_p, x.device, noise) if dropout_p > 0 else None
     right = _wide(a).t()
     parts = [_product(_dropped(_wide(x_m), keep_m), right, alpha, x.dtype) for x_m, keep_m in _blocks(x, keep)]
     return _joined(parts), keep

@@ -1,12 +1,13 @@
-"""`lora_linear`: check, apply autocast, choose a backend, and go with or without autograd."""
+"""`lora_linear` and `lora_add`: check, apply autocast, choose a backend, and go with or without autograd."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from lora_kernels import autograd, checks, plan, reference
+from lora_kernels import autograd, checks, low_rank, ops, plan, reference
 
-__all__ = ["lora_linear"]
+__all__ = ["lora_add", "lora_linear"]
 
 
 def lora_linear(
@@ -42,8 +43,8 @@ def lora_linear(
     Raises:
         TypeError: A dtype, a mix of dtypes, or a kind of tensor that is not supported.
         ValueError: Shapes, devices, `scaling`, `dropout_p` or `backend` that do not fit.
-        RuntimeError: backend="triton" where it cannot run, a `torch.func` transform, or, from backward, a second
-            differentiation (use `lora_kernels.reference.lora_linear` for that).
+        RuntimeError: backend="triton" where it cannot run, a `torch.func` transform or forward-mode AD, or, from
+            backward, a second differentiation (use `lora_kernels.reference.lora_linear` for that).
 
     Numerics: fp32 accumulation; s = scaling D(x) Aᵀ, its gradient, and each output are rounded once (the torch
     backend, and a hybrid with the vendor's library, round one part of a sum on its own as well). In float16, s must
@@ -67,17 +68,22 @@ def _checked(
     checks.check_call(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if not adapters_fit:
         checks.check_dtypes(x, weight, lora_A, lora_B, bias)
-    transforming = torch._C._are_functorch_transforms_active()
-    if transforming:
+    if _transforming():
         checks.check_transforms(backend)
-    if transforming or torch.compiler.is_compiling():  # both want operators that they can see into
         return reference.lora_linear(
             x, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling=scaling, bias=bias, dropout_p=dropout_p
         )
-    scaling, dropout_p, rank = float(scaling), float(dropout_p), lora_A.shape[0]
+    rank = lora_A.shape[0]
+    base_only = dropout_p == 1 or rank == 0
+    if _watched():
+        backend = plan.overridden(backend)
+        if base_only:
+            return _base_only(x, weight, lora_A, lora_B, bias)
+        return ops.linear(x, weight, lora_A, lora_B, bias, _number(scaling), _number(dropout_p), backend)
+    scaling, dropout_p = float(scaling), float(dropout_p)
     empty = x.numel() == 0 or weight.shape[0] == 0
     backend = plan.choose(x.device, x.dtype, rank, empty or rank == 0, backend)
-    if dropout_p == 1 or rank == 0:
+    if base_only:
         return _base_only(x, weight, lora_A, lora_B, bias)
     args = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
     trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or weight.requires_grad
@@ -86,6 +92,78 @@ def _checked(
     else:
         y = autograd.forward(*args)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _number(value: float) -> float:
+    """A number that an operator takes; a compiler's symbol is left one."""
+    return value if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) else float(value)
+
+
+def lora_add(
+    base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, *,
+    scaling: float = 1.0, dropout_p: float = 0.0, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Add a low-rank adapter to the result of a base layer that only the layer itself can compute.
+
+    y = base + scaling · D(x) Aᵀ Bᵀ, for quantised layers, hooked ones, a second adapter over the first.
+
+    Args:
+        base: The base layer's result, `[*, out_features]`; read, not written.
+        x: What the base layer was given, `[*, in_features]`; as in `lora_linear`.
+        lora_A: A, `[r, in_features]`; as in `lora_linear`.
+        lora_B: B, `[out_features, r]`.
+        scaling: Multiplies the low-rank term.
+        dropout_p: As in `lora_linear`.
+        backend: As in `lora_linear`.
+
+    Returns:
+        y, `[*, out_features]`, in base's dtype. The low-rank term is computed in x's dtype, or autocast's.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As `lora_linear`.
+    """
+    device_type = x.device.type if isinstance(x, Tensor) else "cpu"
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if autocast and isinstance(x, Tensor) and x.is_floating_point() and x.itemsize <= 4:
+        x = x.to(torch.get_autocast_dtype(device_type))
+        with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
+            return _checked_add(base, x, lora_A, lora_B, scaling, dropout_p, backend, True)
+    return _checked_add(base, x, lora_A, lora_B, scaling, dropout_p, backend, False)
+
+
+def _checked_add(
+    base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str,
+    adapters_fit: bool,
+) -> Tensor:  # fmt: skip
+    """`_checked` for `lora_add`."""
+    checks.check_add(base, x, lora_A, lora_B, scaling, dropout_p)
+    if not adapters_fit:
+        checks.check_dtypes(x, x, lora_A, lora_B, None, call="lora_add")
+    transforming = _transforming()
+    if transforming:
+        checks.check_transforms(backend)
+    if transforming or _watched():  # no operator of ours: a compiler fuses what it can
+        a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        return reference.lora_add(base, x, a, b, scaling=scaling, dropout_p=dropout_p)
+    scaling, dropout_p, rank = float(scaling), float(dropout_p), lora_A.shape[0]
+    backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or base.numel() == 0 or rank == 0, backend)
+    if dropout_p == 1 or rank == 0:
+        return base + _nothing(lora_A, lora_B).to(base.dtype)
+    args = (base, x, lora_A, lora_B, scaling, dropout_p, backend)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in args[:4]):
+        y = low_rank.LoRAAddFunction.apply(*args)
+    else:
+        y = low_rank.forward(*args)[0]
+    return y.view(base.shape)
+
+
+def _transforming() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _watched() -> bool:
+    """Whether a compiler or a dispatch mode has to see an operator; the plain path is tens of microseconds faster."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _autocast(
@@ -101,5 +179,9 @@ def _autocast(
 def _base_only(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
     """The base layer alone, with zero gradients for the adapters rather than none."""
     y = F.linear(x, weight, bias)
-    nothing = lora_A[:0].sum() + lora_B[:0].sum()  # of no elements: 0 whatever the adapters hold, and so the gradients
+    nothing = _nothing(lora_A, lora_B)
     return y + nothing.to(y.dtype) if nothing.requires_grad else y
+
+
+def _nothing(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    return lora_A[:0].sum() + lora_B[:0].sum()  # of no elements: 0 whatever the adapters hold, and so the gradients

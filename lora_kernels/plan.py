@@ -32,6 +32,7 @@ __all__ = [
     "forced",
     "form",
     "interpreting",
+    "overridden",
     "rule",
 ]
 
@@ -74,9 +75,17 @@ def choose(device: torch.device, dtype: torch.dtype, rank: int, empty: bool, req
     """
     if requested == "torch" or (empty and requested in BACKENDS):
         return "torch"
-    if requested == "auto":
-        requested = _environment_backend()
-    return _choose(device, dtype, rank, requested).backend
+    return _choose(device, dtype, rank, overridden(requested)).backend
+
+
+def overridden(backend: str) -> str:
+    """The backend that was asked for; where that is "auto", what LORA_KERNELS_BACKEND says."""
+    return _environment_backend() if backend == "auto" else backend
+
+
+# torch.compiler.assume_constant_result, which would import the compiler: a compiled graph, and the key under which it
+# is kept on disk, hold the answer and not the question
+overridden._dynamo_marked_constant = True
 
 
 @functools.cache

@@ -27,6 +27,7 @@ __all__ = [
     "grad_weight",
     "grad_x",
     "keep_mask",
+    "lora_add",
     "lora_linear",
     "philox4x32",
 ]
@@ -131,12 +132,34 @@ def lora_linear(
     Returns:
         y, `[*, out]`. Double backward, forward-mode AD and `torch.func` all work: it is made of PyTorch operators.
     """
-    keep = None
-    if dropout_p > 0 and seed is None:
-        keep = torch.rand(x.shape, device=x.device) >= dropout_p
-    elif dropout_p > 0:
-        keep = keep_mask(seed, _rows(x).shape[0], x.shape[-1], dropout_p).to(x.device).view(x.shape)
-    return forward(x, weight, lora_A, lora_B, bias, scaling, keep, dropout_p)
+    return forward(x, weight, lora_A, lora_B, bias, scaling, _mask(x, dropout_p, seed), dropout_p)
+
+
+def lora_add(
+    base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, *,
+    scaling: float = 1.0, dropout_p: float = 0.0, seed: Tensor | int | None = None,
+) -> Tensor:  # fmt: skip
+    """Compute base + scaling · D(x) Aᵀ Bᵀ, `[*, out]`, the same as `lora_kernels.functional.lora_add`.
+
+    Args:
+        base: `[*, out]`; the result has its dtype.
+        x: `[*, in]`.
+        lora_A: A, `[r, in]`.
+        lora_B: B, `[out, r]`.
+        scaling: Multiplies the low-rank term.
+        dropout_p: As in `lora_linear`.
+        seed: As in `lora_linear`.
+    """
+    low_rank = scaling * (dropped(x, _mask(x, dropout_p, seed), dropout_p) @ lora_A.T) @ lora_B.T
+    return (base + low_rank).to(base.dtype)
+
+
+def _mask(x: Tensor, dropout_p: float, seed: Tensor | int | None) -> Tensor | None:
+    if dropout_p <= 0:
+        return None
+    if seed is None:
+        return torch.rand(x.shape, device=x.device) >= dropout_p
+    return keep_mask(seed, _rows(x).shape[0], x.shape[-1], dropout_p).to(x.device).view(x.shape)
 
 
 def _rows(t: Tensor) -> Tensor:

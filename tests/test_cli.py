@@ -108,7 +108,7 @@ def _quick_torch(*more: str) -> int:
 
 def test_verify_fails_on_a_wrong_scale(monkeypatch, tmp_path, capsys):
     shrink = eager.shrink
-    monkeypatch.setattr(eager, "shrink", lambda x, a, alpha, p=0.0: shrink(x, a, alpha * 1.001, p))
+    monkeypatch.setattr(eager, "shrink", lambda x, a, alpha, *rest, **more: shrink(x, a, alpha * 1.001, *rest, **more))
     assert _quick_torch("--json", str(tmp_path / "v.json")) == 1
     assert "FAIL" in capsys.readouterr().out
     report = json.loads((tmp_path / "v.json").read_text())
@@ -126,8 +126,8 @@ def test_verify_fails_on_nan_and_still_writes_json(monkeypatch, tmp_path):
 def test_verify_fails_on_an_input_that_is_written(monkeypatch, capsys):
     shrink = eager.shrink
 
-    def scribble(x, a, alpha, p=0.0):
-        result = shrink(x, a, alpha, p)
+    def scribble(x, *rest, **more):
+        result = shrink(x, *rest, **more)
         first = x.detach()[:1, :1]
         first.mul_(1 + 2**-20)  # within the error bounds, after it was read
         return result

@@ -112,7 +112,10 @@ def test_8_dtensors_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_15_functorch(backend):
-    with pytest.raises(RuntimeError, match=r'does not support torch\.func transforms; use backend="torch" inside them'):
+    with pytest.raises(
+        RuntimeError,
+        match=r'does not support torch\.func transforms and forward-mode AD; use backend="torch" inside them',
+    ):
         torch.func.grad(lambda a: call(lora_A=a, backend=backend).sum())(torch.randn(2, 6))
 
 

@@ -20,12 +20,12 @@ SHRINK, MATMUL, WGRAD, DEVICE = (f"kernels/{n}.py" for n in ("shrink", "matmul_e
 
 # name: (file, text, replacement); the ones in ALWAYS run in every test run
 MUTANTS = {
-    "scaling missing": ("autograd.py", "scaling * keep_scale(dropout_p), dropout_p)", "keep_scale(dropout_p), dropout_p)"),
+    "scaling missing": ("autograd.py", "scaling * keep_scale(dropout_p), dropout_p, noise=noise)", "keep_scale(dropout_p), dropout_p, noise=noise)"),
     "scaling missing in backward": ("autograd.py", "scaling * keep_scale(dropout_p), backend, x.shape", "keep_scale(dropout_p), backend, x.shape"),
     "alpha ignored by the kernel": (SHRINK, "acc * tl.cast(alpha, tl.float32)", "acc * 2.0"),
     "keep_scale missing": ("dropout.py", "return _STEPS / kept if kept else 0.0", "return 1.0"),
     "mask missing in dx": ("autograd.py", "(ds, lora_A.t())], keep=keep)", "(ds, lora_A.t())])"),
-    "mask missing in dA": ("autograd.py", "ops.wgrad(ds, x, ctx.adapter_dtypes[0], keep,", "ops.wgrad(ds, x, ctx.adapter_dtypes[0], None,"),
+    "mask missing in dA": ("autograd.py", "ops.wgrad(ds, x, adapter_dtypes[0], keep,", "ops.wgrad(ds, x, adapter_dtypes[0], None,"),
     "mask missing in s": (SHRINK, "x = tl.where(unpack_bits(bits), x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))", "x = x"),
     "mask flipped in dx": (MATMUL, "tl.where(unpack_bits(packed.to(tl.int32)), product, 0.0)", "tl.where(unpack_bits(packed.to(tl.int32)), 0.0, product)"),
     "mask on the base product": (MATMUL, "part += tl.where(unpack_bits(packed.to(tl.int32)), product, 0.0)", "part = tl.where(unpack_bits(packed.to(tl.int32)), product + part, 0.0)"),
@@ -47,7 +47,7 @@ MUTANTS = {
     "counters not reset": (DEVICE, "tl.store(arrivals_ptr, 0)", "tl.store(arrivals_ptr, expected)"),
     "counters shared by g and ds": (WGRAD, "arrivals_ptr + tiles + split", "arrivals_ptr + split"),
     "alpha missing in ds": (WGRAD, "ds * tl.cast(alpha, tl.float32)", "ds"),
-    "seed fixed": (SHRINK, "seed = draw_seed(x.device)", "seed = draw_seed(x.device).fill_(1)"),
+    "seed fixed": (SHRINK, "return draw_seed(x.device)", "return draw_seed(x.device).fill_(1)"),
     "seed cut to 32 bits": (SHRINK, "seed = tl.load(seed_ptr)", "seed = tl.load(seed_ptr) & 0xFFFFFFFF"),
     "same mask in every row": (SHRINK, "bits = keep_bits(seed, counter, threshold)", "bits = keep_bits(seed, counter * 0 + offs_byte[None, :], threshold)"),
     "K tail mask missing": (SHRINK, "mask=mask_m[:, None] & mask_k[None, :], other=0.0,", "mask=mask_m[:, None], other=0.0,"),
@@ -60,7 +60,7 @@ MUTANTS = {
     "16-bit accumulator": (MATMUL, "acc = tl.dot(p_tile, q_tile, acc, input_precision=PRECISION)", "acc = tl.dot(p_tile, q_tile, acc, input_precision=PRECISION).to(tl.float16).to(tl.float32)"),
     "tiles overlap": (MATMUL, "m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N", "m0, n0 = pid_m * (BLOCK_M // 2), pid_n * BLOCK_N"),
     "grid one short": (SHRINK, "blocks = triton.cdiv(rows, config.block_m) *", "blocks = max(rows // config.block_m, 1) *"),
-    "saved s overwritten": ("autograd.py", "    if need_weight:", "    if need_B:\n        s.data.zero_()\n    if need_weight:"),
+    "saved s overwritten": ("autograd.py", "    return dx, d_lora_A, d_lora_B\n", "    if need_B:\n        s.data.zero_()\n    return dx, d_lora_A, d_lora_B\n"),
 }  # fmt: skip
 ALWAYS = (
     "scaling missing in backward", "mask missing in dx", "strides of A swapped", "accumulate missing in matmul",

@@ -1,4 +1,4 @@
-"""The README tells the truth: its Python blocks run, its files exist, its commands are the ones there are."""
+"""README and docs tell the truth: their Python blocks run, their files exist, their commands are the ones there are."""
 
 import re
 from pathlib import Path
@@ -6,28 +6,39 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from lora_kernels import cli, lora_linear, reference
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = {
+    f"{page.name} {i}": block
+    for page in PAGES
+    for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S), 1)
+}
 
 
-def test_the_readme_has_python_to_run():
-    assert len(PYTHON_BLOCKS) >= 4
+def test_there_is_python_to_run():
+    assert len([name for name in BLOCKS if name.startswith("README")]) >= 4
+    assert len([name for name in BLOCKS if name.startswith("compile")]) >= 5
 
 
-@pytest.mark.parametrize("index", range(len(PYTHON_BLOCKS)))
-def test_python_blocks_run(index, capsys):
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*LeafSpec:FutureWarning")  # PyTorch's own
+@pytest.mark.parametrize("name", BLOCKS)
+def test_python_blocks_run(name, capsys, tmp_path, monkeypatch):
     torch.manual_seed(0)
     x = torch.randn(5, 12, requires_grad=True)
     given = dict(
         F=F, x=x, weight=torch.randn(7, 12), bias=torch.randn(7), dy=torch.randn(5, 7), scaling=2.0, dropout_p=0.0,
         lora_A=torch.randn(3, 12, requires_grad=True), lora_B=torch.randn(7, 3, requires_grad=True),
     )  # fmt: skip
-    names = dict(given)
-    exec(PYTHON_BLOCKS[index], names)  # the project's own README
+    if "peft" in BLOCKS[name]:
+        pytest.importorskip("peft")
+    names = dict(given, base_model=nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 7)))
+    monkeypatch.chdir(tmp_path)  # for the files that some of them write
+    exec(BLOCKS[name], names)  # the project's own pages
     if "low_rank" in names:  # the "Equivalent to" block: it must be what the library computes
         ours = lora_linear(
             x, given["weight"], given["lora_A"], given["lora_B"], scaling=2.0, bias=given["bias"], backend="torch"
@@ -36,12 +47,15 @@ def test_python_blocks_run(index, capsys):
         assert x.grad is not None
     if "exact" in names:
         assert float(capsys.readouterr().out) < 1e-3
+    if "LoraConfig" in names:
+        assert capsys.readouterr().out.startswith("2 LoRA layers: 2 fused")
     if "optimizer" in names:
-        assert any(p.grad is not None and p.grad.any() for p in names["model"].parameters())
+        trained = [p for group in names["optimizer"].param_groups for p in group["params"]]
+        assert any(p.grad is not None and p.grad.any() for p in trained)
 
 
 def test_links_lead_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name} links to {target}"
 

@@ -37,7 +37,7 @@ from lora_kernels.kernels._configs import ShrinkConfig, shrink_config
 from lora_kernels.kernels._device import keep_bits, last_to_arrive, unpack_bits
 from lora_kernels.kernels._launch import Facts, Launch, arrivals, facts, on_device, precision, thin_rows
 
-__all__ = ["shrink"]
+__all__ = ["draw_noise", "outputs", "shrink"]
 
 
 @triton.jit
@@ -105,19 +105,32 @@ def _shrink_kernel(
     tl.store(s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :], s, mask=mask)
 
 
+def draw_noise(x: Tensor) -> Tensor:
+    """Draw what decides a mask for x: a seed, int64, one element."""
+    return draw_seed(x.device)
+
+
+def outputs(x: Tensor, rank: int, dropout_p: float) -> tuple[Tensor, Tensor | None]:
+    """Allocate what `shrink` returns: s `[M, R]`, and with dropout the packed mask `[M, ceil(K/8)]`."""
+    rows, inner = x.shape
+    keep = torch.empty(rows, -(-inner // 8), dtype=torch.uint8, device=x.device) if dropout_p > 0 else None
+    return thin_rows(x, rank), keep
+
+
 def shrink(
-    x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0, config: ShrinkConfig | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Compute s `[M, R]`; with `dropout_p` > 0 draw a seed and return the packed mask `[M, ceil(K/8)]` as well."""
+    x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0, config: ShrinkConfig | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Compute s `[M, R]`; with `dropout_p` > 0 draw a seed and return the packed mask `[M, ceil(K/8)]` as well.
+
+    With `noise`, a seed from an earlier `draw_noise(x)`, nothing is drawn: a pure function.
+    """
     blocks, splits, launch = _settle(
         facts(x), facts(a), x.device, dropout_p > 0, threshold(dropout_p), precision(x), config, _launch.imagined
     )
-    (rows, inner), rank = x.shape, a.shape[0]
-    s = thin_rows(x, rank)
-    keep = seed = None
-    if dropout_p > 0:
-        seed = draw_seed(x.device)
-        keep = torch.empty(rows, -(-inner // 8), dtype=torch.uint8, device=x.device)
+    rows, rank = x.shape[0], a.shape[0]
+    s, keep = outputs(x, rank, dropout_p)
+    seed = draw_noise(x) if keep is not None and noise is None else noise
     parts = x.new_empty(splits, rows, rank, dtype=torch.float32) if splits > 1 else None
     with on_device(x):
         launch(x, a, s, parts, arrivals(x.device, blocks) if splits > 1 else None, keep, seed, alpha)

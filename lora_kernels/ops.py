@@ -1,0 +1,231 @@
+r"""The LoRA linear layer as registered operators, for torch.compile, export and dispatch modes, which have to see one.
+
+    lora_kernels::linear            y; chooses a backend, draws the noise of dropout, calls the next
+    lora_kernels::linear_forward    y, s, keep: a pure function of its arguments, differentiable once
+    lora_kernels::linear_backward   dx, dA, dB: its derivative
+
+They run what the eager path runs, `autograd.forward` and `autograd.backward` over a backend's contractions, so the
+numbers are the same. What differs is the boundary: an operator has a name, shapes without values (fake), a formula for
+its FLOPs and an autograd formula, and costs some tens of microseconds a call, so plain eager calls do not take it.
+
+`linear` is composite: a compiler traces through it, with its own symbols for sizes and numbers, and keeps the other
+two. Two things are kept out of these:
+
+    randomness   The noise is drawn by PyTorch's own operators, whose order and state compilers and checkpointing
+                 know how to keep. `linear_forward` of the same noise is the same.
+    scaling      A scaling that a compiler has made symbolic is multiplied into A, a tensor operation like any other,
+                 so that no value of it is compiled in. A plain number stays a number and costs nothing.
+"""
+
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from lora_kernels import autograd, plan
+from lora_kernels.dropout import keep_scale
+
+__all__ = ["draw_noise", "linear", "linear_backward", "linear_forward"]
+
+_library = torch.library.Library("lora_kernels", "DEF")
+_library.define(
+    "linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, "
+    "Scalar scaling, float dropout_p, str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "draw_noise(Tensor x, Tensor unique, str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
+)
+_library.define(
+    "linear_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? noise, "
+    "float scaling, float dropout_p, str backend) -> (Tensor y, Tensor s, Tensor keep)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? s, Tensor? keep, "
+    "float alpha, str backend, ScalarType dtype_A, ScalarType dtype_B, bool[3] needed) "
+    "-> (Tensor dx, Tensor d_lora_A, Tensor d_lora_B)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _linear(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
+    scaling: float, dropout_p: float, backend: str,
+) -> Tensor:  # fmt: skip
+    """Compute y `[*, out]` of arguments that `functional.lora_linear` has checked and cast."""
+    if "torch.utils.flop_counter" in sys.modules:
+        _register_flops()
+    rank = int(lora_A.shape[0])  # compiled in, where everything else may vary
+    backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or weight.shape[0] == 0, backend)
+    noise = None
+    if dropout_p > 0:
+        noise = draw_noise(x, torch.empty(0, device=x.device), backend)
+    if isinstance(scaling, torch.SymFloat):
+        lora_A = lora_A.to(torch.promote_types(lora_A.dtype, torch.float32)) * scaling
+        scaling = 1.0
+    return linear_forward(x, weight, lora_A, lora_B, bias, noise, scaling, dropout_p, backend)[0]
+
+
+def _draw_noise(x: Tensor, unique: Tensor, backend: str) -> Tensor:
+    """Draw the noise that decides the mask of x, `[*, in]`, from the device's default torch generator.
+
+    Compilers merge equal calls, of random operators too where they are not PyTorch's own. They never merge two `empty`,
+    so a new one as `unique` makes every call a different one: layers that read the same x get masks of their own.
+    """
+    return plan.contractions(backend).draw_noise(x)
+
+
+def _linear_forward(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, noise: Tensor | None,
+    scaling: float, dropout_p: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Compute y `[*, out]`, s `[M, r]` and the backend's mask, None without dropout.
+
+    Args:
+        x: `[*, in]`.
+        weight: W, `[out, in]`, in x's dtype.
+        lora_A: A, `[r, in]`; x's dtype, or float32 over a 16-bit x.
+        lora_B: B, `[out, r]`; likewise.
+        bias: `[out]`, in x's dtype, or None.
+        noise: What the backend's `draw_noise(x)` drew; None without dropout.
+        scaling: Multiplies the low-rank term.
+        dropout_p: Probability of dropping an element.
+        backend: "triton" or "torch".
+    """
+    y, s, keep = autograd.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, noise)
+    return y.view(*x.shape[:-1], weight.shape[0]), s, keep
+
+
+def _linear_backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,
+    s: Tensor | None, keep: Tensor | None, alpha: float, backend: str,
+    dtype_A: torch.dtype, dtype_B: torch.dtype, needed: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Compute dx `[*, in]`, dA and dB as far as they are needed, and None for the rest."""
+    shape = (*dy.shape[:-1], -1 if weight is None else weight.shape[1])
+    dy, x = autograd.rows(dy), None if x is None else autograd.rows(x)
+    gradients = autograd.backward(dy, x, weight, lora_A, lora_B, s, keep, alpha, backend, (dtype_A, dtype_B), needed)
+    # some forms of the products leave padding between the rows or have them in columns, which no shape tells
+    dx, d_lora_A, d_lora_B = (None if g is None else g.contiguous() for g in gradients)
+    return None if dx is None else dx.view(shape), d_lora_A, d_lora_B
+
+
+def _fake_forward(x, weight, lora_A, lora_B, bias, noise, scaling, dropout_p, backend):
+    rows = x.new_empty(math.prod(x.shape[:-1]), x.shape[-1])
+    s, keep = plan.contractions(backend).outputs(rows, lora_A.shape[0], dropout_p)
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), s, keep
+
+
+def _fake_backward(dy, x, weight, lora_A, lora_B, s, keep, alpha, backend, dtype_A, dtype_B, needed):
+    need_x, need_A, need_B = needed
+    return (
+        dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_x else None,
+        dy.new_empty(lora_B.shape[1], x.shape[-1], dtype=dtype_A) if need_A else None,
+        dy.new_empty(dy.shape[-1], s.shape[1], dtype=dtype_B) if need_B else None,
+    )
+
+
+def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+    x, weight, lora_A, lora_B, _, _, scaling, dropout_p, backend = inputs
+    _, s, keep = output
+    need_x, need_weight, need_A, need_B = ctx.needs_input_grad[:4]
+    ctx.save_for_backward(
+        x if need_A or need_weight else None,
+        weight if need_x else None,
+        lora_A if need_x else None,
+        lora_B if need_x or need_A else None,
+        s if need_B else None,
+        keep if need_x or need_A else None,
+    )
+    ctx.mark_non_differentiable(s)
+    ctx.set_materialize_grads(False)
+    ctx.alpha, ctx.backend = scaling * keep_scale(dropout_p), backend
+    ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
+
+
+def _differentiate(ctx: FunctionCtx, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 9
+    device_type = dy.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):  # every dtype was settled in forward
+            return _gradients(ctx, dy)
+    return _gradients(ctx, dy)
+
+
+def _gradients(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, *saved = ctx.saved_tensors
+    need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
+    dx = d_lora_A = d_lora_B = None
+    if need_x or need_A or need_B:
+        dx, d_lora_A, d_lora_B = linear_backward(
+            dy, x if need_A else None, *saved, ctx.alpha, ctx.backend, *ctx.adapter_dtypes, [need_x, need_A, need_B]
+        )
+    dweight = torch.mm(autograd.rows(dy).t(), autograd.rows(x)) if need_weight else None
+    dbias = autograd.rows(dy).sum(0) if need_bias else None
+    return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None, None
+
+
+def _differentiate_again(ctx: FunctionCtx, *_: Tensor | None) -> None:
+    raise RuntimeError(
+        "lora_linear: trying to differentiate twice a function that was marked with @once_differentiable; "
+        "lora_kernels.reference.lora_linear differentiates any number of times."
+    )
+
+
+_library.impl("linear", _linear, "CompositeImplicitAutograd")
+_library.impl("draw_noise", _draw_noise, "CompositeExplicitAutograd")
+_library.impl("linear_forward", _linear_forward, "CompositeExplicitAutograd")
+_library.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_kernels::draw_noise", _draw_noise, lib=_library)
+torch.library.register_fake("lora_kernels::linear_forward", _fake_forward, lib=_library)
+torch.library.register_fake("lora_kernels::linear_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("lora_kernels::linear_forward", _differentiate, setup_context=_save, lib=_library)
+torch.library.register_autograd("lora_kernels::linear_backward", _differentiate_again, lib=_library)
+
+linear = torch.ops.lora_kernels.linear.default
+draw_noise = torch.ops.lora_kernels.draw_noise.default
+linear_forward = torch.ops.lora_kernels.linear_forward.default
+linear_backward = torch.ops.lora_kernels.linear_backward.default
+
+
+def _forward_flops(x, weight, lora_A, lora_B, *_: Any, **__: Any) -> int:
+    """2 M (K N + r K + r N), of shapes."""
+    rows, (cols, inner), rank = math.prod(x[:-1]), weight, lora_A[0]
+    return 2 * rows * (inner * cols + rank * (inner + cols))
+
+
+def _backward_flops(
+    dy, x, weight, lora_A, lora_B, s, keep, alpha, backend, dtype_A, dtype_B, needed: list[bool], **_: Any
+) -> int:  # fmt: skip
+    """2 M K N + 2 M r K for dx, 2 M r K for dA, 2 M r N for dB and once more for ds, of shapes."""
+    need_x, need_A, need_B = needed
+    rows, cols = math.prod(dy[:-1]), dy[-1]
+    rank = (lora_B or s)[1]
+    inner = weight[1] if need_x else x[-1] if need_A else 0
+    thin = rank * (inner * (need_x + need_A) + cols * (need_B + (need_x or need_A)))
+    return 2 * rows * (inner * cols * need_x + thin)
+
+
+def _register_flops() -> None:
+    """Tell PyTorch's FLOP counter the formulas. Not at import: importing the counter loads Triton."""
+    from torch.utils import flop_counter
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    formulas = {
+        linear_forward.overloadpacket: _forward_flops,
+        linear_backward.overloadpacket: _backward_flops,
+    }
+    for operator, formula in formulas.items():
+        if operator not in flop_counter.flop_registry:
+            flop_counter.register_flop_formula(operator)(formula)
+    for mode in _get_current_dispatch_mode_stack():  # one that is counting already has its own copy of the table
+        counter = getattr(mode, "counter", None)
+        if isinstance(counter, flop_counter.FlopCounterMode):
+            for operator in formulas:
+                counter.flop_registry.setdefault(operator, flop_counter.flop_registry[operator])

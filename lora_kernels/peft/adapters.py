@@ -1,0 +1,266 @@
+"""Adapters of models made of `LoRALinear`, in PEFT's own files, and in no other kind.
+
+    folder/adapter_model.safetensors    base_model.model.<layer>.lora_A.weight [r, in], ….lora_B.weight [out, r]
+    folder/adapter_config.json          what PEFT's `LoraConfig` holds of it
+
+`PeftModel.from_pretrained(model, folder)` reads what `save_adapter` writes, and `load_adapter` reads what PEFT's
+`save_pretrained` writes for plain LoRA on linear layers, number for number. A file that says more than `LoRALinear`
+computes is refused, and so is pickle, which runs code when it is loaded.
+"""
+
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lora_kernels.modules import LoRALinear
+from lora_kernels.peft.swap import lora_layers, pattern_value, select, swap_named
+
+__all__ = ["load_adapter", "save_adapter"]
+
+_PREFIX, _CONFIG, _TENSORS = "base_model.model.", "adapter_config.json", "adapter_model.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl")
+_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")  # others change the base weight
+_BEYOND = (
+    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias",
+    "modules_to_save", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
+    "use_qalora", "velora_config",
+)  # fmt: skip
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, *, base_model_name_or_path: str | None = None, task_type: str | None = None
+) -> None:
+    """Write the adapters of a model's `LoRALinear` layers as PEFT does; `folder` is made if need be.
+
+    Args:
+        model: As it is, or wrapped in DistributedDataParallel or `torch.compile`.
+        folder: Files in it are overwritten.
+        base_model_name_or_path: Of the base model, for PEFT's `AutoPeftModel`.
+        task_type: As in PEFT, "CAUSAL_LM" for instance.
+
+    Raises:
+        ValueError: The model has no `LoRALinear` layers, or has trained something else of one that would be lost.
+        TypeError: An adapter is not a plain tensor: gather it first.
+    """
+    from safetensors.torch import save_file
+
+    model = _unwrapped(model)
+    layers = _layers(model, "save_adapter")
+    tensors = {}
+    for name, layer in layers.items():
+        for part in ("weight", "bias"):
+            if getattr(layer, part) is not None and getattr(layer, part).requires_grad:
+                raise ValueError(
+                    f"save_adapter: {name}.{part} is trained, and an adapter file does not hold it. "
+                    f"Save model.state_dict() in its place, or freeze it."
+                )
+        for part, t in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            if type(t) is not nn.Parameter:
+                raise TypeError(f"save_adapter: {name}.{part} is a {type(t).__name__}; gather it into a plain tensor.")
+            tensors[_key(name, part)] = t.detach().cpu().contiguous()
+    config = _config(model, layers) | {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
+    """Read adapters from PEFT's files into a model's `LoRALinear` layers.
+
+    A model without such layers gets them first, as the configuration says, with adapters of the file's dtype. The
+    scaling is the file's; `lora_dropout` is the model's, or, for new layers, the file's. Nothing is changed if
+    anything does not fit.
+
+    Args:
+        model: As it is, or wrapped in DistributedDataParallel or `torch.compile`.
+        folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Returns:
+        The names of the layers that were read.
+
+    Raises:
+        FileNotFoundError: A file is not there.
+        ValueError: A pickle file, a configuration that is beyond plain LoRA, a key that is missing, left over, without
+            PEFT's prefix, or of another shape; the message names it.
+    """
+    folder, model = Path(folder), _unwrapped(model)
+    tensors, config = _read(folder)
+    present = dict(lora_layers(model))
+    names = list(present) or select(
+        model, config["target_modules"], config.get("exclude_modules"),
+        config.get("layers_to_transform"), config.get("layers_pattern"),
+    )  # fmt: skip
+    _check_keys(folder, names, tensors)
+    shapes = {name: _shapes(config, name, model.get_submodule(name)) for name in names}
+    for name, expected in shapes.items():
+        for part, shape in expected.items():
+            _check_shape(_key(name, part), tensors[_key(name, part)], shape)
+    if not present:
+        ranks = {name: shape["lora_A"][0] for name, shape in shapes.items()}
+        swap_named(model, ranks, dict.fromkeys(names, 1.0), config.get("lora_dropout", 0.0), False, False)
+    for name, layer in lora_layers(model):
+        layer.lora_alpha = pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
+        layer.use_rslora = bool(config.get("use_rslora"))
+        layer.scaling = layer.lora_alpha / (layer.r**0.5 if layer.use_rslora else layer.r)
+        for part in ("lora_A", "lora_B"):
+            t, parameter = tensors[_key(name, part)], getattr(layer, part)
+            if not present:
+                parameter.data = torch.empty_like(parameter, dtype=t.dtype)
+            with torch.no_grad():
+                parameter.copy_(t)
+    return names
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if folder.suffix in _PICKLES:
+        raise ValueError(_pickle_text(folder))
+    path = folder / _TENSORS
+    if not path.is_file():
+        for pickle in sorted(folder.glob("adapter_model.*")):
+            if pickle.suffix in _PICKLES:
+                raise ValueError(_pickle_text(pickle))
+        raise FileNotFoundError(f"load_adapter: there is no {path}.")
+    if not (folder / _CONFIG).is_file():
+        raise FileNotFoundError(f"load_adapter: there is no {folder / _CONFIG}.")
+    try:
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"load_adapter: {folder / _CONFIG} is not JSON: {error}.") from error
+    _check_config(folder / _CONFIG, config)
+    try:
+        return load_file(path), config
+    except SafetensorError as error:
+        raise ValueError(f"load_adapter: {path} is not a safetensors file: {error}.") from error
+
+
+def _pickle_text(path: Path) -> str:
+    return (
+        f"{path.name} is a pickle file and can run code when loaded. Convert it to safetensors: where you trust it, "
+        f"PeftModel.from_pretrained(model, {str(path.parent)!r}).save_pretrained({str(path.parent)!r})."
+    )
+
+
+def _check_config(path: Path, config: Any) -> None:
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"load_adapter: {path} has peft_type {kind!r}; LoRALinear computes 'LORA'.")
+    for field in ("r", "lora_alpha", "target_modules"):
+        if config.get(field) is None:
+            raise ValueError(f"load_adapter: {path} has no {field!r}.")
+    for field in _BEYOND:
+        if config.get(field):
+            raise ValueError(
+                f"load_adapter: {path} has {field}={config[field]!r}, which is more than LoRALinear computes. "
+                "Load it with PEFT and call lora_kernels.patch_peft."
+            )
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"load_adapter: {path} has bias={config['bias']!r}; LoRALinear keeps the base's bias frozen.")
+    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+        raise ValueError(
+            f"load_adapter: {path} has init_lora_weights={config['init_lora_weights']!r}, which changes the base "
+            "weights as well. Save it from PEFT with path_initial_model_for_weight_conversion."
+        )
+
+
+def _check_keys(folder: Path, names: list[str], tensors: Mapping[str, Tensor]) -> None:
+    where = folder / _TENSORS
+    for key in tensors:
+        if not key.startswith(_PREFIX):
+            raise ValueError(f"load_adapter: {where}: {key} does not begin with {_PREFIX!r}, as PEFT's keys do.")
+    expected = {_key(name, part) for name in names for part in ("lora_A", "lora_B")}
+    if missing := sorted(expected - tensors.keys()):
+        raise ValueError(f"load_adapter: {where} lacks {_some(missing)}, for which the model has a layer.")
+    if surplus := sorted(tensors.keys() - expected):
+        raise ValueError(f"load_adapter: {where} has {_some(surplus)}, for which the model has no LoRA layer.")
+
+
+def _shapes(config: dict[str, Any], name: str, layer: nn.Module) -> dict[str, tuple[int, int]]:
+    """What the adapters of a layer have to be: the layer's rank, or, where there is none yet, the configuration's."""
+    r = layer.r if isinstance(layer, LoRALinear) else pattern_value(config.get("rank_pattern"), name, config["r"])
+    return {"lora_A": (r, layer.in_features), "lora_B": (layer.out_features, r)}
+
+
+def _check_shape(key: str, t: Tensor, shape: tuple[int, int]) -> None:
+    if t.shape == shape:
+        return
+    at = 0 if ".lora_A." in key else 1
+    if t.dim() == 2 and t.shape[1 - at] == shape[1 - at]:
+        raise ValueError(
+            f"load_adapter: {key}: file rank {t.shape[at]}, layer rank {shape[at]}. "
+            f"Build the layer with r={t.shape[at]}, or name it in rank_pattern."
+        )
+    raise ValueError(f"load_adapter: {key} is {tuple(t.shape)} in the file, the layer needs {shape}.")
+
+
+def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
+    rslora = all(layer.use_rslora for layer in layers.values())
+    ranks = {name: layer.r for name, layer in layers.items()}
+    alphas = {name: _alpha(layer, rslora) for name, layer in layers.items()}
+    dropouts = Counter(layer.lora_dropout for layer in layers.values())
+    if len(dropouts) > 1:
+        warnings.warn(
+            f"save_adapter: PEFT has one lora_dropout for all layers; of {sorted(dropouts)} the most frequent is kept.",
+            stacklevel=3,
+        )
+    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "peft_type": "LORA", "r": r, "lora_alpha": alpha, "use_rslora": rslora,
+        "lora_dropout": dropouts.most_common(1)[0][0], "target_modules": _targets(model, list(layers)),
+        "rank_pattern": {_exactly(name): value for name, value in ranks.items() if value != r},
+        "alpha_pattern": {_exactly(name): value for name, value in alphas.items() if value != alpha},
+        "bias": "none", "fan_in_fan_out": False, "use_dora": False, "lora_bias": False, "modules_to_save": None,
+        "init_lora_weights": True, "inference_mode": True,
+    }  # fmt: skip
+
+
+def _alpha(layer: LoRALinear, rslora: bool) -> float:
+    """The `lora_alpha` that gives the layer's scaling under the file's rule, its own if that does."""
+    root = layer.r**0.5 if rslora else layer.r
+    return layer.lora_alpha if layer.lora_alpha / root == layer.scaling else layer.scaling * root
+
+
+def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
+    """The last parts of the names if they select these layers and no others; else an expression that does."""
+    ends = sorted({name.rpartition(".")[2] for name in names})
+    if set(select(model, ends)) == set(names):
+        return ends
+    return "|".join(map(re.escape, names))
+
+
+def _exactly(name: str) -> str:
+    return f"^{re.escape(name)}"
+
+
+def _layers(model: nn.Module, call: str) -> dict[str, LoRALinear]:
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise ValueError(f"{call}: the model has no LoRALinear layers; see lora_kernels.swap_linear.")
+    if "" in layers:
+        raise ValueError(f"{call}: the model is a LoRALinear itself and has no name; put it into a module.")
+    return layers
+
+
+def _key(name: str, part: str) -> str:
+    return f"{_PREFIX}{name}.{part}.weight"
+
+
+def _some(keys: list[str]) -> str:
+    return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model

@@ -1,0 +1,70 @@
+"""Which of PEFT's layer classes can be accelerated: those whose forward is `base(x) + Σ scaling · B A dropout(x)`."""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lora_kernels import plan
+from lora_kernels.peft.layer import stock_forward
+
+__all__ = ["check_backend", "classes", "is_supported", "lora_layer", "multihead_attention"]
+
+# Read from PEFT 0.19 to 0.21: where they differ (cast, clone, when the sum is rounded) it is within one rounding.
+_CLASSES = (
+    ("layer", "Linear"),
+    ("bnb", "Linear8bitLt"), ("bnb", "Linear4bit"), ("gptq", "GPTQLoraLinear"), ("awq", "AwqLoraLinear"),
+    ("aqlm", "AqlmLoraLinear"), ("eetq", "EetqLoraLinear"), ("hqq", "HqqLoraLinear"),
+    ("torchao", "TorchaoLoraLinear"), ("inc", "IncLoraLinear"),
+)  # fmt: skip
+
+
+def lora_layer() -> type:
+    """PEFT's mix-in that all LoRA layers share.
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
+    return _peft("layer").LoraLayer
+
+
+def multihead_attention() -> type[nn.Module]:
+    """PEFT's layer that merges its adapters around the call of `nn.MultiheadAttention`."""
+    return _peft("layer").MultiheadAttention
+
+
+@functools.cache
+def classes() -> tuple[type[nn.Module], ...]:
+    """Those of the known classes that this PEFT has; some exist only where their quantisation library does."""
+    found = (getattr(_peft(module, required=module == "layer"), name, None) for module, name in _CLASSES)
+    return tuple(cls for cls in found if cls is not None)
+
+
+def is_supported(cls: type) -> bool:
+    """Whether a class computes with the forward of a known one, its own or inherited."""
+    return any(_forward(cls) is _forward(other) for other in classes())
+
+
+def check_backend(call: str, backend: str) -> None:
+    """Refuse what `lora_linear` would refuse at the first call.
+
+    Raises:
+        ValueError: Not a backend.
+    """
+    if backend not in plan.BACKENDS:
+        raise ValueError(f"{call}: backend={backend!r} is not one of: {', '.join(plan.BACKENDS)}.")
+
+
+def _forward(cls: type) -> Callable[..., Any]:
+    return stock_forward(cls.forward)
+
+
+def _peft(module: str, required: bool = True) -> Any:
+    try:
+        return importlib.import_module(f"peft.tuners.lora.{module}")
+    except ImportError as error:
+        if not required:
+            return None
+        raise ImportError(f"lora_kernels.peft needs PEFT 0.19 or later: pip install 'peft>=0.19' ({error}).") from error

@@ -1,0 +1,193 @@
+"""One forward of a PEFT LoRA layer: read the layer as it is at this call, compute it fused, or leave it to PEFT.
+
+    y = x Wᵀ + bias + Σᵢ scalingᵢ · Dᵢ(x) Aᵢᵀ Bᵢᵀ        i: the active adapters that this layer has
+
+Three forms. "fused": base and low-rank terms in one pass, where the base is a plain `nn.Linear`. "low-rank": the base
+layer computes its own result (quantised, hooked, another class), the low-rank terms are added to it. "stock": PEFT's
+own forward, for whatever `read` does not recognise; `reasons` has the words for it. Nothing is remembered between
+calls, because PEFT, its users and hot-swapping replace modules, parameters and scalings at any time.
+
+`read` runs at every call, so it looks into the modules' dictionaries: `nn.Module.__getattr__` alone would cost more
+than all of it. Adapters are read without calling their modules, so anything that listens to such a call (hooks,
+sharding, offloading) sends the call to PEFT's forward.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+
+from lora_kernels.functional import lora_add, lora_linear
+
+__all__ = [
+    "accelerated_forward", "bare", "dtypes_fit", "fusable", "is_plain_variant", "read", "stock_forward", "traced",
+]  # fmt: skip
+
+Term = tuple[Tensor, Tensor, float, float]  # A, B, scaling, dropout_p
+
+_HALF = (torch.bfloat16, torch.float16)
+_PLAIN_VARIANTS = ("MiCALinearVariant",)  # B frozen; computes what plain LoRA computes
+
+
+def accelerated_forward(stock: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+    """A forward that takes the fused path where it can and is `stock` where it cannot.
+
+    Args:
+        stock: The forward of a PEFT layer class.
+        backend: For `lora_linear`.
+    """
+
+    @functools.wraps(stock)
+    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        terms = None if args or kwargs else read(self, x)
+        if terms is None:
+            return stock(self, x, *args, **kwargs)
+        return _compute(self.__dict__["_modules"]["base_layer"], x, terms, backend)
+
+    forward._lora_kernels_stock = stock
+    return forward
+
+
+def stock_forward(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """PEFT's own forward behind an accelerated one; any other is returned as it is."""
+    return getattr(forward, "_lora_kernels_stock", forward)
+
+
+def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
+    """The low-rank terms of a call, or None if PEFT's own forward has to compute it.
+
+    Args:
+        layer: A layer of one of the classes that `patching` knows.
+        x: Its input.
+    """
+    if type(x) is not Tensor or traced():
+        return None
+    fields = layer.__dict__
+    try:
+        if fields["_disable_adapters"] or fields["merged_adapters"]:
+            return None
+        modules, scalings, variants = fields["_modules"], fields["scaling"], fields["lora_variant"]
+        active, casting = fields["_active_adapter"], fields["cast_input_dtype_enabled"]
+    except KeyError:  # a PEFT that keeps its state elsewhere
+        return None
+    lora_As, lora_Bs = modules["lora_A"].__dict__["_modules"], modules["lora_B"].__dict__["_modules"]
+    dropouts = modules["lora_dropout"].__dict__["_modules"]
+    terms = []
+    for name in (active,) if isinstance(active, str) else active:
+        if name not in lora_As:
+            continue
+        lora_A, lora_B, dropout, scaling = lora_As[name], lora_Bs[name], dropouts[name], scalings[name]
+        if variants and name in variants and not is_plain_variant(variants[name]):
+            return None
+        if not (bare(lora_A, nn.Linear) and bare(lora_B, nn.Linear)):
+            return None
+        if bare(dropout, nn.Identity):
+            dropout_p = 0.0
+        elif bare(dropout, nn.Dropout):
+            dropout_p = dropout.p if dropout.training else 0.0
+        else:
+            return None
+        own_A, own_B = lora_A.__dict__["_parameters"], lora_B.__dict__["_parameters"]
+        A, B = own_A.get("weight"), own_B.get("weight")
+        if type(A) is not nn.Parameter or type(B) is not nn.Parameter:
+            return None
+        if own_A.get("bias") is not None or own_B.get("bias") is not None or not dtypes_fit(x, A, B):
+            return None
+        if not casting and A.dtype is not x.dtype:
+            return None
+        if type(scaling) is not float and not isinstance(scaling, (int, float)):
+            if type(scaling) not in (Tensor, nn.Parameter) or scaling.dim():
+                return None
+            A, scaling = _scaled(A, scaling), 1.0  # on its device: reading it would wait for the GPU
+        terms.append((A, B, scaling, dropout_p))
+    return terms or None
+
+
+def traced() -> bool:
+    """Whether something follows the call that only sees PyTorch's own operators, or every module's call."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+        or _has_any_global_hook()
+    )
+
+
+def bare(module: nn.Module, kind: type) -> bool:
+    """Whether a module is exactly of a class, and nothing would notice that it is not called.
+
+    Parametrised and fully sharded modules are of a class of their own; accelerate replaces `forward` on the instance.
+    """
+    fields = module.__dict__
+    return type(module) is kind and not (
+        fields["_forward_hooks"] or fields["_forward_pre_hooks"]
+        or fields["_backward_hooks"] or fields["_backward_pre_hooks"]
+        or "forward" in fields
+    )  # fmt: skip
+
+
+def is_plain_variant(variant: Any) -> bool:
+    """Whether a `LoraVariant` computes in its forward what plain LoRA computes."""
+    return type(variant).__name__ in _PLAIN_VARIANTS
+
+
+def dtypes_fit(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether PEFT would compute in x's dtype or wider: adapters as x, fp32 over a half x, anything under autocast."""
+    dtype, a, b = x.dtype, lora_A.dtype, lora_B.dtype
+    if a is b and (a is dtype or (a is torch.float32 and dtype in _HALF)):
+        return dtype.is_floating_point
+    return _autocasting(x) and all(t.is_floating_point() and t.itemsize <= 4 for t in (x, lora_A, lora_B))
+
+
+def fusable(base: nn.Module, x: Tensor) -> bool:
+    """Whether the base layer's product can be computed for it: a plain `nn.Linear` that nothing listens to."""
+    if not bare(base, nn.Linear):  # quantised layers subclass it, so its subclasses are not it
+        return False
+    own = base.__dict__["_parameters"]
+    if "weight" not in own or "bias" not in own:
+        return False
+    for t in (own["weight"], own["bias"]):
+        if t is not None and (type(t) is not nn.Parameter or not (t.dtype is x.dtype or _autocasting(x))):
+            return False
+    return True
+
+
+def _autocasting(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _compute(base: nn.Module, x: Tensor, terms: list[Term], backend: str) -> Tensor:
+    if len(terms) > 1:
+        terms = _joined(terms)
+    (A, B, scaling, dropout_p), *others = terms
+    if fusable(base, x):
+        own = base.__dict__["_parameters"]
+        y = lora_linear(x, own["weight"], A, B, scaling=scaling, bias=own["bias"], dropout_p=dropout_p, backend=backend)
+    else:
+        y = lora_add(base(x), x, A, B, scaling=scaling, dropout_p=dropout_p, backend=backend)
+    for A, B, scaling, dropout_p in others:  # each draws a mask of its own
+        y = lora_add(y, x, A, B, scaling=scaling, dropout_p=dropout_p, backend=backend)
+    return y
+
+
+def _joined(terms: list[Term]) -> list[Term]:
+    """Make one term of those without dropout: adapters side by side are an adapter of the sum of their ranks."""
+    plain = [term for term in terms if not term[3]]
+    if len(plain) < 2:
+        return terms
+    scaling = plain[0][2]
+    if any(other != scaling for _, _, other, _ in plain):
+        plain = [(_scaled(A, other), B, 1.0, 0.0) for A, B, other, _ in plain]
+        scaling = 1.0
+    whole = (torch.cat([A for A, *_ in plain]), torch.cat([B for _, B, *_ in plain], 1), scaling, 0.0)
+    return [whole, *(term for term in terms if term[3])]
+
+
+def _scaled(lora_A: Tensor, scaling: Tensor | float) -> Tensor:
+    """A times its scaling; a half-precision A in fp32, to be rounded once with the product."""
+    return (lora_A.float() if lora_A.dtype in _HALF else lora_A) * scaling

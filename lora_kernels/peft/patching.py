@@ -1,0 +1,158 @@
+"""Patch PEFT models: swap the class of each LoRA layer for one that differs in its forward alone, and swap it back.
+
+A patched layer's class is a subclass of its own class with the same name, so `isinstance`, `repr`, `state_dict`,
+merging, saving and everything else PEFT does are unchanged. Pickling writes the layer as what it was: the file loads
+where this library is not, and the model loaded from it is patched by calling `patch_peft` again.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from lora_kernels.peft import known
+from lora_kernels.peft.layer import accelerated_forward, stock_forward
+from lora_kernels.peft.reasons import Report, report
+
+__all__ = ["accelerate", "accelerated", "patch_peft", "unpatch_peft"]
+
+
+def patch_peft(model: nn.Module, backend: str = "auto") -> Report:
+    """Let every LoRA layer of a PEFT model be computed by the fused kernels where it can be.
+
+    y = x Wᵀ + bias + Σᵢ scalingᵢ · Dᵢ(x) Aᵢᵀ Bᵢᵀ over the active adapters, in one pass over x. What a layer cannot do
+    fused, PEFT's own forward does, call by call: the model computes what it computed before, to rounding, and with
+    dropout from another stream of random numbers. The model is changed in place. Call it after `get_peft_model` or
+    `PeftModel.from_pretrained`, before or after `fully_shard`; call it again for layers that were added later.
+
+    Args:
+        model: A `PeftModel`, or any module that holds PEFT's LoRA layers.
+        backend: As in `lora_linear`.
+
+    Returns:
+        What was taken, layer by layer, and why not; `print` it, or `explain(model)` for a table.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        TypeError: `model` is not a module.
+        ValueError: It has no LoRA layers, or `backend` is unknown.
+    """
+    _check(model, backend)
+    layers = [module for module in model.modules() if isinstance(module, known.lora_layer())]
+    if not layers:
+        raise ValueError(
+            "patch_peft: the model has no PEFT LoRA layers. Call it after get_peft_model(model, LoraConfig(...)) or "
+            "PeftModel.from_pretrained(...); for layers of this library use lora_kernels.swap_linear."
+        )
+    for layer in layers:
+        cls = _stock_class(type(layer))
+        if cls is not None and known.is_supported(cls):
+            layer.__class__ = _patched_class(cls, backend)
+    return report(model)
+
+
+def unpatch_peft(model: nn.Module) -> int:
+    """Give every patched layer its own class back.
+
+    Args:
+        model: What `patch_peft` was given.
+
+    Returns:
+        How many layers were patched.
+
+    Raises:
+        RuntimeError: A layer's class was derived from after it was patched (`fully_shard` does that).
+    """
+    count = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, _Patched):
+            continue
+        stock = _stock_class(type(module))
+        if stock is None:
+            raise RuntimeError(
+                f"unpatch_peft: {name} was given another class, {type(module).__name__}, after patch_peft; "
+                "undo that first."
+            )
+        module.__class__ = stock
+        count += 1
+    return count
+
+
+def accelerate(on: bool = True, backend: str = "auto") -> None:
+    """Accelerate all PEFT LoRA layers there are and will be, by PEFT's classes themselves; or stop it.
+
+    Args:
+        on: False to give the classes their own forward back. Models patched by `patch_peft` stay patched.
+        backend: As in `lora_linear`.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: `backend` is unknown.
+    """
+    known.check_backend("accelerate", backend)
+    for cls in known.classes():
+        if "forward" in vars(cls):  # a subclass that inherits it follows
+            stock = stock_forward(cls.forward)
+            cls.forward = accelerated_forward(stock, backend) if on else stock
+
+
+@contextlib.contextmanager
+def accelerated(backend: str = "auto") -> Iterator[None]:
+    """Accelerate all PEFT models, also those built inside, for as long as the `with` block lasts.
+
+    Args:
+        backend: As in `lora_linear`.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: `backend` is unknown.
+    """
+    before = {cls: cls.forward for cls in known.classes() if "forward" in vars(cls)}
+    accelerate(True, backend)
+    try:
+        yield
+    finally:
+        for cls, forward in before.items():
+            cls.forward = forward
+
+
+class _Patched:
+    """What a patched layer's class has beside its own: copying keeps it patched, pickling does not."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        build, (cls, *args), *state = super().__reduce_ex__(1)  # later protocols insist on the very class
+        return build, (_stock_class(cls) or cls, *args), *state
+
+
+@functools.cache
+def _patched_class(cls: type[nn.Module], backend: str) -> type[nn.Module]:
+    body = {
+        "forward": accelerated_forward(stock_forward(cls.forward), backend),
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_lora_kernels_class": cls,
+    }
+    return type(cls.__name__, (_Patched, cls), body)
+
+
+def _stock_class(cls: type) -> type[nn.Module] | None:
+    """The class that a patched one stands for, any other itself; None for one derived from a patched one."""
+    if not issubclass(cls, _Patched):
+        return cls
+    return vars(cls).get("_lora_kernels_class")
+
+
+def _check(model: nn.Module, backend: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch_peft: model must be a torch.nn.Module, got {type(model).__name__}.")
+    known.check_backend("patch_peft", backend)

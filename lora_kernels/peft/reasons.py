@@ -1,0 +1,257 @@
+"""How each LoRA layer of a model is computed, and why it is not fused where it is not: what `layer` saw, in words."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.peft import known
+from lora_kernels.peft import layer as rules
+
+__all__ = ["FORMS", "LayerReport", "Report", "explain", "report", "stock_reason"]
+
+FORMS = {"fused": "base and low-rank in one pass", "low-rank": "the low-rank term alone", "stock": "PEFT's own forward"}
+_STATE = {"_disable_adapters", "merged_adapters", "_active_adapter", "lora_variant", "cast_input_dtype_enabled"}
+_SHARDED = " while the layer is not called; explain(model, inputs) looks inside a call"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How one LoRA layer is computed.
+
+    Attributes:
+        name: Its name in the model.
+        kind: Its class and its base layer's.
+        form: "fused", "low-rank" or "stock", see `FORMS`.
+        reason: Why it is not "fused"; "" where it is.
+    """
+
+    name: str
+    kind: str
+    form: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """How the LoRA layers of a model are computed; printed, a line for each form and reason.
+
+    Attributes:
+        layers: In the model's order.
+    """
+
+    layers: tuple[LayerReport, ...]
+
+    def count(self, form: str) -> int:
+        """How many layers are computed in a form."""
+        return sum(layer.form == form for layer in self.layers)
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{self.count(form)} {form}" for form in FORMS)
+        lines = [f"{len(self.layers)} LoRA layers: {counts}"]
+        for (form, reason), n in Counter((layer.form, layer.reason) for layer in self.layers if layer.reason).items():
+            lines.append(f"  {n} {form}: {reason}")
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """Look at every LoRA layer of a model as it stands; what only a call can show (dtypes, arguments) is not asked."""
+    parts_of_attention = {
+        id(module.base_layer.out_proj) for module in model.modules() if isinstance(module, known.multihead_attention())
+    }
+    layers = []
+    for name, module in model.named_modules():
+        if not isinstance(module, known.lora_layer()):
+            continue
+        reason = stock_reason(module)
+        if id(module) in parts_of_attention:
+            reason = "lora.MultiheadAttention merges it around the call: its forward is not used"
+        layers.append(_layer_report(name, module, reason, None))
+    return Report(tuple(layers))
+
+
+def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
+    """Print a table of a model's LoRA layers: how each is computed, and the exact reason where it is not fused.
+
+    Args:
+        model: Any module that holds PEFT's LoRA layers, patched or not.
+        *args: With arguments, the model is called with them, without gradients, and the table tells what happened in
+            that call: the dtypes, autocast and arguments that reached each layer decide as well.
+        **kwargs: Likewise.
+
+    Returns:
+        The same as a report.
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    found = _observed(model, args, kwargs) if args or kwargs else report(model)
+    table = Table("layer", "class", "computed", "reason", title=str(found).splitlines()[0], title_justify="left")
+    colours = {"fused": "green", "low-rank": "cyan", "stock": "yellow"}
+    for layer in found.layers:
+        table.add_row(layer.name, layer.kind, f"[{colours[layer.form]}]{layer.form}[/]", layer.reason)
+    Console().print(table)
+    return found
+
+
+def stock_reason(module: nn.Module, x: Tensor | None = None) -> str:
+    """Why PEFT's own forward computes a layer, "" if it does not.
+
+    Args:
+        module: A LoRA layer.
+        x: Its input, if a call is to be explained.
+    """
+    return _class_reason(module) or _state_reason(module) or _call_reason(module, x)
+
+
+def _class_reason(module: nn.Module) -> str:
+    cls = type(module)
+    if not known.is_supported(cls):
+        return f"lora.{cls.__name__} computes something else than x Wᵀ + scaling B A dropout(x)"
+    if rules.stock_forward(cls.forward) is cls.forward:
+        return "not patched: call patch_peft(model), again for layers added later"
+    if "forward" in vars(module):
+        return "its forward is replaced on the instance (X-LoRA, accelerate's device hooks)"
+    return ""
+
+
+def _state_reason(module: nn.Module) -> str:
+    if missing := _STATE - vars(module).keys():
+        return f"this PEFT keeps its state elsewhere ({', '.join(sorted(missing))})"
+    if module.disable_adapters:
+        return "adapters are disabled"
+    if module.merged:
+        return f"merged: {', '.join(module.merged_adapters)}"
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    if not active:
+        return "no active adapter on this layer"
+    return next(filter(None, (_adapter_reason(module, name) for name in active)), "")
+
+
+def _adapter_reason(module: nn.Module, name: str) -> str:
+    variant, scaling = module.lora_variant.get(name), module.scaling[name]
+    if variant is not None and not rules.is_plain_variant(variant):
+        return f"adapter {name!r} is a variant: {type(variant).__name__.removesuffix('LinearVariant')}"
+    for part, kinds in (
+        ("lora_A", (nn.Linear,)), ("lora_B", (nn.Linear,)), ("lora_dropout", (nn.Identity, nn.Dropout)),
+    ):  # fmt: skip
+        listened = _not_bare(getattr(module, part)[name], kinds)
+        if listened:
+            return f"{part}.{name} {listened}"
+    for part in ("lora_A", "lora_B"):
+        own = getattr(module, part)[name]._parameters
+        if type(own.get("weight")) is not nn.Parameter:
+            kind = type(getattr(getattr(module, part)[name], "weight", None)).__name__
+            return f"{part}.{name}.weight is a {kind}" + _SHARDED * (kind == "DTensor")
+        if own.get("bias") is not None:
+            return f"lora_bias=True: {part}.{name} has a bias"
+    if isinstance(scaling, Tensor) and scaling.dim():
+        return f"scaling[{name!r}] is a tensor of shape {tuple(scaling.shape)}, not a number"
+    if not isinstance(scaling, (int, float, Tensor)):
+        return f"scaling[{name!r}] is a {type(scaling).__name__}, not a number"
+    return ""
+
+
+def _call_reason(module: nn.Module, x: Tensor | None) -> str:
+    if rules._has_any_global_hook():
+        return "a hook on all modules is registered"
+    if rules.traced():
+        return "inside torch.func, forward-mode AD or torch.jit.trace"
+    if x is None:
+        return ""
+    if type(x) is not Tensor:
+        return f"x is a {type(x).__name__}"
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        A, B = module.lora_A[name].weight, module.lora_B[name].weight
+        if not rules.dtypes_fit(x, A, B):
+            return f"x is {_name(x)}, lora_A.{name} {_name(A)}, lora_B.{name} {_name(B)}"
+        if not module.cast_input_dtype_enabled and A.dtype is not x.dtype:
+            return f"casting of x ({_name(x)} to {_name(A)}) is disabled"
+    return ""
+
+
+def _base_reason(base: nn.Module, x: Tensor | None) -> str:
+    if listened := _not_bare(base, (nn.Linear,)):
+        return f"the base layer {listened}"
+    like = base.weight if x is None and isinstance(base.weight, Tensor) else x
+    if rules.fusable(base, like):
+        return ""
+    kinds = {type(t).__name__ for t in (base.weight, base.bias) if t is not None and type(t) is not nn.Parameter}
+    if kinds:
+        return f"the base layer's weight is a {', '.join(sorted(kinds))}"
+    return f"x is {_name(like)}, the base layer's weight {_name(base.weight)}"
+
+
+def _not_bare(module: nn.Module, kinds: tuple[type, ...]) -> str:
+    if type(module) not in kinds:
+        return f"is a {type(module).__name__}, not a plain nn.{kinds[-1].__name__}"
+    if "forward" in vars(module):
+        return "has its forward replaced on the instance"
+    return "" if rules.bare(module, type(module)) else "has a hook"
+
+
+def _layer_report(name: str, module: nn.Module, reason: str, x: Tensor | None) -> LayerReport:
+    base = getattr(module, "base_layer", None)
+    kind = f"{type(module).__name__} over {type(base).__name__}"
+    if reason:
+        return LayerReport(name, kind, "stock", reason)
+    reason = _base_reason(base, x)
+    return LayerReport(name, kind, "low-rank" if reason else "fused", reason)
+
+
+def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
+    """Call the model and look at each layer as its forward begins, when its parameters are gathered.
+
+    Arguments that a hook adds to the call, as PEFT does with `adapter_names`, may come after that: they are looked at
+    when it ends.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, known.lora_layer())}
+    seen: dict[str, LayerReport] = {}
+
+    def begins(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = given[0] if given else named.get("x")
+            seen[name] = _layer_report(name, module, stock_reason(module, x), x)
+
+        return look
+
+    def ends(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], y: Any) -> None:
+            more = (f"argument {i}" for i in range(1, len(given))), (key for key in named if key != "x")
+            if seen[name].form != "stock" and (added := ", ".join(itertools.chain(*more))):
+                seen[name] = replace(seen[name], form="stock", reason=f"called with {added}")
+
+        return look
+
+    handles = [
+        handle
+        for name, module in layers.items()
+        for handle in (
+            module.register_forward_pre_hook(begins(name), with_kwargs=True),
+            module.register_forward_hook(ends(name), with_kwargs=True),
+        )
+    ]
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    idle = report(model)
+    for module in idle.layers:
+        if module.name not in seen:
+            seen[module.name] = LayerReport(module.name, module.kind, "stock", module.reason or "not called")
+    return Report(tuple(seen[name] for name in layers))
+
+
+def _name(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")

@@ -1,0 +1,168 @@
+"""Put `LoRALinear` layers into a model, and take them out again, in PEFT's words."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.modules import LoRALinear
+
+__all__ = ["lora_layers", "merge_and_unload", "pattern_value", "select", "swap_linear", "swap_named"]
+
+_ALL_LINEAR = "all-linear"
+
+
+def swap_linear(
+    model: nn.Module, target_modules: str | Sequence[str], r: int = 8, lora_alpha: float = 8, *,
+    lora_dropout: float = 0.0, exclude_modules: str | Sequence[str] | None = None,
+    rank_pattern: Mapping[str, int] | None = None, alpha_pattern: Mapping[str, float] | None = None,
+    use_rslora: bool = False, autocast_adapter_dtype: bool = True,
+) -> list[str]:  # fmt: skip
+    """Freeze a model and put a `LoRALinear` in the place of each linear layer that is targeted, in place.
+
+    The arguments mean what they mean in PEFT's `LoraConfig`; weights are shared, not copied.
+
+    Args:
+        model: Its parameters stop requiring grad; those of the new adapters do.
+        target_modules: Names, each matching a layer of that name or of a name that ends in "." and it; or a regular
+            expression that a full name has to match; or "all-linear" for every linear layer but the output embeddings.
+        r: Rank.
+        lora_alpha: Numerator of the scaling.
+        lora_dropout: Drop probability of the adapters' input in training.
+        exclude_modules: Names or a regular expression of layers to leave alone.
+        rank_pattern: Ranks that differ from `r`, by name or regular expression of the end of a name.
+        alpha_pattern: Likewise for `lora_alpha`.
+        use_rslora: Scale by 1/√r in place of 1/r.
+        autocast_adapter_dtype: Adapters in float32 over a float16 or bfloat16 weight, as in PEFT; else in the weight's.
+
+    Returns:
+        The names of the layers that were swapped.
+
+    Raises:
+        TypeError: A targeted layer is not exactly an `nn.Linear`.
+        ValueError: Nothing is targeted, or a number is out of range.
+    """
+    names = select(model, target_modules, exclude_modules)
+    if not names:
+        ends = sorted({name.rpartition(".")[2] for name in _linear_names(model)})
+        raise ValueError(
+            f"swap_linear: target_modules={target_modules!r} matches no linear layer of {type(model).__name__}. "
+            f"Its linear layers end in: {', '.join(ends) or 'none'}."
+        )
+    swap_named(
+        model, {name: pattern_value(rank_pattern, name, r) for name in names},
+        {name: pattern_value(alpha_pattern, name, lora_alpha) for name in names},
+        lora_dropout, use_rslora, autocast_adapter_dtype,
+    )  # fmt: skip
+    return names
+
+
+def swap_named(
+    model: nn.Module, ranks: Mapping[str, int], alphas: Mapping[str, float],
+    lora_dropout: float, use_rslora: bool, autocast_adapter_dtype: bool,
+) -> None:  # fmt: skip
+    """Do what `swap_linear` does to the layers of exactly these names, each with its rank and its alpha.
+
+    Raises:
+        TypeError: One of them is not exactly an `nn.Linear`.
+    """
+    for name in ranks:
+        linear = model.get_submodule(name)
+        if type(linear) is not nn.Linear:
+            raise TypeError(
+                f"swap_linear: {name} is a {type(linear).__name__}, not exactly an nn.Linear; "
+                f"leave it out with exclude_modules=[{name!r}]."
+            )
+    model.requires_grad_(False)
+    made: dict[int, LoRALinear] = {}  # a layer that stands in two places stays one layer
+    for name, r in ranks.items():
+        linear = model.get_submodule(name)
+        if id(linear) not in made:
+            wide = autocast_adapter_dtype and linear.weight.dtype in (torch.float16, torch.bfloat16)
+            dtype = torch.float32 if wide else None
+            made[id(linear)] = LoRALinear.from_linear(linear, r, alphas[name], lora_dropout, use_rslora, dtype)
+        _replace(model, name, made[id(linear)])
+
+
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Add every adapter to its weight and put plain linear layers back, in place.
+
+    W += scaling · B A, computed in fp32 and rounded once; the weights are written where they lie.
+
+    Args:
+        model: Made of `LoRALinear` layers, or one.
+
+    Returns:
+        The model; a plain `nn.Linear` if `model` is a layer itself.
+
+    Raises:
+        ValueError: It has no `LoRALinear` layers.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("merge_and_unload: the model has no LoRALinear layers; PEFT models have their own method.")
+    made: dict[int, nn.Linear] = {}
+    for name, layer in layers:
+        if id(layer) not in made:
+            layer.merge()
+            made[id(layer)] = _plain(layer)
+        if not name:
+            return made[id(layer)]
+        _replace(model, name, made[id(layer)])
+    return model
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
+    """Every place in a model where a `LoRALinear` stands, in order; a shared one comes with each of its names."""
+    return [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LoRALinear)]
+
+
+def select(
+    model: nn.Module, target_modules: str | Sequence[str], exclude_modules: str | Sequence[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None, layers_pattern: str | Sequence[str] | None = None,
+) -> list[str]:  # fmt: skip
+    """Names of the linear layers (`nn.Linear` or `LoRALinear`) that PEFT would target; see `swap_linear`."""
+    names = _linear_names(model)
+    if isinstance(target_modules, str) and target_modules.lower() == _ALL_LINEAR:
+        embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+        chosen = [name for name in names if model.get_submodule(name) is not embeddings]
+    else:
+        chosen = [name for name in names if _matches(target_modules, name)]
+    if exclude_modules:
+        chosen = [name for name in chosen if not _matches(exclude_modules, name)]
+    if layers_to_transform is None or layers_to_transform == []:
+        return chosen
+    wanted = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    # the first number that stands after one of these names; without any, after a name within another, as in PEFT
+    places = rf"(?:^|.*?\.)(?:{'|'.join(patterns)})\.(\d+)\." if patterns else r".*?\.[^.]*\.(\d+)\."
+    return [name for name in chosen if (found := re.match(places, name)) and int(found[1]) in wanted]
+
+
+def pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of the first key that matches the end of a name from a dot on, as in PEFT; else the default."""
+    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _matches(target: str | Sequence[str], name: str) -> bool:
+    if isinstance(target, str):
+        return re.fullmatch(target, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in target)
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    named = model.named_modules(remove_duplicate=False)
+    return [name for name, module in named if name and isinstance(module, (nn.Linear, LoRALinear))]
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
+
+
+def _plain(layer: LoRALinear) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    linear.weight, linear.bias = layer.weight, layer.bias
+    return linear.train(layer.training)
