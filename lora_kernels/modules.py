@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from lora_kernels.functional import lora_linear
 
-__all__ = ["LoRALinear"]
+__all__ = ["LoRALinear", "check_base"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class LoRALinear(nn.Module):
@@ -71,9 +73,9 @@ class LoRALinear(nn.Module):
 
         Raises:
             TypeError: `linear` is not exactly an `nn.Linear` (a subclass may compute something else).
+            ValueError: `linear` has hooks, which would no longer run.
         """
-        if type(linear) is not nn.Linear:
-            raise TypeError(f"LoRALinear.from_linear: expected an nn.Linear, got {type(linear).__name__}.")
+        check_base(linear, "LoRALinear.from_linear: linear")
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._configure(linear.in_features, linear.out_features, r, lora_alpha, lora_dropout, use_rslora)
@@ -169,3 +171,20 @@ class LoRALinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             del destination[prefix + "lora_A"], destination[prefix + "lora_B"]
+
+
+def check_base(linear: nn.Module, what: str, way_out: str = "") -> None:
+    """Refuse a layer whose place a `LoRALinear` cannot take; `what` and `way_out` are words for the message.
+
+    Raises:
+        TypeError: `linear` is not exactly an `nn.Linear` (a subclass may compute something else).
+        ValueError: `linear` has hooks, or a forward of its own, which would no longer run.
+    """
+    if type(linear) is not nn.Linear:
+        raise TypeError(f"{what} is a {type(linear).__name__}, not exactly an nn.Linear{way_out}.")
+    lost = [name for name in _HOOKS if getattr(linear, name)] + ["forward"] * ("forward" in vars(linear))
+    if lost:
+        raise ValueError(
+            f"{what} has {', '.join(lost)} set on it, which would no longer run. Remove that first, and put it on the "
+            f"new layer if it is to see the adapter's part as well{way_out}."
+        )

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lora_kernels import LoRALinear
+from lora_kernels.peft import swap_linear
 
 
 def layer(dtype=torch.float32, **kwargs):
@@ -44,6 +45,26 @@ def test_a_subclass_of_linear_is_refused():
 
     with pytest.raises(TypeError, match="Odd"):
         LoRALinear.from_linear(Odd(3, 3))
+
+
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "forward"]
+)
+def test_a_layer_with_hooks_is_refused(register):
+    """They would silently run no more."""
+    linear = nn.Linear(3, 3)
+    if register == "forward":
+        linear.forward = lambda x: x
+    else:
+        getattr(linear, register)(lambda *args: None)
+    with pytest.raises(ValueError, match=r"from_linear: linear has .* set on it, which would no longer run"):
+        LoRALinear.from_linear(linear)
+    assert linear.weight.requires_grad
+    model = nn.Sequential(nn.Linear(3, 3), linear)
+    with pytest.raises(ValueError, match=r"swap_linear: 1 has .*exclude_modules=\['1'\]"):
+        swap_linear(model, "all-linear")
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 6 / 3), (True, 6 / math.sqrt(3))])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.modules import LoRALinear
+from lora_kernels.modules import LoRALinear, check_base
 
 __all__ = ["lora_layers", "merge_and_unload", "pattern_value", "select", "swap_linear", "swap_named"]
 
@@ -42,7 +42,7 @@ def swap_linear(
 
     Raises:
         TypeError: A targeted layer is not exactly an `nn.Linear`.
-        ValueError: Nothing is targeted, or a number is out of range.
+        ValueError: Nothing is targeted, a targeted layer has hooks, or a number is out of range.
     """
     names = select(model, target_modules, exclude_modules)
     if not names:
@@ -67,14 +67,11 @@ def swap_named(
 
     Raises:
         TypeError: One of them is not exactly an `nn.Linear`.
+        ValueError: One of them has hooks.
     """
     for name in ranks:
         linear = model.get_submodule(name)
-        if type(linear) is not nn.Linear:
-            raise TypeError(
-                f"swap_linear: {name} is a {type(linear).__name__}, not exactly an nn.Linear; "
-                f"leave it out with exclude_modules=[{name!r}]."
-            )
+        check_base(linear, f"swap_linear: {name}", f"; leave it out with exclude_modules=[{name!r}]")
     model.requires_grad_(False)
     made: dict[int, LoRALinear] = {}  # a layer that stands in two places stays one layer
     for name, r in ranks.items():
