@@ -10,11 +10,11 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it
 pytest.importorskip("trl")
 
-from peft import PeftModel  # noqa: E402
-from trainer_samples import BATCH, STEPS, TRAINERS, adapted, llama, paragraphs, tokenizer  # noqa: E402
+from peft import PeftModel
+from trainer_samples import BATCH, STEPS, TRAINERS, adapted, llama, paragraphs, tokenizer
 
-from lora_kernels import patch_peft  # noqa: E402
-from lora_kernels.peft import layer  # noqa: E402
+from lora_kernels import patch_peft, unpatch_peft
+from lora_kernels.peft import layer
 
 # what these libraries tell one another to rename
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -72,6 +72,15 @@ def adapters(trainer):
     return {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
+def prompt():
+    return tokenizer()(paragraphs()[-1][:60], return_tensors="pt")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**prompt()).logits
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("by", TRAINERS)
 def test_the_same_losses_step_by_step(by, accumulate, tmp_path, fused):
@@ -100,12 +109,16 @@ def test_sft_in_bf16_autocast_as_trl_has_it_by_default(tmp_path, fused):
 
 @pytest.mark.parametrize("by", TRAINERS)
 def test_with_dropout_both_fall_and_end_near_each_other(by, tmp_path, fused):
-    stock, patched = (losses(trained(by, tmp_path, patched, p=0.2)) for patched in (False, True))
+    stock, patched = (trained(by, tmp_path, patched, p=0.2) for patched in (False, True))
     assert set(fused) == {0.2}
-    assert not torch.equal(stock, patched)  # the masks differ
-    for found in (stock, patched):
-        assert found[-2:].mean() < found[:2].mean() - 0.4
-    assert (stock[-3:].mean() - patched[-3:].mean()).abs() < 0.05
+    curves = losses(stock), losses(patched)
+    assert not torch.equal(*curves)  # the masks differ
+    for curve in curves:
+        assert curve[-2:].mean() < curve[:2].mean() - 0.4
+    assert (curves[0][-3:].mean() - curves[1][-3:].mean()).abs() < 0.05
+    as_patched = logits(patched.model)  # in evaluation nothing is dropped
+    assert unpatch_peft(patched.model) == LAYERS
+    torch.testing.assert_close(logits(patched.model), as_patched, **CLOSE)
 
 
 @pytest.mark.parametrize("by", TRAINERS)
@@ -133,17 +146,11 @@ def test_stock_peft_resumes_what_a_patched_model_began(tmp_path, fused):
 
 def test_generates_saves_and_merges_after_sft(tmp_path, fused):
     stock, patched = (trained("trl", tmp_path / str(on), on) for on in (False, True))
-    prompt = tokenizer()(paragraphs()[-1][:60], return_tensors="pt")
-    size = prompt["input_ids"].shape[1]
 
     def text(model):
-        said = model.eval().generate(**prompt, max_new_tokens=12, do_sample=False)
-        assert said.shape[1] > size
+        said = model.eval().generate(**prompt(), max_new_tokens=12, do_sample=False)
+        assert said.shape[1] > prompt()["input_ids"].shape[1]
         return tokenizer().decode(said[0])
-
-    def logits(model):
-        with torch.no_grad():
-            return model.eval()(**prompt).logits
 
     calls, written, expected = len(fused), text(patched.model), logits(patched.model)
     assert len(fused) > calls

@@ -2,13 +2,13 @@
 
 import functools
 import re
+from pydoc_data.topics import topics
 
 import datasets
 import torch
 import transformers
 import trl
 from peft import LoraConfig, get_peft_model
-from pydoc_data.topics import topics
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
