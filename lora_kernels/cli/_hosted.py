@@ -38,8 +38,12 @@ class HostedModel(nn.Module):
             torch.set_default_dtype(before)
 
     def embedding(self, tokens: Tensor) -> Tensor:
-        """Embed tokens `[batch, seq]`, `[batch, seq, hidden]`."""
-        return self.llama.get_input_embeddings()(tokens)
+        """Embed tokens `[batch, seq]`, `[batch, seq, hidden]`.
+
+        In unit variance, as a trained model's stream has: layers would drown it otherwise, and whatever changes in one
+        would change all of the output, which is no measure of how much it changed.
+        """
+        return self.llama.get_input_embeddings()(tokens) / self.llama.config.initializer_range
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[batch, seq, vocab]` from embedded tokens `[batch, seq, hidden]`."""

@@ -52,7 +52,7 @@ def kernel_table(cases: list[dict[str, Any]]) -> Group:
 def model_title(case: dict[str, Any]) -> str:
     """A model in words."""
     d = case["model"]
-    name = f"{d['name']}, transformers and PEFT: " if d.get("name") else ""
+    name = f"{d['name']} (transformers, PEFT), " if d.get("name") else ""
     depth = f"{d['layers']} layers, vocabulary {d['vocab']}" if case["level"] == "model" else "One decoder layer"
     width = f"hidden {d['hidden']}, {d['heads']}/{d['kv_heads']} heads, MLP {d['intermediate']}"
     targets = tuple(case.get("targets", PROJECTIONS))
