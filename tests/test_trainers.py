@@ -19,6 +19,7 @@ from lora_kernels.peft import layer
 # what these libraries tell one another to rename
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 LAYERS = 14
+SMALL_TRL = pytest.param("trl", marks=pytest.mark.small)  # what calls of this size take outside of tests
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 
 
@@ -81,7 +82,7 @@ def logits(model):
         return model.eval()(**prompt()).logits
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.small), 2])
 @pytest.mark.parametrize("by", TRAINERS)
 def test_the_same_losses_step_by_step(by, accumulate, tmp_path, fused):
     how = dict(gradient_accumulation_steps=accumulate, per_device_train_batch_size=BATCH // accumulate)
@@ -107,7 +108,7 @@ def test_sft_in_bf16_autocast_as_trl_has_it_by_default(tmp_path, fused):
     torch.testing.assert_close(actual, expected, rtol=3e-3, atol=0)
 
 
-@pytest.mark.parametrize("by", TRAINERS)
+@pytest.mark.parametrize("by", ["transformers", SMALL_TRL])
 def test_with_dropout_both_fall_and_end_near_each_other(by, tmp_path, fused):
     stock, patched = (trained(by, tmp_path, patched, p=0.2) for patched in (False, True))
     assert set(fused) == {0.2}
@@ -121,7 +122,7 @@ def test_with_dropout_both_fall_and_end_near_each_other(by, tmp_path, fused):
     torch.testing.assert_close(logits(patched.model), as_patched, **CLOSE)
 
 
-@pytest.mark.parametrize("by", TRAINERS)
+@pytest.mark.parametrize("by", ["transformers", SMALL_TRL])
 def test_resumes_from_a_checkpoint(by, tmp_path, fused):
     """The masks as well: the state of PyTorch's generator, which the checkpoint holds, decides them."""
     half = STEPS // 2
