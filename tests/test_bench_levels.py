@@ -181,7 +181,7 @@ def test_every_model_is_right_and_timed(dtype, p, whole):
         assert set(row["seconds"]) == set(_timing.PASSES)
         taken = row["seconds"]["both"]
         assert taken["tokens_per_second"] == 64 / taken["median"]
-        assert row["peak_bytes"] is None  # a CPU's is not measured, so not given
+        assert row["peak_bytes"] > row["saved_bytes"]
     assert rows["frozen"]["seconds"]["both"]["to_floor"] == 1
     s = 7 * 64 * 4 * dtype.itemsize * (TINY.layers if whole else 1)  # of every projection
     assert rows["ours"]["saved_bytes"] >= rows["frozen"]["saved_bytes"] + s

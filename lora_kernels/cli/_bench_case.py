@@ -1,6 +1,7 @@
 """One case of `bench`: a shape, a rank and a drop probability, every provider built, judged, weighed and timed."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from lora_kernels import plan
 from lora_kernels.cli import _baselines, _cost, _judge, _timing
 from lora_kernels.cli._baselines import Provider
-from lora_kernels.cli._presets import Shape
+from lora_kernels.cli._presets import PROJECTIONS, Shape
 from lora_kernels.dropout import threshold
 from lora_kernels.numerics import Problem
 
@@ -36,6 +37,7 @@ class Settings:
         build: Provider name and problem to provider.
         only: Provider names to take; all that make sense if empty.
         cache: One of `_timing.CACHES`.
+        targets: Which projections of a model get an adapter.
     """
 
     device: torch.device
@@ -49,6 +51,7 @@ class Settings:
     build: Callable[[str, Problem, str], Provider] = _baselines.build
     only: tuple[str, ...] = ()
     cache: str = "warm"
+    targets: tuple[str, ...] = PROJECTIONS
 
     def clock(self) -> _timing.Measure:
         """How a call is timed."""
@@ -221,10 +224,10 @@ def held_bytes(forward: Callable[[], Tensor], given: Iterable[Tensor]) -> int:
     return sum(held.values())
 
 
-def peak_bytes(calls: _timing.Calls, device: torch.device) -> int | None:
-    """The most memory forward and backward take on top of what is there before; None where PyTorch does not count."""
+def peak_bytes(calls: _timing.Calls, device: torch.device) -> int:
+    """The most memory forward and backward take on top of what is there before: of tensors, not of the process."""
     if device.type != "cuda":
-        return None
+        return _peak_bytes_of_cpu(calls)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -233,3 +236,15 @@ def peak_bytes(calls: _timing.Calls, device: torch.device) -> int | None:
     torch.cuda.synchronize(device)
     del y, gradients
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _peak_bytes_of_cpu(calls: _timing.Calls) -> int:
+    """The same from every allocation that PyTorch's profiler sees, in the order of time."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it would write two lines to stderr each time
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        y = calls.forward()
+        gradients = calls.backward(y)
+    del y, gradients
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(changes), default=0)

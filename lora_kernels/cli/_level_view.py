@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_kernels.cli._bench_view import case_table, median_ms, mib, quotient, show_speedups, sweep_table, with_spread
+from lora_kernels.cli._presets import PROJECTIONS
 
 __all__ = ["KERNEL_HEADING", "kernel_row", "kernel_table", "model_table", "model_title", "passes_of", "show"]
 
@@ -51,10 +52,14 @@ def kernel_table(cases: list[dict[str, Any]]) -> Group:
 def model_title(case: dict[str, Any]) -> str:
     """A model in words."""
     d = case["model"]
+    name = f"{d['name']} (transformers, PEFT), " if d.get("name") else ""
     depth = f"{d['layers']} layers, vocabulary {d['vocab']}" if case["level"] == "model" else "One decoder layer"
+    width = f"hidden {d['hidden']}, {d['heads']}/{d['kv_heads']} heads, MLP {d['intermediate']}"
+    targets = tuple(case.get("targets", PROJECTIONS))
+    where = "" if targets == PROJECTIONS else f" on {' '.join(targets)}"
     return (
-        f"{depth}: hidden {d['hidden']}, {d['heads']}/{d['kv_heads']} heads, MLP {d['intermediate']}; {d['batch']} x "
-        f"{d['seq']} tokens, r={case['r']}, p={case['p']:g}, {case['dtype']}"
+        f"{name}{depth}: {width}; {d['batch']} x {d['seq']} tokens, r={case['r']}{where}, p={case['p']:g}, "
+        f"{case['dtype']}"
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from lora_kernels.cli import _baselines, _bench_case, _kernel_case, _model_case
 from lora_kernels.cli._bench_case import Settings
-from lora_kernels.cli._presets import PRESETS, Dims, Shape, with_rows, with_tokens
+from lora_kernels.cli._presets import MODELS, PRESETS, Dims, Shape, sized, with_rows, with_tokens
 
 __all__ = ["LEVELS", "PROVIDERS", "names", "run", "subjects"]
 
@@ -17,14 +17,21 @@ _OF_LEVEL = {
 PROVIDERS = tuple(dict.fromkeys(name for names in _OF_LEVEL.values() for name in names))
 
 
-def subjects(level: str, preset: str | None, shapes: list[Shape] | None, rows: list[int] | None) -> list[Shape | Dims]:
+def subjects(
+    level: str, preset: str | None, shapes: list[Shape] | None, rows: list[int] | None, model: str | None = None,
+    layers: int | None = None, batch: int | None = None, seq: int | None = None,
+) -> list[Shape | Dims]:  # fmt: skip
     """What is timed: shapes of a layer, or models.
 
     Args:
         level: One of `LEVELS`.
-        preset: One of `PRESETS`; None if there are `shapes`.
+        preset: One of `PRESETS`; None if there are `shapes` or a `model`.
         shapes: In place of a preset's.
         rows: Other numbers of rows, or of tokens.
+        model: One of `MODELS`.
+        layers: Another number of a model's decoder layers.
+        batch: Other sequences at once.
+        seq: Another length of theirs.
 
     Raises:
         ValueError: The level needs a model and there is none, or the rows do not fit one.
@@ -32,10 +39,11 @@ def subjects(level: str, preset: str | None, shapes: list[Shape] | None, rows: l
     if level in ("layer", "kernel"):
         found = PRESETS[preset].shapes if preset else tuple(shapes or ())
         return list(with_rows(found, rows) if rows else found)
-    dims = PRESETS[preset].model if preset else None
+    dims: Dims | None = MODELS[model] if model else PRESETS[preset].model if preset else None
     if dims is None:
         models = ", ".join(name for name, one in PRESETS.items() if one.model)
         raise ValueError(f"--level {level} takes a --preset that is a model: {models}")
+    dims = sized(dims, layers, batch, seq)
     return [with_tokens(dims, m) for m in rows] if rows else [dims]
 
 

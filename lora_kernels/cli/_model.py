@@ -7,6 +7,7 @@ weights and hold the same numbers in their adapters. Shapes: activations `[batch
 import copy
 import importlib
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels.cli._demo_model import MLP
-from lora_kernels.cli._presets import Dims
+from lora_kernels.cli._presets import PROJECTIONS, Dims
 from lora_kernels.modules import LoRALinear
+from lora_kernels.peft import patch_peft
 
-__all__ = ["PROJECTIONS", "Adapters", "LanguageModel", "Stack", "adapted", "draw_adapters", "projections"]
-
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+__all__ = ["Adapters", "LanguageModel", "Stack", "adapted", "draw_adapters", "projections"]
 
 Adapters = dict[str, tuple[Tensor, Tensor]]  # name of a projection to its A and B
 
@@ -95,15 +95,18 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(self.stack(x)))
 
 
-def projections(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that get an adapter, by name."""
-    return {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in PROJECTIONS}
+def projections(model: nn.Module, targets: Sequence[str] = PROJECTIONS) -> dict[str, nn.Linear]:
+    """The layers that get an adapter, by name; "q" is what transformers calls "q_proj"."""
+    short = [target.removesuffix("_proj") for target in targets]
+    return {
+        name: module for name, module in model.named_modules() if name.rpartition(".")[2].removesuffix("_proj") in short
+    }
 
 
-def draw_adapters(model: nn.Module, r: int, seed: int = 3) -> Adapters:
+def draw_adapters(model: nn.Module, r: int, targets: Sequence[str] = PROJECTIONS, seed: int = 3) -> Adapters:
     """Draw adapters in which every term matters, in the dtype and on the device of the model."""
     drawn = {}
-    for name, linear in projections(model).items():
+    for name, linear in projections(model, targets).items():
         n, k = linear.weight.shape
         generator = torch.Generator(linear.weight.device).manual_seed(seed + len(drawn))
         a, b = (torch.randn(size, generator=generator, device=linear.weight.device) for size in ((r, k), (n, r)))
@@ -133,8 +136,8 @@ def adapted(
 
     Args:
         base: A frozen model; not changed.
-        form: "frozen" for no adapters, "ours" for `LoRALinear`, "peft" for PEFT's own layers (`ImportError` where it
-            is not installed), "arithmetic" for `PeftArithmetic`.
+        form: "frozen" for no adapters, "ours" for `LoRALinear`, "peft" for PEFT's own layers and "patched" for the
+            same after `patch_peft` (`ImportError` where PEFT is not installed), "arithmetic" for `PeftArithmetic`.
         adapters: Their numbers.
         dtype: What they are held in.
         scaling: Multiplies the low-rank term.
@@ -151,10 +154,13 @@ def adapted(
         f"{name}.{which}": nn.Parameter(t.detach().to(dtype, copy=True))
         for name, pair in adapters.items() for which, t in zip("AB", pair, strict=True)
     }  # fmt: skip
-    if form == "peft":
+    if form in ("peft", "patched"):
         _inject_peft(model, adapters, held, scaling, p)
+        if form == "patched":
+            patch_peft(model)
         return model, held
-    for name, linear in projections(model).items():
+    for name in adapters:
+        linear = model.get_submodule(name)
         parent, _, last = name.rpartition(".")
         a, b = held[f"{name}.A"], held[f"{name}.B"]
         if form == "ours":

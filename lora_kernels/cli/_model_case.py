@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from lora_kernels import plan
 from lora_kernels.cli import _timing
 from lora_kernels.cli._bench_case import Settings, first_line, held_bytes, peak_bytes, ready
+from lora_kernels.cli._hosted import HostedModel
 from lora_kernels.cli._model import Adapters, LanguageModel, Stack, adapted, draw_adapters
-from lora_kernels.cli._presets import Dims
+from lora_kernels.cli._presets import Dims, HostedDims
 from lora_kernels.dropout import threshold
 from lora_kernels.numerics import rms, unit_roundoff
 
@@ -72,12 +73,15 @@ class Bench:
         torch.manual_seed(0)
         self.dims, self.p, self.settings, self.whole = dims, threshold(p) / 65536, settings, whole
         with settings.device:
-            base = LanguageModel(dims) if whole else Stack(dims)
-            self.base = base.to(settings.dtype).requires_grad_(False)
+            if isinstance(dims, HostedDims):
+                base: nn.Module = HostedModel(dims, settings.dtype)
+            else:
+                base = (LanguageModel(dims) if whole else Stack(dims)).to(settings.dtype)
+            self.base = base.requires_grad_(False)
             self.x = torch.randn(dims.batch, dims.seq, dims.hidden).to(settings.dtype)
             self.dy = torch.randn(dims.batch, dims.seq, dims.hidden).to(settings.dtype)
             self.tokens, self.targets = torch.randint(dims.vocab, (2, dims.batch, dims.seq))
-        self.adapters: Adapters = draw_adapters(self.base, r)
+        self.adapters: Adapters = draw_adapters(self.base, r, settings.targets)
         self._references: dict[tuple[bool, bool, bool], dict[str, Tensor]] = {}
 
     def trial(self, name: str) -> Trial:
@@ -90,6 +94,8 @@ class Bench:
         elif form == "ours":
             chosen = plan.choose(self.settings.device, self.settings.dtype, r, False, "auto")
             label = f"lora_kernels [{chosen}]" + (f" {words}" if dtype != self.settings.dtype else "")
+            if isinstance(self.dims, HostedDims):
+                form, label = "patched", f"patched PEFT {words} [{chosen}]"
         else:
             label = f"PEFT {words}"
         try:
@@ -202,7 +208,7 @@ def run_case(
             taken["tokens_per_second"] = dims.tokens / taken["median"]
     return {
         "level": "model" if whole else "decoder", "model": asdict(dims), "tokens": dims.tokens, "r": r, "p": p,
-        "dtype": str(settings.dtype).removeprefix("torch."), "providers": rows,
+        "targets": list(settings.targets), "dtype": str(settings.dtype).removeprefix("torch."), "providers": rows,
     }  # fmt: skip
 
 

@@ -1,8 +1,13 @@
-"""Named sets of shapes for `bench`: the projections of well-known models, their layers, and published sweeps."""
+"""What `bench` can be asked for by name: projections of well-known models, their layers, published sweeps, models."""
 
 from dataclasses import dataclass, replace
 
-__all__ = ["PRESETS", "Dims", "Preset", "Shape", "parse_shape", "with_rows", "with_tokens"]
+__all__ = [
+    "MODELS", "PRESETS", "PROJECTIONS", "Dims", "HostedDims", "Preset", "Shape", "parse_shape", "sized", "with_rows",
+    "with_tokens",
+]  # fmt: skip
+
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # the linear layers of a decoder layer
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,19 @@ class Dims:
 
     def __str__(self) -> str:
         return f"{self.batch}x{self.seq} tokens x {self.hidden}/{self.intermediate}, {self.layers} layers"
+
+
+@dataclass(frozen=True)
+class HostedDims(Dims):
+    """A model of transformers with PEFT's adapters, stock and patched.
+
+    Attributes:
+        name: In `MODELS`.
+        tied: Whether embedding and head share their weight.
+    """
+
+    name: str = ""
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +141,16 @@ PRESETS: dict[str, Preset] = {
     ),
 }  # fmt: skip
 
+MODELS: dict[str, HostedDims] = {
+    dims.name: dims
+    for dims in (
+        HostedDims(256, 4, 2, 688, vocab=1024, layers=2, batch=2, seq=128, name="tiny"),
+        HostedDims(1024, 16, 8, 2816, vocab=4096, layers=2, batch=2, seq=128, name="small"),
+        HostedDims(2048, 32, 8, 8192, vocab=128256, layers=16, batch=1, seq=2048, name="llama-1b", tied=True),
+        HostedDims(4096, 32, 8, 14336, vocab=128256, layers=32, batch=1, seq=1024, name="llama-8b"),
+    )
+}
+
 
 def parse_shape(text: str) -> Shape:
     """Read "8192x4096x4096": rows x in_features x out_features.
@@ -153,3 +181,9 @@ def with_tokens(dims: Dims, tokens: int) -> Dims:
     if tokens % dims.seq:
         raise ValueError(f"--m {tokens}: at this level, tokens in whole sequences of {dims.seq}, or fewer than one")
     return replace(dims, batch=tokens // dims.seq)
+
+
+def sized(dims: Dims, layers: int | None, batch: int | None, seq: int | None) -> Dims:
+    """The same model with another number of decoder layers, at another number of sequences or of another length."""
+    given = {"layers": layers, "batch": batch, "seq": seq}
+    return replace(dims, **{name: value for name, value in given.items() if value is not None})

@@ -4,13 +4,14 @@ Baselines, taken in turn with this package in one run: the frozen linear layer a
 adapters in the base's dtype and in fp32, the same under torch.compile, a chain of in-place addmm, and on a GPU a graph
 split as LoRAFusion splits it. Each is checked against float64 first; what fails is not timed. Shares of peak are of a
 matmul measured in this run. Other levels time each launch alone (kernel), a whole decoder layer (decoder), and training
-steps of a small model (model).
+steps of a small model (model). With --model those are of transformers' Llama with PEFT's adapters: stock, and patched.
 
   lora-kernels bench                                              a preset that fits this machine
   lora-kernels bench --preset lorafusion --m 2048 8192            a published sweep, two of its row counts
   lora-kernels bench --preset cpu-sweep --no-compile              a sweep for a CPU: 10 shapes, 2 ranks, dropout or none
   lora-kernels bench --shape 8192x4096x4096 --r 16 --p 0 0.1      your own: rows x in_features x out_features
   lora-kernels bench --level model --m 4096                       training steps, 4096 tokens each
+  lora-kernels bench --model llama-1b --layers 4 --p 0.1          those of a PEFT model, stock against patched
 """
 
 import argparse
@@ -28,11 +29,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lora_kernels import plan
-from lora_kernels.cli import _bench_plot, _bench_view, _level_view, _levels, _timing
+from lora_kernels.cli import _bench_plot, _bench_view, _hosted, _level_view, _levels, _timing
 from lora_kernels.cli._bench_case import Settings
 from lora_kernels.cli._kernel_case import LAUNCHES
 from lora_kernels.cli._machine import caption, machine, write_json
-from lora_kernels.cli._presets import PRESETS, Dims, Shape, parse_shape
+from lora_kernels.cli._presets import MODELS, PRESETS, PROJECTIONS, Dims, Shape, parse_shape
 
 __all__ = ["add_arguments", "run"]
 
@@ -49,18 +50,25 @@ Case = tuple[Shape | Dims, int, float]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lora-kernels bench`."""
     what = parser.add_argument_group("what is timed")
-    what.add_argument("--level", choices=_levels.LEVELS, default="layer", help="a layer by default")
+    what.add_argument("--level", choices=_levels.LEVELS, help="a layer by default, the model with --model")
     which = what.add_mutually_exclusive_group()
     which.add_argument("--preset", choices=PRESETS, help="named shapes; llama-8b on a GPU, cpu on a CPU by default")
+    which.add_argument(
+        "--model", choices=MODELS, help="transformers' Llama with PEFT's adapters, stock and patched, in training steps"
+    )
     which.add_argument("--shape", type=_shape, nargs="+", metavar="MxINxOUT", help="rows x in_features x out_features")
     what.add_argument("--m", type=int, nargs="+", metavar="ROWS", help="other numbers of rows, or of tokens")
+    what.add_argument("--layers", type=int, metavar="N", help="another number of a model's decoder layers")
+    what.add_argument("--batch", type=int, metavar="N", help="other sequences at once, of a model")
+    what.add_argument("--seq", type=int, metavar="TOKENS", help="another length of a model's sequences")
+    what.add_argument("--target-modules", nargs="+", metavar="NAME", help="of a model: q_proj v_proj; all by default")
     what.add_argument("--r", type=int, nargs="+", metavar="RANK", help="ranks; the preset's, or 16")
     what.add_argument("--p", type=float, nargs="+", metavar="P", help="dropout probabilities; the preset's, or 0")
     what.add_argument("--dtype", choices=_DTYPES, help="of x and W; bf16 on a GPU, fp32 on a CPU by default")
     what.add_argument("--backend", choices=plan.BACKENDS, default="auto", help="of this package's own rows")
     what.add_argument("--pass", dest="passes", choices=_timing.PASSES, nargs="+")
     what.add_argument("--providers", choices=_levels.PROVIDERS, nargs="+", default=(), help="only these")
-    what.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    what.add_argument("--no-compile", action="store_true", help="leave torch.compile out, as --model does")
     what.add_argument("--memory-only", action="store_true", help="check and weigh, time nothing")
     how = parser.add_argument_group("how")
     how.add_argument("--device", choices=("cuda", "cpu"), help="the GPU if there is one")
@@ -79,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 0 if this package's results were right, 1 if not, 2 if it cannot run as asked."""
+    args.level = args.level or ("model" if args.model else "layer")
     try:
         cases, settings = _cases(args), _settings(args)  # the cheap questions first
     except (ValueError, RuntimeError, TypeError) as error:
@@ -134,14 +143,14 @@ def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) ->
 def _write(args: argparse.Namespace, settings: Settings, done: list, skipped: list, complete: bool) -> None:
     if args.json:
         write_json(args.json, {
-            "command": "bench", "level": args.level, "preset": _preset_name(args), "complete": complete,
-            "skipped": skipped, "method": _method(settings), "peaks": settings.peaks,
+            "command": "bench", "level": args.level, "preset": _preset_name(args), "model": args.model,
+            "complete": complete, "skipped": skipped, "method": _method(settings), "peaks": settings.peaks,
             "speedups": _bench_view.speedups(done), "cases": done,
         })  # fmt: skip
 
 
 def _preset_name(args: argparse.Namespace) -> str | None:
-    if args.shape:
+    if args.shape or args.model:
         return None
     return args.preset or ("quick" if args.quick else "llama-8b" if _device(args).type == "cuda" else "cpu")
 
@@ -155,14 +164,25 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     preset = PRESETS[name] if name else None
     ranks = args.r or (preset.r if preset else (16,))
     probabilities = args.p or (preset.p if preset else (0.0,))
-    for option, given in (("--r", args.r), ("--m", args.m), ("--rounds", [args.rounds])):
+    of_model = {"--layers": args.layers, "--batch": args.batch, "--seq": args.seq}
+    if args.model and args.level != "model":
+        raise ValueError(f"--model {args.model}: a whole model, so not --level {args.level}")
+    for option, given in ({**of_model, "--target-modules": args.target_modules}).items():
+        if given is not None and args.level not in ("decoder", "model"):
+            raise ValueError(f"{option}: of a model, so with --model or --level decoder or model")
+    if args.m and args.batch:
+        raise ValueError("--m and --batch: both say how many sequences there are")
+    numbers = {"--r": args.r, "--m": args.m, "--rounds": [args.rounds], **{o: [n] for o, n in of_model.items()}}
+    for option, given in numbers.items():
         for value in given or ():
             if value is not None and value < 1:
                 raise ValueError(f"{option} {value}: at least 1 is needed")
     for p in probabilities:
         if not 0 <= p < 1:
             raise ValueError(f"--p {p:g}: a dropout probability is at least 0 and below 1")
-    subjects = _levels.subjects(args.level, name, args.shape, args.m)
+    subjects = _levels.subjects(
+        args.level, name, args.shape, args.m, args.model, args.layers, args.batch, args.seq
+    )  # fmt: skip
     return [(subject, r, p) for subject in subjects for r in ranks for p in probabilities]
 
 
@@ -179,6 +199,11 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise ValueError(
             f"--level {args.level}: a model takes --backend auto (or LORA_KERNELS_BACKEND), and caches flushed or warm"
         )
+    targets = tuple(args.target_modules or PROJECTIONS)
+    if unknown := [name for name in targets if name.removesuffix("_proj") not in PROJECTIONS]:
+        raise ValueError(f"--target-modules {' '.join(unknown)}: a model has {', '.join(PROJECTIONS)}")
+    if args.model and _hosted.missing():
+        raise RuntimeError(f"--model {args.model} {_hosted.missing()}")
     if args.plot and _bench_plot.missing():
         raise RuntimeError(_bench_plot.missing())
     _check_files(args)
@@ -188,8 +213,9 @@ def _settings(args: argparse.Namespace) -> Settings:
         plan.choose(device, dtype, r, False, args.backend)  # says so now if that backend cannot run
     passes = ("forward",) if args.level == "kernel" else tuple(args.passes or _timing.PASSES)
     settings = Settings(
-        device, dtype, args.backend, () if args.memory_only else passes, rounds, not args.no_compile, args.cuda_graph,
-        only=tuple(args.providers), cache=args.cache or ("flush" if on_gpu else "warm"),
+        device, dtype, args.backend, () if args.memory_only else passes, rounds,
+        not (args.no_compile or args.model), args.cuda_graph, only=tuple(args.providers),
+        cache=args.cache or ("flush" if on_gpu else "warm"), targets=targets,
     )  # fmt: skip
     _levels.names(args.level, settings, 1)  # says so now if one of them is not of this level
     if args.memory_only:
@@ -219,7 +245,7 @@ def _method(settings: Settings) -> dict[str, Any]:
         "cache": _CACHE_WORDS[settings.cache],
         "launch": "CUDA graph replays" if settings.cuda_graph else "calls",
         "saved_bytes": "held for backward beyond x and parameters, each storage once",
-        "peak_bytes": "forward + backward over what was allocated before" if on_gpu else "not measured on a CPU",
+        "peak_bytes": "tensors of forward + backward over what was allocated before",
     }  # fmt: skip
 
 
