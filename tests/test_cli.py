@@ -1,5 +1,6 @@
 """The commands doctor and verify, each in a process of its own where the environment matters."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -203,3 +204,17 @@ def test_command_line_lists_its_commands():
     assert done.returncode == 0
     for name in ("doctor", "verify", "bench", "tune", "inspect", "demo"):
         assert name in done.stdout
+
+
+@pytest.mark.parametrize("name", cli._COMMANDS)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(name, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    module = importlib.import_module(f"lora_kernels.cli.{name}")
+    monkeypatch.setattr(module, "run", lambda args: pytest.fail("it was run first"))
+    for path, message in (
+        (tmp_path / "file" / "x", ""), (tmp_path, "cannot be written"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([name, "--json", str(path)])
+        assert stopped.value.code == 2
+        assert f"--json {path}: {message}" in capsys.readouterr().err

@@ -28,4 +28,9 @@ def main(argv: list[str] | None = None) -> int:
         sub.add_argument("--json", metavar="FILE", help="write everything that is shown, and more, as JSON")
         sub.set_defaults(run=module.run)
     args = parser.parse_args(argv)
+    if args.json:
+        try:
+            importlib.import_module("lora_kernels.cli._machine").check_file("--json", args.json)
+        except ValueError as error:
+            parser.error(str(error))
     return args.run(args)

@@ -14,7 +14,7 @@ import torch
 
 from lora_kernels._version import __version__
 
-__all__ = ["caption", "machine", "version_of", "write_json"]
+__all__ = ["caption", "check_file", "machine", "version_of", "write_json"]
 
 
 def machine() -> dict[str, Any]:
@@ -46,6 +46,21 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def check_file(option: str, path: str | os.PathLike[str]) -> None:
+    """Refuse a file that cannot be written now, rather than after all was measured.
+
+    Raises:
+        ValueError: It is a folder, or its folder cannot be made or written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{option} {path}: {error.strerror}") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{option} {path}: cannot be written")
 
 
 def write_json(path: str | os.PathLike[str], payload: dict[str, Any]) -> None:

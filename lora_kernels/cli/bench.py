@@ -15,13 +15,11 @@ steps of a small model (model). With --model those are of transformers' Llama wi
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +30,7 @@ from lora_kernels import plan
 from lora_kernels.cli import _bench_plot, _bench_view, _hosted, _level_view, _levels, _timing
 from lora_kernels.cli._bench_case import Settings
 from lora_kernels.cli._kernel_case import LAUNCHES
-from lora_kernels.cli._machine import caption, machine, write_json
+from lora_kernels.cli._machine import caption, check_file, machine, write_json
 from lora_kernels.cli._presets import MODELS, PRESETS, PROJECTIONS, Dims, Shape, parse_shape
 
 __all__ = ["add_arguments", "run"]
@@ -206,7 +204,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise RuntimeError(f"--model {args.model} {_hosted.missing()}")
     if args.plot and _bench_plot.missing():
         raise RuntimeError(_bench_plot.missing())
-    _check_files(args)
+    if args.plot:
+        check_file("--plot", args.plot)
     rounds = args.rounds or (3 if args.quick else 30 if on_gpu else 10)
     dtype = _DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
     for r in args.r or [16]:
@@ -221,19 +220,6 @@ def _settings(args: argparse.Namespace) -> Settings:
     if args.memory_only:
         return settings
     return replace(settings, peaks=_timing.measure_peaks(device, dtype, _timing.clock(device)))
-
-
-def _check_files(args: argparse.Namespace) -> None:
-    """Refuse what cannot be written now, rather than after all was measured."""
-    for option in ("json", "plot"):
-        if getattr(args, option):
-            path = Path(getattr(args, option))
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ValueError(f"--{option} {path}: {error.strerror}") from None
-            if path.is_dir() or not os.access(path.parent, os.W_OK):
-                raise ValueError(f"--{option} {path}: cannot be written")
 
 
 def _method(settings: Settings) -> dict[str, Any]:
