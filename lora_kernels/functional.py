@@ -13,7 +13,7 @@ __all__ = ["lora_add", "lora_linear"]
 def lora_linear(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *,
     scaling: float = 1.0, bias: Tensor | None = None, dropout_p: float = 0.0, backend: str = "auto",
-    accumulate_grad: bool = False,
+    accumulate_grad: bool = False, dropout_shard: tuple[int, int] = (0, 1),
 ) -> Tensor:  # fmt: skip
     """Apply a linear layer with a low-rank adapter, in one fused pass.
 
@@ -36,6 +36,8 @@ def lora_linear(
         accumulate_grad: Let backward add the gradients of `lora_A` and `lora_B` to their `.grad` itself, where there is
             one and no hook listens: a launch and a pass less for each when gradients are accumulated. Only for
             `y.backward()`: `torch.autograd.grad` would see none, and gradients would be added all the same.
+        dropout_shard: (i, n) where x is the i-th of n equal shards of the features: the generator is drawn from for all
+            n, and the i-th gets its mask. Ranks that were seeded alike drop independent elements and stay alike.
 
     Returns:
         y, `[*, out_features]`, contiguous, in x's dtype, or autocast's inside `torch.autocast`.
@@ -56,18 +58,24 @@ def lora_linear(
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         x, weight, bias, adapters_fit = _autocast(device_type, x, weight, bias)
         with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
-            return _checked(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, accumulate_grad, adapters_fit)
-    return _checked(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, accumulate_grad, False)
+            return _checked(
+                x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, accumulate_grad, dropout_shard, adapters_fit
+            )
+    return _checked(
+        x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, accumulate_grad, dropout_shard, False
+    )
 
 
 def _checked(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
-    backend: str, accumulate_grad: bool, adapters_fit: bool,
+    backend: str, accumulate_grad: bool, dropout_shard: tuple[int, int], adapters_fit: bool,
 ) -> Tensor:  # fmt: skip
     """Check, choose a backend, and call it; `adapters_fit` where autocast makes up for their dtypes."""
     checks.check_call(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if not adapters_fit:
         checks.check_dtypes(x, weight, lora_A, lora_B, bias)
+    if dropout_shard != (0, 1):
+        checks.check_shard(dropout_shard)
     if _transforming():
         checks.check_transforms(backend)
         return reference.lora_linear(
@@ -75,22 +83,27 @@ def _checked(
         )
     rank = lora_A.shape[0]
     base_only = dropout_p == 1 or rank == 0
-    if _watched():
+    sharded = checks.is_sharded(x)
+    if sharded:
+        checks.check_sharded(dropout_p)
+        from lora_kernels import sharding  # noqa: F401  registers its rules; not before there are DTensors
+    if sharded or _watched():
         backend = plan.overridden(backend)
         if base_only:
             return _base_only(x, weight, lora_A, lora_B, bias)
-        return ops.linear(x, weight, lora_A, lora_B, bias, _number(scaling), _number(dropout_p), backend)
+        return ops.linear(x, weight, lora_A, lora_B, bias, _number(scaling), _number(dropout_p), backend, dropout_shard)
     scaling, dropout_p = float(scaling), float(dropout_p)
     empty = x.numel() == 0 or weight.shape[0] == 0
     backend = plan.choose(x.device, x.dtype, rank, empty or rank == 0, backend)
     if base_only:
         return _base_only(x, weight, lora_A, lora_B, bias)
     args = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
+    noise = ops.draw_shard(x, backend, dropout_shard) if dropout_p > 0 and dropout_shard[1] > 1 else None
     trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or weight.requires_grad
     if torch.is_grad_enabled() and (trained or (bias is not None and bias.requires_grad)):
-        y = autograd.LoRALinearFunction.apply(*args, accumulate_grad)
+        y = autograd.LoRALinearFunction.apply(*args, accumulate_grad, noise)
     else:
-        y = autograd.forward(*args)[0]
+        y = autograd.forward(*args, noise)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
