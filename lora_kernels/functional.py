@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import FunctionCtx
 
 from lora_kernels import autograd, checks, low_rank, ops, plan, reference
 
@@ -54,6 +55,8 @@ def lora_linear(
 
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
+    if type(x) is not Tensor:
+        x = _arrived(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         x, weight, bias, adapters_fit = _autocast(device_type, x, weight, bias)
@@ -135,6 +138,7 @@ def lora_add(
     Raises:
         TypeError, ValueError, RuntimeError: As `lora_linear`.
     """
+    base, x = _arrived(base), _arrived(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     if autocast and isinstance(x, Tensor) and x.is_floating_point() and x.itemsize <= 4:
@@ -168,6 +172,24 @@ def _checked_add(
     else:
         y = low_rank.forward(*args)[0]
     return y.view(base.shape)
+
+
+class _Wait(torch.autograd.Function):
+    """Wait for a collective; the tensor's own `wait` gives one that autograd knows nothing of."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, t: Tensor) -> Tensor:
+        t = t.wait()
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dt: Tensor) -> Tensor:
+        return dt
+
+
+def _arrived(t: Tensor) -> Tensor:
+    """The result of a collective that may be on its way, as PyTorch's tensor-parallel styles return it; others as is."""
+    return _Wait.apply(t) if type(t).__name__ == "AsyncCollectiveTensor" else t
 
 
 def _transforming() -> bool:

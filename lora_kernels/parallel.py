@@ -19,7 +19,6 @@ optimizers, `fully_shard` over another dim of the mesh and `torch.distributed.ch
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -131,5 +130,4 @@ def _local(t: DTensor, placement: Placement) -> Tensor:
     Where t already has the layout, `redistribute` does nothing but that, in backward.
     """
     t = t.redistribute(placements=[placement])
-    part = t.to_local(grad_placements=[Partial() if at.is_replicate() else at for at in t.placements])
-    return part.wait() if isinstance(part, AsyncCollectiveTensor) else part
+    return t.to_local(grad_placements=[Partial() if at.is_replicate() else at for at in t.placements])

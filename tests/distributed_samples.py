@@ -1,14 +1,15 @@
 """Two gloo ranks on a CPU, beside a single process that has all of the batch and all of the features.
 
-`python distributed_samples.py FOLDER`, started twice by Accelerate's launcher, runs every case of `CASES` on both ranks
-and leaves what it found in FOLDER; `test_distributed*.py` read it. A case returns differences, by name, which have to be
-rounding, or raises.
+`python distributed_samples.py FOLDER [CASE ...]`, started twice by Accelerate's launcher, runs the cases, all of `CASES`
+if none are named, on both ranks, and leaves what it found in FOLDER, where `test_distributed.py` reads it. A case returns
+differences, by name, which have to be rounding, or raises.
 """
 
 import copy
 import json
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -111,16 +112,17 @@ def alike(t):
     return torch.equal(*both)
 
 
-def main(folder):
+def main(folder, *names):
     torch.set_num_threads(1)
     Accelerator(cpu=True)  # starts the process group that the launcher's variables describe
     import distributed_data  # noqa: F401
     import distributed_tensor  # noqa: F401
 
-    found, folder = {}, Path(folder)
-    for name, run in CASES.items():
+    folder, found = Path(folder), {}
+    for name in names or CASES:
+        begin = time.perf_counter()
         try:
-            found[name] = {"differences": run(folder)}
+            found[name] = {"differences": CASES[name](folder), "seconds": time.perf_counter() - begin}
         except BaseException:
             found[name] = {"error": traceback.format_exc()}
         (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
@@ -132,4 +134,4 @@ def main(folder):
 
 if __name__ == "__main__":
     sys.modules["distributed_samples"] = sys.modules["__main__"]
-    main(sys.argv[1])
+    main(*sys.argv[1:])

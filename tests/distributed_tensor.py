@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from distributed_samples import (
     parameters,
     train,
 )
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -33,13 +35,14 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import LoRALinear, lora_linear
+from lora_kernels import LoRALinear, lora_linear, patch_peft
 from lora_kernels.parallel import LoRAColwise, LoRARowwise
+from lora_kernels.peft import explain
 
 R, S0, S1, S2 = Replicate(), Shard(0), Shard(1), Shard(2)
 
 
-def parallel(model, **layouts):
+def parallel(model):
     return parallelize_module(model, mesh(), {"*.up": LoRAColwise(), "*.down": LoRARowwise()})
 
 
@@ -119,22 +122,34 @@ def tensor_parallel_in_layouts(folder):
 
 @case
 def tensor_parallel_beside_linear(folder):
-    """After PyTorch's own styles, whose outputs may still be on their way."""
-    x, dy = draw(2, 4, 12), draw(2, 4, 12, seed=2)
+    """After PyTorch's own styles, whose outputs may still be on their way: a layer in a style, one without, PEFT's."""
+    x, dy, found = draw(2, 4, 12), draw(2, 4, 12, seed=2), {}
     torch.manual_seed(0)
-    single = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 12), *make_model())
-    expected = called(copy.deepcopy(single), x, dy)
-    plan = {
-        "0": ColwiseParallel(), "1": RowwiseParallel(output_layouts=Shard(1)),
-        "2.up": LoRAColwise(input_layouts=Shard(1)), "2.down": LoRARowwise(output_layouts=Shard(1)),
-        "3.up": LoRAColwise(input_layouts=Shard(1)), "3.down": LoRARowwise(output_layouts=Shard(1)),
-    }  # fmt: skip
-    model = parallelize_module(single, mesh(), plan)
-    x.requires_grad_()
-    y = model(x)
-    y.backward(mine(dy, 1))
-    found = {"y": DTensor.from_local(y, mesh(), [S1]), "dx": x.grad}
-    return {"call": difference(found | gradients(model), expected)}
+    plain = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 12))
+    first = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+    for name, last, plan in (
+        ("in styles", make_model()[0], {"2.up": LoRAColwise(), "2.down": LoRARowwise()}),
+        ("sequence", make_model()[0], {
+            "1": RowwiseParallel(output_layouts=S1), "2.up": LoRAColwise(input_layouts=S1), "2.down": LoRARowwise()
+        }),
+        ("without", make_model()[0].up, {}),
+    ):  # fmt: skip
+        single = nn.Sequential(*copy.deepcopy(plain), last)
+        if name == "sequence":  # what is added to it would be a part of the sequence
+            single[2] = nn.Sequential(OrderedDict(up=last.up, down=last.down))
+        gradient = dy if name != "without" else draw(2, 4, 16, seed=2)
+        expected = called(copy.deepcopy(single), x, gradient)
+        found[name] = difference(called(parallelize_module(single, mesh(), first | plan), x, gradient), expected)
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["0", "1"], init_lora_weights=False)
+    single = get_peft_model(copy.deepcopy(plain), config)
+    expected = called(single, x, dy)
+    patch_peft(single)
+    single.zero_grad()
+    model = parallelize_module(single, mesh(), {"base_model.model.1.base_layer": RowwiseParallel(input_layouts=R)})
+    found["PEFT"] = difference(called(model, x, dy), expected)
+    assert [layer.form for layer in explain(model, x).layers] == ["fused", "low-rank"]
+    return found
 
 
 @case
@@ -150,7 +165,7 @@ def tensor_parallel_over_fsdp(folder):
 
 @case
 def tensor_parallel_compiled(folder):
-    x, dy, single = draw(ROWS, 12), draw(ROWS, 12, seed=2), make_model()
+    x, dy, single = draw(ROWS, 12), draw(ROWS, 12, seed=2), make_model()[:1]
     expected = called(copy.deepcopy(single), x, dy)
     model = parallel(single)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
