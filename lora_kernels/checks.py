@@ -32,9 +32,9 @@ def check_call(
         tensors["bias"] = bias
     device = x.device if isinstance(x, Tensor) else None
     for name, t in tensors.items():
-        if type(t) not in _PLAIN or t.layout is not torch.strided:
-            if not all(map(is_sharded, tensors.values())):
-                _check_kind(name, t)
+        plain = type(t) in _PLAIN and t.layout is torch.strided
+        if not plain and not all(map(is_sharded, tensors.values())):
+            _check_kind(name, t)
         if t.dtype not in _SUPPORTED:
             raise TypeError(
                 f"lora_linear: {name} has dtype {t.dtype}; supported: bfloat16, float16, float32 (float64 on CPU)."

@@ -57,16 +57,13 @@ def lora_linear(
     """
     if type(x) is not Tensor:
         x = _arrived(x)
+    how = scaling, dropout_p, backend, accumulate_grad, dropout_shard
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         x, weight, bias, adapters_fit = _autocast(device_type, x, weight, bias)
         with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
-            return _checked(
-                x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, accumulate_grad, dropout_shard, adapters_fit
-            )
-    return _checked(
-        x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, accumulate_grad, dropout_shard, False
-    )
+            return _checked(x, weight, lora_A, lora_B, bias, *how, adapters_fit)
+    return _checked(x, weight, lora_A, lora_B, bias, *how, False)
 
 
 def _checked(
@@ -188,7 +185,7 @@ class _Wait(torch.autograd.Function):
 
 
 def _arrived(t: Tensor) -> Tensor:
-    """The result of a collective that may be on its way, as PyTorch's tensor-parallel styles return it; others as is."""
+    """The result of a collective that may be on its way, as PyTorch's tensor-parallel styles return it; else t."""
     return _Wait.apply(t) if type(t).__name__ == "AsyncCollectiveTensor" else t
 
 

@@ -10,14 +10,13 @@ Row-wise, each rank has its own features of x, and of W and A the columns that m
 
     y = Σᵢ (xᵢ Wᵢᵀ + sᵢ Bᵀ) + bias,    sᵢ = scaling · D(xᵢ) Aᵢᵀ     W, A in shards; B, bias on every rank
 
-y is linear in s, so s is never gathered: the sum over the ranks is the one that a row-wise linear layer has anyway. What
-every rank holds, x, A, B or a bias, gets a part of its gradient on each; the parts are added up in backward.
+y is linear in s, so s is never gathered: the sum over the ranks is the one that a row-wise linear layer has anyway.
+What every rank holds, x, A, B or a bias, gets a part of its gradient on each; the parts are added up in backward.
 
 The products are `lora_linear`'s on plain tensors, the communication is DTensor's, and the parameters are DTensors:
 optimizers, `fully_shard` over another dim of the mesh and `torch.distributed.checkpoint` take them as they take others.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
@@ -113,12 +112,12 @@ class _ParallelLoRALinear(LoRALinear):
         style, mesh = self._style, self.weight.device_mesh
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, mesh, [style.input_layout], run_check=False)
-        part, shard = {name: _local(t, t.placements[0]) for name, t in self._parameters.items() if t is not None}, (0, 1)
+        weight, lora_A, lora_B = (_local(t, t.placements[0]) for t in (self.weight, self.lora_A, self.lora_B))
+        bias, shard = None if self.bias is None else _local(self.bias, self.bias.placements[0]), (0, 1)
         if style.gives.is_partial():
             shard = mesh.get_local_rank(), mesh.size()
-            if "bias" in part:
-                part["bias"] = part["bias"] / mesh.size()  # each adds its share
-        y = self._compute(_local(x, style.takes), **{"bias": None} | part, dropout_shard=shard)
+            bias = None if bias is None else bias / mesh.size()  # each rank adds its share
+        y = self._compute(_local(x, style.takes), weight, lora_A, lora_B, bias, dropout_shard=shard)
         y = DTensor.from_local(y, mesh, [style.gives], run_check=False)
         y = y.redistribute(placements=[style.output_layout])
         return y.to_local() if style.use_local_output else y

@@ -1,8 +1,8 @@
 """How the registered operators are computed on DTensors: which layouts need no communication.
 
-A layout says what each rank holds of each tensor, along one dim of a mesh; PyTorch combines them for more dims, picks the
-one that costs least to get to from the layouts at hand, and redistributes. R is replicated, S(d) sharded along dim d, and P
-a partial sum, what is held adding up to the tensor. Everything is linear in s, so a partial s is never reduced.
+A layout says what each rank holds of each tensor, along one dim of a mesh; PyTorch combines them for more dims, picks
+the one that costs least to get to from the layouts at hand, and redistributes. R is replicated, S(d) sharded along
+dim d, and P a partial sum, what is held adding up to the tensor. y is linear in s, so a partial s is never added up.
 
     linear_forward       y      s    keep | x      W     A     B     bias  noise
     replicated           R      R    R    | R      R     R     R     R     R
@@ -32,45 +32,49 @@ from lora_kernels import ops
 __all__: list[str] = []
 
 _R, _P, _S0, _S1 = Replicate(), Partial(), Shard(0), Shard(1)
-_Rule = tuple[list[Placement | None], list[Placement | None]]  # of the outputs, of the arguments
+_Layout = tuple[list[Placement | None], list[Placement | None]]  # of the outputs, of the arguments
 
 
 @register_sharding(ops.linear_forward)
-def _forward_rules(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, noise: Any, *numbers: Any) -> list[_Rule]:
-    tensors, last = (x, weight, lora_A, lora_B, bias, noise), Shard(x.ndim - 1)
-    outputs = (True, True, noise is not None)
-    rules = [_rule(outputs, [_R] * 3, tensors, [_R] * 6, numbers)]
+def _forward_layouts(
+    x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, noise: Any, *numbers: Any
+) -> list[_Layout]:  # fmt: skip
+    last = Shard(x.ndim - 1)
+    layouts = [([_R] * 3, [_R] * 6)]
     if noise is None:
-        if x.ndim > 1:
-            rules.append(_rule(outputs, [_S0, _S0], tensors, [_S0, _R, _R, _R, _R], numbers))
-        rules.append(_rule(outputs, [last, _R], tensors, [_R, _S0, _R, _S0, _S0], numbers))
-        rules.append(_rule(outputs, [_P, _P], tensors, [last, _S1, _S1, _R, _P], numbers))
-    return rules
+        layouts += [
+            ([_S0, _S0, None], [_S0, _R, _R, _R, _R, None]),
+            ([last, _R, None], [_R, _S0, _R, _S0, _S0, None]),
+            ([_P, _P, None], [last, _S1, _S1, _R, _P, None]),
+        ][x.ndim == 1 :]  # a single row has no dim of rows
+    return _of_these(layouts, (True, True, noise is not None), (x, weight, lora_A, lora_B, bias, noise), numbers)
 
 
 @register_sharding(ops.linear_backward)
-def _backward_rules(
+def _backward_layouts(
     dy: Any, x: Any, weight: Any, lora_A: Any, lora_B: Any, s: Any, keep: Any,
     alpha: float, backend: str, dtype_A: Any, dtype_B: Any, needed: Sequence[bool],
-) -> list[_Rule]:  # fmt: skip
-    tensors, last = (dy, x, weight, lora_A, lora_B, s, keep), Shard(dy.ndim - 1)
-    numbers = (alpha, backend, dtype_A, dtype_B, needed)
-    rules = [_rule(needed, [_R] * 3, tensors, [_R] * 7, numbers)]
+) -> list[_Layout]:  # fmt: skip
+    last = Shard(dy.ndim - 1)
+    layouts = [([_R] * 3, [_R] * 7)]
     if keep is None:
-        if dy.ndim > 1:
-            rules.append(_rule(needed, [_S0, _P, _P], tensors, [_S0, _S0, _R, _R, _R, _S0], numbers))
-        rules.append(_rule(needed, [_P, _P, _S0], tensors, [last, _R, _S0, _R, _S0, _R], numbers))
-        rules.append(_rule(needed, [last, _S1, _P], tensors, [_R, last, _S1, _S1, _R, _P], numbers))
-    return rules
+        layouts += [
+            ([_S0, _P, _P], [_S0, _S0, _R, _R, _R, _S0, None]),
+            ([_P, _P, _S0], [last, _R, _S0, _R, _S0, _R, None]),
+            ([last, _S1, _P], [_R, last, _S1, _S1, _R, _P, None]),
+        ][dy.ndim == 1 :]
+    numbers = (alpha, backend, dtype_A, dtype_B, needed)
+    return _of_these(layouts, needed, (dy, x, weight, lora_A, lora_B, s, keep), numbers)
 
 
-def _rule(
-    returned: Sequence[bool], outputs: list[Placement], given: Sequence[Any], arguments: list[Placement],
-    numbers: Sequence[Any],
-) -> _Rule:  # fmt: skip
-    """A rule with None for what is not returned, not given, or not a tensor."""
-    outputs, arguments = (
-        [placement if is_there else None for is_there, placement in zip(there, [*placements, None], strict=False)]
-        for there, placements in ((returned, outputs), ([t is not None for t in given], arguments))
-    )
-    return outputs, arguments + [None] * len(numbers)
+def _of_these(
+    layouts: list[_Layout], returned: Sequence[bool], given: Sequence[Any], numbers: Sequence[Any]
+) -> list[_Layout]:
+    """The layouts with None for what is not returned, not given, or not a tensor."""
+    return [
+        (
+            [at if there else None for at, there in zip(outputs, returned, strict=True)],
+            [None if t is None else at for at, t in zip(arguments, given, strict=True)] + [None] * len(numbers),
+        )
+        for outputs, arguments in layouts
+    ]

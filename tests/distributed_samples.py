@@ -5,7 +5,6 @@ if none are named, on both ranks, and leaves what it found in FOLDER, where `tes
 differences, by name, which have to be rounding, or raises.
 """
 
-import copy
 import json
 import os
 import sys

@@ -257,6 +257,9 @@ def rules(folder):
     with torch.no_grad():
         single = {k: t for k, t in plain.items() if k != "bias"}
         spread = {k: distribute_tensor(t, device_mesh, [S0 if k == "x" else R]) for k, t in single.items()}
+        spread["x"] = distribute_tensor(x[0, 0], device_mesh, [S0])
+        found["a single row"] = difference({"y": lora_linear(**spread)}, {"y": lora_linear(**single | {"x": x[0, 0]})})
+        spread["x"] = distribute_tensor(x, device_mesh, [S0])
         found["without grad or bias"] = difference({"y": lora_linear(**spread)}, {"y": lora_linear(**single)})
     return found
 
