@@ -83,7 +83,7 @@ def _checked(
         )
     rank = lora_A.shape[0]
     base_only = dropout_p == 1 or rank == 0
-    sharded = checks.is_sharded(x)
+    sharded = type(x) is not Tensor and checks.is_sharded(x)
     if sharded:
         checks.check_sharded(dropout_p)
         from lora_kernels import sharding  # noqa: F401  registers its rules; not before there are DTensors
