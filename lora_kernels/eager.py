@@ -9,6 +9,9 @@ operators (a dropped block, a widened block) is still in the cache, and never so
 pages for it from the system, which costs more than the pass. And where PyTorch has no fast 16-bit product, which is
 on every x86 without AVX-512, it multiplies in fp32, tile by tile, and rounds once: there its own 16-bit product is 5
 to 60 times slower.
+
+And calls too small to be worth a Function in Python, whose two halves cost as much as twenty small operators, are
+composed of operators that PyTorch differentiates itself: `composes` and `composed`.
 """
 
 import functools
@@ -19,12 +22,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels.dropout import threshold
+from lora_kernels.dropout import keep_scale, threshold
 
-__all__ = ["draw_mask", "draw_noise", "matmul_expand", "outputs", "shrink", "shrink_wgrad", "wgrad"]
+__all__ = [
+    "composed",
+    "composes",
+    "draw_mask",
+    "draw_noise",
+    "matmul_expand",
+    "outputs",
+    "shrink",
+    "shrink_wgrad",
+    "wgrad",
+]
 
 _BLOCK = 1 << 17  # elements of x or dy at a time: half a megabyte in fp32
 _DRAWN = 1 << 19  # elements of a mask at a time
+_SMALL = 1 << 15  # elements of x or y up to which `composed` is the faster one
 _LEAST_ROWS = 64  # of a block; fewer would spend their time on the sum they are added to
 _TILE = 1024, 1 << 20  # rows of y, and elements of the weight, widened at a time
 _HALF = (torch.bfloat16, torch.float16)
@@ -64,6 +78,30 @@ def _words(numel: int, device: torch.device) -> Tensor:
     return words[:numel] if numel % 4 else words
 
 
+def composes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether `composed` should do a call: one dtype, which PyTorch multiplies well on a CPU, and few elements."""
+    dtype = x.dtype
+    return (
+        x.numel() <= _SMALL
+        and x.shape[:-1].numel() * weight.shape[0] <= _SMALL
+        and dtype == lora_A.dtype == lora_B.dtype
+        and dtype not in _HALF
+        and x.device.type == "cpu"
+    )
+
+
+def composed(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
+    noise: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Compute y, `[*, out]`, of x, `[*, in]`, by operators that PyTorch differentiates, saving a dropped copy of x."""
+    dropped = x * draw_mask(x.shape, dropout_p, x.device, noise) if dropout_p > 0 else x
+    y, s, alpha = F.linear(x, weight, bias), F.linear(dropped, lora_A), scaling * keep_scale(dropout_p)
+    if x.dim() == 2:
+        return torch.addmm(y, s, lora_B.t(), alpha=alpha)
+    return torch.addmm(y.view(-1, y.shape[-1]), s.view(-1, s.shape[-1]), lora_B.t(), alpha=alpha).view(y.shape)
+
+
 def outputs(x: Tensor, rank: int, dropout_p: float) -> tuple[Tensor, Tensor | None]:
     """Allocate what `shrink` returns, s `[M, R]` and keep `[M, K]`, for shapes and strides alone."""
     return x.new_empty(x.shape[0], rank), x.new_empty(x.shape, dtype=torch.uint8) if dropout_p > 0 else None
@@ -87,10 +125,13 @@ def matmul_expand(
 ) -> Tensor:
     """Compute y = Σᵢ pᵢ qᵢᵀ + bias, `[M, N]`; `keep` (uint8 `[M, N]`) masks the last product."""
     (p, q), *rest = sources
+    if keep is not None and not rest:
+        y = torch.mm(p, q.t()).mul_(keep)
+        return y if bias is None else y.add_(bias)
     if p.device.type == "cpu" and _slow(p.dtype):
         return _matmul_expand_in_fp32(sources, bias, keep)
-    y = F.linear(p, q, bias)
     masked = rest.pop() if keep is not None else None
+    y = F.linear(p, q, bias)
     for p, q in rest:
         y.addmm_(p, q.t())
     if masked is not None:
@@ -119,12 +160,13 @@ def shrink_wgrad(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute ds = alpha · dy B, `[M, r]`, and dB = dyᵀ s, `[out, r]`, in `out_dtype`, or add it to `into`."""
     parts, total, right = [], None, _wide(lora_B)
+    # sᵀ dy: libraries are up to five times slower at a tall, thin result; for few rows its transposition takes longer
+    flipped = dy.shape[0] > 2 * s.shape[1]
     for dy_m, s_m in _blocks(dy, s):
-        dy_m = _wide(dy_m)
+        dy_m, s_m = _wide(dy_m), _wide(s_m)
         parts.append(_product(dy_m, right, alpha, dy.dtype))
-        # sᵀ dy: libraries are up to five times slower at a product whose result is tall and thin
-        total = _add_product(total, _wide(s_m), dy_m, out_dtype)
-    return _joined(parts), _delivered(total.t(), out_dtype, into)
+        total = _add_product(total, *((s_m, dy_m) if flipped else (dy_m, s_m)), out_dtype)
+    return _joined(parts), _delivered(total.t() if flipped else total, out_dtype, into)
 
 
 def _delivered(total: Tensor, out_dtype: torch.dtype, into: Tensor | None) -> Tensor | None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-from lora_kernels import autograd, checks, low_rank, ops, plan, reference
+from lora_kernels import autograd, checks, eager, low_rank, ops, plan, reference
 
 __all__ = ["lora_add", "lora_linear"]
 
@@ -47,7 +47,8 @@ def lora_linear(
         TypeError: A dtype, a mix of dtypes, or a kind of tensor that is not supported.
         ValueError: Shapes, devices, `scaling`, `dropout_p` or `backend` that do not fit.
         RuntimeError: backend="triton" where it cannot run, a `torch.func` transform or forward-mode AD, or, from
-            backward, a second differentiation (use `lora_kernels.reference.lora_linear` for that).
+            backward, a second differentiation (use `lora_kernels.reference.lora_linear` for that; small calls on a CPU
+            can be differentiated again).
 
     Numerics: fp32 accumulation; s = scaling D(x) Aᵀ, its gradient, and each output are rounded once (the torch
     backend, and a hybrid with the vendor's library, round one part of a sum on its own as well). In float16, s must
@@ -97,8 +98,10 @@ def _checked(
     backend = plan.choose(x.device, x.dtype, rank, empty or rank == 0, backend)
     if base_only:
         return _base_only(x, weight, lora_A, lora_B, bias)
-    args = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
     noise = ops.draw_shard(x, backend, dropout_shard) if dropout_p > 0 and dropout_shard[1] > 1 else None
+    if backend == "torch" and not accumulate_grad and eager.composes(x, weight, lora_A, lora_B):
+        return eager.composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, noise)
+    args = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
     trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or weight.requires_grad
     if torch.is_grad_enabled() and (trained or (bias is not None and bias.requires_grad)):
         y = autograd.LoRALinearFunction.apply(*args, accumulate_grad, noise)

@@ -95,8 +95,6 @@ def _masked_product(backend: str, ds: Tensor, lora_A: Tensor, keep: Tensor | Non
     """Compute keep · (ds A), `[M, in]`; the mask is a backend's own."""
     if keep is None:
         return torch.mm(ds, lora_A)
-    if backend == "torch":
-        return torch.mm(ds, lora_A).mul_(keep)
     return plan.contractions(backend).matmul_expand([(ds, lora_A.t())], keep=keep)
 
 

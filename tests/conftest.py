@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_kernels import eager
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
@@ -38,6 +40,13 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def device() -> str:
     return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def size_of_small(request, monkeypatch):
+    """Test problems are small, real ones are not: only what is marked `small` takes the way of small calls."""
+    if not request.node.get_closest_marker("small"):
+        monkeypatch.setattr(eager, "_SMALL", -1)
 
 
 @pytest.fixture

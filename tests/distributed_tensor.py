@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed_data import sharded
+from distributed_data import ddp, fsdp_by_leaf, sharded
 from distributed_samples import (
     ROWS,
     Block,
@@ -35,7 +35,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import LoRALinear, lora_linear, patch_peft
+from lora_kernels import LoRALinear, eager, lora_linear, patch_peft
 from lora_kernels.parallel import LoRAColwise, LoRARowwise
 from lora_kernels.peft import explain
 
@@ -219,6 +219,17 @@ def row_wise_dropout(folder):
         found[name] = difference({"dx": at.grad} | gradients(model), expected)
     second = model(x).detach()
     assert not torch.equal(second, y.detach())
+    return found
+
+
+@case
+def small_calls(folder):
+    """The same where small calls on a CPU take the way that is theirs."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eager, "_SMALL", 1 << 15)
+        for run in (ddp, fsdp_by_leaf, tensor_parallel, column_wise_dropout, row_wise_dropout):
+            found |= {f"{run.__name__} {name}": value for name, value in run(folder).items()}
     return found
 
 

@@ -11,6 +11,7 @@ from lora_kernels.autograd import LoRALinearFunction
 from lora_kernels.cli._cases import make_problem, run_problem, with_mask
 
 BACKENDS = ["torch", "triton"]
+WAYS = [*BACKENDS, pytest.param("torch", marks=pytest.mark.small, id="small")]
 NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 SUBSETS = [s for n in range(6) for s in itertools.combinations(NAMES, n)]
 
@@ -27,7 +28,9 @@ def call(t, backend, **kwargs):
 @pytest.mark.parametrize(
     ("subset", "backend"),
     # all of them where it is cheap; none, each, each pair and all where the interpreter runs
-    [(s, "torch") for s in SUBSETS] + [(s, "triton") for s in SUBSETS if len(s) not in (3, 4)],
+    [(s, "torch") for s in SUBSETS]
+    + [(s, "triton") for s in SUBSETS if len(s) not in (3, 4)]
+    + [pytest.param(s, "torch", marks=pytest.mark.small, id="+".join(s) + "-small") for s in SUBSETS],
     ids=lambda v: v if isinstance(v, str) else "+".join(v),
 )
 def test_gradients_exactly_where_they_are_asked_for(subset, backend, device):
@@ -51,7 +54,7 @@ def test_gradients_exactly_where_they_are_asked_for(subset, backend, device):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WAYS)
 def test_a_retained_graph_gives_the_same_gradients_and_inputs_stay(backend, p, device):
     t = draw(device)
     before = {name: value.clone() for name, value in t.items()}
@@ -73,8 +76,17 @@ def test_double_backward_raises(backend, device):
         dx.sum().backward()
 
 
+@pytest.mark.small
+def test_double_backward_of_a_small_call():
+    t = draw("cpu", torch.float64)
+    leaves = tuple(t[name].requires_grad_() for name in NAMES)
+    assert torch.autograd.gradgradcheck(
+        lambda *leaves: call(dict(zip(NAMES, leaves, strict=True)), "torch"), leaves, t["dy"]
+    )
+
+
 @pytest.mark.parametrize("changed", ["x", "lora_A", "lora_B"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WAYS)
 def test_a_changed_input_is_noticed(backend, changed, device):
     t = draw(device)
     for name in ("x", "lora_A", "lora_B"):
@@ -86,7 +98,7 @@ def test_a_changed_input_is_noticed(backend, changed, device):
         y.backward(t["dy"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WAYS)
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (2, 1, 3), (2, 2, 1, 2)], ids=str)
 def test_any_leading_dims(batch, backend, device):
     problem = make_problem(batch, 12, 10, 3, torch.float32, device)
@@ -94,7 +106,7 @@ def test_any_leading_dims(batch, backend, device):
     assert all(f.ok for f in findings), [f.message for f in findings]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WAYS)
 def test_leading_dims_that_no_view_can_flatten(backend, device):
     problem = make_problem((4, 5), 12, 10, 3, torch.float32, device)
     problem = replace(problem, x=problem.x.transpose(0, 1), dy=problem.dy.transpose(0, 1))
@@ -105,7 +117,7 @@ def test_leading_dims_that_no_view_can_flatten(backend, device):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WAYS)
 @pytest.mark.parametrize("zero", ["M", "N", "K", "r"])
 def test_zero_sizes(zero, backend, p, device):
     size = dict(M=4, N=5, K=6, r=2) | {zero: 0}
@@ -125,7 +137,7 @@ def test_zero_sizes(zero, backend, p, device):
         assert not b.grad.any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WAYS)
 def test_p_of_one_leaves_the_base(backend, device):
     t = draw(device)
     for name in ("lora_A", "lora_B"):
@@ -137,7 +149,7 @@ def test_p_of_one_leaves_the_base(backend, device):
     assert not t["lora_B"].grad.any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WAYS)
 def test_bitwise_repeatable_for_a_seed(backend, device):
     problem = with_mask(make_problem((40,), 33, 21, 5, torch.float32, device, dropout_p=0.3), backend, 1)
     first, second = (run_problem(problem, backend, 1) for _ in range(2))
@@ -174,7 +186,7 @@ def test_the_generator_advances_by_one_draw_with_dropout_and_by_none_without(dev
         assert torch.equal(torch.rand(3, device=device), fresh)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WAYS)
 def test_a_shard_of_dropout_gets_its_own_mask_and_leaves_the_generator_as_the_others_do(backend, device):
     t = draw(device)
     torch.manual_seed(5)
@@ -187,7 +199,7 @@ def test_a_shard_of_dropout_gets_its_own_mask_and_leaves_the_generator_as_the_ot
         assert torch.equal(torch.rand(3, device=device), after)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WAYS)
 def test_nan_stays_in_its_row(backend, device):
     t = draw(device)
     clean = call(t, backend)
@@ -221,7 +233,7 @@ def test_saved_for_backward_is_s_and_the_mask(backend, p, extra, device):
 
 @pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WAYS)
 def test_autocast(backend, parameters, compute, device):
     """Computed in autocast's dtype; gradients come back in each tensor's own."""
     t = draw(device, parameters, batch=(20,))
@@ -245,8 +257,9 @@ def test_autocast_leaves_float64_alone():
         assert layer(torch.randn(3, 6, dtype=torch.float64)).dtype == torch.float64
 
 
+@pytest.mark.parametrize("size", ["large", pytest.param("small", marks=pytest.mark.small)])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_gradcheck_in_float64(p):
+def test_gradcheck_in_float64(p, size):
     """O6: numeric against analytic, through the reference and through the Function on PyTorch's operators."""
     torch.manual_seed(0)
     x, w, a, b, bias = (torch.randn(s, dtype=torch.float64) for s in ((5, 6), (4, 6), (2, 6), (4, 2), (4,)))

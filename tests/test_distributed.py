@@ -20,7 +20,7 @@ CASES = (
     "fsdp_with_a_mixed_precision_policy", "peft_ddp", "peft_fsdp_by_layer", "peft_fsdp_by_leaf", "peft_fsdp_by_base",
     "accelerate", "tensor_parallel", "tensor_parallel_training", "tensor_parallel_in_layouts",
     "tensor_parallel_beside_linear", "tensor_parallel_over_fsdp", "tensor_parallel_compiled", "column_wise_dropout",
-    "row_wise_dropout", "rules", "refused", "checkpoints", "page",
+    "row_wise_dropout", "small_calls", "rules", "refused", "checkpoints", "page",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from lora_kernels import LoRALinear, lora_linear, reference
 
 BACKENDS = ("torch", "triton")
 both = pytest.mark.parametrize("backend", BACKENDS)
+all_ways = pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("torch", marks=pytest.mark.small, id="small")])
 
 
 def tensors(*batch, k=16, n=24, r=4, dtype=torch.float32, adapters=None, device="cpu"):
@@ -23,7 +24,7 @@ def tensors(*batch, k=16, n=24, r=4, dtype=torch.float32, adapters=None, device=
     return draw(*batch, k), draw(n, k).detach(), draw(r, k, dtype=adapters), draw(n, r, dtype=adapters)
 
 
-@both
+@all_ways
 @pytest.mark.parametrize("batch", [(6,), (2, 3), ()], ids=str)
 def test_the_output_may_be_written(batch, backend, device):
     """Residual sums and in-place activations come right after it."""
@@ -62,7 +63,7 @@ def test_autocast_around_backward_changes_nothing(dtype, adapters, where, backen
         assert torch.equal(ours, theirs)
 
 
-@both
+@all_ways
 def test_a_whole_dropped_term_is_zero_whatever_the_adapters_hold(backend, device):
     x, w, a, b = tensors(5, k=64, r=16, dtype=torch.float16, device=device)
     with torch.no_grad():
@@ -74,7 +75,7 @@ def test_a_whole_dropped_term_is_zero_whatever_the_adapters_hold(backend, device
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-@both
+@all_ways
 def test_a_view_that_stands_for_its_negative(backend, device):
     x, w, a, b = tensors(6, device=device)
     negative = torch.complex(torch.zeros_like(x.detach()), -x.detach()).conj().imag
@@ -87,7 +88,7 @@ def test_a_view_that_stands_for_its_negative(backend, device):
     assert all(torch.equal(o, t) for o, t in zip(ours, theirs, strict=True))
 
 
-@both
+@all_ways
 @pytest.mark.parametrize("number", [2, np.float32(2), np.float64(2), np.int64(2)], ids=lambda n: type(n).__name__)
 def test_any_number_scales(number, backend, device):
     x, w, a, b = tensors(6, device=device)

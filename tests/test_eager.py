@@ -6,6 +6,7 @@ from bench_samples import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import eager, lora_linear, numerics
+from lora_kernels.autograd import LoRALinearFunction
 from lora_kernels.cli import _baselines
 from lora_kernels.cli._bench_case import draw, saved_bytes
 from lora_kernels.cli._cases import make_problem, run_problem, with_mask
@@ -75,6 +76,41 @@ def test_blocks_and_tiles_keep_the_rules(shape, dtype, adapters, p):
     assert all(f.ok for f in findings), [f.message for f in findings]
 
 
+@pytest.mark.small
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_calls_keep_the_rules_and_draw_the_same_mask(dtype, bias, p, monkeypatch):
+    problem = make_problem((3, 11), 33, 21, 5, dtype, "cpu", bias=bias, dropout_p=p)
+    problem = with_mask(problem, "torch", 1)
+    monkeypatch.setattr(LoRALinearFunction, "apply", None)  # not taken
+    got = run_problem(problem, "torch", 1)
+    findings = numerics.check(got, problem, numerics.eager(problem), split=True)
+    assert all(f.ok for f in findings), [f.message for f in findings]
+
+
+@pytest.mark.small
+@pytest.mark.parametrize(
+    ("rows", "dtype", "adapters", "small"),
+    [
+        (1024, torch.float32, None, True),
+        (1025, torch.float32, None, False),
+        (64, torch.bfloat16, None, False),
+        (64, torch.bfloat16, torch.float32, False),
+    ],
+    ids=str,
+)
+def test_which_calls_are_small(rows, dtype, adapters, small, monkeypatch):
+    q = make_problem((rows,), 16, 32, 2, dtype, "cpu", adapter_dtype=adapters)
+    a, b = q.lora_A.requires_grad_(), q.lora_B.requires_grad_()
+
+    def name(**options):
+        return lora_linear(q.x, q.weight, a, b, backend="torch", **options).grad_fn.name()
+
+    assert ("Addmm" in name()) == small
+    assert "LoRALinear" in name(accumulate_grad=True)
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_sums_in_fp32_tiles_are_rounded_once(monkeypatch):
     monkeypatch.setattr(eager, "_slow", lambda dtype: True)
@@ -82,6 +118,18 @@ def test_sums_in_fp32_tiles_are_rounded_once(monkeypatch):
     outputs = run_problem(problem, "torch", 0)
     findings = numerics.check(outputs, problem, split=False)  # the kernels' own, stricter rule
     assert all(f.ok for f in findings), [f.message for f in findings]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("products", "small_blocks")
+def test_a_masked_product_alone(dtype):
+    p, q, bias = torch.randn(9, 3, dtype=dtype), torch.randn(40, 3, dtype=dtype), torch.randn(40, dtype=dtype)
+    keep = eager.draw_mask(torch.Size((9, 40)), 0.5, torch.device("cpu"))
+    expected = keep * (p.double() @ q.double().t())
+    for with_bias, total in ((None, expected), (bias, expected + bias.double())):
+        y = eager.matmul_expand([(p, q)], with_bias, keep)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), total, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
 def test_a_mask_drawn_in_parts_is_the_mask_drawn_at_once(monkeypatch):
