@@ -80,11 +80,12 @@ class LoRALinearFunction(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
         scaling: float, dropout_p: float, backend: str, accumulate_grad: bool = False,
+        noise: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Compute y `[M, out]` and save for backward what the gradients that are needed need."""
         ctx.accumulate = (lora_A, lora_B) if accumulate_grad else (None, None)
         ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
-        y, s, keep = forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
+        y, s, keep = forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, noise)
         need_x, need_weight, need_A, need_B, _ = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
             x if need_A or need_weight else None,
@@ -120,7 +121,7 @@ def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
     dbias = dy.sum(0) if need_bias else None
     if dx is not None and len(ctx.x_shape) != 2:
         dx = dx.view(ctx.x_shape)
-    return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None, None
+    return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None, None, None
 
 
 _backward_once = once_differentiable(_backward)

@@ -10,7 +10,7 @@ import numbers
 import torch
 from torch import Tensor
 
-__all__ = ["check_add", "check_call", "check_dtypes", "check_transforms"]
+__all__ = ["check_add", "check_call", "check_dtypes", "check_shard", "check_sharded", "check_transforms", "is_sharded"]
 
 _SUPPORTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
@@ -32,7 +32,8 @@ def check_call(
         tensors["bias"] = bias
     device = x.device if isinstance(x, Tensor) else None
     for name, t in tensors.items():
-        if type(t) not in _PLAIN or t.layout is not torch.strided:
+        plain = type(t) in _PLAIN and t.layout is torch.strided
+        if not plain and not all(map(is_sharded, tensors.values())):
             _check_kind(name, t)
         if t.dtype not in _SUPPORTED:
             raise TypeError(
@@ -128,6 +129,37 @@ def check_dtypes(
             )
 
 
+def check_shard(dropout_shard: tuple[int, int]) -> None:
+    """Check that `dropout_shard` is one of so many.
+
+    Raises:
+        ValueError: It is not.
+    """
+    index, count = dropout_shard
+    if not 0 <= index < count:
+        raise ValueError(
+            f"lora_linear: dropout_shard must be (i, n) with 0 <= i < n, the i-th of n shards, got {dropout_shard}."
+        )
+
+
+def check_sharded(dropout_p: float) -> None:
+    """Refuse dropout on DTensors: which ranks are to draw the same mask, no layout says.
+
+    Raises:
+        ValueError: dropout_p is not 0.
+    """
+    if dropout_p != 0:
+        raise ValueError(
+            f"lora_linear: dropout_p must be 0 for DTensors, got {dropout_p}. "
+            "Parallelize a LoRALinear by a style of lora_kernels.parallel, which knows which ranks share a mask."
+        )
+
+
+def is_sharded(t: object) -> bool:
+    """Whether a tensor is a DTensor, asked by name: where there are none, PyTorch's package for them is not loaded."""
+    return type(t).__name__ == "DTensor"
+
+
 def check_transforms(backend: str) -> None:
     """Refuse `torch.func` transforms and forward-mode AD unless the call asked for plain PyTorch.
 
@@ -160,8 +192,8 @@ def _check_kind(name: str, t: object, call: str = "lora_linear") -> None:
     kind = type(t).__name__
     if kind == "DTensor":
         raise TypeError(
-            f"{call}: {name} is a DTensor. Call the module inside its FSDP forward (so it is unsharded) "
-            f"or use {name}.to_local() if it is replicated."
+            f"{call}: {name} is a DTensor. Call the module inside its FSDP forward (so it is unsharded), parallelize a "
+            f"LoRALinear by a style of lora_kernels.parallel, or use {name}.to_local() if it is replicated."
         )
     if t.is_nested:
         raise TypeError(f"{call}: {name} is a nested tensor. Use {name}.to_padded_tensor(0.0) or {name}.values().")

@@ -91,10 +91,11 @@ def composes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
 
 
 def composed(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float
-) -> Tensor:
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
+    noise: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Compute y, `[*, out]`, of x, `[*, in]`, by operators that PyTorch differentiates, saving a dropped copy of x."""
-    dropped = x * draw_mask(x.shape, dropout_p, x.device) if dropout_p > 0 else x
+    dropped = x * draw_mask(x.shape, dropout_p, x.device, noise) if dropout_p > 0 else x
     y, s, alpha = F.linear(x, weight, bias), F.linear(dropped, lora_A), scaling * keep_scale(dropout_p)
     if x.dim() == 2:
         return torch.addmm(y, s, lora_B.t(), alpha=alpha)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import FunctionCtx
 
 from lora_kernels import autograd, checks, eager, low_rank, ops, plan, reference
 
@@ -13,7 +14,7 @@ __all__ = ["lora_add", "lora_linear"]
 def lora_linear(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *,
     scaling: float = 1.0, bias: Tensor | None = None, dropout_p: float = 0.0, backend: str = "auto",
-    accumulate_grad: bool = False,
+    accumulate_grad: bool = False, dropout_shard: tuple[int, int] = (0, 1),
 ) -> Tensor:  # fmt: skip
     """Apply a linear layer with a low-rank adapter, in one fused pass.
 
@@ -36,6 +37,8 @@ def lora_linear(
         accumulate_grad: Let backward add the gradients of `lora_A` and `lora_B` to their `.grad` itself, where there is
             one and no hook listens: a launch and a pass less for each when gradients are accumulated. Only for
             `y.backward()`: `torch.autograd.grad` would see none, and gradients would be added all the same.
+        dropout_shard: (i, n) where x is the i-th of n equal shards of the features: the generator is drawn from for all
+            n, and the i-th gets its mask. Ranks that were seeded alike drop independent elements and stay alike.
 
     Returns:
         y, `[*, out_features]`, contiguous, in x's dtype, or autocast's inside `torch.autocast`.
@@ -53,22 +56,27 @@ def lora_linear(
 
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
+    if type(x) is not Tensor:
+        x = _arrived(x)
+    how = scaling, dropout_p, backend, accumulate_grad, dropout_shard
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         x, weight, bias, adapters_fit = _autocast(device_type, x, weight, bias)
         with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
-            return _checked(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, accumulate_grad, adapters_fit)
-    return _checked(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, accumulate_grad, False)
+            return _checked(x, weight, lora_A, lora_B, bias, *how, adapters_fit)
+    return _checked(x, weight, lora_A, lora_B, bias, *how, False)
 
 
 def _checked(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
-    backend: str, accumulate_grad: bool, adapters_fit: bool,
+    backend: str, accumulate_grad: bool, dropout_shard: tuple[int, int], adapters_fit: bool,
 ) -> Tensor:  # fmt: skip
     """Check, choose a backend, and call it; `adapters_fit` where autocast makes up for their dtypes."""
     checks.check_call(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if not adapters_fit:
         checks.check_dtypes(x, weight, lora_A, lora_B, bias)
+    if dropout_shard != (0, 1):
+        checks.check_shard(dropout_shard)
     if _transforming():
         checks.check_transforms(backend)
         return reference.lora_linear(
@@ -76,24 +84,29 @@ def _checked(
         )
     rank = lora_A.shape[0]
     base_only = dropout_p == 1 or rank == 0
-    if _watched():
+    sharded = type(x) is not Tensor and checks.is_sharded(x)
+    if sharded:
+        checks.check_sharded(dropout_p)
+        from lora_kernels import sharding  # noqa: F401  registers its rules; not before there are DTensors
+    if sharded or _watched():
         backend = plan.overridden(backend)
         if base_only:
             return _base_only(x, weight, lora_A, lora_B, bias)
-        return ops.linear(x, weight, lora_A, lora_B, bias, _number(scaling), _number(dropout_p), backend)
+        return ops.linear(x, weight, lora_A, lora_B, bias, _number(scaling), _number(dropout_p), backend, dropout_shard)
     scaling, dropout_p = float(scaling), float(dropout_p)
     empty = x.numel() == 0 or weight.shape[0] == 0
     backend = plan.choose(x.device, x.dtype, rank, empty or rank == 0, backend)
     if base_only:
         return _base_only(x, weight, lora_A, lora_B, bias)
+    noise = ops.draw_shard(x, backend, dropout_shard) if dropout_p > 0 and dropout_shard[1] > 1 else None
     if backend == "torch" and not accumulate_grad and eager.composes(x, weight, lora_A, lora_B):
-        return eager.composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+        return eager.composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, noise)
     args = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
     trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or weight.requires_grad
     if torch.is_grad_enabled() and (trained or (bias is not None and bias.requires_grad)):
-        y = autograd.LoRALinearFunction.apply(*args, accumulate_grad)
+        y = autograd.LoRALinearFunction.apply(*args, accumulate_grad, noise)
     else:
-        y = autograd.forward(*args)[0]
+        y = autograd.forward(*args, noise)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -125,6 +138,7 @@ def lora_add(
     Raises:
         TypeError, ValueError, RuntimeError: As `lora_linear`.
     """
+    base, x = _arrived(base), _arrived(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     if autocast and isinstance(x, Tensor) and x.is_floating_point() and x.itemsize <= 4:
@@ -158,6 +172,24 @@ def _checked_add(
     else:
         y = low_rank.forward(*args)[0]
     return y.view(base.shape)
+
+
+class _Wait(torch.autograd.Function):
+    """Wait for a collective; the tensor's own `wait` gives one that autograd knows nothing of."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, t: Tensor) -> Tensor:
+        t = t.wait()
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dt: Tensor) -> Tensor:
+        return dt
+
+
+def _arrived(t: Tensor) -> Tensor:
+    """The result of a collective that may be on its way, as PyTorch's tensor-parallel styles return it; else t."""
+    return _Wait.apply(t) if type(t).__name__ == "AsyncCollectiveTensor" else t
 
 
 def _transforming() -> bool:

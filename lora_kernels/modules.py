@@ -92,14 +92,19 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute y, `[*, out_features]`, from x, `[*, in_features]`."""
+        return self._compute(x, self.weight, self.lora_A, self.lora_B, self.bias)
+
+    def _compute(
+        self, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, **more: Any
+    ) -> Tensor:
+        """The layer's output of these tensors, which may be parts of its own."""
         if self.merged:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("LoRALinear is merged; call unmerge() before training.")
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, weight, bias)
         return lora_linear(
-            x, self.weight, self.lora_A, self.lora_B,
-            scaling=self.scaling, bias=self.bias, dropout_p=self.lora_dropout if self.training else 0.0,
-            accumulate_grad=self.accumulate_grad,
+            x, weight, lora_A, lora_B, scaling=self.scaling, bias=bias,
+            dropout_p=self.lora_dropout if self.training else 0.0, accumulate_grad=self.accumulate_grad, **more,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ two. Two things are kept out of these:
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,16 +29,16 @@ from torch.autograd.function import FunctionCtx
 from lora_kernels import autograd, plan
 from lora_kernels.dropout import keep_scale
 
-__all__ = ["draw_noise", "linear", "linear_backward", "linear_forward"]
+__all__ = ["draw_noise", "draw_shard", "linear", "linear_backward", "linear_forward"]
 
 _library = torch.library.Library("lora_kernels", "DEF")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, "
-    "Scalar scaling, float dropout_p, str backend) -> Tensor",
+    "Scalar scaling, float dropout_p, str backend, int[2] dropout_shard=[0, 1]) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "draw_noise(Tensor x, Tensor unique, str backend) -> Tensor",
+    "draw_noise(Tensor x, Tensor unique, str backend, int[2] dropout_shard=[0, 1]) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
 )
 _library.define(
@@ -55,7 +56,7 @@ _library.define(
 
 def _linear(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
-    scaling: float, dropout_p: float, backend: str,
+    scaling: float, dropout_p: float, backend: str, dropout_shard: Sequence[int] = (0, 1),
 ) -> Tensor:  # fmt: skip
     """Compute y `[*, out]` of arguments that `functional.lora_linear` has checked and cast."""
     if "torch.utils.flop_counter" in sys.modules:
@@ -64,20 +65,33 @@ def _linear(
     backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or weight.shape[0] == 0, backend)
     noise = None
     if dropout_p > 0:
-        noise = draw_noise(x, torch.empty(0, device=x.device), backend)
+        noise = draw_noise(x, torch.empty(0, device=x.device), backend, dropout_shard)
     if isinstance(scaling, torch.SymFloat):
         lora_A = lora_A.to(torch.promote_types(lora_A.dtype, torch.float32)) * scaling
         scaling = 1.0
     return linear_forward(x, weight, lora_A, lora_B, bias, noise, scaling, dropout_p, backend)[0]
 
 
-def _draw_noise(x: Tensor, unique: Tensor, backend: str) -> Tensor:
+def draw_shard(x: Tensor, backend: str, dropout_shard: Sequence[int] = (0, 1)) -> Tensor:
     """Draw the noise that decides the mask of x, `[*, in]`, from the device's default torch generator.
 
-    Compilers merge equal calls, of random operators too where they are not PyTorch's own. They never merge two `empty`,
+    With `dropout_shard` = (i, n) n times, of which the i-th counts: generators that were alike stay alike.
+    """
+    index, count = dropout_shard
+    for i in range(count):
+        drawn = plan.contractions(backend).draw_noise(x)
+        if i == index:
+            noise = drawn
+    return noise
+
+
+def _draw_noise(x: Tensor, unique: Tensor, backend: str, dropout_shard: Sequence[int] = (0, 1)) -> Tensor:
+    """`draw_shard` for compilers.
+
+    They merge equal calls, of random operators too where they are not PyTorch's own. They never merge two `empty`,
     so a new one as `unique` makes every call a different one: layers that read the same x get masks of their own.
     """
-    return plan.contractions(backend).draw_noise(x)
+    return draw_shard(x, backend, dropout_shard)
 
 
 def _linear_forward(

@@ -133,6 +133,22 @@ def test_a_decoder_trains_to_the_same_losses(device, monkeypatch):
     assert counter.frame_count <= 2  # one, and perhaps another where the first guess of a symbol was wrong
 
 
+def test_a_shard_of_dropout_draws_what_it_draws_without_a_compiler(device, backend):
+    layer = make_layer(device, 0.0)
+    x = torch.randn(4, 12, device=device)
+
+    def call(x):
+        return lora_linear(
+            x, layer.weight, layer.lora_A, layer.lora_B, bias=layer.bias, dropout_p=0.5, dropout_shard=(1, 2)
+        )
+
+    found = []
+    for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(3)
+        found.append([function(x), torch.rand(3, device=device)])
+    assert_same(*found)
+
+
 def test_layers_that_read_the_same_input_draw_their_own_masks(device):
     """Compilers merge equal calls."""
     layer = make_layer(device, 0.5)

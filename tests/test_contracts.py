@@ -187,6 +187,19 @@ def test_the_generator_advances_by_one_draw_with_dropout_and_by_none_without(dev
 
 
 @pytest.mark.parametrize("backend", WAYS)
+def test_a_shard_of_dropout_gets_its_own_mask_and_leaves_the_generator_as_the_others_do(backend, device):
+    t = draw(device)
+    torch.manual_seed(5)
+    masked = [call(t, backend, dropout_p=0.5) for _ in range(3)]
+    after = torch.rand(3, device=device)
+    assert not torch.equal(masked[0], masked[1])
+    for i in range(3):
+        torch.manual_seed(5)
+        assert torch.equal(call(t, backend, dropout_p=0.5, dropout_shard=(i, 3)), masked[i])
+        assert torch.equal(torch.rand(3, device=device), after)
+
+
+@pytest.mark.parametrize("backend", WAYS)
 def test_nan_stays_in_its_row(backend, device):
     t = draw(device)
     clean = call(t, backend)

@@ -18,11 +18,11 @@ def tensors(**changes):
     return t | changes
 
 
-def call(scaling=1.0, dropout_p=0.0, backend="auto", **changes):
+def call(scaling=1.0, dropout_p=0.0, backend="auto", dropout_shard=(0, 1), **changes):
     t = tensors(**changes)
     return lora_linear(
         t["x"], t["weight"], t["lora_A"], t["lora_B"], bias=t["bias"], scaling=scaling, dropout_p=dropout_p,
-        backend=backend,
+        backend=backend, dropout_shard=dropout_shard,
     )  # fmt: skip
 
 
@@ -73,6 +73,9 @@ FAULTS = {
     "10 scaling inf": (dict(scaling=float("inf")), ValueError, r"scaling must be finite, got inf\."),
     "11 scalar": (
         dict(x=torch.tensor(1.0)), ValueError, r"x must have at least 1 dim \(…, in_features\), got a scalar\."
+    ),
+    "dropout_shard": (
+        dict(dropout_shard=(2, 2)), ValueError, r"dropout_shard must be \(i, n\) with 0 <= i < n.*, got \(2, 2\)\."
     ),
     "weight with one dim": (dict(weight=torch.randn(6)), ValueError, r"weight must have 2 dims, got shape \(6,\)\."),
     "13 rank": (

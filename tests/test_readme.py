@@ -13,10 +13,11 @@ from lora_kernels import cli, lora_linear, reference
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITH_THEIR_OWN_TESTS = ("peft.md", "distributed.md")  # whose blocks go on from one to the next
 BLOCKS = {
     f"{page.name} {i}": block
     for page in PAGES
-    if page.name != "peft.md"  # whose blocks go on from one another: test_peft_docs
+    if page.name not in WITH_THEIR_OWN_TESTS
     for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S), 1)
 }
 

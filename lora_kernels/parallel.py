@@ -1,0 +1,132 @@
+"""Tensor parallelism: styles that shard a `LoRALinear`, for PyTorch's `parallelize_module`.
+
+    parallelize_module(model, mesh, {"up": LoRAColwise(), "down": LoRARowwise()})
+
+Column-wise, each rank computes its own rows of W and B, that is, its own features of y, from all of x:
+
+    yᵢ = x Wᵢᵀ + s Bᵢᵀ + biasᵢ,    s = scaling · D(x) Aᵀ            W, B, bias in shards; A on every rank
+
+Row-wise, each rank has its own features of x, and of W and A the columns that meet them:
+
+    y = Σᵢ (xᵢ Wᵢᵀ + sᵢ Bᵀ) + bias,    sᵢ = scaling · D(xᵢ) Aᵢᵀ     W, A in shards; B, bias on every rank
+
+y is linear in s, so s is never gathered: the sum over the ranks is the one that a row-wise linear layer has anyway.
+What every rank holds, x, A, B or a bias, gets a part of its gradient on each; the parts are added up in backward.
+
+The products are `lora_linear`'s on plain tensors, the communication is DTensor's, and the parameters are DTensors:
+optimizers, `fully_shard` over another dim of the mesh and `torch.distributed.checkpoint` take them as they take others.
+"""
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from lora_kernels.modules import LoRALinear
+
+__all__ = ["LoRAColwise", "LoRARowwise"]
+
+
+class _LoRAStyle(ParallelStyle):
+    """What both styles do; they differ in `shards`, and in what they take and give."""
+
+    shards: dict[str, int]  # which parameters are sharded, and along which dim; every rank holds all of the others
+    takes: Placement
+    gives: Placement
+
+    def __init__(
+        self, *, input_layouts: Placement | None = None, output_layouts: Placement | None = None,
+        use_local_output: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        for name, layout in (("input_layouts", input_layouts), ("output_layouts", output_layouts)):
+            if layout is not None and not isinstance(layout, Placement):
+                raise TypeError(
+                    f"{type(self).__name__}: {name} must be a Placement, as Shard(1), got {type(layout).__name__}."
+                )
+        self.input_layout = input_layouts or self.takes
+        self.output_layout = output_layouts or (Replicate() if self.gives.is_partial() else self.gives)
+        self.use_local_output = use_local_output
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        style, ranks = type(self).__name__, device_mesh.size()
+        if type(module) is not LoRALinear:
+            raise TypeError(f"{style}: expected a LoRALinear, got {type(module).__name__}.")
+        if module.merged:
+            raise RuntimeError(f"{style}: LoRALinear is merged; call unmerge() before parallelizing it.")
+        parameters = dict(module.named_parameters())
+        for name, dim in self.shards.items():
+            if name in parameters and parameters[name].shape[dim] % ranks:
+                raise ValueError(
+                    f"{style}: dim {dim} of {name} is {parameters[name].shape[dim]}, which {ranks} ranks cannot share "
+                    f"equally. Choose a mesh whose size divides it."
+                )
+        for name, t in parameters.items():
+            placement = Shard(self.shards[name]) if name in self.shards else Replicate()
+            t_shard = distribute_tensor(t, device_mesh, [placement], src_data_rank=self.src_data_rank)
+            setattr(module, name, nn.Parameter(t_shard, requires_grad=t.requires_grad))
+        module.__class__, module._style = _ParallelLoRALinear, self
+        return module
+
+
+class LoRAColwise(_LoRAStyle):
+    """Shard the output features of a `LoRALinear`, as `ColwiseParallel` does those of an `nn.Linear`.
+
+    Args:
+        input_layouts: Layout of x on the ranks; replicated if None. Another one is gathered.
+        output_layouts: Layout that y gets; sharded along the last dim if None.
+        use_local_output: Whether y is this rank's plain tensor or a DTensor.
+
+    With dropout, ranks whose generators are seeded alike draw the same mask.
+
+    Raises:
+        TypeError: A layout is not a `Placement`; or, from `parallelize_module`, the module is not a `LoRALinear`.
+        ValueError: From `parallelize_module`, the ranks cannot share the features equally.
+        RuntimeError: From `parallelize_module`, the module is merged.
+    """
+
+    shards, takes, gives = {"weight": 0, "lora_B": 0, "bias": 0}, Replicate(), Shard(-1)
+
+
+class LoRARowwise(_LoRAStyle):
+    """Shard the input features of a `LoRALinear`, as `RowwiseParallel` does those of an `nn.Linear`.
+
+    Args:
+        input_layouts: Layout of x on the ranks; sharded along the last dim if None. Another one is redistributed.
+        output_layouts: Layout that y gets; replicated if None. `Shard(1)` for sequence parallelism.
+        use_local_output: Whether y is this rank's plain tensor or a DTensor.
+
+    With dropout, ranks whose generators are seeded alike draw independent masks, and their generators stay alike.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As `LoRAColwise`.
+    """
+
+    shards, takes, gives = {"weight": 1, "lora_A": 1}, Shard(-1), Partial()
+
+
+class _ParallelLoRALinear(LoRALinear):
+    """A `LoRALinear` whose parameters are DTensors of one mesh dim: computes this rank's part, and communicates."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        style, mesh = self._style, self.weight.device_mesh
+        if not isinstance(x, DTensor):
+            x = DTensor.from_local(x, mesh, [style.input_layout], run_check=False)
+        weight, lora_A, lora_B = (_local(t, t.placements[0]) for t in (self.weight, self.lora_A, self.lora_B))
+        bias, shard = None if self.bias is None else _local(self.bias, self.bias.placements[0]), (0, 1)
+        if style.gives.is_partial():
+            shard = mesh.get_local_rank(), mesh.size()
+            bias = None if bias is None else bias / mesh.size()  # each rank adds its share
+        y = self._compute(_local(x, style.takes), weight, lora_A, lora_B, bias, dropout_shard=shard)
+        y = DTensor.from_local(y, mesh, [style.gives], run_check=False)
+        y = y.redistribute(placements=[style.output_layout])
+        return y.to_local() if style.use_local_output else y
+
+
+def _local(t: DTensor, placement: Placement) -> Tensor:
+    """This rank's part of a tensor in some layout; what is replicated gets partial gradients, which are added up.
+
+    Where t already has the layout, `redistribute` does nothing but that, in backward.
+    """
+    t = t.redistribute(placements=[placement])
+    return t.to_local(grad_placements=[Partial() if at.is_replicate() else at for at in t.placements])
