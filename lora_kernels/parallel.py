@@ -116,7 +116,7 @@ class _ParallelLoRALinear(LoRALinear):
         bias, shard = None if self.bias is None else _local(self.bias, self.bias.placements[0]), (0, 1)
         if style.gives.is_partial():
             shard = mesh.get_local_rank(), mesh.size()
-            bias = None if bias is None else bias / mesh.size()  # each rank adds its share
+            bias = None if bias is None else bias * (shard[0] == 0)  # added once; every rank's gradient is a part
         y = self._compute(_local(x, style.takes), weight, lora_A, lora_B, bias, dropout_shard=shard)
         y = DTensor.from_local(y, mesh, [style.gives], run_check=False)
         y = y.redistribute(placements=[style.output_layout])
