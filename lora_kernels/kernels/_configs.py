@@ -79,7 +79,7 @@ def descriptor_path(capability: tuple[int, int] | None, dtype: torch.dtype) -> t
 @functools.lru_cache(maxsize=4096)
 def matmul_config(
     rows: int, inner: int, cols: int, dtype: torch.dtype, tma: bool, masked: bool, num_sms: int, tf32: bool = False,
-    place: int | None = None,
+    place: int | None = None, strided: bool = False,
 ) -> MatmulConfig:  # fmt: skip
     """The tile for y `[rows, cols]`: of the shipped ones the soonest done by the model, of equals the least padded.
 
@@ -93,6 +93,7 @@ def matmul_config(
         num_sms: Multiprocessors of the device.
         tf32: Whether fp32 products may use TF32.
         place: Only this one of `matmul_configs`; ignored where there are not so many.
+        strided: Whether a large operand has no element next to another, so that each has an address of its own.
     """
     shipped = matmul_configs(dtype, tma, masked, tf32)
     if place is not None and place < len(shipped):
@@ -104,6 +105,8 @@ def matmul_config(
     if not tma:  # descriptors fill what is outside with zeros at no cost, pointers pay for every lane
         block_m, block_n = _fit(rows, best.block_m), _fit(cols, best.block_n)
         best = replace(best, block_m=block_m, block_n=block_n, subtiles=min(best.subtiles, block_n // _TINY))
+    if strided and best.block_m > 64:  # the addresses of so many elements spill unless more warps share them
+        best = replace(best, num_warps=8)
     return _square(best, num_sms)
 
 
@@ -143,7 +146,7 @@ _MASKED_TMA = (
     MatmulConfig(64, 32, 128, 8, 1, 4, 4, 2),
 )
 _HALF = (
-    MatmulConfig(128, 128, 32, 8, 1, 8, 4),
+    MatmulConfig(128, 128, 32, 8, 1, 4, 4),
     MatmulConfig(64, 128, 32, 8, 1, 4, 4),
     MatmulConfig(64, 64, 64, 8, 1, 4, 4),
     MatmulConfig(64, 32, 64, 8, 1, 4, 4),
