@@ -38,7 +38,7 @@ __all__ = [
     "versions", "where",
 ]  # fmt: skip
 
-TILES = 1  # raise it when a tile in kernels/_configs.py changes its place: stored places mean the old ones
+TILES = 2  # raise it when a tile in kernels/_configs.py changes its place: stored places mean the old ones
 _FORMAT = 1
 _MOST_PLACES = 64
 _MOST_CHOICES = 8192

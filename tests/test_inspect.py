@@ -79,6 +79,7 @@ BAD = [
     (kernel("matmul_expand", MATMUL, loop_tma_loads=1), "loads 1 tiles by descriptor"),
     (kernel("matmul_expand", MATMUL, loop_loads={128: 4}), "loads by pointer in the K loop: 4"),
     (kernel("matmul_expand", MATMUL, loop_instructions=101), "has 101 instructions in the K loop, more than 100"),
+    (kernel("matmul_expand", MATMUL, arch="sm_100", loop_instructions=141), "K loop, more than 140"),
     (kernel("matmul_expand", MATMUL | dict(USE_TMA=False, PDL=False), arch="sm_80"), "is not pipelined"),
     (kernel("shrink", SHRINK, loop_loads={128: 8, 64: 4}), "loads {64: 4} (bits: count) in the K loop"),
     (kernel("shrink", SHRINK, loop_loads={128: 7}), "loads the wide tile in fewer than 128 bits"),

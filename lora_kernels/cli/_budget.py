@@ -8,7 +8,9 @@ if TYPE_CHECKING:
 
 __all__ = ["broken"]
 
-_LOOP = 100  # instructions for 64 of K, with room beside the 80 to 92 that are needed
+# instructions for 64 of K, with room beside what is needed: 80 to 92 and, where the tensor cores have a memory of their
+# own that is waited for by hand, 135 on Triton 3.6
+_LOOPS = {"sm_90": 100, "sm_100": 140}
 _FAST_ROWS = 64  # a dot of fewer rows cannot use Hopper's asynchronous tensor-core instructions
 
 
@@ -97,7 +99,7 @@ def _matmul(kernel: "Kernel") -> Iterator[str]:
             yield f"loads {loop.tma_loads} tiles by descriptor in the K loop, not 2"
         if loop.loads:
             yield f"loads by pointer in the K loop: {sum(loop.loads.values())}"
-        most = _LOOP * constants["BLOCK_K"] // 64
+        most = _LOOPS[kernel.arch] * constants["BLOCK_K"] // 64
         if loop.instructions > most:
             yield f"has {loop.instructions} instructions in the K loop, more than {most}"
     elif kernel.arch == "sm_80" and not kernel.case.strided and not loop.async_copies:

@@ -101,7 +101,7 @@ def layer(
         return matmul_expand(m, cols, (inner, r), e, config, bias, masked)
 
     forward = [
-        shrink(m, k, r, e, dropout, _configs.shrink_config(m, k, r, dtype)),
+        shrink(m, k, r, e, dropout, _configs.shrink_config(m, k, r, dtype, dropout)),
         expand(n, k, False, bias),
     ]
     if _configs.shrink_wgrad_pays(r):

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 
 __all__ = [
-    "MatmulConfig", "ShrinkConfig", "WgradConfig",
+    "SHARED", "MatmulConfig", "ShrinkConfig", "WgradConfig",
     "descriptor_path", "matmul_config", "matmul_configs", "shrink_config", "shrink_wgrad_pays", "wgrad_config",
 ]  # fmt: skip
 
 _TINY = 16
 _PROGRAMS = 256  # aimed at where a sum is split; the same on every GPU, so that sums are split the same way everywhere
 _THIN = 128  # up to it a product is a matter of writing its result
+SHARED = 233_472  # bytes of shared memory of a multiprocessor, an H100's
 _SHRINK_WGRAD_RANK = 32  # above it the parts of ds weigh as much as a second read of dy
 
 
@@ -78,7 +79,7 @@ def descriptor_path(capability: tuple[int, int] | None, dtype: torch.dtype) -> t
 @functools.lru_cache(maxsize=4096)
 def matmul_config(
     rows: int, inner: int, cols: int, dtype: torch.dtype, tma: bool, masked: bool, num_sms: int, tf32: bool = False,
-    place: int | None = None,
+    place: int | None = None, strided: bool = False,
 ) -> MatmulConfig:  # fmt: skip
     """The tile for y `[rows, cols]`: of the shipped ones the soonest done by the model, of equals the least padded.
 
@@ -92,6 +93,7 @@ def matmul_config(
         num_sms: Multiprocessors of the device.
         tf32: Whether fp32 products may use TF32.
         place: Only this one of `matmul_configs`; ignored where there are not so many.
+        strided: Whether a large operand has no element next to another, so that each has an address of its own.
     """
     shipped = matmul_configs(dtype, tma, masked, tf32)
     if place is not None and place < len(shipped):
@@ -103,6 +105,8 @@ def matmul_config(
     if not tma:  # descriptors fill what is outside with zeros at no cost, pointers pay for every lane
         block_m, block_n = _fit(rows, best.block_m), _fit(cols, best.block_n)
         best = replace(best, block_m=block_m, block_n=block_n, subtiles=min(best.subtiles, block_n // _TINY))
+    if strided and best.block_m > 64:  # the addresses of so many elements spill unless more warps share them
+        best = replace(best, num_warps=8)
     return _square(best, num_sms)
 
 
@@ -116,8 +120,10 @@ def matmul_configs(dtype: torch.dtype, tma: bool, masked: bool, tf32: bool = Fal
         return _MASKED_TMA if masked else _TMA
     if dtype.itemsize == 2:
         return _MASKED_HALF if masked else _HALF
-    single = MatmulConfig(64, 64, 32, 8, 2, 8, 3) if masked else MatmulConfig(64, 64, 32, 8, 1, 4, 3)
-    return (replace(single, block_m=128), single) if tf32 else (single,)
+    if not tf32:  # without tensor cores operands are spread over registers: larger tiles and longer steps spill
+        return (MatmulConfig(64, 32, 16, 8, 1, 8, 2),)
+    single = MatmulConfig(64, 64, 32, 8, 2 if masked else 1, 8, 3)
+    return replace(single, block_m=128), single
 
 
 # On sm_90 and later. The first tiles are those of large products; narrow ones are for few rows, where W is all that is
@@ -168,13 +174,30 @@ def _clocks(config: MatmulConfig, rows: int, cols: int, num_sms: int) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def shrink_config(rows: int, inner: int, rank: int, dtype: torch.dtype) -> ShrinkConfig:
-    """The tile for s `[rows, rank]` summed over `inner`, and where the sum is split: where rows are too few."""
+def shrink_config(
+    rows: int, inner: int, rank: int, dtype: torch.dtype, dropout: bool = False, strided: bool = False,
+    shared: int = SHARED,
+) -> ShrinkConfig:  # fmt: skip
+    """The tile for s `[rows, rank]` summed over `inner`, and where the sum is split: where rows are too few.
+
+    Args:
+        rows: M.
+        inner: K.
+        rank: R.
+        dtype: Of the operands.
+        dropout: Whether a mask is drawn, which costs registers.
+        strided: Whether no element of x lies next to another, so that each has an address of its own.
+        shared: Bytes of shared memory of a multiprocessor.
+    """
     block_m = _fit(rows, 32 if dtype.itemsize == 4 else 64)  # 64 rows of fp32 with dropout spill
     block_r = _fit(rank, 64)
-    block_k = _fit(inner, 128 if dtype.itemsize == 2 else 64 if block_r == 16 else 32)
+    crowded = dropout and (strided or block_r == 64)  # 128 of K beside the mask, and addresses or sums, spill
+    half_k = 64 if crowded else 128
+    block_k = _fit(inner, half_k if dtype.itemsize == 2 else 64 if block_r == 16 else 32)
     k_per_split = _split(inner, block_k, _tiles(rows, rank, block_m, block_r))
-    return ShrinkConfig(block_m, block_k, block_r, k_per_split, num_warps=4, num_stages=4)
+    room = shared // 2 if block_r <= 32 else shared  # two programs hide the latency of each other's loads
+    stages = _stages(4, block_k * (block_m + block_r) * dtype.itemsize, room)
+    return ShrinkConfig(block_m, block_k, block_r, k_per_split, num_warps=4, num_stages=stages)
 
 
 def shrink_wgrad_pays(rank: int) -> bool:
@@ -183,17 +206,29 @@ def shrink_wgrad_pays(rank: int) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def wgrad_config(rows: int, wide: int, thin: int, dtype: torch.dtype, shrinks: bool = False) -> WgradConfig:
+def wgrad_config(
+    rows: int, wide: int, thin: int, dtype: torch.dtype, shrinks: bool = False, shared: int = SHARED
+) -> WgradConfig:
     """The tile for g `[wide, thin]` summed over `rows`, and where the sum is split.
 
-    With `shrinks` a program owns more columns, so that there are fewer parts of ds.
+    With `shrinks` a program owns more columns, so that there are fewer parts of ds. `shared` is a multiprocessor's
+    shared memory in bytes.
     """
+    single = dtype.itemsize == 4
     wide_tile = 256 if shrinks else 128
-    block_c = _fit(wide, wide_tile if dtype.itemsize == 2 else wide_tile // 2)
+    # 64 columns of masked fp32 and more are rounded to TF32 by Triton 3.6 on sm_100, whatever precision it is told
+    block_c = _fit(wide, wide_tile // 4 if single else wide_tile)
     block_r = _fit(thin, 64)
-    block_m = _fit(rows, 64 if dtype.itemsize == 2 else 32)
+    block_m = _fit(rows, 32 if single else 64)
     rows_per_split = _split(rows, block_m, _tiles(wide, thin, block_c, block_r))
-    return WgradConfig(block_m, block_c, block_r, rows_per_split, num_warps=4, num_stages=3)
+    most = 3 if block_c > 64 else 2  # narrow tiles, all of fp32 among them, run many at once; some spill with more
+    stages = _stages(most, block_m * (block_c + block_r) * dtype.itemsize, shared)
+    return WgradConfig(block_m, block_c, block_r, rows_per_split, num_warps=4, num_stages=stages)
+
+
+def _stages(most: int, size: int, room: int) -> int:
+    """Stages of a pipeline that takes `size` bytes a stage: as many as there is room for, two at least."""
+    return max(2, min(most, room // size))
 
 
 def _padded(config: MatmulConfig, rows: int, cols: int) -> int:

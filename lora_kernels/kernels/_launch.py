@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.kernels._configs import descriptor_path
+from lora_kernels.kernels._configs import SHARED, descriptor_path
 
 __all__ = [
     "Facts", "Launch", "arrivals", "capability", "dependent_launch", "describe_path", "facts", "launch_options",
-    "num_sms", "on_device", "precision", "thin_pitch", "thin_rows", "uses_tf32",
+    "num_sms", "on_device", "precision", "shared_per_sm", "thin_pitch", "thin_rows", "uses_tf32",
 ]  # fmt: skip
 
 _COUNTERS = 1 << 16  # int32; 256 KiB a stream
+_ROCM_SHARED = 65_536  # CDNA3's; PyTorch for ROCm need not say
 _INTERPRETER_SMS = 3  # few, so that the persistent loop goes round more than once in tests
 
 
@@ -104,6 +105,11 @@ def num_sms(device: torch.device) -> int:
     return imagined.num_sms if imagined else _num_sms(device)
 
 
+def shared_per_sm(device: torch.device) -> int:
+    """Bytes of shared memory of a multiprocessor of a device."""
+    return imagined.shared_per_sm if imagined else _shared_per_sm(device)
+
+
 def capability(device: torch.device) -> tuple[int, int] | None:
     """CUDA compute capability of a device, None for anything but an NVIDIA GPU."""
     return imagined.capability if imagined else _capability(device)
@@ -114,6 +120,14 @@ def _num_sms(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETER_SMS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _shared_per_sm(device: torch.device) -> int:
+    if device.type != "cuda":
+        return SHARED
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_multiprocessor", 0) or _ROCM_SHARED
 
 
 @functools.cache

@@ -214,7 +214,10 @@ def _settle(
     q_rows_are_n = q.rows_on_16_bytes()
     inner = tuple(p.shape[1] for p, _ in summed)
     if not isinstance(config, MatmulConfig):
-        config = matmul_config(rows, sum(inner), cols, dtype, tma, has_keep, sms, precision == "tf32", place=config)
+        strided = 1 not in p.strides or 1 not in q.strides
+        config = matmul_config(
+            rows, sum(inner), cols, dtype, tma, has_keep, sms, precision == "tf32", place=config, strided=strided
+        )
     rank = masked[0].shape[1] if masked else 0
     store_tma = tma and cols * dtype.itemsize % 16 == 0
     strides = [tuple(0 if tma else pair[side].strides[dim] for pair in summed) for side in (0, 1) for dim in (0, 1)]

@@ -144,7 +144,8 @@ def _settle(
 ) -> tuple[int, int, Launch]:  # fmt: skip
     """The blocks of s, the splits of K, and the launch."""
     (rows, inner), rank = x.shape, a.shape[0]
-    config = config or shrink_config(rows, inner, rank, x.dtype)
+    shared = _launch.shared_per_sm(device)
+    config = config or shrink_config(rows, inner, rank, x.dtype, dropout, 1 not in x.strides, shared)
     blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(rank, config.block_r)
     splits = triton.cdiv(inner, config.k_per_split)
     stride_sm = _launch.thin_pitch(rank, x.dtype)

@@ -188,7 +188,8 @@ def _settle(
 ) -> tuple[int, int, int, Launch]:  # fmt: skip
     """The tiles of g, the splits of the rows, the parts of ds, and the launch."""
     (rows, width), thickness = wide.shape, thin.shape[1]
-    config = config or wgrad_config(rows, width, thickness, wide.dtype, b is not None)
+    shared = _launch.shared_per_sm(device)
+    config = config or wgrad_config(rows, width, thickness, wide.dtype, b is not None, shared)
     splits = triton.cdiv(rows, config.rows_per_split)
     blocks = triton.cdiv(width, config.block_c)
     tiles = blocks * triton.cdiv(thickness, config.block_r)

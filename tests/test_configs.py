@@ -1,0 +1,44 @@
+"""The tile rules that look at a GPU's shared memory: what they pick fits, and sums are split alike whatever it is."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lora_kernels.kernels._configs import shrink_config, wgrad_config
+from lora_kernels.kernels._launch import shared_per_sm
+
+SHARED = (65_536, 102_400, 167_936, 233_472)  # of an MI300X, an RTX 4090, an A100 and an H100
+SHAPES = [(rows, width, rank) for rows in (1, 40, 8192) for width in (64, 4096) for rank in (4, 32, 64, 256)]
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("shared", SHARED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pipelines_fit_the_shared_memory(dtype, shared):
+    in_registers = 1 if shared == 65_536 else 0  # AMD's pipelines keep a stage there
+    for rows, width, rank in SHAPES:
+        for dropout in (False, True):
+            tile = shrink_config(rows, width, rank, dtype, dropout, shared=shared)
+            taken = (tile.num_stages - in_registers) * tile.block_k * (tile.block_m + tile.block_r) * dtype.itemsize
+            assert taken * (2 if rank <= 32 else 1) <= shared
+        for shrinks in (False, True)[: 1 + (rank <= 32)]:
+            tile = wgrad_config(rows, width, rank, dtype, shrinks, shared)
+            taken = (tile.num_stages - in_registers) * tile.block_m * (tile.block_c + tile.block_r) * dtype.itemsize
+            assert taken <= shared
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shared_memory_changes_stages_alone(dtype):
+    stages = set()
+    for rows, width, rank in SHAPES:
+        for pick in (shrink_config, wgrad_config):
+            tiles = [pick(rows, width, rank, dtype, shared=shared) for shared in SHARED]
+            assert len({replace(tile, num_stages=0) for tile in tiles}) == 1  # so every GPU adds up in the same order
+            assert sorted(tile.num_stages for tile in tiles) == [tile.num_stages for tile in tiles]
+            stages |= {tile.num_stages for tile in tiles}
+    assert stages == ({2, 3, 4} if dtype == torch.bfloat16 else {2, 4})
+
+
+def test_a_gpu_that_is_not_there_has_the_memory_of_the_default():
+    assert shared_per_sm(torch.device("cpu")) == SHARED[-1]
