@@ -14,17 +14,26 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_THEIR_OWN_TESTS = ("peft.md", "distributed.md")  # whose blocks go on from one to the next
+ONE_AFTER_THE_OTHER = ("layer.md",)  # likewise, and nothing more
+
+
+def python_of(page):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)
+    return ["\n".join(blocks)] if page.name in ONE_AFTER_THE_OTHER else blocks
+
+
 BLOCKS = {
     f"{page.name} {i}": block
     for page in PAGES
     if page.name not in WITH_THEIR_OWN_TESTS
-    for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S), 1)
+    for i, block in enumerate(python_of(page), 1)
 }
 
 
 def test_there_is_python_to_run():
     assert len([name for name in BLOCKS if name.startswith("README")]) >= 4
     assert len([name for name in BLOCKS if name.startswith("compile")]) >= 5
+    assert len(BLOCKS["layer.md 1"].splitlines()) > 20
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*LeafSpec:FutureWarning")  # PyTorch's own
