@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels.kernels._configs import shrink_config, wgrad_config
+from lora_kernels.kernels._configs import descriptor_path, shrink_config, wgrad_config
 from lora_kernels.kernels._launch import shared_per_sm
 
 SHARED = (65_536, 102_400, 167_936, 233_472)  # of an MI300X, an RTX 4090, an A100 and an H100
@@ -42,3 +42,19 @@ def test_shared_memory_changes_stages_alone(dtype):
 
 def test_a_gpu_that_is_not_there_has_the_memory_of_the_default():
     assert shared_per_sm(torch.device("cpu")) == SHARED[-1]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "tma"),
+    [
+        (None, torch.bfloat16, False),
+        ((8, 0), torch.bfloat16, False),
+        ((9, 0), torch.bfloat16, True),
+        ((9, 0), torch.float32, False),
+        ((10, 0), torch.float16, True),
+        ((12, 0), torch.bfloat16, False),  # Blackwell's desktop cards have the descriptors, not the memory
+    ],
+    ids=str,
+)
+def test_descriptors_where_their_tiles_fit(capability, dtype, tma):
+    assert descriptor_path(capability, dtype)[0] == tma

@@ -71,6 +71,8 @@ def descriptor_path(capability: tuple[int, int] | None, dtype: torch.dtype) -> t
         return False, "not an NVIDIA GPU"
     if capability < (9, 0):
         return False, f"TMA needs compute capability 9.0 and this GPU has {capability[0]}.{capability[1]}"
+    if capability >= (12, 0):
+        return False, "its tiles are made for the 227 KB of shared memory of sm_90 and sm_100, and this GPU has 99 KB"
     if dtype.itemsize != 2:
         return False, "only 16-bit operands feed the tensor cores straight from descriptors"
     return True, "TMA descriptors; operands not aligned to 16 bytes take pointers"
