@@ -85,7 +85,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 0 if this package's results were right, 1 if not, 2 if it cannot run as asked."""
-    args.level = args.level or ("model" if args.model else "layer")
     try:
         cases, settings = _cases(args), _settings(args)  # the cheap questions first
     except (ValueError, RuntimeError, TypeError) as error:
@@ -158,6 +157,7 @@ def _device(args: argparse.Namespace) -> torch.device:
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
+    args.level = args.level or ("model" if args.model else "layer")
     name = _preset_name(args)
     preset = PRESETS[name] if name else None
     ranks = args.r or (preset.r if preset else (16,))
@@ -178,9 +178,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     for p in probabilities:
         if not 0 <= p < 1:
             raise ValueError(f"--p {p:g}: a dropout probability is at least 0 and below 1")
-    subjects = _levels.subjects(
-        args.level, name, args.shape, args.m, args.model, args.layers, args.batch, args.seq
-    )  # fmt: skip
+    subjects = _levels.subjects(args.level, name, args.shape, args.m, args.model, args.layers, args.batch, args.seq)
     return [(subject, r, p) for subject in subjects for r in ranks for p in probabilities]
 
 
