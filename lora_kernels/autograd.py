@@ -14,6 +14,7 @@ what the gradients that were asked for need. Adapters wider than x are rounded t
 the rounded copies would be more than all else that is saved. No input is ever written.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from lora_kernels import plan
 from lora_kernels.dropout import keep_scale
 
-__all__ = ["LoRALinearFunction", "backward", "forward", "rows"]
+__all__ = ["LoRALinearFunction", "autocast_off", "backward", "forward", "rows"]
+
+_NOTHING = contextlib.nullcontext()
 
 
 def forward(
@@ -101,12 +104,17 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in its parameter's dtype."""
-        device_type = dy.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):  # every dtype was settled in forward
-                return _backward_once(ctx, dy)
-        # the guard against a second differentiation takes as long as three small operators: only where one may come
-        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+        with autocast_off(dy):
+            # the guard against a second differentiation takes as long as three small operators: only where one may come
+            return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+
+
+def autocast_off(dy: Tensor) -> contextlib.AbstractContextManager:
+    """A context for backward: every dtype was settled in forward, and autocast would settle it anew."""
+    device_type = dy.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return _NOTHING
 
 
 def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -99,7 +99,9 @@ def composed(
     y, s, alpha = F.linear(x, weight, bias), F.linear(dropped, lora_A), scaling * keep_scale(dropout_p)
     if x.dim() == 2:
         return torch.addmm(y, s, lora_B.t(), alpha=alpha)
-    return torch.addmm(y.view(-1, y.shape[-1]), s.view(-1, s.shape[-1]), lora_B.t(), alpha=alpha).view(y.shape)
+    rows = x.shape[:-1].numel()  # -1 would not do where there are none, or no features
+    flat = torch.addmm(y.view(rows, y.shape[-1]), s.view(rows, s.shape[-1]), lora_B.t(), alpha=alpha)
+    return flat.view(y.shape)
 
 
 def outputs(x: Tensor, rank: int, dropout_p: float) -> tuple[Tensor, Tensor | None]:

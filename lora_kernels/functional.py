@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-from lora_kernels import autograd, checks, eager, low_rank, ops, plan, reference
+from lora_kernels import add_ops, autograd, checks, eager, low_rank, ops, plan, reference
 
 __all__ = ["lora_add", "lora_linear"]
 
@@ -18,7 +18,8 @@ def lora_linear(
 ) -> Tensor:  # fmt: skip
     """Apply a linear layer with a low-rank adapter, in one fused pass.
 
-    y = x Wᵀ + scaling · D(x) Aᵀ Bᵀ + bias, where D is inverted dropout. Neither B A nor D(x) is ever stored.
+    y = x Wᵀ + scaling · D(x) Aᵀ Bᵀ + bias, where D is inverted dropout. B A is never formed, nor D(x) stored
+    (but by small calls on a CPU, of up to 32,768 elements).
 
     Args:
         x: Activations, `[*, in_features]`: any leading dims, any strides; bfloat16, float16, float32, or float64
@@ -156,16 +157,20 @@ def _checked_add(
     checks.check_add(base, x, lora_A, lora_B, scaling, dropout_p)
     if not adapters_fit:
         checks.check_dtypes(x, x, lora_A, lora_B, None, call="lora_add")
-    transforming = _transforming()
-    if transforming:
+    if _transforming():
         checks.check_transforms(backend)
-    if transforming or _watched():  # no operator of ours: a compiler fuses what it can
         a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
         return reference.lora_add(base, x, a, b, scaling=scaling, dropout_p=dropout_p)
-    scaling, dropout_p, rank = float(scaling), float(dropout_p), lora_A.shape[0]
-    backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or base.numel() == 0 or rank == 0, backend)
+    rank = lora_A.shape[0]
     if dropout_p == 1 or rank == 0:
+        plan.choose(x.device, x.dtype, rank, True, backend)  # whether there is such a backend
         return base + _nothing(lora_A, lora_B).to(base.dtype)
+    if _watched():
+        return add_ops.add(
+            base, x, lora_A, lora_B, _number(scaling), _number(dropout_p), plan.overridden(backend)
+        )  # fmt: skip
+    scaling, dropout_p = float(scaling), float(dropout_p)
+    backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or base.numel() == 0, backend)
     args = (base, x, lora_A, lora_B, scaling, dropout_p, backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in args[:4]):
         y = low_rank.LoRAAddFunction.apply(*args)

@@ -19,7 +19,7 @@ two. Two things are kept out of these:
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,10 @@ from torch.autograd.function import FunctionCtx
 from lora_kernels import autograd, plan
 from lora_kernels.dropout import keep_scale
 
-__all__ = ["draw_noise", "draw_shard", "linear", "linear_backward", "linear_forward"]
+__all__ = [
+    "differentiate_again", "draw_noise", "draw_shard", "linear", "linear_backward", "linear_forward", "plain_scaling",
+    "register_flops",
+]  # fmt: skip
 
 _library = torch.library.Library("lora_kernels", "DEF")
 _library.define(
@@ -60,16 +63,21 @@ def _linear(
 ) -> Tensor:  # fmt: skip
     """Compute y `[*, out]` of arguments that `functional.lora_linear` has checked and cast."""
     if "torch.utils.flop_counter" in sys.modules:
-        _register_flops()
+        register_flops({linear_forward: _forward_flops, linear_backward: _backward_flops})
     rank = int(lora_A.shape[0])  # compiled in, where everything else may vary
     backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or weight.shape[0] == 0, backend)
     noise = None
     if dropout_p > 0:
         noise = draw_noise(x, torch.empty(0, device=x.device), backend, dropout_shard)
-    if isinstance(scaling, torch.SymFloat):
-        lora_A = lora_A.to(torch.promote_types(lora_A.dtype, torch.float32)) * scaling
-        scaling = 1.0
+    lora_A, scaling = plain_scaling(lora_A, scaling)
     return linear_forward(x, weight, lora_A, lora_B, bias, noise, scaling, dropout_p, backend)[0]
+
+
+def plain_scaling(lora_A: Tensor, scaling: float) -> tuple[Tensor, float]:
+    """A and the scaling as a plain number: one that a compiler has made a symbol is multiplied into A."""
+    if isinstance(scaling, torch.SymFloat):
+        return lora_A.to(torch.promote_types(lora_A.dtype, torch.float32)) * scaling, 1.0
+    return lora_A, scaling
 
 
 def draw_shard(x: Tensor, backend: str, dropout_shard: Sequence[int] = (0, 1)) -> Tensor:
@@ -165,11 +173,8 @@ def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor | None
 def _differentiate(ctx: FunctionCtx, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 9
-    device_type = dy.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):  # every dtype was settled in forward
-            return _gradients(ctx, dy)
-    return _gradients(ctx, dy)
+    with autograd.autocast_off(dy):
+        return _gradients(ctx, dy)
 
 
 def _gradients(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -185,7 +190,8 @@ def _gradients(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None, None
 
 
-def _differentiate_again(ctx: FunctionCtx, *_: Tensor | None) -> None:
+def differentiate_again(ctx: FunctionCtx, *_: Tensor | None) -> None:
+    """Refuse: the derivative has none of its own."""
     raise RuntimeError(
         "lora_linear: trying to differentiate twice a function that was marked with @once_differentiable; "
         "lora_kernels.reference.lora_linear differentiates any number of times."
@@ -200,7 +206,7 @@ torch.library.register_fake("lora_kernels::draw_noise", _draw_noise, lib=_librar
 torch.library.register_fake("lora_kernels::linear_forward", _fake_forward, lib=_library)
 torch.library.register_fake("lora_kernels::linear_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("lora_kernels::linear_forward", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("lora_kernels::linear_backward", _differentiate_again, lib=_library)
+torch.library.register_autograd("lora_kernels::linear_backward", differentiate_again, lib=_library)
 
 linear = torch.ops.lora_kernels.linear.default
 draw_noise = torch.ops.lora_kernels.draw_noise.default
@@ -226,20 +232,17 @@ def _backward_flops(
     return 2 * rows * (inner * cols * need_x + thin)
 
 
-def _register_flops() -> None:
+def register_flops(formulas: dict[Any, Callable[..., int]]) -> None:
     """Tell PyTorch's FLOP counter the formulas. Not at import: importing the counter loads Triton."""
     from torch.utils import flop_counter
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-    formulas = {
-        linear_forward.overloadpacket: _forward_flops,
-        linear_backward.overloadpacket: _backward_flops,
-    }
-    for operator, formula in formulas.items():
+    packets = {operator.overloadpacket: formula for operator, formula in formulas.items()}
+    for operator, formula in packets.items():
         if operator not in flop_counter.flop_registry:
             flop_counter.register_flop_formula(operator)(formula)
     for mode in _get_current_dispatch_mode_stack():  # one that is counting already has its own copy of the table
         counter = getattr(mode, "counter", None)
         if isinstance(counter, flop_counter.FlopCounterMode):
-            for operator in formulas:
+            for operator in packets:
                 counter.flop_registry.setdefault(operator, flop_counter.flop_registry[operator])

@@ -118,14 +118,15 @@ def test_leading_dims_that_no_view_can_flatten(backend, device):
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("backend", WAYS)
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["2 dims", "3 dims"])
 @pytest.mark.parametrize("zero", ["M", "N", "K", "r"])
-def test_zero_sizes(zero, backend, p, device):
+def test_zero_sizes(zero, batch, backend, p, device):
     size = dict(M=4, N=5, K=6, r=2) | {zero: 0}
     m, n, k, r = size.values()
-    x, a, b = (torch.randn(s, device=device, requires_grad=True) for s in ((m, k), (r, k), (n, r)))
+    x, a, b = (torch.randn(s, device=device, requires_grad=True) for s in ((*batch, m, k), (r, k), (n, r)))
     w, bias = torch.randn(n, k, device=device), torch.randn(n, device=device)
     y = lora_linear(x, w, a, b, bias=bias, dropout_p=p, backend=backend)
-    assert y.shape == (m, n)
+    assert y.shape == (*batch, m, n)
     if zero in "Kr":
         torch.testing.assert_close(y, torch.nn.functional.linear(x, w, bias))
     y.sum().backward()

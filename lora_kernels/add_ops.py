@@ -1,0 +1,133 @@
+"""The low-rank term over a base result as registered operators, as `ops` has the whole layer, and for its reasons.
+
+    lora_kernels::add            y; chooses a backend, draws the noise of dropout, calls the next
+    lora_kernels::add_forward    y, s, keep: a pure function of its arguments, differentiable once
+    lora_kernels::add_backward   dx, dA, dB: its derivative; dy is base's
+
+They run `low_rank.forward` and `low_rank.backward`. Without them a compiler, or a policy of selective checkpointing,
+would see other operators than a plain call runs, which draw other masks from the same seed.
+"""
+
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from lora_kernels import autograd, low_rank, ops, plan
+from lora_kernels.dropout import keep_scale
+
+__all__ = ["add", "add_backward", "add_forward"]
+
+_library = torch.library.Library("lora_kernels", "FRAGMENT")
+for _schema in (
+    "add(Tensor base, Tensor x, Tensor lora_A, Tensor lora_B, Scalar scaling, float dropout_p, str backend) -> Tensor",
+    "add_forward(Tensor base, Tensor x, Tensor lora_A, Tensor lora_B, Tensor? noise, float scaling, float dropout_p, "
+    "str backend) -> (Tensor y, Tensor s, Tensor keep)",
+    "add_backward(Tensor dy, Tensor? x, Tensor? lora_A, Tensor? lora_B, Tensor? s, Tensor? keep, float alpha, "
+    "str backend, ScalarType dtype, ScalarType dtype_A, ScalarType dtype_B, bool[3] needed) "
+    "-> (Tensor dx, Tensor d_lora_A, Tensor d_lora_B)",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _add(
+    base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str
+) -> Tensor:
+    """Compute y `[*, out]` of arguments that `functional.lora_add` has checked and cast."""
+    if "torch.utils.flop_counter" in sys.modules:
+        ops.register_flops({add_forward: _forward_flops, add_backward: _backward_flops})
+    rank = int(lora_A.shape[0])  # compiled in, where everything else may vary
+    backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or base.numel() == 0, backend)
+    noise = ops.draw_noise(x, torch.empty(0, device=x.device), backend) if dropout_p > 0 else None
+    lora_A, scaling = ops.plain_scaling(lora_A, scaling)
+    return add_forward(base, x, lora_A, lora_B, noise, scaling, dropout_p, backend)[0]
+
+
+def _add_forward(
+    base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, noise: Tensor | None,
+    scaling: float, dropout_p: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Compute y `[*, out]` in base's dtype, s `[M, r]` and the backend's mask, None without dropout."""
+    y, s, keep = low_rank.forward(base, x, lora_A, lora_B, scaling, dropout_p, backend, noise)
+    return y.view(base.shape), s, keep
+
+
+def _add_backward(
+    dy: Tensor, x: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, s: Tensor | None, keep: Tensor | None,
+    alpha: float, backend: str, dtype: torch.dtype, dtype_A: torch.dtype, dtype_B: torch.dtype, needed: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Compute dx `[*, in]` in `dtype`, dA and dB as far as they are needed, and None for the rest."""
+    shape = (*dy.shape[:-1], -1 if lora_A is None else lora_A.shape[1])
+    dy, x = autograd.rows(dy.to(dtype)), None if x is None else autograd.rows(x)
+    gradients = low_rank.backward(dy, x, lora_A, lora_B, s, keep, alpha, backend, (dtype_A, dtype_B), needed)
+    dx, d_lora_A, d_lora_B = (None if g is None else g.contiguous() for g in gradients)  # as the shapes below say
+    return None if dx is None else dx.view(shape), d_lora_A, d_lora_B
+
+
+def _fake_forward(base, x, lora_A, lora_B, noise, scaling, dropout_p, backend):
+    rows = x.new_empty(math.prod(x.shape[:-1]), x.shape[-1])
+    s, keep = plan.contractions(backend).outputs(rows, lora_A.shape[0], dropout_p)
+    return base.new_empty(base.shape), s, keep
+
+
+def _fake_backward(dy, x, lora_A, lora_B, s, keep, alpha, backend, dtype, dtype_A, dtype_B, needed):
+    need_x, need_A, need_B = needed
+    return (
+        dy.new_empty(*dy.shape[:-1], lora_A.shape[1], dtype=dtype) if need_x else None,
+        dy.new_empty(lora_B.shape[1], x.shape[-1], dtype=dtype_A) if need_A else None,
+        dy.new_empty(dy.shape[-1], s.shape[1], dtype=dtype_B) if need_B else None,
+    )
+
+
+def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+    _, x, lora_A, lora_B, _, scaling, dropout_p, backend = inputs
+    _, s, keep = output
+    low_rank.save(ctx, x, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)
+    ctx.mark_non_differentiable(s)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: FunctionCtx, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 8
+    with autograd.autocast_off(dy):
+        return _gradients(ctx, dy)
+
+
+def _gradients(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    need_base, *needed = ctx.needs_input_grad[:4]
+    gradients = (None,) * 3
+    if any(needed):
+        gradients = add_backward(dy, *ctx.saved_tensors, ctx.alpha, ctx.backend, ctx.dtype, *ctx.adapter_dtypes, needed)
+    return dy if need_base else None, *gradients, None, None, None, None
+
+
+_library.impl("add", _add, "CompositeImplicitAutograd")
+_library.impl("add_forward", _add_forward, "CompositeExplicitAutograd")
+_library.impl("add_backward", _add_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_kernels::add_forward", _fake_forward, lib=_library)
+torch.library.register_fake("lora_kernels::add_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("lora_kernels::add_forward", _differentiate, setup_context=_save, lib=_library)
+torch.library.register_autograd("lora_kernels::add_backward", ops.differentiate_again, lib=_library)
+
+add = torch.ops.lora_kernels.add.default
+add_forward = torch.ops.lora_kernels.add_forward.default
+add_backward = torch.ops.lora_kernels.add_backward.default
+
+
+def _forward_flops(base, x, lora_A, lora_B, *_: Any, **__: Any) -> int:
+    """2 M r (K + N), of shapes."""
+    return 2 * math.prod(x[:-1]) * lora_A[0] * (x[-1] + base[-1])
+
+
+def _backward_flops(
+    dy, x, lora_A, lora_B, s, keep, alpha, backend, dtype, dtype_A, dtype_B, needed: list[bool], **_: Any
+) -> int:  # fmt: skip
+    """2 M r K for each of dx and dA, 2 M r N for dB and once more for ds, of shapes."""
+    need_x, need_A, need_B = needed
+    inner = lora_A[1] if need_x else x[-1] if need_A else 0
+    thin = inner * (need_x + need_A) + dy[-1] * (need_B + (need_x or need_A))
+    return 2 * math.prod(dy[:-1]) * (lora_B or s)[1] * thin
