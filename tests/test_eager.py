@@ -164,3 +164,14 @@ def test_fewer_bytes_are_saved_than_by_peft(shape, r, p):
         ours, peft = (saved_bytes(_baselines.build(name + suffix, problem, "torch")) for name in ("ours", "peft"))
         assert ours == s * dtype.itemsize + mask
         assert ours < peft if p or suffix else ours == peft
+
+
+@pytest.mark.small
+@pytest.mark.usefixtures("no_peft")
+@pytest.mark.parametrize(("p", "saved"), [(0.0, 0), (0.1, 5)])
+def test_small_calls_save_no_more_than_peft(p, saved):
+    """s, and with dropout the dropped x in fp32 and a byte of mask an element."""
+    problem = draw(Shape(32, 256, 256), 8, p, settings(torch.float32))
+    ours, peft = (saved_bytes(_baselines.build(name, problem, "torch")) for name in ("ours", "peft"))
+    assert ours == 32 * 8 * 4 + 32 * 256 * saved
+    assert ours <= peft
