@@ -38,7 +38,7 @@ __all__ = [
 
 _BLOCK = 1 << 17  # elements of x or dy at a time: half a megabyte in fp32
 _DRAWN = 1 << 19  # elements of a mask at a time
-_SMALL = 1 << 15  # elements of x or y up to which `composed` is the faster one
+_SMALL = 1 << 16  # elements of x or y up to which `composed` is the faster one
 _LEAST_ROWS = 64  # of a block; fewer would spend their time on the sum they are added to
 _TILE = 1024, 1 << 20  # rows of y, and elements of the weight, widened at a time
 _HALF = (torch.bfloat16, torch.float16)

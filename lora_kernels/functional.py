@@ -19,7 +19,7 @@ def lora_linear(
     """Apply a linear layer with a low-rank adapter, in one fused pass.
 
     y = x Wᵀ + scaling · D(x) Aᵀ Bᵀ + bias, where D is inverted dropout. B A is never formed, nor D(x) stored
-    (but by small calls on a CPU, of up to 32,768 elements).
+    (but by small calls on a CPU, of up to 65,536 elements).
 
     Args:
         x: Activations, `[*, in_features]`: any leading dims, any strides; bfloat16, float16, float32, or float64

@@ -93,8 +93,8 @@ def test_small_calls_keep_the_rules_and_draw_the_same_mask(dtype, bias, p, monke
 @pytest.mark.parametrize(
     ("rows", "dtype", "adapters", "small"),
     [
-        (1024, torch.float32, None, True),
-        (1025, torch.float32, None, False),
+        (2048, torch.float32, None, True),
+        (2049, torch.float32, None, False),
         (64, torch.bfloat16, None, False),
         (64, torch.bfloat16, torch.float32, False),
     ],
