@@ -168,11 +168,18 @@ def _clocks(config: MatmulConfig, rows: int, cols: int, num_sms: int) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def shrink_config(rows: int, inner: int, rank: int, dtype: torch.dtype) -> ShrinkConfig:
-    """The tile for s `[rows, rank]` summed over `inner`, and where the sum is split: where rows are too few."""
+def shrink_config(
+    rows: int, inner: int, rank: int, dtype: torch.dtype, adapters: int = 1, dropout: bool = False
+) -> ShrinkConfig:
+    """The tile for s `[rows, rank]` summed over `inner`, and where the sum is split: where rows are too few.
+
+    Several adapters have a tile of A each, and with dropout a masked tile of x each, at a time: shorter K steps.
+    """
     block_m = _fit(rows, 32 if dtype.itemsize == 4 else 64)  # 64 rows of fp32 with dropout spill
     block_r = _fit(rank, 64)
     block_k = _fit(inner, 128 if dtype.itemsize == 2 else 64 if block_r == 16 else 32)
+    if adapters > 1:
+        block_k = max(_TINY, block_k // (4 if dropout else 2))
     k_per_split = _split(inner, block_k, _tiles(rows, rank, block_m, block_r))
     return ShrinkConfig(block_m, block_k, block_r, k_per_split, num_warps=4, num_stages=4)
 

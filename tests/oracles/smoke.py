@@ -110,7 +110,7 @@ def seeds():
     """All 64 bits of the seed count, and every call draws another one."""
     launcher, stock = sys.modules["lora_kernels.kernels.shrink"], dropout.draw_seed
     seed = 2**40 + 17
-    launcher.draw_seed = lambda device: torch.tensor([seed])
+    launcher.draw_seed = lambda device, count: torch.tensor([seed])
     s, _ = shrink(torch.ones(9, 30), torch.ones(1, 30), 1.0, 0.25)
     launcher.draw_seed = stock
     assert torch.equal(s[:, 0], philox.keep_mask(seed, 9, 30, 0.25).sum(1).float()), "the mask of a 64-bit seed"
