@@ -176,7 +176,7 @@ def shrink_config(
     Several adapters have a tile of A each, and with dropout a masked tile of x each, at a time: shorter K steps.
     """
     block_m = _fit(rows, 32 if dtype.itemsize == 4 else 64)  # 64 rows of fp32 with dropout spill
-    block_r = _fit(rank, 64)
+    block_r = _fit(rank, 64 if adapters < 4 else 32)
     block_k = _fit(inner, 128 if dtype.itemsize == 2 else 64 if block_r == 16 else 32)
     if adapters > 1:
         block_k = max(_TINY, block_k // (4 if dropout else 2))
@@ -190,12 +190,15 @@ def shrink_wgrad_pays(rank: int) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def wgrad_config(rows: int, wide: int, thin: int, dtype: torch.dtype, shrinks: bool = False) -> WgradConfig:
+def wgrad_config(
+    rows: int, wide: int, thin: int, dtype: torch.dtype, shrinks: bool = False, adapters: int = 1, masked: bool = False
+) -> WgradConfig:
     """The tile for g `[wide, thin]` summed over `rows`, and where the sum is split.
 
-    With `shrinks` a program owns more columns, so that there are fewer parts of ds.
+    With `shrinks` a program owns more columns, so that there are fewer parts of ds. Several adapters have a sum each
+    and, with a mask, a masked tile each: fewer columns.
     """
-    wide_tile = 256 if shrinks else 128
+    wide_tile = 256 if shrinks else 64 if adapters > 1 and (masked or thin > 32) else 128
     block_c = _fit(wide, wide_tile if dtype.itemsize == 2 else wide_tile // 2)
     block_r = _fit(thin, 64)
     block_m = _fit(rows, 64 if dtype.itemsize == 2 else 32)

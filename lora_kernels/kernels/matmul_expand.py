@@ -50,25 +50,11 @@ from lora_kernels.kernels._configs import MatmulConfig, descriptor_path, matmul_
 from lora_kernels.kernels._device import halves, tile_position, unpack_bits
 from lora_kernels.kernels._launch import Facts, Launch, facts, on_device, precision, thin_rows
 
-__all__ = ["Output", "matmul_expand", "matmul_expand_all"]
+__all__ = ["matmul_expand", "matmul_expand_all"]
 
 Source = tuple[Tensor, Tensor]
 MAX_SOURCES = 8  # what the kernel's signature holds, beside masked ones
 MAX_OUTPUTS = 4
-
-
-class Output(NamedTuple):
-    """One y.
-
-    Attributes:
-        sources: Pairs (p `[M, Kᵢ]`, q `[N, Kᵢ]`), the largest first.
-        bias: `[N]` or None.
-        wide: How many of the first sources are too large to be copied where no descriptor can read them.
-    """
-
-    sources: Sequence[Source]
-    bias: Tensor | None = None
-    wide: int = 1
 
 
 @triton.jit
@@ -221,28 +207,30 @@ def matmul_expand(
         tma: Force descriptors on or off; by default they are used where they can be.
     """
     if keep is None:
-        return matmul_expand_all((Output(sources, bias),), (), config, tma)[0]
-    return matmul_expand_all((Output(sources[:-1], bias),), ((*sources[-1], keep),), config, tma)[0]
+        return matmul_expand_all(((sources, bias),), config=config, tma=tma)[0]
+    return matmul_expand_all(((sources[:-1], bias),), ((*sources[-1], keep),), config=config, tma=tma)[0]
 
 
 def matmul_expand_all(
-    outputs: Sequence[Output], masked: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
-    config: MatmulConfig | int | None = None, tma: bool | None = None,
+    outputs: Sequence[tuple[Sequence[Source], Tensor | None]], masked: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
+    wide: int = 1, config: MatmulConfig | int | None = None, tma: bool | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Compute every y `[M, Nₒ]` of several outputs of the same rows, in one launch.
 
     Args:
-        outputs: Four at most, with eight sources together.
-        masked: Triples (p, q, keep): products of the one output, masked before they are added.
+        outputs: Sources and bias of each; four at most, with eight sources together.
+        masked: Triples (p, q, keep): products of a single output, masked before they are added.
+        wide: How many of an output's first sources are too large to be copied where no descriptor can read them.
         config: As in `matmul_expand`.
         tma: As in `matmul_expand`.
     """
-    sources = [source for output in outputs for source in output.sources]
+    sources = [source for summed, _ in outputs for source in summed]
     like, device = (sources or masked)[0][0], (sources or masked)[0][0].device
-    biases = [None if output.bias is None else output.bias.contiguous() for output in outputs]
+    biases = [None if bias is None else bias.contiguous() for _, bias in outputs]
     settled = _settle(
-        tuple((tuple((facts(p), facts(q)) for p, q in o.sources), o.bias is not None, o.wide) for o in outputs),
-        tuple((facts(p), facts(q)) for p, q, _ in masked), device, config, tma, precision(like), _launch.imagined,
+        tuple((tuple((facts(p), facts(q)) for p, q in summed), bias is not None) for summed, bias in outputs),
+        tuple((facts(p), facts(q)) for p, q, _ in masked), wide, device, config, tma, precision(like),
+        _launch.imagined,
     )  # fmt: skip
     ys = [like.new_empty(like.shape[0], cols) for cols in settled.cols]
     ps, qs, y_args = [p for p, _ in sources], [q for _, q in sources], ys
@@ -283,21 +271,21 @@ class _Settled(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _settle(
-    outputs: tuple[tuple[tuple[tuple[Facts, Facts], ...], bool, int], ...],
-    masked: tuple[tuple[Facts, Facts], ...], device: torch.device, config: MatmulConfig | int | None, tma: bool | None,
-    precision: str, imagined: object,
+    outputs: tuple[tuple[tuple[tuple[Facts, Facts], ...], bool], ...], masked: tuple[tuple[Facts, Facts], ...],
+    wide: int, device: torch.device, config: MatmulConfig | int | None, tma: bool | None, precision: str,
+    imagined: object,
 ) -> _Settled:  # fmt: skip
-    sources = [source for summed, _, _ in outputs for source in summed]
-    wide = [source for summed, _, count in outputs for source in summed[:count]] or masked[:1]
-    (p, _), sms = wide[0], _launch.num_sms(device)
+    sources = [source for summed, _ in outputs for source in summed]
+    large = [source for summed, _ in outputs for source in summed[:wide]] or masked[:1]
+    (p, _), sms = large[0], _launch.num_sms(device)
     rows, dtype = p.shape[0], p.dtype
-    cols = tuple((summed or masked)[0][1].shape[0] for summed, _, _ in outputs)
-    q_rows_are_n = all(q.rows_on_16_bytes() for _, q in wide)
+    cols = tuple((summed or masked)[0][1].shape[0] for summed, _ in outputs)
+    q_rows_are_n = all(q.rows_on_16_bytes() for _, q in large)
     if tma is None:
-        on_16_bytes = q_rows_are_n or all(q.t().rows_on_16_bytes() for _, q in wide)
-        on_16_bytes = on_16_bytes and all(p.rows_on_16_bytes() for p, _ in wide)
+        on_16_bytes = q_rows_are_n or all(q.t().rows_on_16_bytes() for _, q in large)
+        on_16_bytes = on_16_bytes and all(p.rows_on_16_bytes() for p, _ in large)
         tma = descriptor_path(_launch.capability(device), dtype)[0] and on_16_bytes
-    inner = [sum(p.shape[1] for p, _ in summed) for summed, _, _ in outputs]
+    inner = [sum(p.shape[1] for p, _ in summed) for summed, _ in outputs]
     if not isinstance(config, MatmulConfig):
         config = matmul_config(
             rows, max(inner), sum(cols), dtype, tma, bool(masked), sms, precision == "tf32", place=config
@@ -306,7 +294,7 @@ def _settle(
     store_tma = tma and all(n * dtype.itemsize % 16 == 0 for n in cols)
     strides = [tuple(0 if tma else pair[side].strides[dim] for pair in sources) for side in (0, 1) for dim in (0, 1)]
     masked_strides = [tuple(pair[side].strides[dim] for pair in masked) or None for side in (0, 1) for dim in (0, 1)]
-    biased = [bias for _, bias, _ in outputs]
+    biased = [bias for _, bias in outputs]
     pdl = _launch.dependent_launch(device)
     tiles = triton.cdiv(rows, config.block_m) * sum(triton.cdiv(n, config.block_n) for n in cols)
     launch = Launch(
@@ -318,7 +306,7 @@ def _settle(
         ),
         dict(
             NUM_OUTPUTS=len(cols), NUM_SOURCES=len(sources), NUM_MASKED=len(masked),
-            ENDS=tuple(itertools.accumulate(len(summed) for summed, _, _ in outputs)), USE_TMA=tma,
+            ENDS=tuple(itertools.accumulate(len(summed) for summed, _ in outputs)), USE_TMA=tma,
             Q_ROWS_ARE_N=q_rows_are_n, STORE_TMA=store_tma, HAS_BIAS=any(biased), PDL=pdl,
             PRECISION=precision, SUBTILES=config.subtiles, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, BLOCK_R=max(16, min(32, triton.next_power_of_2(rank))), GROUP_M=config.group_m,

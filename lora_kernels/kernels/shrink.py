@@ -72,11 +72,14 @@ def _shrink_kernel(
         row_bytes = tl.cdiv(K, 8)
         written_bytes = tl.where(pid_r == 0, row_bytes, 0)  # by one program a row block
 
-    accs, seeds = (), ()
+    accs, seeds, drawn = (), (), 0
     for i in tl.static_range(ROWS):
         accs = accs + (tl.zeros((BLOCK_M, BLOCK_R), tl.float32),)
-        if HAS_DROPOUT:
-            seeds = seeds + (tl.load(seed_ptr + i),)
+        if keep_ptrs[i] is not None:
+            seeds = seeds + (tl.load(seed_ptr + drawn),)
+            drawn += 1
+        else:
+            seeds = seeds + (0,)
     steps = tl.maximum(k_per_split // BLOCK_K, 1)  # a whole number by construction
     for step in range(steps):
         k = tl.cast(split, tl.int64) * steps + step
@@ -161,7 +164,7 @@ def shrink_all(
         x: `[M, K]`.
         rows: For each adapter a `[Rᵢ, K]`, alpha and the probability of dropping an element of x.
         config: Tile to use in place of the rule's.
-        noise: Seeds from an earlier `draw_noise(x, len(rows))`; drawn here when there are none and one is needed.
+        noise: Seeds from an earlier `draw_noise(x, count)`, one for each row with dropout; drawn here without it.
 
     Returns:
         Each s `[M, Rᵢ]`, side by side in one buffer, and each packed mask `[M, ceil(K/8)]`, None without dropout.
@@ -174,7 +177,7 @@ def shrink_all(
     ranks = [a.shape[0] for a in operands]
     s, keeps = thin_columns(x, ranks), [_mask(x) if p > 0 else None for p in ps]
     if noise is None and max(ps) > 0:
-        noise = draw_noise(x, len(rows))
+        noise = draw_noise(x, sum(p > 0 for p in ps))
     parts = x.new_empty(splits * x.shape[0] * sum(ranks), dtype=torch.float32) if splits > 1 else None
     counters = arrivals(x.device, blocks) if splits > 1 else None
     with on_device(x):

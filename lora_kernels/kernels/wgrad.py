@@ -238,7 +238,7 @@ def _settle(
 ) -> tuple[int, int, int, Launch]:  # fmt: skip
     """The tiles of g, the splits of the rows, the parts of ds, and the launch."""
     (rows, width), widths = wide.shape, tuple(thin.shape[1] for thin in thins)
-    config = config or wgrad_config(rows, width, max(widths), wide.dtype, b is not None)
+    config = config or wgrad_config(rows, width, max(widths), wide.dtype, b is not None, len(widths), masked)
     strides_g = [g.t().strides if right_is_wide else g.strides for g in gs]
     splits = triton.cdiv(rows, config.rows_per_split)
     blocks = triton.cdiv(width, config.block_c)
