@@ -14,6 +14,7 @@ from triton.backends.nvidia import driver as nvidia
 from lora_kernels import plan
 from lora_kernels.autograd import LoRALinearFunction
 from lora_kernels.kernels._imagined import GPUS, Descriptor, imagine
+from lora_kernels.projections import LoRAProjectionsFunction
 
 launched = []
 
@@ -88,6 +89,22 @@ def layer(m, k, n, r, dtype, p=0.0, bias=False, strided=False, adapters=None):
     y.backward(torch.zeros_like(y))
 
 
+def block(m, k, widths, ranks, dtype, p=0.0, bias=False, adapters=None):
+    """Several projections of one x; rank 0 is no adapter."""
+
+    def make(*shape, dtype=dtype):
+        return torch.zeros(*shape, dtype=dtype).requires_grad_()
+
+    tensors = [
+        (make(n, k).detach(), make(r, k, dtype=adapters or dtype) if r else None,
+         make(n, r, dtype=adapters or dtype) if r else None, make(n).detach() if bias and i else None)
+        for i, (n, r) in enumerate(zip(widths, ranks, strict=True))
+    ]  # fmt: skip
+    numbers = tuple((2.0, p) for _ in widths)
+    ys = LoRAProjectionsFunction.apply(make(m, k), "triton", numbers, *(t for four in tensors for t in four))
+    torch.autograd.backward(ys, [torch.zeros_like(y) for y in ys])
+
+
 def main():
     plan.interpreting = lambda: True  # lets CPU tensors through to the launchers
     with imagine(GPUS["sm_90"], Launcher):
@@ -140,6 +157,9 @@ def layers():
     layer(33, 41, 47, 3, bf16, bias=True)  # no descriptors
     layer(33, 40, 48, 3, fp16, p=0.1, strided=True)
     layer(1, 1, 1, 1, bf16, p=0.5)
+    block(2048, 1024, (1024, 256, 256), (16, 16, 16), bf16, bias=True)
+    block(2048, 1024, (1024, 256, 256), (16, 16, 16), bf16, p=0.1, adapters=fp32)
+    block(33, 40, (48, 41), (3, 0), fp16, p=0.1)
     with plan.forced("beta1"):  # the thin products alone
         layer(512, 256, 384, 16, bf16, bias=True)
         layer(512, 256, 384, 16, bf16, p=0.1)
