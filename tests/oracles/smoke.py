@@ -9,7 +9,7 @@ import conftest  # noqa: F401  (interpreter, sanitizer)
 import torch
 
 from lora_kernels import dropout, lora_linear, lora_projections, reference
-from lora_kernels.kernels import hybrid, matmul_expand, shrink, wgrad
+from lora_kernels.kernels import hybrid, matmul_expand, shrink, shrink_all, wgrad, wgrad_all
 from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
 from oracles import exact, philox
 from oracles.memory import virtual
@@ -46,7 +46,7 @@ def block():
     def draw(*shape):
         return torch.randint(-1, 2, shape, generator=generator).float()
 
-    rows, k, widths, ranks, ps = 260, 300, (40, 40, 20), (4, 4, 4), (0.5, 0.75, 0.0)
+    rows, k, widths, ranks, ps = 20, 24, (40, 40, 20), (4, 4, 4), (0.5, 0.75, 0.0)
     scalings, biases = (2.0, 1.0, 4.0), [draw(40), None, draw(20)]
     x, weights, dys = draw(rows, k), [draw(n, k) for n in widths], [draw(rows, n) for n in widths]
     adapters = [(draw(r, k), draw(n, r)) for n, r in zip(widths, ranks, strict=True)]
@@ -68,6 +68,12 @@ def block():
         assert torch.equal(value.double(), truth.double()), f"{name} of a block"
     for i, (value, truth) in enumerate(zip(ours[1:], expected[1:], strict=True)):
         assert torch.equal(value, truth), f"gradient {i} of a block"
+    plain = [t.detach() for t in (x, *(a for a, _ in adapters))]
+    s, _ = shrink_all(plain[0], [(a, 2.0, 0.0) for a in plain[1:]], ShrinkConfig(16, 16, 16, 16, 4, 2))
+    gs = wgrad_all([(t, torch.float32, None) for t in s], plain[0], config=WgradConfig(16, 32, 16, 16, 4, 2))
+    for a, t, g in zip(plain[1:], s, gs, strict=True):
+        assert torch.equal(t, 2 * plain[0] @ a.T), "several shrinks in splits"
+        assert torch.equal(g, t.T @ plain[0]), "several wgrads in splits"
 
 
 def kernels():
