@@ -55,6 +55,7 @@ __all__ = ["matmul_expand", "matmul_expand_all"]
 Source = tuple[Tensor, Tensor]
 MAX_SOURCES = 8  # what the kernel's signature holds, beside masked ones
 MAX_OUTPUTS = 4
+_NONE = (None,) * MAX_SOURCES
 
 
 @triton.jit
@@ -206,9 +207,9 @@ def matmul_expand(
         config: Tile to use in place of the rule's, or its place among `matmul_configs`.
         tma: Force descriptors on or off; by default they are used where they can be.
     """
-    if keep is None:
-        return matmul_expand_all(((sources, bias),), config=config, tma=tma)[0]
-    return matmul_expand_all(((sources[:-1], bias),), ((*sources[-1], keep),), config=config, tma=tma)[0]
+    masked = () if keep is None else ((*sources[-1], keep),)
+    summed = sources if keep is None else sources[:-1]
+    return _launch_all(summed, (len(summed),), (bias,), masked, 1, config, tma)[0]
 
 
 def matmul_expand_all(
@@ -225,11 +226,19 @@ def matmul_expand_all(
         tma: As in `matmul_expand`.
     """
     sources = [source for summed, _ in outputs for source in summed]
-    like, device = (sources or masked)[0][0], (sources or masked)[0][0].device
-    biases = [None if bias is None else bias.contiguous() for _, bias in outputs]
+    counts, biases = tuple([len(summed) for summed, _ in outputs]), tuple([bias for _, bias in outputs])
+    return _launch_all(sources, counts, biases, masked, wide, config, tma)
+
+
+def _launch_all(
+    sources: Sequence[Source], counts: tuple[int, ...], biases: tuple[Tensor | None, ...],
+    masked: Sequence[tuple[Tensor, Tensor, Tensor]], wide: int, config: MatmulConfig | int | None, tma: bool | None,
+) -> list[Tensor]:  # fmt: skip
+    """`matmul_expand_all` with the sources of all outputs in a row, `counts` of each."""
+    like = (sources or masked)[0][0]
     settled = _settle(
-        tuple((tuple((facts(p), facts(q)) for p, q in summed), bias is not None) for summed, bias in outputs),
-        tuple((facts(p), facts(q)) for p, q, _ in masked), wide, device, config, tma, precision(like),
+        tuple([(facts(p), facts(q)) for p, q in sources]), counts, tuple([bias is not None for bias in biases]),
+        tuple([(facts(p), facts(q)) for p, q, _ in masked]), wide, like.device, config, tma, precision(like),
         _launch.imagined,
     )  # fmt: skip
     ys = [like.new_empty(like.shape[0], cols) for cols in settled.cols]
@@ -244,16 +253,19 @@ def matmul_expand_all(
             qs = [q.t() for q in qs]
             qs = [_descriptor(_copy(q) if copy else q, k, n) for q, copy in zip(qs, settled.copy_q, strict=True)]
         y_args = [_descriptor(y, m, settled.store_n) for y in ys] if settled.store_n else ys
-    absent = (None,) * (MAX_SOURCES - len(sources))
-    masked_ps, masked_qs, keeps = zip(*masked, strict=True) if masked else (None, None, None)
-    some = next((bias for bias in biases if bias is not None), None)  # stands for one that is not there; never read
-    bias_args = None if some is None else tuple(some if bias is None else bias for bias in biases)
+    absent, no_ys = _NONE[len(sources) : MAX_SOURCES], _NONE[len(ys) : MAX_OUTPUTS]
+    masked_args = zip(*masked, strict=True) if masked else _NONE[:3]
     with on_device(like):
-        settled.launch(
-            *ps, *absent, *qs, *absent, *y_args, *(None,) * (MAX_OUTPUTS - len(ys)), masked_ps, masked_qs, keeps,
-            bias_args,
-        )  # fmt: skip
+        settled.launch(*ps, *absent, *qs, *absent, *y_args, *no_ys, *masked_args, _in_full(biases))
     return ys
+
+
+def _in_full(biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
+    """A bias for each output, if there is one for any: what stands for one that is not there is never read."""
+    there = [bias.contiguous() for bias in biases if bias is not None]
+    if len(there) == len(biases) or not there:
+        return tuple(there) or None
+    return tuple(there[0] if bias is None else bias.contiguous() for bias in biases)
 
 
 class _Settled(NamedTuple):
@@ -271,21 +283,22 @@ class _Settled(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _settle(
-    outputs: tuple[tuple[tuple[tuple[Facts, Facts], ...], bool], ...], masked: tuple[tuple[Facts, Facts], ...],
-    wide: int, device: torch.device, config: MatmulConfig | int | None, tma: bool | None, precision: str,
-    imagined: object,
+    sources: tuple[tuple[Facts, Facts], ...], counts: tuple[int, ...], biased: tuple[bool, ...],
+    masked: tuple[tuple[Facts, Facts], ...], wide: int, device: torch.device, config: MatmulConfig | int | None,
+    tma: bool | None, precision: str, imagined: object,
 ) -> _Settled:  # fmt: skip
-    sources = [source for summed, _ in outputs for source in summed]
-    large = [source for summed, _ in outputs for source in summed[:wide]] or masked[:1]
+    ends = tuple(itertools.accumulate(counts))
+    by_output = [sources[end - count : end] for end, count in zip(ends, counts, strict=True)]
+    large = [source for summed in by_output for source in summed[:wide]] or masked[:1]
     (p, _), sms = large[0], _launch.num_sms(device)
     rows, dtype = p.shape[0], p.dtype
-    cols = tuple((summed or masked)[0][1].shape[0] for summed, _ in outputs)
+    cols = tuple((summed or masked)[0][1].shape[0] for summed in by_output)
     q_rows_are_n = all(q.rows_on_16_bytes() for _, q in large)
     if tma is None:
         on_16_bytes = q_rows_are_n or all(q.t().rows_on_16_bytes() for _, q in large)
         on_16_bytes = on_16_bytes and all(p.rows_on_16_bytes() for p, _ in large)
         tma = descriptor_path(_launch.capability(device), dtype)[0] and on_16_bytes
-    inner = [sum(p.shape[1] for p, _ in summed) for summed, _ in outputs]
+    inner = [sum(p.shape[1] for p, _ in summed) for summed in by_output]
     if not isinstance(config, MatmulConfig):
         config = matmul_config(
             rows, max(inner), sum(cols), dtype, tma, bool(masked), sms, precision == "tf32", place=config
@@ -294,7 +307,6 @@ def _settle(
     store_tma = tma and all(n * dtype.itemsize % 16 == 0 for n in cols)
     strides = [tuple(0 if tma else pair[side].strides[dim] for pair in sources) for side in (0, 1) for dim in (0, 1)]
     masked_strides = [tuple(pair[side].strides[dim] for pair in masked) or None for side in (0, 1) for dim in (0, 1)]
-    biased = [bias for _, bias in outputs]
     pdl = _launch.dependent_launch(device)
     tiles = triton.cdiv(rows, config.block_m) * sum(triton.cdiv(n, config.block_n) for n in cols)
     launch = Launch(
@@ -305,8 +317,7 @@ def _settle(
             *(stride or None for stride in strides), *masked_strides,
         ),
         dict(
-            NUM_OUTPUTS=len(cols), NUM_SOURCES=len(sources), NUM_MASKED=len(masked),
-            ENDS=tuple(itertools.accumulate(len(summed) for summed, _ in outputs)), USE_TMA=tma,
+            NUM_OUTPUTS=len(cols), NUM_SOURCES=len(sources), NUM_MASKED=len(masked), ENDS=ends, USE_TMA=tma,
             Q_ROWS_ARE_N=q_rows_are_n, STORE_TMA=store_tma, HAS_BIAS=any(biased), PDL=pdl,
             PRECISION=precision, SUBTILES=config.subtiles, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, BLOCK_R=max(16, min(32, triton.next_power_of_2(rank))), GROUP_M=config.group_m,

@@ -151,8 +151,8 @@ def shrink(
 
     With `noise`, a seed from an earlier `draw_noise(x)`, nothing is drawn: a pure function.
     """
-    (s,), (keep,) = shrink_all(x, ((a, alpha, dropout_p),), config, noise)
-    return s, keep
+    s, keeps = _launch_all(x, (a,), (alpha,), (dropout_p,), config, noise)
+    return s[0], keeps[0]
 
 
 def shrink_all(
@@ -169,19 +169,22 @@ def shrink_all(
     Returns:
         Each s `[M, Rᵢ]`, side by side in one buffer, and each packed mask `[M, ceil(K/8)]`, None without dropout.
     """
-    operands, alphas, ps = zip(*rows, strict=True)
-    blocks, splits, launch = _settle(
-        facts(x), tuple(map(facts, operands)), x.device, tuple(map(threshold, ps)), tuple(p > 0 for p in ps),
-        precision(x), config, _launch.imagined,
-    )  # fmt: skip
-    ranks = [a.shape[0] for a in operands]
+    return _launch_all(x, *zip(*rows, strict=True), config, noise)
+
+
+def _launch_all(
+    x: Tensor, operands: tuple[Tensor, ...], alphas: tuple[float, ...], ps: tuple[float, ...],
+    config: ShrinkConfig | None, noise: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
+    launch, ranks, masks, size, blocks = _settle(
+        facts(x), tuple([facts(a) for a in operands]), x.device, ps, precision(x), config, _launch.imagined
+    )
     s, keeps = thin_columns(x, ranks), [_mask(x) if p > 0 else None for p in ps]
-    if noise is None and max(ps) > 0:
-        noise = draw_noise(x, sum(p > 0 for p in ps))
-    parts = x.new_empty(splits * x.shape[0] * sum(ranks), dtype=torch.float32) if splits > 1 else None
-    counters = arrivals(x.device, blocks) if splits > 1 else None
+    if noise is None and masks:
+        noise = draw_noise(x, masks)
+    parts, counters = (x.new_empty(size, dtype=torch.float32), arrivals(x.device, blocks)) if size else (None, None)
     with on_device(x):
-        launch(x, operands, tuple(s), parts, counters, tuple(keeps), noise, tuple(alphas))
+        launch(x, operands, tuple(s), parts, counters, tuple(keeps), noise, alphas)
     return s, keeps
 
 
@@ -191,24 +194,25 @@ def _mask(x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def _settle(
-    x: Facts, operands: tuple[Facts, ...], device: torch.device, least: tuple[int, ...], dropout: tuple[bool, ...],
-    precision: str, config: ShrinkConfig | None, imagined: object,
-) -> tuple[int, int, Launch]:  # fmt: skip
-    """The blocks of s, the splits of K, and the launch."""
-    (rows, inner), ranks = x.shape, tuple(a.shape[0] for a in operands)
-    config = config or shrink_config(rows, inner, max(ranks), x.dtype, len(ranks), any(dropout))
+    x: Facts, operands: tuple[Facts, ...], device: torch.device, ps: tuple[float, ...], precision: str,
+    config: ShrinkConfig | None, imagined: object,
+) -> tuple[Launch, tuple[int, ...], int, int, int]:  # fmt: skip
+    """The launch, the ranks, how many masks, the size of the parts of split sums, and the blocks of s."""
+    (rows, inner), ranks, masks = x.shape, tuple(a.shape[0] for a in operands), sum(p > 0 for p in ps)
+    config = config or shrink_config(rows, inner, max(ranks), x.dtype, len(ranks), masks > 0)
     blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(max(ranks), config.block_r)
     splits = triton.cdiv(inner, config.k_per_split)
     stride_sm = sum(_launch.thin_pitch(rank, x.dtype) for rank in ranks)
-    return blocks, splits, Launch(
+    launch = Launch(
         _shrink_kernel, (blocks, splits),
         (
-            least, rows, inner, ranks, config.k_per_split, *x.strides, tuple(a.strides[0] for a in operands),
-            tuple(a.strides[1] for a in operands), stride_sm,
+            tuple(map(threshold, ps)), rows, inner, ranks, config.k_per_split, *x.strides,
+            *zip(*(a.strides for a in operands), strict=True), stride_sm,
         ),
         dict(
-            ROWS=len(ranks), HAS_DROPOUT=any(dropout), IS_SPLIT=splits > 1, PDL=_launch.dependent_launch(device),
+            ROWS=len(ranks), HAS_DROPOUT=masks > 0, IS_SPLIT=splits > 1, PDL=_launch.dependent_launch(device),
             PRECISION=precision, BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
         ),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(False)),
     )  # fmt: skip
+    return launch, ranks, masks, splits * rows * sum(ranks) if splits > 1 else 0, blocks

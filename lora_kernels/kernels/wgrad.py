@@ -218,14 +218,14 @@ def _launch_all(
     right_is_wide: bool, accumulate: bool, ready: bool, shrink: Shrink | None, config: WgradConfig | None,
 ) -> None:  # fmt: skip
     b, ds, alpha = shrink or (None, None, 1.0)
-    tiles, splits, ds_blocks, launch = _settle(
-        facts(wide), tuple(map(facts, thins)), tuple(map(facts, gs)), facts(b), facts(ds), right_is_wide, wide.device,
-        any(keep is not None for keep in keeps), accumulate, ready, precision(wide), config, _launch.imagined,
+    launch, g_size, ds_size, counted = _settle(
+        facts(wide), tuple([facts(t) for t in thins]), tuple([facts(g) for g in gs]), facts(b), facts(ds),
+        right_is_wide, wide.device, tuple([keep is not None for keep in keeps]), accumulate, ready, precision(wide),
+        config, _launch.imagined,
     )  # fmt: skip
-    (rows, width), thinness = wide.shape, sum(thin.shape[1] for thin in thins)
-    g_parts = wide.new_empty(splits * width * thinness, dtype=torch.float32) if splits > 1 else None
-    ds_parts = wide.new_empty(ds_blocks, rows, thinness, dtype=torch.float32) if shrink else None
-    counters = arrivals(wide.device, tiles + splits) if splits > 1 or shrink else None
+    g_parts = wide.new_empty(g_size, dtype=torch.float32) if g_size else None
+    ds_parts = wide.new_empty(ds_size, dtype=torch.float32) if ds_size else None
+    counters = arrivals(wide.device, counted) if counted else None
     with on_device(wide):
         launch(wide, thins, keeps, b, gs, g_parts, ds, ds_parts, counters, alpha)
 
@@ -233,28 +233,30 @@ def _launch_all(
 @functools.lru_cache(maxsize=4096)
 def _settle(
     wide: Facts, thins: tuple[Facts, ...], gs: tuple[Facts, ...], b: Facts | None, ds: Facts | None,
-    right_is_wide: bool, device: torch.device, masked: bool, accumulate: bool, ready: bool, precision: str,
-    config: WgradConfig | None, imagined: object,
-) -> tuple[int, int, int, Launch]:  # fmt: skip
-    """The tiles of g, the splits of the rows, the parts of ds, and the launch."""
-    (rows, width), widths = wide.shape, tuple(thin.shape[1] for thin in thins)
-    config = config or wgrad_config(rows, width, max(widths), wide.dtype, b is not None, len(widths), masked)
+    right_is_wide: bool, device: torch.device, masked: tuple[bool, ...], accumulate: bool, ready: bool,
+    precision: str, config: WgradConfig | None, imagined: object,
+) -> tuple[Launch, int, int, int]:  # fmt: skip
+    """The launch, the sizes of the parts of g and of ds, and the counters."""
+    (rows, width), widths, has_keep = wide.shape, tuple(thin.shape[1] for thin in thins), any(masked)
+    config = config or wgrad_config(rows, width, max(widths), wide.dtype, b is not None, len(widths), has_keep)
     strides_g = [g.t().strides if right_is_wide else g.strides for g in gs]
     splits = triton.cdiv(rows, config.rows_per_split)
     blocks = triton.cdiv(width, config.block_c)
     tiles = blocks * triton.cdiv(max(widths), config.block_r)
     dependent = _launch.dependent_launch(device)
     ready = ready and dependent
-    return tiles, splits, blocks, Launch(
+    launch = Launch(
         _wgrad_kernel, (tiles, splits),
         (
             rows, width, widths, config.rows_per_split, *wide.strides, *zip(*(t.strides for t in thins), strict=True),
             *(b.strides if b else (0, 0)), *zip(*strides_g, strict=True), ds.strides[0] if ds else 0,
         ),
         dict(
-            ROWS=len(thins), HAS_KEEP=masked, HAS_SHRINK=b is not None, IS_SPLIT=splits > 1, ACCUMULATE=accumulate,
+            ROWS=len(thins), HAS_KEEP=has_keep, HAS_SHRINK=b is not None, IS_SPLIT=splits > 1, ACCUMULATE=accumulate,
             PDL=b is not None and dependent, READY=ready, PRECISION=precision,
             BLOCK_M=config.block_m, BLOCK_W=config.block_c, BLOCK_T=config.block_r,
         ),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(ready)),
     )  # fmt: skip
+    g_size, ds_size = splits * width * sum(widths) if splits > 1 else 0, blocks * rows * widths[0] if b else 0
+    return launch, g_size, ds_size, tiles + splits if g_size or ds_size else 0

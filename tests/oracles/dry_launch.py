@@ -100,7 +100,7 @@ def block(m, k, widths, ranks, dtype, p=0.0, bias=False, adapters=None):
          make(n, r, dtype=adapters or dtype) if r else None, make(n).detach() if bias and i else None)
         for i, (n, r) in enumerate(zip(widths, ranks, strict=True))
     ]  # fmt: skip
-    numbers = tuple((2.0, p) for _ in widths)
+    numbers = tuple((2.0, each) for each in (p if isinstance(p, tuple) else (p,) * len(widths)))
     ys = LoRAProjectionsFunction.apply(make(m, k), "triton", numbers, *(t for four in tensors for t in four))
     torch.autograd.backward(ys, [torch.zeros_like(y) for y in ys])
 
@@ -160,6 +160,8 @@ def layers():
     block(2048, 1024, (1024, 256, 256), (16, 16, 16), bf16, bias=True)
     block(2048, 1024, (1024, 256, 256), (16, 16, 16), bf16, p=0.1, adapters=fp32)
     block(33, 40, (48, 41), (3, 0), fp16, p=0.1)
+    for ps in ((0.1, 0.0), (0.0, 0.1)):  # not the same kernels
+        block(33, 40, (48, 48), (8, 8), fp16, ps)
     with plan.forced("beta1"):  # the thin products alone
         layer(512, 256, 384, 16, bf16, bias=True)
         layer(512, 256, 384, 16, bf16, p=0.1)

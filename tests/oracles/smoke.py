@@ -47,7 +47,7 @@ def block():
         return torch.randint(-1, 2, shape, generator=generator).float()
 
     rows, k, widths, ranks, ps = 20, 24, (40, 40, 20), (4, 4, 4), (0.5, 0.75, 0.0)
-    scalings, biases = (2.0, 1.0, 4.0), [draw(40), None, draw(20)]
+    scalings, biases = (2.0, 2.0, 1.0), [draw(40), None, draw(20)]
     x, weights, dys = draw(rows, k), [draw(n, k) for n in widths], [draw(rows, n) for n in widths]
     adapters = [(draw(r, k), draw(n, r)) for n, r in zip(widths, ranks, strict=True)]
     leaves = [x, *(t for pair in adapters for t in pair)]
