@@ -10,7 +10,10 @@ import numbers
 import torch
 from torch import Tensor
 
-__all__ = ["check_add", "check_call", "check_dtypes", "check_shard", "check_sharded", "check_transforms", "is_sharded"]
+__all__ = [
+    "check_add", "check_call", "check_counts", "check_dtypes", "check_shard", "check_sharded", "check_transforms",
+    "is_sharded",
+]  # fmt: skip
 
 _SUPPORTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
@@ -158,6 +161,35 @@ def check_sharded(dropout_p: float) -> None:
 def is_sharded(t: object) -> bool:
     """Whether a tensor is a DTensor, asked by name: where there are none, PyTorch's package for them is not loaded."""
     return type(t).__name__ == "DTensor"
+
+
+def check_counts(call: str, weights: object, adapters: object, expected: int | None = None, **others: object) -> int:
+    """Check the lists of a call for several projections; return how many there are.
+
+    Args:
+        call: Its name.
+        weights: A tensor for each.
+        adapters: (lora_A, lora_B) or None for each.
+        expected: How many there must be, if that is settled.
+        others: More lists by name, one entry a projection.
+
+    Raises:
+        TypeError: One of them is not a list, or an adapter is neither None nor a pair.
+        ValueError: They are not equally long, or of no projection at all.
+    """
+    for name, entries in {"weights": weights, "adapters": adapters, **others}.items():
+        if not isinstance(entries, (list, tuple)):
+            raise TypeError(
+                f"{call}: {name} must be a list or tuple, one entry a projection, got {type(entries).__name__}."
+            )
+        if len(entries) != len(weights):
+            raise ValueError(f"{call}: weights are of {len(weights)} projections but {name} of {len(entries)}.")
+    if not weights or expected not in (None, len(weights)):
+        raise ValueError(f"{call}: needs {expected or 'at least 1'} projections, got {len(weights)}.")
+    for i, pair in enumerate(adapters):
+        if pair is not None and not (isinstance(pair, (list, tuple)) and len(pair) == 2):
+            raise TypeError(f"{call}: adapters[{i}] must be (lora_A, lora_B), or None for no adapter.")
+    return len(weights)
 
 
 def check_transforms(backend: str) -> None:

@@ -34,10 +34,10 @@ def keep_scale(p: float) -> float:
     return _STEPS / kept if kept else 0.0
 
 
-def draw_seed(device: torch.device | str) -> Tensor:
-    """Draw a seed, an int64 tensor of one element, from the device's own default torch generator.
+def draw_seed(device: torch.device | str, count: int = 1) -> Tensor:
+    """Draw seeds, an int64 tensor of `count` elements, from the device's own default torch generator.
 
-    It stays on the device: no synchronisation, a new mask at every replay of a CUDA graph, and
+    They stay on the device: no synchronisation, a new mask at every replay of a CUDA graph, and
     `torch.manual_seed` and `torch.utils.checkpoint` govern it as they govern `torch.nn.functional.dropout`.
     """
-    return torch.empty(1, dtype=torch.int64, device=device).random_()
+    return torch.empty(count, dtype=torch.int64, device=device).random_()

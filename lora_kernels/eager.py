@@ -30,10 +30,13 @@ __all__ = [
     "draw_mask",
     "draw_noise",
     "matmul_expand",
+    "matmul_expand_all",
     "outputs",
     "shrink",
+    "shrink_all",
     "shrink_wgrad",
     "wgrad",
+    "wgrad_all",
 ]
 
 _BLOCK = 1 << 17  # elements of x or dy at a time: half a megabyte in fp32
@@ -116,28 +119,60 @@ def shrink(
 
     With `noise`, from an earlier `draw_noise(x)`, nothing is drawn: a pure function.
     """
-    keep = draw_mask(x.shape, dropout_p, x.device, noise) if dropout_p > 0 else None
-    right = _wide(a).t()
-    parts = [_product(_dropped(_wide(x_m), keep_m), right, alpha, x.dtype) for x_m, keep_m in _blocks(x, keep)]
-    return _joined(parts), keep
+    (s,), (keep,) = shrink_all(x, ((a, alpha, dropout_p),), noise=noise)
+    return s, keep
+
+
+def shrink_all(
+    x: Tensor, rows: Sequence[tuple[Tensor, float, float]], *, noise: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Compute `shrink` for several adapters (a `[Rᵢ, K]`, alpha, dropout_p) of one x, a block of it at a time."""
+    keeps = [draw_mask(x.shape, p, x.device, noise) if p > 0 else None for _, _, p in rows]
+    factors = [(_wide(a).t(), alpha) for a, alpha, _ in rows]
+    parts = [[] for _ in rows]
+    for x_m, *keeps_m in _blocks(x, *keeps):
+        wide_m = _wide(x_m)
+        for part, (right, alpha), keep_m in zip(parts, factors, keeps_m, strict=True):
+            part.append(_product(_dropped(wide_m, keep_m), right, alpha, x.dtype))
+    return list(map(_joined, parts)), keeps
 
 
 def matmul_expand(
     sources: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None = None, keep: Tensor | None = None
 ) -> Tensor:
     """Compute y = Σᵢ pᵢ qᵢᵀ + bias, `[M, N]`; `keep` (uint8 `[M, N]`) masks the last product."""
-    (p, q), *rest = sources
-    if keep is not None and not rest:
+    if keep is None:
+        return _matmul_expand(sources, bias, ())
+    *summed, masked = sources
+    return _matmul_expand(summed, bias, ((*masked, keep),))
+
+
+def matmul_expand_all(
+    outputs: Sequence[tuple[Sequence[tuple[Tensor, Tensor]], Tensor | None]],
+    masked: Sequence[tuple[Tensor, Tensor, Tensor]] = (), wide: int = 1,
+) -> list[Tensor]:  # fmt: skip
+    """Compute a y `[M, Nₒ]` for each (sources, bias); `masked` (p, q, keep) are products of a single one.
+
+    `wide` is for kernels.
+    """
+    return [_matmul_expand(sources, bias, masked) for sources, bias in outputs]
+
+
+def _matmul_expand(
+    sources: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None, masked: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> Tensor:
+    if not sources:
+        (p, q, keep), *masked = masked
         y = torch.mm(p, q.t()).mul_(keep)
-        return y if bias is None else y.add_(bias)
-    if p.device.type == "cpu" and _slow(p.dtype):
-        return _matmul_expand_in_fp32(sources, bias, keep)
-    masked = rest.pop() if keep is not None else None
-    y = F.linear(p, q, bias)
-    for p, q in rest:
-        y.addmm_(p, q.t())
-    if masked is not None:
-        p, q = masked
+        y = y if bias is None else y.add_(bias)
+    else:
+        (p, q), *rest = sources
+        if p.device.type == "cpu" and _slow(p.dtype):
+            return _matmul_expand_in_fp32(sources, bias, masked)
+        y = F.linear(p, q, bias)
+        for p, q in rest:
+            y.addmm_(p, q.t())
+    for p, q, keep in masked:
         for y_m, keep_m, p_m in _blocks(y, keep, p):
             y_m.addcmul_(torch.mm(p_m, q.t()), keep_m)
     return y
@@ -151,10 +186,26 @@ def wgrad(
 
     With `into`, g is added to that and nothing is returned. `ready` is for kernels, which may begin early.
     """
-    total = None
-    for wide_m, left_m, keep_m in _blocks(right, left, keep):
-        total = _add_product(total, _wide(left_m), _dropped(_wide(wide_m), keep_m), out_dtype)
+    (total,) = _totals(((left, out_dtype, keep),), right)
     return _delivered(total, out_dtype, into)
+
+
+def wgrad_all(
+    rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor, ready: bool = False
+) -> list[Tensor]:
+    """Compute `wgrad` for several (left, dtype, keep) of one right operand, a block of it at a time."""
+    return [total.to(dtype) for total, (_, dtype, _) in zip(_totals(rows, right), rows, strict=True)]
+
+
+def _totals(rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor) -> list[Tensor]:
+    totals: list[Tensor | None] = [None] * len(rows)
+    lefts, dtypes, keeps = zip(*rows, strict=True)
+    for right_m, *operands in _blocks(right, *lefts, *keeps):
+        wide_m = _wide(right_m)
+        for i, dtype in enumerate(dtypes):
+            left_m, keep_m = operands[i], operands[len(rows) + i]
+            totals[i] = _add_product(totals[i], _wide(left_m), _dropped(wide_m, keep_m), dtype)
+    return totals
 
 
 def shrink_wgrad(
@@ -180,23 +231,22 @@ def _delivered(total: Tensor, out_dtype: torch.dtype, into: Tensor | None) -> Te
 
 
 def _matmul_expand_in_fp32(
-    sources: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None, keep: Tensor | None
+    sources: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None, masked: Sequence[tuple[Tensor, Tensor, Tensor]]
 ) -> Tensor:
     """`matmul_expand` with a tile of fp32 sums, rounded once."""
     (p, q), *_ = sources
     y = p.new_empty(p.shape[0], q.shape[0])
     rows, cols = _TILE[0], max(1, _TILE[1] // q.shape[1])
     for i in range(0, y.shape[0], rows):
-        lefts = [p[i : i + rows].float() for p, _ in sources]
+        lefts = [p[i : i + rows].float() for p, *_ in (*sources, *masked)]
         for j in range(0, y.shape[1], cols):
-            products = zip(lefts, (q[j : j + cols].float().t() for _, q in sources), strict=True)
+            products = zip(lefts, (q[j : j + cols].float().t() for _, q, *_ in (*sources, *masked)), strict=True)
             left, right = next(products)
             tile = torch.mm(left, right) if bias is None else torch.addmm(bias[j : j + cols].float(), left, right)
-            for left, right in products:
-                if keep is None:
-                    tile.addmm_(left, right)
-                else:
-                    tile.addcmul_(torch.mm(left, right), keep[i : i + rows, j : j + cols])
+            for _, (left, right) in zip(sources[1:], products, strict=False):
+                tile.addmm_(left, right)
+            for (_, _, keep), (left, right) in zip(masked, products, strict=True):
+                tile.addcmul_(torch.mm(left, right), keep[i : i + rows, j : j + cols])
             y[i : i + rows, j : j + cols] = tile
     return y
 

@@ -15,6 +15,8 @@ inputs; `bounds` computes how far each element may be from that, before anything
     E_dB = g(M)|dy|ᵀ|s| + |dy|ᵀE_s
     E_dbias = g(M) Σ|dy|
 
+Where several projections of one x share a dx, E_dx is the sum of theirs with g of the length of the whole sum.
+
     rule 1, every element:                  |T - T64| <= 1.05 (E_T + u(|T64| + E_T) + eta)
     rule 2, enough independent errors:      rms(T - T64) <= 2 rms(T_eager - T64) + u rms(T64)
     rule 3, pooled over many problems:      rms ratio to eager <= 1.10, and <= 0.90 for y and dx in 16 bit
@@ -26,6 +28,9 @@ limits are the same on every machine. Derivation of the form: Higham, "Accuracy 
 Stability of Numerical Algorithms", 2nd ed., §3.5 (inner products).
 """
 
+import functools
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,7 +38,9 @@ from torch import Tensor
 
 from lora_kernels import reference
 
-__all__ = ["Finding", "Problem", "bounds", "check", "eager", "exact", "rms", "unit_roundoff"]
+__all__ = [
+    "Finding", "Problem", "bounds", "check", "check_shared_dx", "eager", "exact", "rms", "unit_roundoff",
+]  # fmt: skip
 
 _UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 _ETA = {torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25, torch.float32: 2.0**-150, torch.float64: 0.0}
@@ -120,6 +127,24 @@ def bounds(problem: Problem, split: bool = False) -> dict[str, Tensor]:
             PyTorch's operators and the hybrids with a library must: one of the two for y and both for dx, so
             u(max(|x Wᵀ|, |s Bᵀ + bias|) + E) and u(|dy W| + |D(ds A)| + E) more.
     """
+    e, truth = _errors(problem), exact(problem)
+    u, eta = _UNIT[problem.x.dtype], _ETA[problem.x.dtype]
+    if split:
+        parts = _parts(problem)
+        e["y"] = e["y"] * (1 + u) + u * parts["y"] + eta
+        e["dx"] = e["dx"] * (1 + u) + u * parts["dx"] + 2 * eta
+    return {
+        name: _allowed(e[name].reshape(truth[name].shape), truth[name], out_dtype)
+        for name, out_dtype in problem.output_dtypes().items()
+    }
+
+
+def _allowed(error: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
+    return _SLACK * (error + _UNIT[dtype] * (truth.abs() + error) + _ETA[dtype])
+
+
+def _errors(problem: Problem, inner: int | None = None) -> dict[str, Tensor]:
+    """E of each output, in float64, as matrices; `inner` terms are summed to dx, N + r of them its own."""
     dtype, p = problem.x.dtype, problem.dropout_p
     u, eta = _UNIT[dtype], _ETA[dtype]
     u_d = u if problem.keep is not None else 0.0
@@ -139,25 +164,25 @@ def bounds(problem: Problem, split: bool = False) -> dict[str, Tensor]:
     ds = scaling * (exact64.dy.reshape(dy.shape) @ exact64.lora_B).abs()
     e_s = u * s + eta + (g(k) + u_d) * scaling * (x_d @ a.T)
     e_ds = u * ds + eta + g(n) * scaling * (dy @ b)
-    e = {
+    return {
         "y": g(k + r) * (x @ w.T + s @ b.T + (0 if problem.bias is None else exact64.bias.abs())) + e_s @ b.T,
-        "dx": g(n + r) * (dy @ w + reference.dropped(ds @ a, keep, p)) + reference.dropped(e_ds @ a, keep, p),
+        "dx": g(inner or n + r) * (dy @ w + reference.dropped(ds @ a, keep, p)) + reference.dropped(e_ds @ a, keep, p),
         "d_lora_A": (g(rows) + u_d) * (ds.T @ x_d) + e_ds.T @ x_d,
         "d_lora_B": g(rows) * (dy.T @ s) + dy.T @ e_s,
         "dbias": g(rows) * dy.sum(0),
     }
-    truth = exact(problem)
-    if split:
-        base_dx = (exact64.dy.reshape(dy.shape) @ exact64.weight).abs() + reference.dropped(ds @ a, keep, p)
-        base = exact64.x.reshape(x.shape) @ exact64.weight.T
-        parts = base.abs().maximum((truth["y"].reshape(base.shape) - base).abs())
-        e["y"] = e["y"] * (1 + u) + u * parts + eta
-        e["dx"] = e["dx"] * (1 + u) + u * base_dx + 2 * eta
-    out = {}
-    for name, out_dtype in problem.output_dtypes().items():
-        error = e[name].reshape(truth[name].shape)
-        out[name] = _SLACK * (error + _UNIT[out_dtype] * (truth[name].abs() + error) + _ETA[out_dtype])
-    return out
+
+
+def _parts(problem: Problem) -> dict[str, Tensor]:
+    """What the separate roundings of two parts are relative to: the larger part of y, the sum of those of dx."""
+    q = _as(problem, torch.float64)
+    x, dy = q.x.reshape(-1, q.x.shape[-1]), q.dy.reshape(-1, q.dy.shape[-1])
+    keep = None if q.keep is None else q.keep.reshape(x.shape)
+    base, ds = x @ q.weight.T, abs(q.scaling) * (dy @ q.lora_B).abs()
+    return {
+        "y": base.abs().maximum((exact(problem)["y"].reshape(base.shape) - base).abs()),
+        "dx": (dy @ q.weight).abs() + reference.dropped(ds @ q.lora_A.abs(), keep, q.dropout_p),
+    }
 
 
 def check(
@@ -182,6 +207,30 @@ def check(
         beside = None if baseline is None else baseline[name]
         findings.append(_check_one(name, tensor, truth[name], allowed[name], dtypes[name], beside, not few))
     return findings
+
+
+def check_shared_dx(
+    actual: Tensor, problems: Sequence[Problem], baselines: Sequence[Tensor] | None = None, split: bool = False
+) -> Finding:
+    """Hold the dx of several projections of one x against rules 1 and 2.
+
+    Args:
+        actual: dx, `[*, in]`.
+        problems: The projections, all with the same x.
+        baselines: PyTorch's own dx of each, added up for rule 2.
+        split: Whether each projection's two parts, and each sum of parts, may be rounded on their own.
+    """
+    dtype = problems[0].x.dtype
+    inner = sum(q.weight.shape[0] + q.lora_A.shape[0] for q in problems)
+    truth = sum(exact(q)["dx"] for q in problems)
+    error = sum(_errors(q, inner)["dx"] for q in problems).reshape(truth.shape)
+    if split:
+        parts = sum(_parts(q)["dx"] for q in problems).reshape(truth.shape)
+        roundings = 2 * (2 * len(problems) - 1)
+        error = error + roundings * (_UNIT[dtype] * (parts + error) + _ETA[dtype])
+    beside = None if baselines is None else functools.reduce(operator.add, baselines)
+    enough = actual.numel() >= _RULE_2_SIZE
+    return _check_one("dx", actual, truth, _allowed(error, truth, dtype), dtype, beside, enough)
 
 
 def rms(t: Tensor) -> float:

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ __all__ = [
     "forced",
     "form",
     "interpreting",
+    "joins",
     "overridden",
     "rule",
 ]
@@ -164,10 +165,34 @@ def expander(backend: str, p: Tensor, cols: int, rank: int, masked: bool, backwa
         return "operators", ops.matmul_expand
     (rows, inner), device, dtype = p.shape, p.device, p.dtype
     product = Product(rows, inner, cols, rank, dtype.itemsize, masked, backward)
-    chosen = _forced if _forced is not None else form(device, dtype, product, ops.uses_tf32(dtype))
-    if chosen.strategy not in strategy.allowed(product):
-        chosen = Form("fused")
+    chosen = _chosen(device, dtype, product, ops.uses_tf32(dtype))
     return chosen.strategy, ops.strategy(*chosen)
+
+
+def _chosen(device: torch.device, dtype: torch.dtype, product: Product, tf32: bool) -> Form:
+    chosen = _forced if _forced is not None else form(device, dtype, product, tf32)
+    return chosen if chosen.strategy in strategy.allowed(product) else Form("fused")
+
+
+def joins(backend: str, x: Tensor, widths: Sequence[int], rank: int, masked: bool) -> bool:
+    """Whether several projections of x should share their launches: where all of them as one would be fused.
+
+    Args:
+        backend: "triton" or "torch", which always gains by it.
+        x: `[*, in]`.
+        widths: out_features of each.
+        rank: The largest r.
+        masked: Whether there is dropout.
+    """
+    if backend == "torch":
+        return True
+    inner, cols, dtype = x.shape[-1], sum(widths), x.dtype
+    rows, tf32 = x.shape[:-1].numel(), contractions(backend).uses_tf32(dtype)
+    products = (
+        Product(rows, inner, cols, rank, dtype.itemsize, False, False),
+        Product(rows, cols, inner, rank, dtype.itemsize, masked, True),
+    )
+    return all(_chosen(x.device, dtype, product, tf32).strategy == "fused" for product in products)
 
 
 def fuses(backend: str, x: Tensor, weight: Tensor, rank: int, masked: bool) -> bool:

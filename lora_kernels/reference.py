@@ -13,6 +13,8 @@ dy `[*, out]`; keep is a bool mask of the shape of x, or None.
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3, arXiv:2106.09685.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ __all__ = [
     "keep_mask",
     "lora_add",
     "lora_linear",
+    "lora_projections",
     "philox4x32",
 ]
 
@@ -133,6 +136,37 @@ def lora_linear(
         y, `[*, out]`. Double backward, forward-mode AD and `torch.func` all work: it is made of PyTorch operators.
     """
     return forward(x, weight, lora_A, lora_B, bias, scaling, _mask(x, dropout_p, seed), dropout_p)
+
+
+def lora_projections(
+    x: Tensor, weights: Sequence[Tensor], adapters: Sequence[tuple[Tensor, Tensor] | None], *,
+    biases: Sequence[Tensor | None] | None = None, scaling: float | Sequence[float] = 1.0,
+    dropout_p: float | Sequence[float] = 0.0, seeds: Sequence[Tensor | int] | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Compute the same as `lora_kernels.lora_projections`, in plain differentiable PyTorch: `lora_linear` for each.
+
+    Args:
+        x: `[*, in]`.
+        weights: W of each projection, `[outᵢ, in]`.
+        adapters: (lora_A `[rᵢ, in]`, lora_B `[outᵢ, rᵢ]`) of each, or None where it has none.
+        biases: `[outᵢ]` or None of each; None if there are none.
+        scaling: A number for all, or one for each.
+        dropout_p: A number for all, or one for each.
+        seeds: One for each, as in `lora_linear`.
+
+    Returns:
+        Each y, `[*, outᵢ]`.
+    """
+    each = [t if isinstance(t, (list, tuple)) else (t,) * len(weights) for t in (biases, scaling, dropout_p, seeds)]
+    return tuple(
+        _linear(x, weight, bias) if pair is None
+        else lora_linear(x, weight, *pair, scaling=factor, bias=bias, dropout_p=p, seed=seed)
+        for weight, pair, bias, factor, p, seed in zip(weights, adapters, *each, strict=True)
+    )  # fmt: skip
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ weight.T if bias is None else x @ weight.T + bias
 
 
 def lora_add(

@@ -62,7 +62,7 @@ def test_the_sanitizer_watches_the_library_and_its_descriptors():
     for tma in (False, True):
         matmul_expand([(x, w)], tma=tma, config=MatmulConfig(16, 16, 16, 1, 1, 4, 2))
     assert sanitizer.state.launches == before + 2
-    launch = sanitizer.Launch("_matmul_expand_kernel", {"ps": (x,), "y": w})
+    launch = sanitizer.Launch("_matmul_expand_kernel", {"p0": x, "y0": w})
     with pytest.raises(sanitizer.MemoryFault, match="near"):
         launch.load(launch.readable[-1:] + 400_000, 4)
 

@@ -150,7 +150,7 @@ def test_the_mask_is_the_published_rule(seed, device, monkeypatch):
     assert torch.equal(reference.keep_mask(seed, rows, cols, p), expected)
     x, a = torch.ones(rows, cols, device=device), torch.ones(4, cols, device=device)
     launcher = sys.modules["lora_kernels.kernels.shrink"]  # the package's attribute of that name is the function
-    monkeypatch.setattr(launcher, "draw_seed", lambda device: torch.tensor([seed], device=device))
+    monkeypatch.setattr(launcher, "draw_seed", lambda device, count: torch.tensor([seed], device=device))
     for config in (ShrinkConfig(16, 16, 16, 16, 4, 2), ShrinkConfig(32, 128, 16, 4096, 4, 2)):
         s, packed = shrink(x, a, 1.0, p, config=config)
         bits = np.unpackbits(packed.cpu().numpy(), axis=1, bitorder="little")[:, :cols]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench import roofline
+from lora_kernels import lora_projections
 from lora_kernels.autograd import LoRALinearFunction
 from lora_kernels.cli import _cost, _traffic
 from lora_kernels.kernels import _configs, matmul_expand, shrink, wgrad
@@ -52,6 +53,23 @@ def test_a_layer_moves_what_its_formulas_say(m, k, n, r, dtype, p, log):
     check(log, _traffic.layer(m, k, n, r, dtype, p > 0, sms, tma=False, bias=dtype.itemsize))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("m", "k", "widths", "ranks"), [(70, 40, (72, 24), (5, 16)), (20, 300, (16, 40, 8), (3, 0, 40))]
+)
+def test_projections_move_what_their_formulas_say(m, k, widths, ranks, p, log):
+    x = torch.ones(m, k, requires_grad=True)
+    weights, biases = [torch.ones(n, k) for n in widths], [torch.ones(n) for n in widths]
+    adapters = [
+        (torch.ones(r, k, requires_grad=True), torch.ones(n, r, requires_grad=True)) if r else None
+        for n, r in zip(widths, ranks, strict=True)
+    ]
+    ys = lora_projections(x, weights, adapters, biases=biases, dropout_p=p, backend="triton")
+    torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
+    sms = num_sms(torch.device("cpu"))
+    check(log, _traffic.block(m, k, widths, ranks, torch.float32, p > 0, sms, tma=False, bias=4))
+
+
 @pytest.mark.parametrize("k_per_split", [16, 32, 96])
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_a_split_shrink(k_per_split, p, log):
@@ -96,6 +114,20 @@ def test_the_split_minimum_in_five_launches(p):
     assert len(launches) == 5
     assert sum(moved.total for moved in launches) / MIB == pytest.approx(514.2 + 3 * (p > 0) * mask / MIB, abs=0.1)
     assert sum(2 * moved.parts for moved in launches) / MIB < 32  # out of L2 for the most part
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_queries_keys_and_values_in_seven_launches(p):
+    """Llama-8B's, M = 8192, r = 16, bf16: x twice forward and once backward, and a bit an element for each mask."""
+    launches = _traffic.block(8192, 4096, (4096, 1024, 1024), (16,) * 3, torch.bfloat16, p > 0, num_sms=132, tma=True)
+    mask = 8192 * 4096 / 8 / MIB
+    assert len(launches) == 7
+    assert sum(moved.total for moved in launches) / MIB == pytest.approx(646.2 + 9 * (p > 0) * mask, abs=0.1)
+    assert sum(2 * moved.parts for moved in launches) / MIB < 60  # out of L2 for the most part
+    alone = [
+        _traffic.layer(8192, 4096, n, 16, torch.bfloat16, p > 0, num_sms=132, tma=True) for n in (4096, 1024, 1024)
+    ]
+    assert sum(moved.total for layer in alone for moved in layer) / MIB > 1.5 * (646.2 + 9 * (p > 0) * mask)
 
 
 def test_the_wave_that_runs_together_touches_less_than_in_the_usual_order():

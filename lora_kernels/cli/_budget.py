@@ -11,6 +11,7 @@ __all__ = ["broken"]
 # instructions for 64 of K, with room beside what is needed: 80 to 92 and, where the tensor cores have a memory of their
 # own that is waited for by hand, 135 on Triton 3.6
 _LOOPS = {"sm_90": 100, "sm_100": 140}
+_SOURCE = 5  # more for each source beyond two, which is selected there
 _FAST_ROWS = 64  # a dot of fewer rows cannot use Hopper's asynchronous tensor-core instructions
 
 
@@ -60,7 +61,7 @@ def _tensor_cores(kernel: "Kernel") -> Iterator[str]:
     elif kernel.arch == "sm_90" and _rows_of_dots(kernel) >= _FAST_ROWS:
         if any(name.startswith("HMMA") for name in facts.mma):
             yield "falls back to mma.sync"
-        dots = 2 if kernel.constants.get("HAS_SHRINK") else 1
+        dots = kernel.constants.get("ROWS", 1) + bool(kernel.constants.get("HAS_SHRINK"))
         # an operand that is masked in registers is waited for before its registers are written again
         in_registers = kernel.name != "matmul_expand" and _masks(kernel)
         if not in_registers and max(loop.waits, loop.arrives) > dots:
@@ -99,7 +100,7 @@ def _matmul(kernel: "Kernel") -> Iterator[str]:
             yield f"loads {loop.tma_loads} tiles by descriptor in the K loop, not 2"
         if loop.loads:
             yield f"loads by pointer in the K loop: {sum(loop.loads.values())}"
-        most = _LOOPS[kernel.arch] * constants["BLOCK_K"] // 64
+        most = (_LOOPS[kernel.arch] + _SOURCE * max(constants["NUM_SOURCES"] - 2, 0)) * constants["BLOCK_K"] // 64
         if loop.instructions > most:
             yield f"has {loop.instructions} instructions in the K loop, more than {most}"
     elif kernel.arch == "sm_80" and not kernel.case.strided and not loop.async_copies:

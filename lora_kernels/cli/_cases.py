@@ -40,7 +40,7 @@ def make_problem(
         x=draw(*batch, in_features),
         weight=draw(out_features, in_features, scale=in_features**-0.5),
         lora_A=draw(r, in_features, scale=in_features**-0.5, dtype=adapters),
-        lora_B=draw(out_features, r, scale=r**-0.5, dtype=adapters),
+        lora_B=draw(out_features, r, scale=max(r, 1) ** -0.5, dtype=adapters),
         dy=draw(*batch, out_features),
         bias=draw(out_features) if bias else None,
         scaling=scaling,

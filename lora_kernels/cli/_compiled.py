@@ -133,8 +133,8 @@ _SIDES = {
     "matmul_expand": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
     "wgrad": ("BLOCK_M", "BLOCK_W", "BLOCK_T"),
 }
-_FLAGS = {"USE_TMA": "tma", "HAS_BIAS": "bias", "HAS_KEEP": "masked", "HAS_DROPOUT": "dropout", "HAS_SHRINK": "shrinks",
-          "ACCUMULATE": "adds"}  # fmt: skip
+_FLAGS = {"USE_TMA": "tma", "HAS_BIAS": "bias", "HAS_KEEP": "masked", "NUM_MASKED": "masked", "HAS_DROPOUT": "dropout",
+          "HAS_SHRINK": "shrinks", "ACCUMULATE": "adds"}  # fmt: skip
 
 
 def problem() -> str:

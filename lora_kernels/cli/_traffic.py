@@ -5,6 +5,8 @@ as tiles that run together find each other's operands in L2. *Issued* counts wha
 what L2 must deliver. *Parts* of split sums are written once and read back once within a launch, mostly out of L2.
 
     M rows, K in_features, N out_features, R rank; e bytes an element of x and W; n_m, n_k, ... blocks of a tile size
+
+Several adapters of one x give `shrink` and `wgrad` several ranks, and as many masks as there are dropouts.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ import torch
 from lora_kernels.kernels import _configs
 from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
 
-__all__ = ["Moved", "layer", "matmul_expand", "shrink", "wgrad"]
+__all__ = ["Moved", "block", "layer", "matmul_expand", "outputs", "shrink", "wgrad"]
 
 _PART = 4  # bytes an element of a part: fp32
 
@@ -41,34 +43,42 @@ class Moved:
         return self.total + 2 * self.parts
 
 
-def shrink(m: int, k: int, r: int, e: int, dropout: bool, config: ShrinkConfig) -> Moved:
-    """Bytes of s = alpha · D(x) aᵀ for x `[M, K]` and a `[R, K]`."""
-    n_m, n_r, splits = _blocks(m, config.block_m), _blocks(r, config.block_r), _blocks(k, config.k_per_split)
+def shrink(m: int, k: int, ranks: int | Sequence[int], e: int, masks: int, config: ShrinkConfig) -> Moved:
+    """Bytes of each s = alpha · D(x) aᵀ for x `[M, K]` and a `[R, K]`, `masks` of them with dropout."""
+    ranks = (ranks,) if isinstance(ranks, int) else ranks
+    n_m, n_r, splits = _blocks(m, config.block_m), _blocks(max(ranks), config.block_r), _blocks(k, config.k_per_split)
+    r = sum(ranks)
     parts = splits * m * r * _PART if splits > 1 else 0
     reset = n_m * n_r * 4 if splits > 1 else 0  # the counters, back to 0
-    touched = m * k * e + r * k * e + 8 * dropout
-    issued = n_r * m * k * e + n_m * r * k * e + 8 * dropout * n_m * n_r * splits
-    return Moved("shrink", touched, issued, m * r * e + reset + dropout * m * _blocks(k, 8), parts)
+    touched = m * k * e + r * k * e + 8 * masks
+    issued = n_r * m * k * e + n_m * r * k * e + 8 * masks * n_m * n_r * splits
+    return Moved("shrink", touched, issued, m * r * e + reset + masks * m * _blocks(k, 8), parts)
 
 
 def wgrad(
-    m: int, w: int, t: int, e: int, e_g: int, config: WgradConfig, keep: bool = False, shrinks: bool = False
-) -> Moved:
-    """Bytes of g = wideᵀ thin for wide `[M, W]` and thin `[M, T]`, and of ds = alpha · wide b from the same read."""
-    n_w, n_t, splits = _blocks(w, config.block_c), _blocks(t, config.block_r), _blocks(m, config.rows_per_split)
+    m: int, w: int, thin: int | Sequence[int], e: int, e_g: int, config: WgradConfig, masks: int = 0,
+    shrinks: bool = False,
+) -> Moved:  # fmt: skip
+    """Bytes of each g = wideᵀ thin for wide `[M, W]` and thin `[M, T]`, and of ds = alpha · wide b from the same read.
+
+    `masks` of the products are with a masked wide operand.
+    """
+    thin = (thin,) if isinstance(thin, int) else thin
+    n_w, n_t, splits = _blocks(w, config.block_c), _blocks(max(thin), config.block_r), _blocks(m, config.rows_per_split)
+    t = sum(thin)
     parts = splits * w * t * _PART if splits > 1 else 0
     ds_parts = n_w * m * t * _PART if shrinks else 0
     reset = (n_w * n_t if splits > 1 else 0) * 4 + (splits * 4 if shrinks else 0)
-    mask = m * _blocks(w, 8) if keep else 0
+    mask = masks * m * _blocks(w, 8)
     touched = m * w * e + m * t * e + mask + shrinks * w * t * e
     issued = n_t * (m * w * e + mask) + n_w * m * t * e + shrinks * splits * w * t * e
     return Moved("wgrad", touched, issued, w * t * e_g + shrinks * m * t * e + reset, parts + ds_parts)
 
 
 def matmul_expand(
-    m: int, n: int, inner: Sequence[int], e: int, config: MatmulConfig, bias: int = 0, keep: bool = False
+    m: int, n: int, inner: Sequence[int], e: int, config: MatmulConfig, bias: int = 0, masks: int = 0
 ) -> Moved:
-    """Bytes of y = Σᵢ pᵢ qᵢᵀ + bias for pᵢ `[M, Kᵢ]` and qᵢ `[N, Kᵢ]`, the last product masked with `keep`.
+    """Bytes of y = Σᵢ pᵢ qᵢᵀ + bias for pᵢ `[M, Kᵢ]` and qᵢ `[N, Kᵢ]`, the last products masked.
 
     Args:
         m: M.
@@ -77,15 +87,49 @@ def matmul_expand(
         e: Bytes an element.
         config: The tile.
         bias: Bytes an element of the bias, 0 without.
-        keep: Whether the last product is masked.
+        masks: How many of the last products are masked.
     """
     n_m, n_n = _blocks(m, config.block_m), _blocks(n, config.block_n)
-    mask = m * _blocks(n, 8) if keep else 0
+    mask = masks * m * _blocks(n, 8)
     touched = sum((m + n) * k * e for k in inner) + n * bias + mask
-    # the masked product takes its thin operand anew for every slice of the tile's columns
-    rereads = [n_n] * (len(inner) - 1) + [n_n * config.subtiles if keep else n_n]
+    # a masked product takes its thin operand anew for every slice of the tile's columns
+    rereads = [n_n] * (len(inner) - masks) + [n_n * config.subtiles] * masks
     issued = sum((reads * m + n_m * n) * k * e for reads, k in zip(rereads, inner, strict=True))
     return Moved("matmul_expand", touched, issued + n_m * n * bias + mask, m * n * e)
+
+
+def outputs(
+    m: int, k: int, widths: Sequence[int], ranks: Sequence[int], e: int, config: MatmulConfig, bias: int = 0
+) -> Moved:
+    """Bytes of each yᵢ = x Wᵢᵀ + sᵢ Bᵢᵀ in one launch, which touches x once; rank 0 is no adapter."""
+    each = [
+        matmul_expand(m, n, (k, r) if r else (k,), e, config, bias) for n, r in zip(widths, ranks, strict=True)
+    ]  # fmt: skip
+    shared = (len(each) - 1) * m * k * e
+    touched, issued, stored = (sum(getattr(y, name) for y in each) for name in ("touched", "issued", "stored"))
+    return Moved("matmul_expand", touched - shared, issued, stored)
+
+
+def block(
+    m: int, k: int, widths: Sequence[int], ranks: Sequence[int], dtype: torch.dtype, dropout: bool, num_sms: int,
+    tma: bool, bias: int = 0,
+) -> list[Moved]:  # fmt: skip
+    """The launches of several projections of one x, forward and backward; rank 0 is no adapter."""
+    e, adapted = dtype.itemsize, [r for r in ranks if r]
+    masks, widest = len(adapted) * dropout, max(adapted)
+    y_tile = _configs.matmul_config(m, k + widest, sum(widths), dtype, tma, False, num_sms)
+    summed = sum(widths) + (0 if dropout else sum(adapted))
+    dx_tile = _configs.matmul_config(m, summed, k, dtype, tma, dropout, num_sms)
+    s_tile = _configs.shrink_config(m, k, widest, dtype, len(adapted), dropout)
+    g_tile = _configs.wgrad_config(m, k, widest, dtype, False, len(adapted), dropout)
+    from_dys = [moved for n, r in zip(widths, ranks, strict=True) if r for moved in _from_dy(m, n, r, e, e, dtype)]
+    return [
+        shrink(m, k, adapted, e, masks, s_tile),
+        outputs(m, k, widths, ranks, e, y_tile, bias),
+        *from_dys,
+        matmul_expand(m, k, (*widths, *adapted), e, dx_tile, 0, masks),
+        wgrad(m, k, adapted, e, e, g_tile, masks),
+    ]
 
 
 def layer(
@@ -104,15 +148,16 @@ def layer(
         shrink(m, k, r, e, dropout, _configs.shrink_config(m, k, r, dtype, dropout)),
         expand(n, k, False, bias),
     ]
-    if _configs.shrink_wgrad_pays(r):
-        config = _configs.wgrad_config(m, n, r, dtype, shrinks=True)
-        from_dy = [wgrad(m, n, r, e, e_g, config, shrinks=True)]
-    else:
-        from_dy = [
-            shrink(m, n, r, e, False, _configs.shrink_config(m, n, r, dtype)),
-            _wgrad(m, n, r, e, e_g, dtype, False),
-        ]
+    from_dy = _from_dy(m, n, r, e, e_g, dtype)
     return [*forward, *from_dy, expand(k, n, dropout, 0), _wgrad(m, k, r, e, e_g, dtype, dropout)]
+
+
+def _from_dy(m: int, n: int, r: int, e: int, e_g: int, dtype: torch.dtype) -> list[Moved]:
+    """Ds and dB: one read of dy at small ranks, two at others."""
+    if _configs.shrink_wgrad_pays(r):
+        return [wgrad(m, n, r, e, e_g, _configs.wgrad_config(m, n, r, dtype, shrinks=True), shrinks=True)]
+    config = _configs.shrink_config(m, n, r, dtype)
+    return [shrink(m, n, r, e, False, config), _wgrad(m, n, r, e, e_g, dtype, False)]
 
 
 def _wgrad(m: int, features: int, r: int, e: int, e_g: int, dtype: torch.dtype, keep: bool) -> Moved:

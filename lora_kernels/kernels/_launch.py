@@ -17,7 +17,7 @@ from lora_kernels.kernels._configs import SHARED, descriptor_path
 
 __all__ = [
     "Facts", "Launch", "arrivals", "capability", "dependent_launch", "describe_path", "facts", "launch_options",
-    "num_sms", "on_device", "precision", "shared_per_sm", "thin_pitch", "thin_rows", "uses_tf32",
+    "num_sms", "on_device", "precision", "shared_per_sm", "thin_columns", "thin_pitch", "thin_rows", "uses_tf32",
 ]  # fmt: skip
 
 _COUNTERS = 1 << 16  # int32; 256 KiB a stream
@@ -148,6 +148,15 @@ def thin_rows(like: Tensor, rank: int) -> Tensor:
     pitch = thin_pitch(rank, like.dtype)
     rows = like.new_empty(like.shape[0], pitch)
     return rows if pitch == rank else rows[:, :rank]
+
+
+def thin_columns(like: Tensor, ranks: Sequence[int]) -> list[Tensor]:
+    """Allocate `thin_rows` of several ranks side by side, in one buffer."""
+    if len(ranks) == 1:
+        return [thin_rows(like, ranks[0])]
+    pitches = [thin_pitch(rank, like.dtype) for rank in ranks]
+    columns = like.new_empty(like.shape[0], sum(pitches)).split(pitches, 1)
+    return [part if part.shape[1] == rank else part[:, :rank] for part, rank in zip(columns, ranks, strict=True)]
 
 
 def dependent_launch(device: torch.device) -> bool:

@@ -1,19 +1,22 @@
-"""Matmul-expand: a sum of products in one accumulator.
+"""Matmul-expand: a sum of products in one accumulator, for one output or several of the same rows.
 
-    y[m, n] = Σᵢ Σₖ pᵢ[m, k] qᵢ[n, k] + bias[n]
+    y[m, n] = Σᵢ Σₖ pᵢ[m, k] qᵢ[n, k] + Σⱼ keepⱼ[m, n] Σₖ pⱼ[m, k] qⱼ[n, k] + bias[n]
 
     pᵢ     [M, Kᵢ]         any strides   bf16, fp16 or fp32
     qᵢ     [N, Kᵢ]         any strides   dtype of p
     bias   [N]             any stride    any of the dtypes, or none
-    keep   [M, ceil(N/8)]  bit-packed: masks the last product before it is added, or none
+    keepⱼ  [M, ceil(N/8)]  bit-packed: masks a product before it is added
     y      [M, N]          contiguous    dtype of p, rounded once
 
-The K loop walks a short list of sources; nothing is concatenated and no product but the last, masked one has an
-accumulator of its own.
+The K loop walks a short list of sources; nothing is concatenated and no product but a masked one has an accumulator
+of its own. Outputs lie side by side, and a tile is of one of them. The K steps of all sources are numbered through,
+and an output owns a range of them: a second output is a row in a list.
 
-    pass       sources                        keep
-    forward    (x, W [out, in]), (s, B)       -           y  = x Wᵀ + s Bᵀ + bias
-    backward   (dy, Wᵀ), (ds, Aᵀ)             the mask    dx = dy W + keep · (ds A)
+    pass       sources                        masked               outputs
+    forward    (x, W [out, in]), (s, B)       -                    y  = x Wᵀ + s Bᵀ + bias
+    backward   (dy, Wᵀ), (ds, Aᵀ)             the last, by keep    dx = dy W + keep · (ds A)
+    Q, K, V    (x, Wᵢ), (sᵢ, Bᵢ) each         -                    yᵢ = x Wᵢᵀ + sᵢ Bᵢᵀ + biasᵢ
+    backward   (dyᵢ, Wᵢᵀ)…, (dsᵢ, Aᵢᵀ)…       (dsᵢ, Aᵢᵀ, keepᵢ)…   dx = Σᵢ dyᵢ Wᵢ + keepᵢ · (dsᵢ Aᵢ)
 
 Two ways to load a tile, one kernel: pointers with masks take anything; where every operand is 16-bit, aligned to 16
 bytes and the GPU is sm_90 or later, TMA descriptors do the addressing and the bounds. Which source a K step belongs
@@ -22,8 +25,8 @@ to is a select between two addresses in either case, so the loop stays one softw
 On sm_90 and later the launch is a programmatic dependent one: its programs are brought up while the shrink before it
 still runs, and wait for its end before they touch anything.
 
-Cost: 2·M·N·ΣKᵢ FLOPs; at the least (ΣKᵢ·(M + N) + M·N)·itemsize bytes. A source costs whole K steps: ceil(Kᵢ /
-BLOCK_K), one for any r <= BLOCK_K.
+Cost: 2·M·N·ΣKᵢ FLOPs; at the least (ΣKᵢ·(M + N) + M·N)·itemsize bytes, an operand that several outputs share once. A
+source costs whole K steps: ceil(Kᵢ / BLOCK_K), one for any r <= BLOCK_K.
 
 Sources: Hu et al. 2021, arXiv:2106.09685. Grouped tile order: Triton's matrix multiplication tutorial (idea).
 Summing the low-rank product in the accumulator of the base product: Zhu et al., LoRAFusion, arXiv:2510.00206 (idea;
@@ -32,6 +35,7 @@ programmatic dependent launch. No code was taken.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -46,59 +50,83 @@ from lora_kernels.kernels._configs import MatmulConfig, descriptor_path, matmul_
 from lora_kernels.kernels._device import halves, tile_position, unpack_bits
 from lora_kernels.kernels._launch import Facts, Launch, facts, on_device, precision, thin_rows
 
-__all__ = ["matmul_expand"]
+__all__ = ["matmul_expand", "matmul_expand_all"]
 
 Source = tuple[Tensor, Tensor]
-MAX_SOURCES = 4  # what the kernel's signature holds, beside a masked one
+MAX_SOURCES = 8  # what the kernel's signature holds, beside masked ones
+MAX_OUTPUTS = 4
+_NONE = (None,) * MAX_SOURCES
 
 
 @triton.jit
 def _matmul_expand_kernel(
-    p0, p1, p2, p3, q0, q1, q2, q3, y, masked_p, masked_q, bias_ptr, keep_ptr,
-    M, N, Ks, masked_K,
+    p0, p1, p2, p3, p4, p5, p6, p7, q0, q1, q2, q3, q4, q5, q6, q7, y0, y1, y2, y3,
+    masked_ps, masked_qs, keep_ptrs, bias_ptrs,
+    M, Ns, Ks, masked_Ks, biased_Ns,
     strides_pm, strides_pk, strides_qn, strides_qk,
-    stride_ym, stride_mpm, stride_mpk, stride_mqn, stride_mqk, stride_bias,
-    NUM_SOURCES: tl.constexpr, USE_TMA: tl.constexpr, Q_ROWS_ARE_N: tl.constexpr, STORE_TMA: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_KEEP: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, SUBTILES: tl.constexpr,
+    strides_mpm, strides_mpk, strides_mqn, strides_mqk,
+    NUM_OUTPUTS: tl.constexpr, NUM_SOURCES: tl.constexpr, NUM_MASKED: tl.constexpr, ENDS: tl.constexpr,
+    USE_TMA: tl.constexpr, Q_ROWS_ARE_N: tl.constexpr, STORE_TMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, SUBTILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Each program walks tiles of y, and for each tile the K steps of every source in turn."""
+    """Each program walks tiles of the outputs, and for each tile the K steps of its output's sources in turn."""
     if PDL:
         tl.extra.cuda.gdc_wait()  # brought up while the shrink before it was running; its s is there from here on
         tl.extra.cuda.gdc_launch_dependents()  # and not sooner: whoever comes up next may rely on that s as well
     # arguments of their own, because Triton 3.6 cannot launch with descriptors inside a tuple
-    ps, qs = (p0, p1, p2, p3), (q0, q1, q2, q3)
-    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    steps = 0
+    ps, qs, ys = (p0, p1, p2, p3, p4, p5, p6, p7), (q0, q1, q2, q3, q4, q5, q6, q7), (y0, y1, y2, y3)
+    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(Ns[0], BLOCK_N)
+    for o in tl.static_range(1, NUM_OUTPUTS):
+        num_n += tl.cdiv(Ns[o], BLOCK_N)
+    firsts, steps = (), 0  # the first K step of each source, and how many there are
     for i in tl.static_range(NUM_SOURCES):
+        firsts = firsts + (steps,)
         steps += tl.cdiv(Ks[i], BLOCK_K)
-    steps = tl.maximum(steps, 1)  # Triton 3.6 serialises wgmma over a trip count that might be 0
+    firsts = firsts + (steps,)
 
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=False):
         pid_m, pid_n = tile_position(tile, num_m, num_n, GROUP_M)
-        m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N
+        y, N, begin, end = ys[0], Ns[0], 0, firsts[ENDS[0]]
+        if HAS_BIAS:
+            bias_ptr, biased_N = bias_ptrs[0], biased_Ns[0]
+        before, block_n = tl.cdiv(Ns[0], BLOCK_N), pid_n
+        for o in tl.static_range(1, NUM_OUTPUTS):
+            if pid_n >= before:
+                y = ys[o]
+            N = tl.where(pid_n >= before, Ns[o], N)
+            begin = tl.where(pid_n >= before, firsts[ENDS[o - 1]], begin)
+            end = tl.where(pid_n >= before, firsts[ENDS[o]], end)
+            block_n = tl.where(pid_n >= before, pid_n - before, block_n)
+            if HAS_BIAS:
+                if pid_n >= before:
+                    bias_ptr = bias_ptrs[o]
+                biased_N = tl.where(pid_n >= before, biased_Ns[o], biased_N)
+            before += tl.cdiv(Ns[o], BLOCK_N)
+        m0, n0 = pid_m * BLOCK_M, block_n * BLOCK_N
         # 64-bit before any stride: tensors may span more than 2^31 elements
         offs_m = tl.cast(m0, tl.int64) + tl.arange(0, BLOCK_M)
         offs_n = tl.cast(n0, tl.int64) + tl.arange(0, BLOCK_N)
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if NUM_SOURCES > 0:  # none where a library adds the others
-            for step in range(steps):
-                p, q, k0, K = ps[0], qs[0], step * BLOCK_K, Ks[0]
+            # Triton 3.6 serialises wgmma over a trip count that might be 0
+            for step in range(begin, tl.maximum(end, begin + 1)):
+                p, q, first, K = ps[0], qs[0], 0, Ks[0]
                 stride_pm, stride_pk, stride_qn, stride_qk = strides_pm[0], strides_pk[0], strides_qn[0], strides_qk[0]
-                first = tl.cdiv(Ks[0], BLOCK_K)
                 for i in tl.static_range(1, NUM_SOURCES):
-                    if step >= first:
+                    there = step >= firsts[i]
+                    if there:
                         p = ps[i]
                         q = qs[i]
-                    k0 = tl.where(step >= first, (step - first) * BLOCK_K, k0)
-                    K = tl.where(step >= first, Ks[i], K)
-                    stride_pm = tl.where(step >= first, strides_pm[i], stride_pm)
-                    stride_pk = tl.where(step >= first, strides_pk[i], stride_pk)
-                    stride_qn = tl.where(step >= first, strides_qn[i], stride_qn)
-                    stride_qk = tl.where(step >= first, strides_qk[i], stride_qk)
-                    first += tl.cdiv(Ks[i], BLOCK_K)
+                    first = tl.where(there, firsts[i], first)
+                    K = tl.where(there, Ks[i], K)
+                    stride_pm = tl.where(there, strides_pm[i], stride_pm)
+                    stride_pk = tl.where(there, strides_pk[i], stride_pk)
+                    stride_qn = tl.where(there, strides_qn[i], stride_qn)
+                    stride_qk = tl.where(there, strides_qk[i], stride_qk)
+                k0 = (step - first) * BLOCK_K
                 if USE_TMA:
                     p_tile = p.load([m0, k0])
                     if Q_ROWS_ARE_N:
@@ -123,24 +151,39 @@ def _matmul_expand_kernel(
         for i in tl.static_range(SUBTILES):
             part = slices[i]
             offs_n = tl.cast(n0 + i * SLICE, tl.int64) + tl.arange(0, SLICE)
-            if HAS_KEEP:
-                product = tl.zeros((BLOCK_M, SLICE), tl.float32)
-                for r in range(tl.maximum(tl.cdiv(masked_K, BLOCK_R), 1)):
-                    offs_r = tl.cast(r, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-                    p_tile = _load(masked_p, offs_m[:, None], M, stride_mpm, offs_r[None, :], masked_K, stride_mpk)
-                    q_tile = _load(masked_q, offs_r[:, None], masked_K, stride_mqk, offs_n[None, :], N, stride_mqn)
-                    product = tl.dot(p_tile, q_tile, product, input_precision=PRECISION)
-                row_bytes = tl.cdiv(N, 8)
-                offs_byte = tl.cast((n0 + i * SLICE) // 8, tl.int64) + tl.arange(0, SLICE // 8)
-                packed = _load(keep_ptr, offs_m[:, None], M, row_bytes, offs_byte[None, :], row_bytes, 1)
-                part += tl.where(unpack_bits(packed.to(tl.int32)), product, 0.0)
+            if NUM_MASKED > 0:
+                for j in range(NUM_MASKED):  # not unrolled: the operands of all at a time spill
+                    p, q, keep, K = masked_ps[0], masked_qs[0], keep_ptrs[0], masked_Ks[0]
+                    stride_pm, stride_pk = strides_mpm[0], strides_mpk[0]
+                    stride_qn, stride_qk = strides_mqn[0], strides_mqk[0]
+                    for o in tl.static_range(1, NUM_MASKED):
+                        there = j >= o
+                        if there:
+                            p = masked_ps[o]
+                            q = masked_qs[o]
+                            keep = keep_ptrs[o]
+                        K = tl.where(there, masked_Ks[o], K)
+                        stride_pm = tl.where(there, strides_mpm[o], stride_pm)
+                        stride_pk = tl.where(there, strides_mpk[o], stride_pk)
+                        stride_qn = tl.where(there, strides_mqn[o], stride_qn)
+                        stride_qk = tl.where(there, strides_mqk[o], stride_qk)
+                    product = tl.zeros((BLOCK_M, SLICE), tl.float32)
+                    for r in range(tl.maximum(tl.cdiv(K, BLOCK_R), 1)):
+                        offs_r = tl.cast(r, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+                        p_tile = _load(p, offs_m[:, None], M, stride_pm, offs_r[None, :], K, stride_pk)
+                        q_tile = _load(q, offs_r[:, None], K, stride_qk, offs_n[None, :], N, stride_qn)
+                        product = tl.dot(p_tile, q_tile, product, input_precision=PRECISION)
+                    row_bytes = tl.cdiv(N, 8)
+                    offs_byte = tl.cast((n0 + i * SLICE) // 8, tl.int64) + tl.arange(0, SLICE // 8)
+                    packed = _load(keep, offs_m[:, None], M, row_bytes, offs_byte[None, :], row_bytes, 1)
+                    part += tl.where(unpack_bits(packed.to(tl.int32)), product, 0.0)
             if HAS_BIAS:
-                bias = tl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0)
+                bias = tl.load(bias_ptr + offs_n, mask=offs_n < biased_N, other=0.0)
                 part += bias.to(tl.float32)[None, :]
             if STORE_TMA:
                 y.store([m0, n0 + i * SLICE], part.to(y.dtype))
             else:
-                y_ptrs = y + offs_m[:, None] * stride_ym + offs_n[None, :]
+                y_ptrs = y + offs_m[:, None] * N + offs_n[None, :]
                 tl.store(y_ptrs, part.to(y.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
@@ -157,21 +200,49 @@ def matmul_expand(
     """Compute y = Σᵢ pᵢ qᵢᵀ + bias, `[M, N]`, with the last product masked by `keep`.
 
     Args:
-        sources: Pairs (p `[M, Kᵢ]`, q `[N, Kᵢ]`), the largest first; four at most, and one more if `keep` masks it,
+        sources: Pairs (p `[M, Kᵢ]`, q `[N, Kᵢ]`), the largest first; eight at most, and one more if `keep` masks it,
             which may be the only one.
         bias: `[N]` or None.
         keep: Packed mask `[M, ceil(N/8)]` of the last product, or None.
         config: Tile to use in place of the rule's, or its place among `matmul_configs`.
         tma: Force descriptors on or off; by default they are used where they can be.
     """
-    p, device = sources[0][0], sources[0][0].device
+    masked = () if keep is None else ((*sources[-1], keep),)
+    summed = sources if keep is None else sources[:-1]
+    return _launch_all(summed, (len(summed),), (bias,), masked, 1, config, tma)[0]
+
+
+def matmul_expand_all(
+    outputs: Sequence[tuple[Sequence[Source], Tensor | None]], masked: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
+    wide: int = 1, config: MatmulConfig | int | None = None, tma: bool | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """Compute every y `[M, Nₒ]` of several outputs of the same rows, in one launch.
+
+    Args:
+        outputs: Sources and bias of each; four at most, with eight sources together.
+        masked: Triples (p, q, keep): products of a single output, masked before they are added.
+        wide: How many of an output's first sources are too large to be copied where no descriptor can read them.
+        config: As in `matmul_expand`.
+        tma: As in `matmul_expand`.
+    """
+    sources = [source for summed, _ in outputs for source in summed]
+    counts, biases = tuple([len(summed) for summed, _ in outputs]), tuple([bias for _, bias in outputs])
+    return _launch_all(sources, counts, biases, masked, wide, config, tma)
+
+
+def _launch_all(
+    sources: Sequence[Source], counts: tuple[int, ...], biases: tuple[Tensor | None, ...],
+    masked: Sequence[tuple[Tensor, Tensor, Tensor]], wide: int, config: MatmulConfig | int | None, tma: bool | None,
+) -> list[Tensor]:  # fmt: skip
+    """`matmul_expand_all` with the sources of all outputs in a row, `counts` of each."""
+    like = (sources or masked)[0][0]
     settled = _settle(
-        tuple((facts(p), facts(q)) for p, q in sources), facts(bias), device, keep is not None, config, tma,
-        precision(p), _launch.imagined,
+        tuple([(facts(p), facts(q)) for p, q in sources]), counts, tuple([bias is not None for bias in biases]),
+        tuple([(facts(p), facts(q)) for p, q, _ in masked]), wide, like.device, config, tma, precision(like),
+        _launch.imagined,
     )  # fmt: skip
-    y = p.new_empty(p.shape[0], sources[0][1].shape[0])
-    summed, masked = (sources[:-1], sources[-1]) if keep is not None else (sources, (None, None))
-    ps, qs, y_arg = [p for p, _ in summed], [q for _, q in summed], y
+    ys = [like.new_empty(like.shape[0], cols) for cols in settled.cols]
+    ps, qs, y_args = [p for p, _ in sources], [q for _, q in sources], ys
     if settled.tma:
         m, n, k = settled.blocks
         # only thin operands ever have to be copied for a descriptor to read them
@@ -181,17 +252,27 @@ def matmul_expand(
         else:
             qs = [q.t() for q in qs]
             qs = [_descriptor(_copy(q) if copy else q, k, n) for q, copy in zip(qs, settled.copy_q, strict=True)]
-        y_arg = _descriptor(y, m, settled.store_n) if settled.store_n else y
-    absent = (None,) * (MAX_SOURCES - len(summed))
-    with on_device(p):
-        settled.launch(*ps, *absent, *qs, *absent, y_arg, *masked, bias, keep)
-    return y
+        y_args = [_descriptor(y, m, settled.store_n) for y in ys] if settled.store_n else ys
+    absent, no_ys = _NONE[len(sources) : MAX_SOURCES], _NONE[len(ys) : MAX_OUTPUTS]
+    masked_args = zip(*masked, strict=True) if masked else _NONE[:3]
+    with on_device(like):
+        settled.launch(*ps, *absent, *qs, *absent, *y_args, *no_ys, *masked_args, _in_full(biases))
+    return ys
+
+
+def _in_full(biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
+    """A bias for each output, if there is one for any: what stands for one that is not there is never read."""
+    there = [bias.contiguous() for bias in biases if bias is not None]
+    if len(there) == len(biases) or not there:
+        return tuple(there) or None
+    return tuple(there[0] if bias is None else bias.contiguous() for bias in biases)
 
 
 class _Settled(NamedTuple):
     """What is settled about a launch; `store_n` is the width of the slices that descriptors store, 0 for pointers."""
 
     launch: Launch
+    cols: tuple[int, ...]
     tma: bool
     q_rows_are_n: bool
     copy_p: list[bool]
@@ -202,47 +283,55 @@ class _Settled(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _settle(
-    sources: tuple[tuple[Facts, Facts], ...], bias: Facts | None, device: torch.device, has_keep: bool,
-    config: MatmulConfig | int | None, tma: bool | None, precision: str, imagined: object,
+    sources: tuple[tuple[Facts, Facts], ...], counts: tuple[int, ...], biased: tuple[bool, ...],
+    masked: tuple[tuple[Facts, Facts], ...], wide: int, device: torch.device, config: MatmulConfig | int | None,
+    tma: bool | None, precision: str, imagined: object,
 ) -> _Settled:  # fmt: skip
-    (p, q), dtype = sources[0], sources[0][0].dtype
-    rows, cols, sms = p.shape[0], q.shape[0], _launch.num_sms(device)
-    summed, masked = (sources[:-1], sources[-1]) if has_keep else (sources, None)
+    ends = tuple(itertools.accumulate(counts))
+    by_output = [sources[end - count : end] for end, count in zip(ends, counts, strict=True)]
+    large = [source for summed in by_output for source in summed[:wide]] or masked[:1]
+    (p, _), sms = large[0], _launch.num_sms(device)
+    rows, dtype = p.shape[0], p.dtype
+    cols = tuple((summed or masked)[0][1].shape[0] for summed in by_output)
+    q_rows_are_n = all(q.rows_on_16_bytes() for _, q in large)
     if tma is None:
-        on_16_bytes = p.rows_on_16_bytes() and (q.rows_on_16_bytes() or q.t().rows_on_16_bytes())
+        on_16_bytes = q_rows_are_n or all(q.t().rows_on_16_bytes() for _, q in large)
+        on_16_bytes = on_16_bytes and all(p.rows_on_16_bytes() for p, _ in large)
         tma = descriptor_path(_launch.capability(device), dtype)[0] and on_16_bytes
-    q_rows_are_n = q.rows_on_16_bytes()
-    inner = tuple(p.shape[1] for p, _ in summed)
+    inner = [sum(p.shape[1] for p, _ in summed) for summed in by_output]
     if not isinstance(config, MatmulConfig):
-        strided = 1 not in p.strides or 1 not in q.strides
+        strided = any(1 not in t.strides for pair in large for t in pair)
         config = matmul_config(
-            rows, sum(inner), cols, dtype, tma, has_keep, sms, precision == "tf32", place=config, strided=strided
-        )
-    rank = masked[0].shape[1] if masked else 0
-    store_tma = tma and cols * dtype.itemsize % 16 == 0
-    strides = [tuple(0 if tma else pair[side].strides[dim] for pair in summed) for side in (0, 1) for dim in (0, 1)]
+            rows, max(inner), sum(cols), dtype, tma, bool(masked), sms, precision == "tf32", place=config,
+            strided=strided,
+        )  # fmt: skip
+    rank = max((p.shape[1] for p, _ in masked), default=0)
+    store_tma = tma and all(n * dtype.itemsize % 16 == 0 for n in cols)
+    strides = [tuple(0 if tma else pair[side].strides[dim] for pair in sources) for side in (0, 1) for dim in (0, 1)]
+    masked_strides = [tuple(pair[side].strides[dim] for pair in masked) or None for side in (0, 1) for dim in (0, 1)]
     pdl = _launch.dependent_launch(device)
-    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n)
+    tiles = triton.cdiv(rows, config.block_m) * sum(triton.cdiv(n, config.block_n) for n in cols)
     launch = Launch(
         _matmul_expand_kernel, (min(tiles, sms * config.ctas_per_sm),),
         (
-            rows, cols, inner, rank,
-            *strides, cols, *((*masked[0].strides, *masked[1].strides) if masked else (0, 0, 0, 0)),
-            bias.strides[0] if bias else 0,
+            rows, cols, tuple(p.shape[1] for p, _ in sources) or None, tuple(p.shape[1] for p, _ in masked) or None,
+            tuple(n if bias else 0 for n, bias in zip(cols, biased, strict=True)),
+            *(stride or None for stride in strides), *masked_strides,
         ),
         dict(
-            NUM_SOURCES=len(summed), USE_TMA=tma, Q_ROWS_ARE_N=q_rows_are_n, STORE_TMA=store_tma,
-            HAS_BIAS=bias is not None, HAS_KEEP=has_keep, PDL=pdl, PRECISION=precision, SUBTILES=config.subtiles,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            BLOCK_R=max(16, min(32, triton.next_power_of_2(rank))), GROUP_M=config.group_m,
+            NUM_OUTPUTS=len(cols), NUM_SOURCES=len(sources), NUM_MASKED=len(masked), ENDS=ends, USE_TMA=tma,
+            Q_ROWS_ARE_N=q_rows_are_n, STORE_TMA=store_tma, HAS_BIAS=any(biased), PDL=pdl,
+            PRECISION=precision, SUBTILES=config.subtiles, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k, BLOCK_R=max(16, min(32, triton.next_power_of_2(rank))), GROUP_M=config.group_m,
         ),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(pdl)),
     )  # fmt: skip
-    blocks = config.block_m, config.block_n, config.block_k
-    copy_p = [not p.rows_on_16_bytes() for p, _ in summed]
-    copy_q = [not (q if q_rows_are_n else q.t()).rows_on_16_bytes() for _, q in summed]
+    copy_p = [not p.rows_on_16_bytes() for p, _ in sources]
+    copy_q = [not (q if q_rows_are_n else q.t()).rows_on_16_bytes() for _, q in sources]
     store_n = config.block_n // config.subtiles if store_tma else 0
-    return _Settled(launch, tma, q_rows_are_n, copy_p, copy_q, blocks, store_n)
+    return _Settled(
+        launch, cols, tma, q_rows_are_n, copy_p, copy_q, (config.block_m, config.block_n, config.block_k), store_n
+    )
 
 
 def _copy(t: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
-"""Shrink: contract a wide operand down to the LoRA rank, and drop elements of it on the way.
+"""Shrink: contract a wide operand down to the LoRA rank, and drop elements of it on the way; for one adapter or more.
 
-    s[m, r] = alpha · Σₖ keep[m, k] x[m, k] a[r, k]
+    sᵢ[m, r] = alphaᵢ · Σₖ keepᵢ[m, k] x[m, k] aᵢ[r, k]
 
     x      [M, K]          any strides   bf16, fp16 or fp32
-    a      [R, K]          any strides   dtype of x
-    s      [M, R]          rows padded to 16 bytes, dtype of x: rounded once, after alpha
-    keep   [M, ceil(K/8)]  bit-packed, written when there is dropout: the rule is in `lora_kernels.dropout`
-    alpha  float           multiplies the fp32 accumulator; a run-time number
+    aᵢ     [Rᵢ, K]         any strides   dtype of x
+    sᵢ     [M, Rᵢ]         columns of one buffer, each on 16 bytes, dtype of x: rounded once, after alpha
+    keepᵢ  [M, ceil(K/8)]  bit-packed, written where there is dropout: the rule is in `lora_kernels.dropout`
+    alphaᵢ float           multiplies the fp32 accumulator; a run-time number
 
 One kernel, two call sites. Only the roles differ; strides carry the transpose.
 
@@ -14,17 +14,20 @@ One kernel, two call sites. Only the roles differ; strides carry the transpose.
     forward    x  [M, in]      lora_A   [r, in]   scaling · keep_scale     s  = scaling · D(x) Aᵀ
     backward   dy [M, out]     lora_Bᵀ  [r, out]  scaling · keep_scale     ds, which dx and dA mask again
 
-Where rows are few, K is split among programs to fill the GPU: each leaves its part in fp32, and the last one to
-finish adds the parts in a fixed order. The same inputs give the same bits.
+Several adapters of one x (Q, K and V; gate and up) share its tile: one read of x, a mask and a dot for each. Where
+rows are few, K is split among programs to fill the GPU: each leaves its part in fp32, and the last one to finish adds
+the parts in a fixed order. The same inputs give the same bits.
 
-Cost: reads x once (for R <= 64; once per 64 of R otherwise), so it is bound by bandwidth: M·K·itemsize bytes,
-+ M·K/8 for the mask, + 8·M·R a split, written and read back; 2·M·K·R FLOPs.
+Cost: reads x once (for Rᵢ <= 64; once per 64 of the largest otherwise), so it is bound by bandwidth: M·K·itemsize
+bytes, + M·K/8 a mask, + 8·M·ΣRᵢ a split, written and read back; 2·M·K·ΣRᵢ FLOPs. Drawing a mask costs as much as
+reading x, each.
 
 Sources: Hu et al. 2021, arXiv:2106.09685, eq. 3. The name is Punica's (Chen et al. 2023, arXiv:2310.18547); packing
 the mask while it is drawn follows TransformerEngine's dropout. No code was taken from either.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -35,36 +38,48 @@ from lora_kernels.dropout import draw_seed, threshold
 from lora_kernels.kernels import _launch
 from lora_kernels.kernels._configs import ShrinkConfig, shrink_config
 from lora_kernels.kernels._device import keep_bits, last_to_arrive, unpack_bits
-from lora_kernels.kernels._launch import Facts, Launch, arrivals, facts, on_device, precision, thin_rows
+from lora_kernels.kernels._launch import Facts, Launch, arrivals, facts, on_device, precision, thin_columns, thin_rows
 
-__all__ = ["draw_noise", "outputs", "shrink"]
+__all__ = ["Row", "draw_noise", "outputs", "shrink", "shrink_all"]
+
+Row = tuple[Tensor, float, float]  # a [R, K], alpha, dropout_p
 
 
 @triton.jit
 def _shrink_kernel(
-    x_ptr, a_ptr, s_ptr, parts_ptr, arrivals_ptr, keep_ptr, seed_ptr,
-    alpha, threshold,
-    M, K, R, k_per_split,
-    stride_xm, stride_xk, stride_ar, stride_ak, stride_sm,
-    HAS_DROPOUT: tl.constexpr, IS_SPLIT: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    x_ptr, a_ptrs, s_ptrs, parts_ptr, arrivals_ptr, keep_ptrs, seed_ptr,
+    alphas,
+    thresholds, M, K, Rs, k_per_split,
+    stride_xm, stride_xk, strides_ar, strides_ak, stride_sm,
+    ROWS: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_SPLIT: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Each program owns BLOCK_M rows by BLOCK_R columns of one split's part of s, and walks the split's K once."""
+    """Each program owns BLOCK_M rows by BLOCK_R columns of one split's part of each s, and walks the split's K once."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # what follows may come up while this runs; it waits before it reads s
     pid, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    num_r = tl.cdiv(R, BLOCK_R)
+    widest, ranks = Rs[0], Rs[0]
+    for i in tl.static_range(1, ROWS):
+        widest = tl.maximum(widest, Rs[i])
+        ranks += Rs[i]
+    num_r = tl.cdiv(widest, BLOCK_R)
     pid_r = pid % num_r
     # 64-bit before any stride: tensors may span more than 2^31 elements
     offs_m = (pid // num_r).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = pid_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_m, mask_r = offs_m < M, offs_r < R
+    mask_m = offs_m < M
     if HAS_DROPOUT:
-        seed = tl.load(seed_ptr)
         row_bytes = tl.cdiv(K, 8)
         written_bytes = tl.where(pid_r == 0, row_bytes, 0)  # by one program a row block
 
-    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    accs, seeds, drawn = (), (), 0
+    for i in tl.static_range(ROWS):
+        accs = accs + (tl.zeros((BLOCK_M, BLOCK_R), tl.float32),)
+        if keep_ptrs[i] is not None:
+            seeds = seeds + (tl.load(seed_ptr + drawn),)
+            drawn += 1
+        else:
+            seeds = seeds + (0,)
     steps = tl.maximum(k_per_split // BLOCK_K, 1)  # a whole number by construction
     for step in range(steps):
         k = tl.cast(split, tl.int64) * steps + step
@@ -74,47 +89,58 @@ def _shrink_kernel(
             x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk,
             mask=mask_m[:, None] & mask_k[None, :], other=0.0,
         )  # fmt: skip
-        a = tl.load(
-            a_ptr + offs_k[:, None] * stride_ak + offs_r[None, :] * stride_ar,
-            mask=mask_k[:, None] & mask_r[None, :], other=0.0,
-        )  # fmt: skip
-        if HAS_DROPOUT:
-            offs_byte = k * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
-            counter = offs_m[:, None] * row_bytes + offs_byte[None, :]
-            bits = keep_bits(seed, counter, threshold)
-            inside = mask_m[:, None] & (offs_byte < written_bytes)[None, :]
-            tl.store(keep_ptr + counter, bits.to(tl.uint8), mask=inside)
-            x = tl.where(unpack_bits(bits), x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))
-        acc = tl.dot(x, a, acc, input_precision=PRECISION)
+        sums = ()
+        for i in tl.static_range(ROWS):
+            a = tl.load(
+                a_ptrs[i] + offs_k[:, None] * strides_ak[i] + offs_r[None, :] * strides_ar[i],
+                mask=mask_k[:, None] & (offs_r < Rs[i])[None, :], other=0.0,
+            )  # fmt: skip
+            kept = x
+            if keep_ptrs[i] is not None:
+                offs_byte = k * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+                counter = offs_m[:, None] * row_bytes + offs_byte[None, :]
+                bits = keep_bits(seeds[i], counter, thresholds[i])
+                inside = mask_m[:, None] & (offs_byte < written_bytes)[None, :]
+                tl.store(keep_ptrs[i] + counter, bits.to(tl.uint8), mask=inside)
+                kept = tl.where(unpack_bits(bits), x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))
+            sums = sums + (tl.dot(kept, a, accs[i], input_precision=PRECISION),)
+        accs = sums
 
-    mask = mask_m[:, None] & mask_r[None, :]
+    part_size = tl.cast(M, tl.int64) * ranks
     if IS_SPLIT:
-        part_ptrs = parts_ptr + offs_m[:, None] * R + offs_r[None, :]
-        part_size = tl.cast(M, tl.int64) * R
-        tl.store(part_ptrs + split * part_size, acc, mask=mask)
+        before = 0
+        for i in tl.static_range(ROWS):
+            part_ptrs = parts_ptr + tl.cast(M, tl.int64) * before + offs_m[:, None] * Rs[i] + offs_r[None, :]
+            tl.store(part_ptrs + split * part_size, accs[i], mask=mask_m[:, None] & (offs_r < Rs[i])[None, :])
+            before += Rs[i]
         last = last_to_arrive(arrivals_ptr + pid, splits)
-        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for i in range(0, tl.where(last, splits, 0), 4):
-            for j in tl.static_range(4):  # four loads on their way at a time
-                k = tl.cast(i, tl.int64) + j
-                there = (offs_m * 0 + k < splits)[:, None]  # a block: the interpreter takes no scalar in a mask
-                part = tl.load(part_ptrs + k * part_size, mask=mask & there, other=0.0, cache_modifier=".cg")
-                acc += part
-        mask = (offs_m < tl.where(last, M, 0))[:, None] & mask_r[None, :]  # the others have nothing more to store
-    s = (acc * tl.cast(alpha, tl.float32)).to(s_ptr.dtype.element_ty)
-    tl.store(s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :], s, mask=mask)
+        mask_m = offs_m < tl.where(last, M, 0)  # the others have nothing more to store
+    before = 0
+    for i in tl.static_range(ROWS):
+        acc = accs[i]
+        mask = mask_m[:, None] & (offs_r < Rs[i])[None, :]
+        if IS_SPLIT:
+            part_ptrs = parts_ptr + tl.cast(M, tl.int64) * before + offs_m[:, None] * Rs[i] + offs_r[None, :]
+            acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for j in range(0, tl.where(last, splits, 0), 4):
+                for ahead in tl.static_range(4):  # four loads on their way at a time
+                    k = tl.cast(j, tl.int64) + ahead
+                    there = (offs_m * 0 + k < splits)[:, None]  # a block: the interpreter takes no scalar in a mask
+                    part = tl.load(part_ptrs + k * part_size, mask=mask & there, other=0.0, cache_modifier=".cg")
+                    acc += part
+            before += Rs[i]
+        s = (acc * tl.cast(alphas[i], tl.float32)).to(s_ptrs[i].dtype.element_ty)
+        tl.store(s_ptrs[i] + offs_m[:, None] * stride_sm + offs_r[None, :], s, mask=mask)
 
 
-def draw_noise(x: Tensor) -> Tensor:
-    """Draw what decides a mask for x: a seed, int64, one element."""
-    return draw_seed(x.device)
+def draw_noise(x: Tensor, count: int = 1) -> Tensor:
+    """Draw what decides `count` masks for x: as many seeds, int64."""
+    return draw_seed(x.device, count)
 
 
 def outputs(x: Tensor, rank: int, dropout_p: float) -> tuple[Tensor, Tensor | None]:
     """Allocate what `shrink` returns: s `[M, R]`, and with dropout the packed mask `[M, ceil(K/8)]`."""
-    rows, inner = x.shape
-    keep = torch.empty(rows, -(-inner // 8), dtype=torch.uint8, device=x.device) if dropout_p > 0 else None
-    return thin_rows(x, rank), keep
+    return thin_rows(x, rank), _mask(x) if dropout_p > 0 else None
 
 
 def shrink(
@@ -125,36 +151,70 @@ def shrink(
 
     With `noise`, a seed from an earlier `draw_noise(x)`, nothing is drawn: a pure function.
     """
-    blocks, splits, launch = _settle(
-        facts(x), facts(a), x.device, dropout_p > 0, threshold(dropout_p), precision(x), config, _launch.imagined
+    s, keeps = _launch_all(x, (a,), (alpha,), (dropout_p,), config, noise)
+    return s[0], keeps[0]
+
+
+def shrink_all(
+    x: Tensor, rows: Sequence[Row], config: ShrinkConfig | None = None, noise: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Compute `shrink` for several adapters of one x, in one read of it.
+
+    Args:
+        x: `[M, K]`.
+        rows: For each adapter a `[Rᵢ, K]`, alpha and the probability of dropping an element of x.
+        config: Tile to use in place of the rule's.
+        noise: Seeds from an earlier `draw_noise(x, count)`, one for each row with dropout; drawn here without it.
+
+    Returns:
+        Each s `[M, Rᵢ]`, side by side in one buffer, and each packed mask `[M, ceil(K/8)]`, None without dropout.
+    """
+    return _launch_all(x, *zip(*rows, strict=True), config, noise)
+
+
+def _launch_all(
+    x: Tensor, operands: tuple[Tensor, ...], alphas: tuple[float, ...], ps: tuple[float, ...],
+    config: ShrinkConfig | None, noise: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
+    launch, ranks, masks, size, blocks = _settle(
+        facts(x), tuple([facts(a) for a in operands]), x.device, ps, precision(x), config, _launch.imagined
     )
-    rows, rank = x.shape[0], a.shape[0]
-    s, keep = outputs(x, rank, dropout_p)
-    seed = draw_noise(x) if keep is not None and noise is None else noise
-    parts = x.new_empty(splits, rows, rank, dtype=torch.float32) if splits > 1 else None
+    s, keeps = thin_columns(x, ranks), [_mask(x) if p > 0 else None for p in ps]
+    if noise is None and masks:
+        noise = draw_noise(x, masks)
+    parts, counters = (x.new_empty(size, dtype=torch.float32), arrivals(x.device, blocks)) if size else (None, None)
     with on_device(x):
-        launch(x, a, s, parts, arrivals(x.device, blocks) if splits > 1 else None, keep, seed, alpha)
-    return s, keep
+        launch(x, operands, tuple(s), parts, counters, tuple(keeps), noise, alphas)
+    return s, keeps
+
+
+def _mask(x: Tensor) -> Tensor:
+    return torch.empty(x.shape[0], -(-x.shape[1] // 8), dtype=torch.uint8, device=x.device)
 
 
 @functools.lru_cache(maxsize=4096)
 def _settle(
-    x: Facts, a: Facts, device: torch.device, dropout: bool, least: int, precision: str, config: ShrinkConfig | None,
-    imagined: object,
-) -> tuple[int, int, Launch]:  # fmt: skip
-    """The blocks of s, the splits of K, and the launch."""
-    (rows, inner), rank = x.shape, a.shape[0]
-    shared = _launch.shared_per_sm(device)
-    config = config or shrink_config(rows, inner, rank, x.dtype, dropout, 1 not in x.strides, shared)
-    blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(rank, config.block_r)
+    x: Facts, operands: tuple[Facts, ...], device: torch.device, ps: tuple[float, ...], precision: str,
+    config: ShrinkConfig | None, imagined: object,
+) -> tuple[Launch, tuple[int, ...], int, int, int]:  # fmt: skip
+    """The launch, the ranks, how many masks, the size of the parts of split sums, and the blocks of s."""
+    (rows, inner), ranks, masks = x.shape, tuple(a.shape[0] for a in operands), sum(p > 0 for p in ps)
+    config = config or shrink_config(
+        rows, inner, max(ranks), x.dtype, masks > 0, 1 not in x.strides, _launch.shared_per_sm(device), len(ranks)
+    )
+    blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(max(ranks), config.block_r)
     splits = triton.cdiv(inner, config.k_per_split)
-    stride_sm = _launch.thin_pitch(rank, x.dtype)
-    return blocks, splits, Launch(
+    stride_sm = sum(_launch.thin_pitch(rank, x.dtype) for rank in ranks)
+    launch = Launch(
         _shrink_kernel, (blocks, splits),
-        (least, rows, inner, rank, config.k_per_split, *x.strides, *a.strides, stride_sm),
+        (
+            tuple(map(threshold, ps)), rows, inner, ranks, config.k_per_split, *x.strides,
+            *zip(*(a.strides for a in operands), strict=True), stride_sm,
+        ),
         dict(
-            HAS_DROPOUT=dropout, IS_SPLIT=splits > 1, PDL=_launch.dependent_launch(device), PRECISION=precision,
-            BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
+            ROWS=len(ranks), HAS_DROPOUT=masks > 0, IS_SPLIT=splits > 1, PDL=_launch.dependent_launch(device),
+            PRECISION=precision, BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
         ),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(False)),
     )  # fmt: skip
+    return launch, ranks, masks, splits * rows * sum(ranks) if splits > 1 else 0, blocks

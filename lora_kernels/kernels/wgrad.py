@@ -1,6 +1,6 @@
 """Wgrad: contract two tall operands over their rows, deterministically; on the way, shrink the wide one.
 
-    g[c, d] = Σₘ left[m, c] · keep[m, d] right[m, d]
+    g[c, d] = Σₘ left[m, c] · keep[m, d] right[m, d]       for one left operand of right, or several
     ds[m, t] = alpha · Σ_w wide[m, w] b[w, t]              where asked for, from the same read of the wide operand
 
     left   [M, C]          any strides   bf16, fp16 or fp32
@@ -14,6 +14,7 @@
     gradient   left         right          g                 shrinks
     dA         ds [M, r]    x [M, in]      [r, in]           -                        keep: the mask of the forward pass
     dB         dy [M, out]  s [M, r]       [out, r]          ds = alpha · dy B [M, r]
+    dAᵢ        dsᵢ [M, rᵢ]  x [M, in]      [rᵢ, in] each     -                        keepᵢ: one read of x for all
 
 Either side may be the wide one. The wide side goes into the rows of the dot, where tiles of 64 and more use the
 fast tensor-core instructions; the output's strides put the result the right way round.
@@ -25,7 +26,7 @@ same inputs give the same bits, and no second launch is needed.
 On sm_90 and later the launch is a programmatic dependent one. Where the launch before it is the dx that needed the
 same ds, its programs read x while the last tiles of dx still run on the other multiprocessors.
 
-Cost: reads the wide operand once (thin side <= 64), M·W·itemsize bytes, + 8·W·T bytes a split and, with ds, + 8·M·T
+Cost: reads the wide operand once (thin sides <= 64), M·W·itemsize bytes, + 8·W·T bytes a split and, with ds, + 8·M·T
 bytes a block of wide columns, written and read back, most of it from L2; 2·M·W·T FLOPs for g and as many for ds.
 
 Sources: Hu et al. 2021, arXiv:2106.09685. Both gradients from one read of dy: Zhu et al., LoRAFusion,
@@ -34,6 +35,7 @@ No code was taken.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -45,61 +47,73 @@ from lora_kernels.kernels._configs import WgradConfig, wgrad_config
 from lora_kernels.kernels._device import last_to_arrive, unpack_bits
 from lora_kernels.kernels._launch import Facts, Launch, arrivals, facts, on_device, precision
 
-__all__ = ["Shrink", "wgrad"]
+__all__ = ["Row", "Shrink", "wgrad", "wgrad_all"]
 
 Shrink = tuple[Tensor, Tensor, float]  # b [C, D], ds [M, D], alpha
+Row = tuple[Tensor, torch.dtype, Tensor | None]  # left [M, C], the dtype of g, keep
 
 
 @triton.jit
 def _wgrad_kernel(
-    wide_ptr, thin_ptr, keep_ptr, b_ptr, g_ptr, g_parts_ptr, ds_ptr, ds_parts_ptr, arrivals_ptr,
+    wide_ptr, thin_ptrs, keep_ptrs, b_ptr, g_ptrs, g_parts_ptr, ds_ptr, ds_parts_ptr, arrivals_ptr,
     alpha,
-    M, W, T, rows_per_split,
-    stride_wm, stride_ww, stride_tm, stride_tt, stride_bw, stride_bt, stride_gw, stride_gt, stride_dsm,
-    HAS_KEEP: tl.constexpr, HAS_SHRINK: tl.constexpr, IS_SPLIT: tl.constexpr, ACCUMULATE: tl.constexpr,
-    PDL: tl.constexpr, READY: tl.constexpr, PRECISION: tl.constexpr,
+    M, W, Ts, rows_per_split,
+    stride_wm, stride_ww, strides_tm, strides_tt, stride_bw, stride_bt, strides_gw, strides_gt, stride_dsm,
+    ROWS: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_SHRINK: tl.constexpr, IS_SPLIT: tl.constexpr,
+    ACCUMULATE: tl.constexpr, PDL: tl.constexpr, READY: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Each program owns BLOCK_W by BLOCK_T elements of one split's part of g, and walks the rows of the split."""
+    """Each program owns BLOCK_W by BLOCK_T elements of one split's part of every g, and walks the rows of the split."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     pid, tiles = tl.program_id(0), tl.num_programs(0)
     split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    num_t = tl.cdiv(T, BLOCK_T)
+    widest, thinness = Ts[0], Ts[0]
+    for i in tl.static_range(1, ROWS):
+        widest = tl.maximum(widest, Ts[i])
+        thinness += Ts[i]
+    num_t = tl.cdiv(widest, BLOCK_T)
     block = (pid // num_t).to(tl.int64)
     offs_w = block * BLOCK_W + tl.arange(0, BLOCK_W)
     offs_t = (pid % num_t).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask_w, mask_t = offs_w < W, offs_t < T
+    mask_w = offs_w < W
     if HAS_KEEP:
         row_bytes = tl.cdiv(W, 8)
         offs_byte = block * (BLOCK_W // 8) + tl.arange(0, BLOCK_W // 8)
         mask_byte = offs_byte < row_bytes
-    if HAS_SHRINK:
+    if HAS_SHRINK:  # of one row alone
+        T, mask_t = Ts[0], offs_t < Ts[0]
         b = tl.load(
             b_ptr + offs_w[:, None] * stride_bw + offs_t[None, :] * stride_bt,
             mask=mask_w[:, None] & mask_t[None, :], other=0.0,
         )  # fmt: skip
 
-    acc = tl.zeros((BLOCK_W, BLOCK_T), tl.float32)
+    accs = ()
+    for _ in tl.static_range(ROWS):
+        accs = accs + (tl.zeros((BLOCK_W, BLOCK_T), tl.float32),)
     steps = tl.maximum(rows_per_split // BLOCK_M, 1)  # a whole number of blocks by construction
-    for i in range(steps):
-        offs_m = split * rows_per_split + tl.cast(i, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    for step in range(steps):
+        offs_m = split * rows_per_split + tl.cast(step, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         wide = tl.load(
             wide_ptr + offs_m[:, None] * stride_wm + offs_w[None, :] * stride_ww,
             mask=mask_m[:, None] & mask_w[None, :], other=0.0,
         )  # fmt: skip
-        thin = tl.load(
-            thin_ptr + offs_m[:, None] * stride_tm + offs_t[None, :] * stride_tt,
-            mask=mask_m[:, None] & mask_t[None, :], other=0.0,
-        )  # fmt: skip
-        if HAS_KEEP:
-            packed = tl.load(
-                keep_ptr + offs_m[:, None] * row_bytes + offs_byte[None, :],
-                mask=mask_m[:, None] & mask_byte[None, :], other=0,
-            ).to(tl.int32)  # fmt: skip
-            wide = tl.where(unpack_bits(packed), wide, tl.zeros((BLOCK_M, BLOCK_W), wide.dtype))
-        acc = tl.dot(tl.trans(wide), thin, acc, input_precision=PRECISION)
+        sums = ()
+        for i in tl.static_range(ROWS):
+            thin = tl.load(
+                thin_ptrs[i] + offs_m[:, None] * strides_tm[i] + offs_t[None, :] * strides_tt[i],
+                mask=mask_m[:, None] & (offs_t < Ts[i])[None, :], other=0.0,
+            )  # fmt: skip
+            kept = wide
+            if keep_ptrs[i] is not None:
+                packed = tl.load(
+                    keep_ptrs[i] + offs_m[:, None] * row_bytes + offs_byte[None, :],
+                    mask=mask_m[:, None] & mask_byte[None, :], other=0,
+                ).to(tl.int32)  # fmt: skip
+                kept = tl.where(unpack_bits(packed), wide, tl.zeros((BLOCK_M, BLOCK_W), wide.dtype))
+            sums = sums + (tl.dot(tl.trans(kept), thin, accs[i], input_precision=PRECISION),)
+        accs = sums
         if HAS_SHRINK:
             part = tl.dot(wide, b, input_precision=PRECISION)
             ds_part_ptrs = ds_parts_ptr + (block * M + offs_m)[:, None] * T + offs_t[None, :]
@@ -107,25 +121,36 @@ def _wgrad_kernel(
 
     if READY:
         tl.extra.cuda.gdc_wait()  # nothing read so far is of the launch before; what is written now it may still read
-    mask_g = mask_w[:, None] & mask_t[None, :]
+    part_size = tl.cast(W, tl.int64) * thinness
+    AT_ONCE: tl.constexpr = 4 if BLOCK_W * BLOCK_T <= 4096 else 1  # parts on their way at a time
     if IS_SPLIT:
-        g_part_ptrs = g_parts_ptr + offs_w[:, None] * T + offs_t[None, :]
-        part_size = tl.cast(W, tl.int64) * T
-        tl.store(g_part_ptrs + split * part_size, acc, mask=mask_g)
+        before = 0
+        for i in tl.static_range(ROWS):
+            g_part_ptrs = g_parts_ptr + tl.cast(W, tl.int64) * before + offs_w[:, None] * Ts[i] + offs_t[None, :]
+            mask_g = mask_w[:, None] & (offs_t < Ts[i])[None, :]
+            tl.store(g_part_ptrs + split * part_size, accs[i], mask=mask_g)
+            before += Ts[i]
         last = last_to_arrive(arrivals_ptr + pid, splits)
-        acc = tl.zeros((BLOCK_W, BLOCK_T), tl.float32)
-        G_AT_ONCE: tl.constexpr = 4 if BLOCK_W * BLOCK_T <= 4096 else 1  # loads on their way at a time
-        for i in range(0, tl.where(last, splits, 0), G_AT_ONCE):
-            for j in tl.static_range(G_AT_ONCE):
-                k = tl.cast(i, tl.int64) + j
-                there = (offs_w * 0 + k < splits)[:, None]  # a block: the interpreter takes no scalar in a mask
-                g_part = tl.load(g_part_ptrs + k * part_size, mask=mask_g & there, other=0.0, cache_modifier=".cg")
-                acc += g_part
-        mask_g = (offs_w < tl.where(last, W, 0))[:, None] & mask_t[None, :]  # the others have nothing more to store
-    g_ptrs = g_ptr + offs_w[:, None] * stride_gw + offs_t[None, :] * stride_gt
-    if ACCUMULATE:
-        acc += tl.load(g_ptrs, mask=mask_g, other=0.0).to(tl.float32)
-    tl.store(g_ptrs, acc.to(g_ptr.dtype.element_ty), mask=mask_g)
+    before = 0
+    for i in tl.static_range(ROWS):
+        acc = accs[i]
+        mask_g = mask_w[:, None] & (offs_t < Ts[i])[None, :]
+        if IS_SPLIT:
+            g_part_ptrs = g_parts_ptr + tl.cast(W, tl.int64) * before + offs_w[:, None] * Ts[i] + offs_t[None, :]
+            acc = tl.zeros((BLOCK_W, BLOCK_T), tl.float32)
+            for j in range(0, tl.where(last, splits, 0), AT_ONCE):
+                for ahead in tl.static_range(AT_ONCE):
+                    k = tl.cast(j, tl.int64) + ahead
+                    there = (offs_w * 0 + k < splits)[:, None]  # a block: the interpreter takes no scalar in a mask
+                    g_part = tl.load(g_part_ptrs + k * part_size, mask=mask_g & there, other=0.0, cache_modifier=".cg")
+                    acc += g_part
+            before += Ts[i]
+            # the others have nothing more to store
+            mask_g = (offs_w < tl.where(last, W, 0))[:, None] & (offs_t < Ts[i])[None, :]
+        g_block = g_ptrs[i] + offs_w[:, None] * strides_gw[i] + offs_t[None, :] * strides_gt[i]
+        if ACCUMULATE:
+            acc += tl.load(g_block, mask=mask_g, other=0.0).to(tl.float32)
+        tl.store(g_block, acc.to(g_ptrs[i].dtype.element_ty), mask=mask_g)
 
     if HAS_SHRINK:
         last = last_to_arrive(arrivals_ptr + tiles + split, tiles)
@@ -167,44 +192,74 @@ def wgrad(
     # a mask belongs to `right` and a shrink to `left`, so with one that side is the wide one whatever its width
     right_is_wide = keep is not None or (shrink is None and right.shape[1] >= left.shape[1])
     wide, thin = (right, left) if right_is_wide else (left, right)
-    b, ds, alpha = shrink or (None, None, 1.0)
-    tiles, splits, ds_blocks, launch = _settle(
-        facts(wide), facts(thin), facts(g), facts(b), facts(ds), right_is_wide, wide.device, keep is not None,
-        into is not None, ready, precision(wide), config, _launch.imagined,
-    )  # fmt: skip
-    (rows, width), thickness = wide.shape, thin.shape[1]
-    g_parts = wide.new_empty(splits, width, thickness, dtype=torch.float32) if splits > 1 else None
-    ds_parts = wide.new_empty(ds_blocks, rows, thickness, dtype=torch.float32) if shrink else None
-    counters = arrivals(wide.device, tiles + splits) if splits > 1 or shrink else None
-    with on_device(wide):
-        launch(wide, thin, keep, b, g, g_parts, ds, ds_parts, counters, alpha)
+    _launch_all(wide, (thin,), (g,), (keep,), right_is_wide, into is not None, ready, shrink, config)
     return g if into is None else None
+
+
+def wgrad_all(
+    rows: Sequence[Row], right: Tensor, ready: bool = False, config: WgradConfig | None = None
+) -> list[Tensor]:
+    """Compute gᵢ = leftᵢᵀ (right · keepᵢ), `[Cᵢ, D]`, for several left operands, in one read of `right`.
+
+    Args:
+        rows: For each its left `[M, Cᵢ]`, the dtype of g, and the packed mask `[M, ceil(D/8)]` of `right` or None.
+        right: `[M, D]`, the wide operand.
+        ready: As in `wgrad`.
+        config: Tile to use in place of the rule's.
+    """
+    lefts, dtypes, keeps = zip(*rows, strict=True)
+    gs = [right.new_empty(t.shape[1], right.shape[1], dtype=dtype) for t, dtype in zip(lefts, dtypes, strict=True)]
+    _launch_all(right, lefts, tuple(gs), keeps, True, False, ready, None, config)
+    return gs
+
+
+def _launch_all(
+    wide: Tensor, thins: tuple[Tensor, ...], gs: tuple[Tensor, ...], keeps: tuple[Tensor | None, ...],
+    right_is_wide: bool, accumulate: bool, ready: bool, shrink: Shrink | None, config: WgradConfig | None,
+) -> None:  # fmt: skip
+    b, ds, alpha = shrink or (None, None, 1.0)
+    launch, g_size, ds_size, counted = _settle(
+        facts(wide), tuple([facts(t) for t in thins]), tuple([facts(g) for g in gs]), facts(b), facts(ds),
+        right_is_wide, wide.device, tuple([keep is not None for keep in keeps]), accumulate, ready, precision(wide),
+        config, _launch.imagined,
+    )  # fmt: skip
+    g_parts = wide.new_empty(g_size, dtype=torch.float32) if g_size else None
+    ds_parts = wide.new_empty(ds_size, dtype=torch.float32) if ds_size else None
+    counters = arrivals(wide.device, counted) if counted else None
+    with on_device(wide):
+        launch(wide, thins, keeps, b, gs, g_parts, ds, ds_parts, counters, alpha)
 
 
 @functools.lru_cache(maxsize=4096)
 def _settle(
-    wide: Facts, thin: Facts, g: Facts, b: Facts | None, ds: Facts | None, right_is_wide: bool, device: torch.device,
-    masked: bool, accumulate: bool, ready: bool, precision: str, config: WgradConfig | None, imagined: object,
-) -> tuple[int, int, int, Launch]:  # fmt: skip
-    """The tiles of g, the splits of the rows, the parts of ds, and the launch."""
-    (rows, width), thickness = wide.shape, thin.shape[1]
+    wide: Facts, thins: tuple[Facts, ...], gs: tuple[Facts, ...], b: Facts | None, ds: Facts | None,
+    right_is_wide: bool, device: torch.device, masked: tuple[bool, ...], accumulate: bool, ready: bool,
+    precision: str, config: WgradConfig | None, imagined: object,
+) -> tuple[Launch, int, int, int]:  # fmt: skip
+    """The launch, the sizes of the parts of g and of ds, and the counters."""
+    (rows, width), widths, has_keep = wide.shape, tuple(thin.shape[1] for thin in thins), any(masked)
     shared = _launch.shared_per_sm(device)
-    config = config or wgrad_config(rows, width, thickness, wide.dtype, b is not None, shared)
+    config = config or wgrad_config(
+        rows, width, max(widths), wide.dtype, b is not None, shared, len(widths), has_keep
+    )  # fmt: skip
+    strides_g = [g.t().strides if right_is_wide else g.strides for g in gs]
     splits = triton.cdiv(rows, config.rows_per_split)
     blocks = triton.cdiv(width, config.block_c)
-    tiles = blocks * triton.cdiv(thickness, config.block_r)
+    tiles = blocks * triton.cdiv(max(widths), config.block_r)
     dependent = _launch.dependent_launch(device)
     ready = ready and dependent
-    return tiles, splits, blocks, Launch(
+    launch = Launch(
         _wgrad_kernel, (tiles, splits),
         (
-            rows, width, thickness, config.rows_per_split, *wide.strides, *thin.strides, *(b.strides if b else (0, 0)),
-            *(g.t().strides if right_is_wide else g.strides), ds.strides[0] if ds else 0,
+            rows, width, widths, config.rows_per_split, *wide.strides, *zip(*(t.strides for t in thins), strict=True),
+            *(b.strides if b else (0, 0)), *zip(*strides_g, strict=True), ds.strides[0] if ds else 0,
         ),
         dict(
-            HAS_KEEP=masked, HAS_SHRINK=b is not None, IS_SPLIT=splits > 1, ACCUMULATE=accumulate,
+            ROWS=len(thins), HAS_KEEP=has_keep, HAS_SHRINK=b is not None, IS_SPLIT=splits > 1, ACCUMULATE=accumulate,
             PDL=b is not None and dependent, READY=ready, PRECISION=precision,
             BLOCK_M=config.block_m, BLOCK_W=config.block_c, BLOCK_T=config.block_r,
         ),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(ready)),
     )  # fmt: skip
+    g_size, ds_size = splits * width * sum(widths) if splits > 1 else 0, blocks * rows * widths[0] if b else 0
+    return launch, g_size, ds_size, tiles + splits if g_size or ds_size else 0

@@ -13,7 +13,9 @@ from triton.backends.nvidia import driver as nvidia
 
 from lora_kernels import plan
 from lora_kernels.autograd import LoRALinearFunction
+from lora_kernels.cli._compiled import Case, describe
 from lora_kernels.kernels._imagined import GPUS, Descriptor, imagine
+from lora_kernels.projections import LoRAProjectionsFunction
 
 launched = []
 
@@ -88,11 +90,33 @@ def layer(m, k, n, r, dtype, p=0.0, bias=False, strided=False, adapters=None):
     y.backward(torch.zeros_like(y))
 
 
+def block(m, k, widths, ranks, dtype, p=0.0, bias=False, adapters=None):
+    """Several projections of one x; rank 0 is no adapter."""
+
+    def make(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype).requires_grad_()
+
+    tensors = [
+        (make(n, k).detach(), make(r, k, dtype=adapters or dtype) if r else None,
+         make(n, r, dtype=adapters or dtype) if r else None, make(n).detach() if bias and i else None)
+        for i, (n, r) in enumerate(zip(widths, ranks, strict=True))
+    ]  # fmt: skip
+    numbers = tuple((2.0, each) for each in (p if isinstance(p, tuple) else (p,) * len(widths)))
+    ys = LoRAProjectionsFunction.apply(make(m, k), "triton", numbers, *(t for four in tensors for t in four))
+    torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+
+
 def main():
     plan.interpreting = lambda: True  # lets CPU tensors through to the launchers
-    with imagine(GPUS["sm_90"], Launcher):
+    with imagine(GPUS["sm_90"], Launcher) as compiled:
         layers()
+        before = len(compiled)
+        blocks()
+        kernels = [describe(launch, Case(8192, 4096, 4096, 16), "sm_90") for launch in compiled[before:]]
         replays()
+    assert {kernel.constants.get("ROWS") for kernel in kernels} == {1, 3, None}
+    for kernel in kernels:  # held to the rules of `lora-kernels inspect`, which launches no blocks
+        assert not kernel.broken, (str(kernel), kernel.broken)
     nothing_between()
     print("dry launch:", len(launched), "launches of", *sorted(set(launched)))
 
@@ -140,9 +164,19 @@ def layers():
     layer(33, 41, 47, 3, bf16, bias=True)  # no descriptors
     layer(33, 40, 48, 3, fp16, p=0.1, strided=True)
     layer(1, 1, 1, 1, bf16, p=0.5)
+    block(33, 40, (48, 41), (3, 0), fp16, p=0.1)
+    for ps in ((0.1, 0.0), (0.0, 0.1)):  # not the same kernels
+        block(33, 40, (48, 48), (8, 8), fp16, ps)
     with plan.forced("beta1"):  # the thin products alone
         layer(512, 256, 384, 16, bf16, bias=True)
         layer(512, 256, 384, 16, bf16, p=0.1)
+
+
+def blocks():
+    """Queries, keys and values of Llama-8B, with biases as Qwen's have them, and with dropout."""
+    sizes = 8192, 4096, (4096, 1024, 1024), (16, 16, 16), torch.bfloat16
+    block(*sizes, bias=True)
+    block(*sizes, p=0.1, adapters=torch.float32)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401  (interpreter, sanitizer)
 import torch
 
-from lora_kernels import dropout, lora_linear
-from lora_kernels.kernels import hybrid, matmul_expand, shrink, wgrad
+from lora_kernels import dropout, lora_linear, lora_projections, reference
+from lora_kernels.kernels import hybrid, matmul_expand, shrink, shrink_all, wgrad, wgrad_all
 from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
 from oracles import exact, philox
 from oracles.memory import virtual
@@ -37,6 +37,43 @@ def layer(rows, k, n, r, p, dtype):
         gradients = torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True)
         for name, value in {"y": y, **dict(zip(leaves, gradients, strict=True))}.items():
             assert torch.equal(value.detach().double(), truth[name].double()), f"{name} of {rows, k, n, r, p, dtype}"
+
+
+def block():
+    """Several projections of one x, exactly: masks, scalings and biases of their own, splits of K and of rows."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randint(-1, 2, shape, generator=generator).float()
+
+    rows, k, widths, ranks, ps = 20, 24, (40, 40, 20), (4, 4, 4), (0.5, 0.75, 0.0)
+    scalings, biases = (2.0, 2.0, 1.0), [draw(40), None, draw(20)]
+    x, weights, dys = draw(rows, k), [draw(n, k) for n in widths], [draw(rows, n) for n in widths]
+    adapters = [(draw(r, k), draw(n, r)) for n, r in zip(widths, ranks, strict=True)]
+    leaves = [x, *(t for pair in adapters for t in pair)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    torch.manual_seed(7)
+    seeds = [*dropout.draw_seed("cpu", 2).tolist(), None]
+    torch.manual_seed(7)
+    ys = lora_projections(x, weights, adapters, biases=biases, scaling=scalings, dropout_p=ps, backend="triton")
+    ours = torch.autograd.grad(ys, leaves, dys)
+    masks = [None if seed is None else philox.keep_mask(seed, rows, k, p) for seed, p in zip(seeds, ps, strict=True)]
+    exact_ys = [
+        reference.forward(x.double(), w.double(), a.double(), b.double(), bias, scaling, keep, p)
+        for w, (a, b), bias, scaling, keep, p in zip(weights, adapters, biases, scalings, masks, ps, strict=True)
+    ]
+    expected = torch.autograd.grad(exact_ys, leaves, [dy.double() for dy in dys])
+    for name, value, truth in zip(("q", "k", "v", "dx"), (*ys, *ours), (*exact_ys, *expected), strict=False):
+        assert torch.equal(value.double(), truth.double()), f"{name} of a block"
+    for i, (value, truth) in enumerate(zip(ours[1:], expected[1:], strict=True)):
+        assert torch.equal(value, truth), f"gradient {i} of a block"
+    plain = [t.detach() for t in (x, *(a for a, _ in adapters))]
+    s, _ = shrink_all(plain[0], [(a, 2.0, 0.0) for a in plain[1:]], ShrinkConfig(16, 16, 16, 16, 4, 2))
+    gs = wgrad_all([(t, torch.float32, None) for t in s], plain[0], config=WgradConfig(16, 32, 16, 16, 4, 2))
+    for a, t, g in zip(plain[1:], s, gs, strict=True):
+        assert torch.equal(t, 2 * plain[0] @ a.T), "several shrinks in splits"
+        assert torch.equal(g, t.T @ plain[0]), "several wgrads in splits"
 
 
 def kernels():
@@ -110,7 +147,7 @@ def seeds():
     """All 64 bits of the seed count, and every call draws another one."""
     launcher, stock = sys.modules["lora_kernels.kernels.shrink"], dropout.draw_seed
     seed = 2**40 + 17
-    launcher.draw_seed = lambda device: torch.tensor([seed])
+    launcher.draw_seed = lambda device, count: torch.tensor([seed])
     s, _ = shrink(torch.ones(9, 30), torch.ones(1, 30), 1.0, 0.25)
     launcher.draw_seed = stock
     assert torch.equal(s[:, 0], philox.keep_mask(seed, 9, 30, 0.25).sum(1).float()), "the mask of a 64-bit seed"
@@ -130,6 +167,7 @@ def _one(value):
 if __name__ == "__main__":
     for arguments in CASES:
         layer(*arguments)
+    block()
     kernels()
     layouts()
     roundings()

@@ -1,0 +1,379 @@
+"""`lora_projections` and `lora_qkv`: several projections of one x, held to the rules and to `lora_linear` for each."""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import philox
+
+from lora_kernels import dropout, eager, lora_linear, lora_projections, lora_qkv, numerics, plan, reference
+from lora_kernels.cli._cases import make_problem
+
+BACKENDS = ["triton", "torch"]
+GROUPED = ((48, 5, 0.0), (16, 5, 0.0), (24, 3, 0.0))  # out_features, rank, dropout of each
+CASES = {
+    "grouped-query": GROUPED,
+    "dropout": ((48, 5, 0.3), (16, 5, 0.5), (16, 9, 0.2)),
+    "some dropout": ((33, 17, 0.0), (20, 2, 0.4), (8, 8, 0.0)),
+    "missing adapters": ((24, 0, 0.0), (40, 6, 0.3), (17, 0, 0.0), (8, 40, 0.0)),
+    "two": ((40, 4, 0.25), (40, 4, 0.25)),
+    "more than a launch holds": tuple((8 + 3 * i, 1 + i, 0.3 * (i % 2)) for i in range(5)),
+}
+
+
+@dataclass
+class Block:
+    """Projections of one x, and the gradients that flow back into them."""
+
+    x: torch.Tensor
+    weights: list
+    adapters: list
+    biases: list
+    scalings: list
+    ps: list
+    dys: list
+
+    def leaves(self):
+        given = (self.x, *itertools.chain.from_iterable(filter(None, self.adapters)), *self.biases)
+        return [t for t in given if t is not None]
+
+    def together(self, backend, call=lora_projections):
+        return call(
+            self.x, self.weights, self.adapters, biases=self.biases, scaling=self.scalings, dropout_p=self.ps,
+            backend=backend,
+        )  # fmt: skip
+
+    def alone(self, backend):
+        return tuple(
+            lora_linear(self.x, w, *pair, scaling=scaling, bias=bias, dropout_p=p, backend=backend) if pair
+            else F.linear(self.x, w, bias)
+            for w, pair, bias, scaling, p in zip(
+                self.weights, self.adapters, self.biases, self.scalings, self.ps, strict=True
+            )
+        )  # fmt: skip
+
+
+def draw(case, dtype, device, batch=(5, 7), k=40, adapter_dtype=None, biased=1):
+    problems = [
+        make_problem(batch, k, n, r, dtype, device, bias=i % 2 < biased, dropout_p=p, seed=i, scaling=1.5 + i,
+                     adapter_dtype=adapter_dtype)
+        for i, (n, r, p) in enumerate(case)
+    ]  # fmt: skip
+    problems = [replace(q, x=problems[0].x) for q in problems]
+    block = Block(
+        problems[0].x,
+        [q.weight for q in problems],
+        [(q.lora_A, q.lora_B) if q.lora_A.numel() else None for q in problems],
+        [q.bias for q in problems],
+        [q.scaling for q in problems],
+        [q.dropout_p for q in problems],
+        [q.dy for q in problems],
+    )
+    for leaf in block.leaves():
+        leaf.requires_grad_()
+    return block, problems
+
+
+def run(block, call, seed=3):
+    """Outputs and gradients: y, dx, and for each projection a dict of its own."""
+    for leaf in block.leaves():
+        leaf.grad = None
+    torch.manual_seed(seed)
+    ys = call()
+    torch.autograd.backward(ys, block.dys)
+    own = [{"y": y.detach()} for y in ys]
+    for outputs, pair, bias in zip(own, block.adapters, block.biases, strict=True):
+        outputs |= {} if pair is None else {"d_lora_A": pair[0].grad, "d_lora_B": pair[1].grad}
+        outputs |= {} if bias is None else {"dbias": bias.grad}
+    return own, block.x.grad
+
+
+def with_masks(problems, backend, seed=3):
+    """Fill in each projection's mask: of the seeds in order for the kernels, of draws in order for operators."""
+    torch.manual_seed(seed)
+    device, rows = problems[0].x.device, problems[0].x.reshape(-1, problems[0].x.shape[-1])
+    dropped = [q for q in problems if q.dropout_p]
+    seeds = iter(dropout.draw_seed(device, len(dropped)).tolist() if backend == "triton" and dropped else ())
+    filled = []
+    for q in problems:
+        if q.dropout_p and backend == "triton":
+            q = replace(q, keep=philox.keep_mask(next(seeds), *rows.shape, q.dropout_p).to(device).view(q.x.shape))
+        elif q.dropout_p:
+            q = replace(q, keep=eager.draw_mask(rows.shape, q.dropout_p, device).bool().view(q.x.shape))
+        filled.append(q)
+    return filled
+
+
+def assert_accurate(block, problems, backend):
+    own, dx = run(block, lambda: block.together(backend))
+    problems, split = with_masks(problems, backend), backend == "torch"
+    findings = [
+        finding
+        for q, outputs in zip(problems, own, strict=True)
+        for finding in numerics.check(outputs, q, numerics.eager(q), split)
+    ]
+    eagers = [numerics.eager(q)["dx"] for q in problems]
+    several_launches = len(problems) > 4  # and autograd adds what each gives for dx
+    findings.append(numerics.check_shared_dx(dx, problems, eagers, split or several_launches))
+    assert all(f.ok for f in findings), [f.message for f in findings if not f.ok]
+    return findings
+
+
+ROUNDED = ("dropout", "missing adapters")  # held in 16 bits as well
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("case", "dtype"), [(case, torch.float32) for case in CASES] + [(case, torch.bfloat16) for case in ROUNDED], ids=str
+)
+def test_rules_1_and_2(case, dtype, backend, device):
+    findings = assert_accurate(*draw(CASES[case], dtype, device), backend)
+    assert [f.name for f in findings].count("y") == len(CASES[case])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", ["grouped-query", "some dropout", "missing adapters"])
+def test_the_same_as_each_alone(case, backend, device):
+    """Small integers, halves kept: every sum is exact, so the two ways agree to the bit, masks and all."""
+    case = tuple((n, r, 0.5 * bool(p)) for n, r, p in CASES[case])
+    block, _ = draw(case, torch.float32, device)
+    block.scalings = [2.0] * len(case)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for t in (*block.leaves(), *block.weights, *block.dys):
+            t.copy_(torch.randint(-1, 2, t.shape, generator=generator))
+    (together, dx), (alone, dx_alone) = (
+        run(block, lambda way=way: way(backend)) for way in (block.together, block.alone)
+    )
+    assert torch.equal(dx, dx_alone)
+    for one, other in zip(together, alone, strict=True):
+        for name in one:
+            assert torch.equal(one[name], other[name]), name
+
+
+@pytest.fixture
+def log():
+    """The launches of a test."""
+    from oracles import sanitizer
+
+    sanitizer.state.log = launches = []
+    yield launches
+    sanitizer.state.log = None
+
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter, which a GPU bypasses")
+SHRINK, EXPAND, WGRAD = "_shrink_kernel", "_matmul_expand_kernel", "_wgrad_kernel"
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("case", "backward"),
+    [
+        (GROUPED, [WGRAD] * 3 + [EXPAND, WGRAD]),
+        (CASES["dropout"], [WGRAD] * 3 + [EXPAND, WGRAD]),
+        (CASES["missing adapters"], [WGRAD, SHRINK, WGRAD, EXPAND, WGRAD]),  # a rank of 40: ds and dB apart
+        (CASES["two"], [WGRAD] * 2 + [EXPAND, WGRAD]),
+    ],
+)  # fmt: skip
+def test_two_launches_forward_and_n_plus_two_backward(case, backward, log):
+    block, _ = draw(case, torch.float32, "cpu")
+    ys = block.together("triton")
+    assert [launch.kernel for launch in log] == [SHRINK, EXPAND]
+    log.clear()
+    torch.autograd.backward(ys, block.dys)
+    assert [launch.kernel for launch in log] == backward
+
+
+@interpreted
+def test_what_is_not_asked_for_is_not_computed(log):
+    block, _ = draw(CASES["dropout"], torch.float32, "cpu")
+    run(block, lambda: block.together("triton"))
+    block.x.requires_grad_(False)
+    block.adapters[1][0].requires_grad_(False)
+    block.adapters[2][1].requires_grad_(False)
+    torch.manual_seed(3)
+    ys = block.together("triton")
+    log.clear()
+    leaves = [t for t in block.leaves() if t.requires_grad]
+    gradients = torch.autograd.grad(ys, leaves, block.dys)
+    # ds and dB; dB alone; ds alone; two dA
+    assert [launch.kernel for launch in log] == [WGRAD, WGRAD, SHRINK, WGRAD]
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        assert torch.equal(gradient, leaf.grad)
+
+
+@interpreted
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_output_that_nothing_came_of_costs_nothing(backend, log):
+    block, _ = draw(GROUPED, torch.float32, "cpu", biased=0)
+    _, y, _ = block.together(backend)
+    log.clear()
+    y.backward(block.dys[1])
+    assert len(log) == (3 if backend == "triton" else 0)
+    assert all(leaf.grad is None for pair in block.adapters[::2] for leaf in pair)
+    ours = block.x.grad
+    block.x.grad = None
+    block.alone(backend)[1].backward(block.dys[1])
+    torch.testing.assert_close(ours, block.x.grad)
+
+
+def test_nothing_is_launched_or_saved_without_gradients(device):
+    block, _ = draw(CASES["dropout"], torch.float32, device)
+    torch.manual_seed(1)
+    expected = [y.detach() for y in block.together("triton")]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        ys = block.together("triton")
+    assert all(not y.requires_grad and torch.equal(y, other) for y, other in zip(ys, expected, strict=True))
+
+
+def test_saved_for_backward_are_s_and_the_masks(device):
+    block, _ = draw(((48, 8, 0.1), (16, 8, 0.1), (16, 8, 0.0)), torch.bfloat16, device, batch=(64,), k=48)
+    known = {t.untyped_storage().data_ptr() for t in (*block.leaves(), *block.weights)}
+    saved = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in known:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        block.together("triton")
+    assert sorted(saved.values()) == [64 * 48 // 8, 64 * 48 // 8, 64 * 3 * 8 * 2]
+
+
+LAYOUTS = {
+    "x transposed": lambda b: b.__dict__.update(x=b.x.detach().t().contiguous().t().requires_grad_()),
+    "W transposed": lambda b: b.weights.__setitem__(1, b.weights[1].t().contiguous().t()),
+    "dy expanded": lambda b: b.dys.__setitem__(0, b.dys[0][:1].expand_as(b.dys[0])),
+    "bias with a stride": lambda b: b.biases.__setitem__(
+        0, torch.stack([b.biases[0].detach()] * 2, 1)[:, 0].requires_grad_()
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, device):
+    block, problems = draw(CASES["dropout"], torch.float32, device, batch=(29,))
+    LAYOUTS[layout](block)
+    problems = [
+        replace(q, x=block.x, weight=w, dy=dy, bias=bias)
+        for q, w, dy, bias in zip(problems, block.weights, block.dys, block.biases, strict=True)
+    ]
+    assert_accurate(block, problems, "triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fp32_adapters_under_autocast_and_without(backend, device):
+    block, problems = draw(GROUPED, torch.bfloat16, device, adapter_dtype=torch.float32)
+    findings = {f.name: f for f in assert_accurate(block, problems, backend)}
+    assert findings["d_lora_A"].rule_1 > 0  # held to fp32's rounding, by dtype
+    wide, _ = draw(GROUPED, torch.float32, device)
+    with torch.autocast(device, torch.bfloat16):
+        ys, alone = wide.together(backend), wide.alone(backend)
+    assert [y.dtype for y in ys] == [torch.bfloat16] * 3
+    for y, other in zip(ys, alone, strict=True):
+        torch.testing.assert_close(y, other, rtol=0.02, atol=0.02)
+    torch.autograd.backward(ys, [dy.bfloat16() for dy in wide.dys])
+    assert wide.x.grad.dtype == wide.adapters[0][0].grad.dtype == torch.float32
+
+
+@interpreted
+def test_a_hybrid_is_faster_alone(log):
+    """Where the library should do the large products, each projection is a layer of its own."""
+    block, problems = draw(GROUPED, torch.float32, "cpu")
+    with plan.forced("beta1"):
+        own, dx = run(block, lambda: block.together("triton"))
+    assert [launch.kernel for launch in log].count(SHRINK) == 3
+    findings = [f for q, outputs in zip(problems, own, strict=True) for f in numerics.check(outputs, q, split=True)]
+    findings.append(numerics.check_shared_dx(dx, problems, split=True))
+    assert all(f.ok for f in findings), [f.message for f in findings]
+
+
+def test_all_dropped_rank_0_and_no_rows(device):
+    block, _ = draw(((12, 3, 1.0), (10, 4, 0.0), (9, 2, 0.0)), torch.float32, device)
+    own, _ = run(block, lambda: block.together("triton"))
+    torch.testing.assert_close(own[0]["y"], F.linear(block.x, block.weights[0], block.biases[0]).detach())
+    assert not own[0]["d_lora_A"].any()
+    assert not own[0]["d_lora_B"].any()
+    block.x = block.x.detach()[:0].requires_grad_()
+    block.dys = [dy[:0] for dy in block.dys]
+    own, dx = run(block, lambda: block.together("triton"))
+    assert own[1]["y"].shape == (0, 7, 10)
+    assert dx.shape == block.x.shape
+    block.adapters = [None] * 3
+    block.x = torch.ones(2, 40, device=device)
+    assert all(map(torch.equal, block.together("triton"), block.alone("triton")))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_differentiable_once_and_the_graph_again(backend, device):
+    block, _ = draw(GROUPED, torch.float32, device)
+    ys = block.together(backend)
+    first, second = (torch.autograd.grad(ys, block.leaves(), block.dys, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    (dx,) = torch.autograd.grad(ys, block.x, [dy.requires_grad_() for dy in block.dys], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@pytest.mark.small
+def test_small_calls_on_a_cpu_are_composed():
+    block, _ = draw(GROUPED, torch.float32, "cpu")
+    assert "Projections" not in type(block.together("auto")[0].grad_fn).__name__
+
+
+def test_queries_keys_and_values(device):
+    block, _ = draw(GROUPED, torch.float32, device, biased=0)
+    q, k, v = lora_qkv(block.x, block.weights, block.adapters, scaling=2.0, backend="triton")
+    assert (q.shape, k.shape, v.shape) == ((5, 7, 48), (5, 7, 16), (5, 7, 24))
+    expected = reference.lora_projections(block.x, block.weights, block.adapters, scaling=2.0)
+    for y, other in zip((q, k, v), expected, strict=True):
+        torch.testing.assert_close(y, other)
+
+
+def test_the_reference_draws_the_kernels_masks(device):
+    block, _ = draw(((16, 4, 0.5), (8, 4, 0.0), (8, 4, 0.25)), torch.float32, device)
+    torch.manual_seed(5)
+    first, last = dropout.draw_seed(device, 2)
+    torch.manual_seed(5)
+    ys = block.together("triton")
+    expected = reference.lora_projections(
+        block.x, block.weights, block.adapters, biases=block.biases, scaling=block.scalings, dropout_p=block.ps,
+        seeds=[first, None, last],
+    )  # fmt: skip
+    for y, other in zip(ys, expected, strict=True):
+        torch.testing.assert_close(y, other)
+
+
+T = torch.ones
+WRONG = {
+    "not a list": (dict(weights=T(3, 8, 4)), TypeError, "weights must be a list or tuple, one entry a projection"),
+    "too few adapters": (dict(adapters=[None]), ValueError, "weights are of 3 projections but adapters of 1"),
+    "too many scalings": (dict(scaling=[1.0] * 4), ValueError, "weights are of 3 projections but scaling of 4"),
+    "two for Q, K, V": (dict(weights=[T(8, 4)] * 2, adapters=[None] * 2), ValueError, "needs 3 projections, got 2"),
+    "half an adapter": (
+        dict(adapters=[None, (T(2, 4),), None]),
+        TypeError,
+        r"adapters\[1\] must be \(lora_A, lora_B\)",
+    ),
+    "A transposed": (dict(adapters=[None, (T(4, 2), T(8, 2)), None]), ValueError, "projection 1: lora_A is"),
+    "another width": (dict(weights=[T(8, 4), T(8, 4), T(8, 5)]), ValueError, "projection 2: x has 4 features"),
+    "dtype": (dict(weights=[T(8, 4), T(8, 4).half(), T(8, 4)]), TypeError, "projection 1: x is float32 but weight"),
+    "dropout": (dict(dropout_p=[0.0, 0.0, 1.5]), ValueError, r"projection 2: dropout_p must be in \[0, 1\)"),
+    "bias": (dict(biases=[None, T(3), None]), ValueError, "projection 1: bias has 3 elements"),
+    "no tensor": (dict(weights=[T(8, 4), "W", T(8, 4)]), TypeError, "projection 1: weight must be a torch.Tensor"),
+    "x": (dict(x=3), TypeError, "projection 0: x must be a torch.Tensor"),
+    "backend": (dict(backend="cuda"), ValueError, "is not one of"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_errors_name_the_projection(wrong):
+    changes, error, message = WRONG[wrong]
+    pair = (T(2, 4), T(8, 2))
+    given = dict(x=T(5, 4), weights=[T(8, 4)] * 3, adapters=[pair] * 3) | changes
+    with pytest.raises(error, match=message):
+        lora_qkv(given.pop("x"), given.pop("weights"), given.pop("adapters"), **given)
