@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lora_kernels import plan
-from lora_kernels.autograd import rows
+from lora_kernels.autograd import autocast_off, rows
 from lora_kernels.dropout import keep_scale
 
 __all__ = ["LoRAProjectionsFunction", "Projection", "forward"]
@@ -110,11 +110,8 @@ class LoRAProjectionsFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in its tensor's dtype."""
-        device_type = next(dy for dy in dys if dy is not None).device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):  # every dtype was settled in forward
-                return _backward(ctx, dys)
-        return _backward(ctx, dys)
+        with autocast_off(next(dy for dy in dys if dy is not None)):
+            return _backward(ctx, dys)
 
 
 def _by_projection(flat: Sequence[bool]) -> list[Sequence[bool]]:

@@ -194,7 +194,8 @@ def shrink_config(
     """
     block_m = _fit(rows, 32 if dtype.itemsize == 4 else 64)  # 64 rows of fp32 with dropout spill
     block_r = _fit(rank, 64 if adapters < 4 else 32)
-    crowded = dropout and adapters == 1 and (strided or block_r == 64)  # 128 of K beside the mask, and addresses or sums, spill
+    # 128 of K beside the mask, and addresses or sums, spill; several adapters take less of it anyway
+    crowded = dropout and adapters == 1 and (strided or block_r == 64)
     half_k = 64 if crowded else 128
     block_k = _fit(inner, half_k if dtype.itemsize == 2 else 64 if block_r == 16 else 32)
     if adapters > 1:
