@@ -198,29 +198,33 @@ def _joined(
     """Check each projection; compute those that can share launches together, the others on their own."""
     for i, (q, fits) in enumerate(zip(entries, adapters_fit, strict=True)):
         try:
-            lora_A, lora_B = (q.lora_A, q.lora_B) if q.lora_A is not None else _no_adapter(q.weight)
+            lora_A, lora_B = _no_adapter(q.weight) if q.lora_A is q.lora_B is None else (q.lora_A, q.lora_B)
             checks.check_call(x, q.weight, lora_A, lora_B, q.bias, q.scaling, q.dropout_p)
             if not fits:
                 checks.check_dtypes(x, q.weight, lora_A, lora_B, q.bias)
         except (TypeError, ValueError) as error:
             raise type(error)(str(error).replace("lora_linear:", f"{call}: projection {i}:", 1)) from None
-    ranks = [q.lora_A.shape[0] for q in entries if q.lora_A is not None]
-    shared: list[int] = []
-    if len(entries) > 1 and max(ranks, default=0) and not (_transforming() or _watched()):
-        empty = x.numel() == 0 or any(q.weight.shape[0] == 0 for q in entries)
-        chosen = plan.choose(x.device, x.dtype, max(ranks), empty, backend)
-        small = chosen == "torch" and all(
-            eager.composes(x, q.weight, x if q.lora_A is None else q.lora_A, x if q.lora_A is None else q.lora_B)
-            for q in entries
-        )
-        masked = any(0 < q.dropout_p < 1 for q in entries)
-        if not small and plan.joins(chosen, x, [q.weight.shape[0] for q in entries], max(ranks), masked):
-            shared = [i for i, q in enumerate(entries) if q.lora_A is None or (q.lora_A.shape[0] and q.dropout_p < 1)]
     ys: dict[int, Tensor] = {}
-    for first in range(0, len(shared), _AT_ONCE):
-        places = shared[first : first + _AT_ONCE]
-        ys.update(zip(places, _together(x, [entries[i] for i in places], chosen), strict=True))
+    chosen = _shared_backend(x, entries, backend)
+    if chosen is not None:  # not for those that add nothing: their adapters get gradients of 0 on the way alone
+        joining = [i for i, q in enumerate(entries) if q.lora_A is None or (q.lora_A.shape[0] and q.dropout_p < 1)]
+        for first in range(0, len(joining), _AT_ONCE):
+            places = joining[first : first + _AT_ONCE]
+            ys.update(zip(places, _together(x, [entries[i] for i in places], chosen), strict=True))
     return tuple(ys[i] if i in ys else _alone(x, q, backend, adapters_fit[i]) for i, q in enumerate(entries))
+
+
+def _shared_backend(x: Tensor, entries: list[Projection], backend: str) -> str | None:
+    """The backend that computes projections in shared launches; None where each is better off alone."""
+    adapted = [q for q in entries if q.lora_A is not None and q.lora_A.shape[0]]
+    if len(entries) < 2 or not adapted or _transforming() or _watched():
+        return None
+    widths, rank = [q.weight.shape[0] for q in entries], max(q.lora_A.shape[0] for q in adapted)
+    chosen = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or 0 in widths, backend)
+    if chosen == "torch" and all(eager.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted):
+        return None
+    masked = any(0 < q.dropout_p < 1 for q in adapted)
+    return chosen if plan.joins(chosen, x, widths, rank, masked) else None
 
 
 def _together(x: Tensor, entries: list[Projection], backend: str) -> list[Tensor]:
@@ -238,7 +242,8 @@ def _together(x: Tensor, entries: list[Projection], backend: str) -> list[Tensor
 def _alone(x: Tensor, q: Projection, backend: str, adapters_fit: bool) -> Tensor:
     if q.lora_A is None:
         return F.linear(x, q.weight, q.bias)
-    return _checked(x, q.weight, q.lora_A, q.lora_B, q.bias, q.scaling, q.dropout_p, backend, False, adapters_fit)
+    how = q.scaling, q.dropout_p, backend, False, (0, 1)
+    return _checked(x, q.weight, q.lora_A, q.lora_B, q.bias, *how, adapters_fit)
 
 
 def _no_adapter(weight: Tensor) -> tuple[Tensor, Tensor]:

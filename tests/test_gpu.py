@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from test_projections import assert_accurate, draw
 
 from lora_kernels import LoRALinear, lora_linear, numerics, plan
 from lora_kernels.cli._cases import make_problem, run_problem, with_mask
@@ -56,6 +57,16 @@ def test_descriptors_and_pointers_give_the_same(rows, rank, dtype):
         # one rounding each, of sums that differ in fp32's order of addition
         error = (by_descriptor.double() - by_pointer.double()).abs()
         assert (error <= 2.1 * unit * by_pointer.double().abs() + 1e-2).all()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("widths", [(4096, 1024, 1024), (1000, 520, 0, 336)], ids=str)
+def test_projections_of_real_shapes(widths, dtype, p):
+    """Queries, keys and values; and four of odd sizes, one of them without an adapter."""
+    case = tuple((n or 264, 16 if n else 0, p if n else 0.0) for n in widths)
+    with plan.forced("fused"):
+        assert_accurate(*draw(case, dtype, "cuda", batch=(2048,), k=1032), "triton")
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])

@@ -117,11 +117,13 @@ def block(
     """The launches of several projections of one x, forward and backward; rank 0 is no adapter."""
     e, adapted = dtype.itemsize, [r for r in ranks if r]
     masks, widest = len(adapted) * dropout, max(adapted)
-    y_tile = _configs.matmul_config(m, k + widest, sum(widths), dtype, tma, False, num_sms)
-    summed = sum(widths) + (0 if dropout else sum(adapted))
-    dx_tile = _configs.matmul_config(m, summed, k, dtype, tma, dropout, num_sms)
-    s_tile = _configs.shrink_config(m, k, widest, dtype, len(adapted), dropout)
-    g_tile = _configs.wgrad_config(m, k, widest, dtype, False, len(adapted), dropout)
+    y_crowded = not tma and len(widths) + len(adapted) > 2
+    y_tile = _configs.matmul_config(m, k + widest, sum(widths), dtype, tma, y_crowded, num_sms)
+    sources = (*widths, *(() if dropout else adapted))
+    dx_crowded = dropout or (not tma and len(sources) > 2)
+    dx_tile = _configs.matmul_config(m, sum(sources), k, dtype, tma, dx_crowded, num_sms)
+    s_tile = _configs.shrink_config(m, k, widest, dtype, dropout, adapters=len(adapted))
+    g_tile = _configs.wgrad_config(m, k, widest, dtype, adapters=len(adapted), masked=dropout)
     from_dys = [moved for n, r in zip(widths, ranks, strict=True) if r for moved in _from_dy(m, n, r, e, e, dtype)]
     return [
         shrink(m, k, adapted, e, masks, s_tile),

@@ -301,10 +301,10 @@ def _settle(
     inner = [sum(p.shape[1] for p, _ in summed) for summed in by_output]
     if not isinstance(config, MatmulConfig):
         strided = any(1 not in t.strides for pair in large for t in pair)
+        crowded = bool(masked) or (len(sources) > 2 and not tma)  # pointers to select among cost registers, too
         config = matmul_config(
-            rows, max(inner), sum(cols), dtype, tma, bool(masked), sms, precision == "tf32", place=config,
-            strided=strided,
-        )  # fmt: skip
+            rows, max(inner), sum(cols), dtype, tma, crowded, sms, precision == "tf32", place=config, strided=strided
+        )
     rank = max((p.shape[1] for p, _ in masked), default=0)
     store_tma = tma and all(n * dtype.itemsize % 16 == 0 for n in cols)
     strides = [tuple(0 if tma else pair[side].strides[dim] for pair in sources) for side in (0, 1) for dim in (0, 1)]
