@@ -91,6 +91,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
         FileNotFoundError: A file is not there.
         ValueError: A pickle file, a configuration that is beyond plain LoRA, a key that is missing, left over, without
             PEFT's prefix, or of another shape; the message names it.
+        RuntimeError: A layer is merged.
     """
     folder, model = Path(folder), _unwrapped(model)
     tensors, config = _read(folder)
@@ -104,6 +105,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     for name, expected in shapes.items():
         for part, shape in expected.items():
             _check_shape(_key(name, part), tensors[_key(name, part)], shape)
+    for name, layer in present.items():
+        if layer.merged:
+            raise RuntimeError(f"LoRALinear {name} is merged; call unmerge() before loading.")
     if not present:
         ranks = {name: shape["lora_A"][0] for name, shape in shapes.items()}
         swap_named(model, ranks, dict.fromkeys(names, 1.0), config.get("lora_dropout", 0.0), False, False)

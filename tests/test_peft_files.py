@@ -1,0 +1,79 @@
+"""What adapter files and swapping must refuse or look through: nothing is half changed, nothing is written wrongly."""
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("peft")
+
+
+from lora_kernels import load_adapter, save_adapter, swap_linear
+
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+X = torch.linspace(-1, 1, 24).view(4, 6)
+
+
+class Net(nn.Module):
+    def __init__(self, dtype=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 6, dtype=dtype), nn.Linear(6, 6, dtype=dtype)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+def adapted(net=None, **changes):
+    """A net whose adapters are not zero."""
+    net = Net() if net is None else net
+    swap_linear(net, **dict(target_modules=["a", "b"], r=2, lora_alpha=3) | changes)
+    torch.manual_seed(7)
+    for name, p in net.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p, std=0.3)
+    return net
+
+
+def edit_config(folder, **changes):
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@contextmanager
+def unchanged(model):
+    """Nothing of a model is another after the block: its layers, their settings and every number."""
+
+    def look():
+        state = {name: t.clone() for name, t in model.state_dict().items()}
+        grads = {name: p.requires_grad for name, p in model.named_parameters()}
+        return repr(model), [getattr(m, "scaling", None) for m in model.modules()], grads, state
+
+    *before, old = look()
+    yield
+    *after, new = look()
+    assert before == after
+    for name, t in old.items():
+        t, u = (getattr(t, "full_tensor", lambda t=t: t)() for t in (t, new[name]))
+        assert torch.equal(t, u), name
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_adapter(adapted(), tmp_path)
+    return tmp_path
+
+
+def test_a_merged_layer_is_not_loaded_into(saved):
+    model = adapted(r=2, lora_alpha=5)
+    model.b.merge()
+    with (
+        unchanged(model),
+        pytest.raises(RuntimeError, match=r"LoRALinear b is merged; call unmerge\(\) before loading"),
+    ):
+        load_adapter(model, saved)
+    model.b.unmerge()
+    load_adapter(model, saved)
+    torch.testing.assert_close(model(X), adapted()(X))
