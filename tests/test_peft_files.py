@@ -5,10 +5,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 pytest.importorskip("peft")
 
+from peft import PeftModel
 
 from lora_kernels import load_adapter, save_adapter, swap_linear
 
@@ -77,3 +79,21 @@ def test_a_merged_layer_is_not_loaded_into(saved):
     model.b.unmerge()
     load_adapter(model, saved)
     torch.testing.assert_close(model(X), adapted()(X))
+
+
+@pytest.mark.parametrize("base", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("file", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_new_layers_can_be_called_whatever_the_dtype_of_the_file(file, base, saved):
+    tensors = {key: t.to(file) for key, t in load_file(saved / TENSORS).items()}
+    save_file(tensors, saved / TENSORS)
+    load_adapter(net := Net(base), saved)
+    theirs = PeftModel.from_pretrained(Net(base), saved)
+    x = X.to(base)
+    assert net(x).dtype == base
+    half = (torch.float16, torch.bfloat16)
+    assert (
+        net.a.lora_A.dtype == net.b.lora_B.dtype == (file if file == base else torch.float32 if base in half else base)
+    )
+    tolerance = {} if base.itemsize > 2 else dict(rtol=0.02, atol=0.02)
+    torch.testing.assert_close(net(x), theirs(x).to(base), **tolerance)
+    torch.testing.assert_close(net.a.lora_A, tensors["base_model.model.a.lora_A.weight"].to(net.a.lora_A.dtype))

@@ -76,9 +76,9 @@ def save_adapter(
 def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     """Read adapters from PEFT's files into a model's `LoRALinear` layers.
 
-    A model without such layers gets them first, as the configuration says, with adapters of the file's dtype. The
-    scaling is the file's; `lora_dropout` is the model's, or, for new layers, the file's. Nothing is changed if
-    anything does not fit.
+    A model without such layers gets them first, as the configuration says. Their adapters have the weight's dtype, or
+    float32 over a float16 or bfloat16 weight, unless the file's are of that 16-bit dtype as well. The scaling is the
+    file's; `lora_dropout` is the model's, or, for new layers, the file's. Nothing is changed if anything does not fit.
 
     Args:
         model: As it is, or wrapped in DistributedDataParallel or `torch.compile`.
@@ -110,14 +110,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
             raise RuntimeError(f"LoRALinear {name} is merged; call unmerge() before loading.")
     if not present:
         ranks = {name: shape["lora_A"][0] for name, shape in shapes.items()}
-        swap_named(model, ranks, dict.fromkeys(names, 1.0), config.get("lora_dropout", 0.0), False, False)
+        swap_named(model, ranks, dict.fromkeys(names, 1.0), config.get("lora_dropout", 0.0), False, True)
     for name, layer in lora_layers(model):
         layer.lora_alpha = pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
         layer.use_rslora = bool(config.get("use_rslora"))
         layer.scaling = layer.lora_alpha / (layer.r**0.5 if layer.use_rslora else layer.r)
         for part in ("lora_A", "lora_B"):
             t, parameter = tensors[_key(name, part)], getattr(layer, part)
-            if not present:
+            if not present and t.dtype == layer.weight.dtype:
                 parameter.data = torch.empty_like(parameter, dtype=t.dtype)
             with torch.no_grad():
                 parameter.copy_(t)
