@@ -97,3 +97,11 @@ def test_new_layers_can_be_called_whatever_the_dtype_of_the_file(file, base, sav
     tolerance = {} if base.itemsize > 2 else dict(rtol=0.02, atol=0.02)
     torch.testing.assert_close(net(x), theirs(x).to(base), **tolerance)
     torch.testing.assert_close(net.a.lora_A, tensors["base_model.model.a.lora_A.weight"].to(net.a.lora_A.dtype))
+
+
+@pytest.mark.parametrize("ending", [".pt", ".bin"])
+def test_a_folder_may_be_named_like_a_pickle(ending, tmp_path):
+    folder = tmp_path / f"adapter{ending}"
+    save_adapter(adapted(), folder)
+    load_adapter(net := Net(), folder)
+    assert torch.equal(net(X), adapted()(X))

@@ -128,7 +128,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if folder.suffix in _PICKLES:
+    if folder.suffix in _PICKLES and not folder.is_dir():
         raise ValueError(_pickle_text(folder))
     path = folder / _TENSORS
     if not path.is_file():
