@@ -1,6 +1,7 @@
 """What adapter files and swapping must refuse or look through: nothing is half changed, nothing is written wrongly."""
 
 import json
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -105,3 +106,20 @@ def test_a_folder_may_be_named_like_a_pickle(ending, tmp_path):
     save_adapter(adapted(), folder)
     load_adapter(net := Net(), folder)
     assert torch.equal(net(X), adapted()(X))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("r", [1, 3, 5, 6, 12])
+def test_scalings_set_by_hand_come_back_bit_by_bit(r, rslora, tmp_path):
+    model = adapted(r=r, use_rslora=rslora)
+    for scaling in (0.1, 0.7, 1 / 3, 2 / 3, 1.1, 1e-3, -0.3, 0.0):
+        model.a.scaling = model.b.scaling = scaling
+        save_adapter(model, tmp_path)
+        load_adapter(again := Net(), tmp_path)
+        theirs = PeftModel.from_pretrained(Net(), tmp_path)
+        assert again.a.scaling == again.b.scaling == theirs.base_model.model.a.scaling["default"] == scaling
+    model.b.scaling = 0.7  # beside lora_alpha's own
+    model.a.scaling = 3 / r
+    save_adapter(model, tmp_path)
+    load_adapter(again := Net(), tmp_path)
+    assert math.isclose(again.b.scaling, 0.7, rel_tol=1e-15)

@@ -9,6 +9,7 @@ computes is refused, and so is pickle, which runs code when it is loaded.
 """
 
 import json
+import math
 import re
 import warnings
 from collections import Counter
@@ -114,7 +115,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     for name, layer in lora_layers(model):
         layer.lora_alpha = pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
         layer.use_rslora = bool(config.get("use_rslora"))
-        layer.scaling = layer.lora_alpha / (layer.r**0.5 if layer.use_rslora else layer.r)
+        layer.scaling = layer.lora_alpha / _root(layer.r, layer.use_rslora)
         for part in ("lora_A", "lora_B"):
             t, parameter = tensors[_key(name, part)], getattr(layer, part)
             if not present and t.dtype == layer.weight.dtype:
@@ -209,9 +210,15 @@ def _check_shape(key: str, t: Tensor, shape: tuple[int, int]) -> None:
 
 
 def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
-    rslora = all(layer.use_rslora for layer in layers.values())
     ranks = {name: layer.r for name, layer in layers.items()}
-    alphas = {name: _alpha(layer, rslora) for name, layer in layers.items()}
+    usual = all(layer.use_rslora for layer in layers.values())
+    found = {rule: {name: _alpha(layer, rule) for name, layer in layers.items()} for rule in (usual, not usual)}
+    exact = (
+        rule for rule, alphas in found.items()
+        if all(alphas[name] / _root(layer.r, rule) == layer.scaling for name, layer in layers.items())
+    )  # fmt: skip
+    rslora = next(exact, usual)
+    alphas = found[rslora]
     dropouts = Counter(layer.lora_dropout for layer in layers.values())
     if len(dropouts) > 1:
         warnings.warn(
@@ -230,9 +237,18 @@ def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
 
 
 def _alpha(layer: LoRALinear, rslora: bool) -> float:
-    """The `lora_alpha` that gives the layer's scaling under the file's rule, its own if that does."""
-    root = layer.r**0.5 if rslora else layer.r
-    return layer.lora_alpha if layer.lora_alpha / root == layer.scaling else layer.scaling * root
+    """The `lora_alpha` that gives the layer's scaling to the last bit, its own if it does; the nearest if none does.
+
+    Quotients by 3, for instance, leave some numbers out: 0.1 is one of them. It is a quotient by √3.
+    """
+    root = _root(layer.r, rslora)
+    near = layer.scaling * root
+    candidates = (layer.lora_alpha, near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
+    return next((alpha for alpha in candidates if alpha / root == layer.scaling), near)
+
+
+def _root(r: int, rslora: bool) -> float:
+    return math.sqrt(r) if rslora else r
 
 
 def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
