@@ -123,3 +123,13 @@ def test_scalings_set_by_hand_come_back_bit_by_bit(r, rslora, tmp_path):
     save_adapter(model, tmp_path)
     load_adapter(again := Net(), tmp_path)
     assert math.isclose(again.b.scaling, 0.7, rel_tol=1e-15)
+
+
+def test_swapping_again_leaves_standing_adapters_as_they_are():
+    model = Net()
+    model.c, model.d = nn.Linear(6, 6), nn.Linear(6, 6)
+    swap_linear(model, ["a", "b"], r=2)
+    model.b.lora_A.requires_grad_(False)
+    swap_linear(model, ["c"], r=3)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"a.lora_A", "a.lora_B", "b.lora_B", "c.lora_A", "c.lora_B"}

@@ -25,7 +25,7 @@ def swap_linear(
     The arguments mean what they mean in PEFT's `LoraConfig`; weights are shared, not copied.
 
     Args:
-        model: Its parameters stop requiring grad; those of the new adapters do.
+        model: Its parameters stop requiring grad, but for adapters that it has already; those of the new ones do.
         target_modules: Names, each matching a layer of that name or of a name that ends in "." and it; or a regular
             expression that a full name has to match; or "all-linear" for every linear layer but the output embeddings.
         r: Rank.
@@ -72,7 +72,10 @@ def swap_named(
     for name in ranks:
         linear = model.get_submodule(name)
         check_base(linear, f"swap_linear: {name}", f"; leave it out with exclude_modules=[{name!r}]")
-    model.requires_grad_(False)
+    standing = {id(t) for _, layer in lora_layers(model) for t in (layer.lora_A, layer.lora_B)}
+    for p in model.parameters():
+        if id(p) not in standing:
+            p.requires_grad_(False)
     made: dict[int, LoRALinear] = {}  # a layer that stands in two places stays one layer
     for name, r in ranks.items():
         linear = model.get_submodule(name)
