@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from contextlib import contextmanager
 
 import pytest
@@ -133,3 +134,67 @@ def test_swapping_again_leaves_standing_adapters_as_they_are():
     swap_linear(model, ["c"], r=3)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"a.lora_A", "a.lora_B", "b.lora_B", "c.lora_A", "c.lora_B"}
+
+
+NUMBERS = {
+    "alpha in words": (dict(lora_alpha="6"), "lora_alpha='6'; it must be a finite number"),
+    "alpha not a number": (dict(lora_alpha=math.nan), "lora_alpha=nan; it must be a finite number"),
+    "alpha of one layer": (dict(alpha_pattern={"b": None}), "alpha_pattern['b']=None; it must be a finite number"),
+    "rank": (dict(r=2.0), "r=2.0; it must be an integer of at least 1"),
+    "rank of one layer": (dict(rank_pattern={"b": 0}), "rank_pattern['b']=0; it must be an integer of at least 1"),
+    "no pattern": (dict(rank_pattern=[2]), "rank_pattern=[2]; it must be an object"),
+    "dropout": (dict(lora_dropout=1.5), "lora_dropout=1.5; it must be a number in [0, 1]"),
+}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("fault", NUMBERS)
+def test_a_number_that_is_none_changes_nothing(fault, swapped, saved):
+    changes, text = NUMBERS[fault]
+    edit_config(saved, **changes)
+    model = adapted(lora_alpha=9) if swapped else Net()
+    with unchanged(model), pytest.raises(ValueError, match=re.escape(f"{CONFIG} has {text}")):
+        load_adapter(model, saved)
+
+
+@contextmanager
+def one_rank():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def shard(model, mesh, how):
+    if how == "FSDP2":
+        return torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from lora_kernels.parallel import LoRAColwise, LoRARowwise
+
+    return parallelize_module(model, mesh, {"a": LoRAColwise(), "b": LoRARowwise()})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["FSDP2", "tensor parallel"])
+def test_sharded_layers_are_neither_read_nor_written(how, saved, tmp_path):
+    with one_rank() as mesh:
+        model = shard(adapted(lora_alpha=9), mesh, how)
+        with unchanged(model):
+            for call in (load_adapter, save_adapter):
+                text = rf"{call.__name__}: a\.lora_A is a DTensor of shape \(2, 6\); gather it into a plain tensor"
+                with pytest.raises(TypeError, match=text):
+                    call(model, saved)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_are_not_put_beside_sharded_weights(saved):
+    with one_rank() as mesh:
+        model = shard(Net(), mesh, "FSDP2")
+        for call in (lambda: load_adapter(model, saved), lambda: swap_linear(model, ["a"])):
+            with (
+                unchanged(model),
+                pytest.raises(TypeError, match=r"a\.weight is a DTensor.* shard the model after that"),
+            ):
+                call()

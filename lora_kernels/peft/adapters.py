@@ -13,7 +13,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,12 @@ _BEYOND = (
     "modules_to_save", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
     "use_qalora", "velora_config",
 )  # fmt: skip
+
+_NUMBERS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (  # a field, the one for exceptions, what it may be
+    ("r", "rank_pattern", lambda n: type(n) is int and n > 0, "an integer of at least 1"),
+    ("lora_alpha", "alpha_pattern", lambda n: type(n) in (int, float) and math.isfinite(n), "a finite number"),
+    ("lora_dropout", "", lambda n: type(n) in (int, float) and 0 <= n <= 1, "a number in [0, 1]"),
+)
 
 
 def save_adapter(
@@ -63,10 +69,9 @@ def save_adapter(
                     f"save_adapter: {name}.{part} is trained, and an adapter file does not hold it. "
                     f"Save model.state_dict() in its place, or freeze it."
                 )
-        for part, t in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            if type(t) is not nn.Parameter:
-                raise TypeError(f"save_adapter: {name}.{part} is a {type(t).__name__}; gather it into a plain tensor.")
-            tensors[_key(name, part)] = t.detach().cpu().contiguous()
+        _check_plain("save_adapter", name, layer)
+        for part in ("lora_A", "lora_B"):
+            tensors[_key(name, part)] = getattr(layer, part).detach().cpu().contiguous()
     config = _config(model, layers) | {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +96,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     Raises:
         FileNotFoundError: A file is not there.
         ValueError: A pickle file, a configuration that is beyond plain LoRA, a key that is missing, left over, without
-            PEFT's prefix, or of another shape; the message names it.
+            PEFT's prefix, or of another shape, a number that is none; the message names it.
+        TypeError: An adapter, or a weight that is to get one, is not a plain tensor.
         RuntimeError: A layer is merged.
     """
     folder, model = Path(folder), _unwrapped(model)
@@ -109,13 +115,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     for name, layer in present.items():
         if layer.merged:
             raise RuntimeError(f"LoRALinear {name} is merged; call unmerge() before loading.")
+        _check_plain("load_adapter", name, layer)
+    rslora = bool(config.get("use_rslora"))
+    ranks = {name: shape["lora_A"][0] for name, shape in shapes.items()}
+    alphas = {name: pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]) for name in names}
+    scalings = {name: alpha / _root(ranks[name], rslora) for name, alpha in alphas.items()}
     if not present:
-        ranks = {name: shape["lora_A"][0] for name, shape in shapes.items()}
         swap_named(model, ranks, dict.fromkeys(names, 1.0), config.get("lora_dropout", 0.0), False, True)
     for name, layer in lora_layers(model):
-        layer.lora_alpha = pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
-        layer.use_rslora = bool(config.get("use_rslora"))
-        layer.scaling = layer.lora_alpha / _root(layer.r, layer.use_rslora)
+        layer.lora_alpha, layer.use_rslora, layer.scaling = alphas[name], rslora, scalings[name]
         for part in ("lora_A", "lora_B"):
             t, parameter = tensors[_key(name, part)], getattr(layer, part)
             if not present and t.dtype == layer.weight.dtype:
@@ -164,6 +172,14 @@ def _check_config(path: Path, config: Any) -> None:
     for field in ("r", "lora_alpha", "target_modules"):
         if config.get(field) is None:
             raise ValueError(f"load_adapter: {path} has no {field!r}.")
+    for field, exceptions, fits, words in _NUMBERS:
+        pattern = config.get(exceptions) or {}
+        if not isinstance(pattern, dict):
+            raise ValueError(f"load_adapter: {path} has {exceptions}={pattern!r}; it must be an object.")
+        values = {field: config.get(field, 0)} | {f"{exceptions}[{key!r}]": value for key, value in pattern.items()}
+        for where, value in values.items():
+            if not fits(value):
+                raise ValueError(f"load_adapter: {path} has {where}={value!r}; it must be {words}.")
     for field in _BEYOND:
         if config.get(field):
             raise ValueError(
@@ -195,6 +211,16 @@ def _shapes(config: dict[str, Any], name: str, layer: nn.Module) -> dict[str, tu
     """What the adapters of a layer have to be: the layer's rank, or, where there is none yet, the configuration's."""
     r = layer.r if isinstance(layer, LoRALinear) else pattern_value(config.get("rank_pattern"), name, config["r"])
     return {"lora_A": (r, layer.in_features), "lora_B": (layer.out_features, r)}
+
+
+def _check_plain(call: str, name: str, layer: LoRALinear) -> None:
+    for part in ("lora_A", "lora_B"):
+        t = getattr(layer, part)
+        if type(t) is not nn.Parameter or t.dim() != 2:  # FSDP1 leaves a flat piece of it
+            shape = tuple(t.shape)
+            raise TypeError(
+                f"{call}: {name}.{part} is a {type(t).__name__} of shape {shape}; gather it into a plain tensor."
+            )
 
 
 def _check_shape(key: str, t: Tensor, shape: tuple[int, int]) -> None:

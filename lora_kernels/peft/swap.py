@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.checks import is_sharded
 from lora_kernels.modules import LoRALinear, check_base
 
 __all__ = ["lora_layers", "merge_and_unload", "pattern_value", "select", "swap_linear", "swap_named"]
@@ -41,7 +42,7 @@ def swap_linear(
         The names of the layers that were swapped.
 
     Raises:
-        TypeError: A targeted layer is not exactly an `nn.Linear`.
+        TypeError: A targeted layer is not exactly an `nn.Linear`, or its weight is sharded.
         ValueError: Nothing is targeted, a targeted layer has hooks, or a number is out of range.
     """
     names = select(model, target_modules, exclude_modules)
@@ -66,12 +67,17 @@ def swap_named(
     """Do what `swap_linear` does to the layers of exactly these names, each with its rank and its alpha.
 
     Raises:
-        TypeError: One of them is not exactly an `nn.Linear`.
+        TypeError: One of them is not exactly an `nn.Linear`, or its weight is sharded.
         ValueError: One of them has hooks.
     """
     for name in ranks:
         linear = model.get_submodule(name)
         check_base(linear, f"swap_linear: {name}", f"; leave it out with exclude_modules=[{name!r}]")
+        if is_sharded(linear.weight):
+            raise TypeError(
+                f"swap_linear: {name}.weight is a DTensor, and nothing would gather or reduce adapters beside it. "
+                "Put the adapters in first and shard the model after that."
+            )
     standing = {id(t) for _, layer in lora_layers(model) for t in (layer.lora_A, layer.lora_B)}
     for p in model.parameters():
         if id(p) not in standing:
