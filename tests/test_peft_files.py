@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 
 from peft import PeftModel
 
-from lora_kernels import load_adapter, save_adapter, swap_linear
+from lora_kernels import LoRALinear, load_adapter, save_adapter, swap_linear
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 X = torch.linspace(-1, 1, 24).view(4, 6)
@@ -198,3 +198,32 @@ def test_adapters_are_not_put_beside_sharded_weights(saved):
                 pytest.raises(TypeError, match=r"a\.weight is a DTensor.* shard the model after that"),
             ):
                 call()
+
+
+def test_a_layer_in_two_places_is_written_and_read(tmp_path):
+    model = Net()
+    model.c = model.a
+    adapted(model, target_modules=["a", "c"])
+    model.b = LoRALinear.from_linear(model.b, 2)
+    model.b.lora_A = model.a.lora_A  # tied: one parameter of two layers
+    save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    assert torch.equal(tensors["base_model.model.c.lora_A.weight"], model.a.lora_A)
+    again = Net()
+    again.c = again.a
+    assert load_adapter(again, tmp_path) == ["a", "b", "c"]
+    assert again.c is again.a
+    assert torch.equal(again(X), model(X))
+    tensors["base_model.model.c.lora_A.weight"] += 1
+    save_file(tensors, tmp_path / TENSORS)
+    text = "a and c are one layer of the model and two in the file"
+    with unchanged(again), pytest.raises(ValueError, match=text):
+        load_adapter(again, tmp_path)
+    apart = Net()
+    apart.c = nn.Linear(6, 6)
+    assert load_adapter(apart, tmp_path) == ["a", "b", "c"]
+    tensors["base_model.model.c.lora_A.weight"] -= 1
+    save_file(tensors, tmp_path / TENSORS)
+    edit_config(tmp_path, alpha_pattern={"c": 5})
+    with unchanged(again), pytest.raises(ValueError, match=text):
+        load_adapter(again, tmp_path)

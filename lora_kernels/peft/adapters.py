@@ -71,7 +71,7 @@ def save_adapter(
                 )
         _check_plain("save_adapter", name, layer)
         for part in ("lora_A", "lora_B"):
-            tensors[_key(name, part)] = getattr(layer, part).detach().cpu().contiguous()
+            tensors[_key(name, part)] = getattr(layer, part).detach().cpu().clone(memory_format=torch.contiguous_format)
     config = _config(model, layers) | {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,6 +120,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     ranks = {name: shape["lora_A"][0] for name, shape in shapes.items()}
     alphas = {name: pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]) for name in names}
     scalings = {name: alpha / _root(ranks[name], rslora) for name, alpha in alphas.items()}
+    _check_shared(model, names, tensors, scalings)
     if not present:
         swap_named(model, ranks, dict.fromkeys(names, 1.0), config.get("lora_dropout", 0.0), False, True)
     for name, layer in lora_layers(model):
@@ -221,6 +222,17 @@ def _check_plain(call: str, name: str, layer: LoRALinear) -> None:
             raise TypeError(
                 f"{call}: {name}.{part} is a {type(t).__name__} of shape {shape}; gather it into a plain tensor."
             )
+
+
+def _check_shared(
+    model: nn.Module, names: list[str], tensors: Mapping[str, Tensor], scalings: Mapping[str, float]
+) -> None:
+    first: dict[int, str] = {}
+    for name in names:
+        twin = first.setdefault(id(model.get_submodule(name)), name)
+        same = (torch.equal(tensors[_key(name, part)], tensors[_key(twin, part)]) for part in ("lora_A", "lora_B"))
+        if twin != name and not (scalings[name] == scalings[twin] and all(same)):
+            raise ValueError(f"load_adapter: {twin} and {name} are one layer of the model and two in the file.")
 
 
 def _check_shape(key: str, t: Tensor, shape: tuple[int, int]) -> None:
