@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 
 from peft import PeftModel
 
-from lora_kernels import LoRALinear, load_adapter, save_adapter, swap_linear
+from lora_kernels import LoRALinear, load_adapter, merge_and_unload, save_adapter, swap_linear
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 X = torch.linspace(-1, 1, 24).view(4, 6)
@@ -198,6 +198,16 @@ def test_adapters_are_not_put_beside_sharded_weights(saved):
                 pytest.raises(TypeError, match=r"a\.weight is a DTensor.* shard the model after that"),
             ):
                 call()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["FSDP2", "tensor parallel"])
+def test_sharded_layers_are_not_unloaded(how):
+    with one_rank() as mesh:
+        model = shard(adapted(), mesh, how)
+        text = r"merge_and_unload: a\.weight is a DTensor.*load it into a model that is not sharded"
+        with unchanged(model), pytest.raises(TypeError, match=text):
+            merge_and_unload(model)
 
 
 def test_a_layer_in_two_places_is_written_and_read(tmp_path):

@@ -104,11 +104,19 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         The model; a plain `nn.Linear` if `model` is a layer itself.
 
     Raises:
+        TypeError: A layer is sharded, by `fully_shard` or a style of `lora_kernels.parallel`.
         ValueError: It has no `LoRALinear` layers.
     """
     layers = lora_layers(model)
     if not layers:
         raise ValueError("merge_and_unload: the model has no LoRALinear layers; PEFT models have their own method.")
+    for name, layer in layers:
+        if is_sharded(layer.weight):
+            raise TypeError(
+                f"merge_and_unload: {f'{name}.weight'.lstrip('.')} is a DTensor; a plain layer cannot compute with it. "
+                "Call merge() of each layer, which stays what it is; or gather the model's state dict, load it into a "
+                "model that is not sharded, and take the layers out of that."
+            )
     made: dict[int, nn.Linear] = {}
     for name, layer in layers:
         if id(layer) not in made:
