@@ -237,3 +237,64 @@ def test_a_layer_in_two_places_is_written_and_read(tmp_path):
     edit_config(tmp_path, alpha_pattern={"c": 5})
     with unchanged(again), pytest.raises(ValueError, match=text):
         load_adapter(again, tmp_path)
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+def checkpointed(module):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    return checkpoint_wrapper(module)
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module, self.then = Net(), Net()  # "module" is no wrapper here
+
+    def forward(self, x):
+        return self.then(self.module(x))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, when dynamo and the checkpoint wrapper are first imported
+@pytest.mark.parametrize("wrap", [compiled, checkpointed, nn.DataParallel])
+def test_wrappers_inside_a_model_are_looked_through(wrap, tmp_path):
+    model, other = adapted(Outer()), Outer()
+    model.then = wrap(model.then)
+    save_adapter(model, tmp_path)
+    names = ["module.a", "module.b", "then.a", "then.b"]
+    assert {key.rpartition(".lora_")[0] for key in load_file(tmp_path / TENSORS)} == {
+        f"base_model.model.{n}" for n in names
+    }
+    load_adapter(plain := Outer(), tmp_path)
+    assert torch.equal(plain(X), model(X))
+    theirs = PeftModel.from_pretrained(Outer(), tmp_path)
+    torch.testing.assert_close(theirs(X), model(X))
+    other.then = wrap(other.then)
+    assert load_adapter(other, tmp_path) == names
+    assert torch.equal(other(X), model(X))
+    for p in other.parameters():
+        nn.init.zeros_(p) if p.requires_grad else None
+    load_adapter(other, tmp_path)
+    assert torch.equal(other(X), model(X))
+    expected = model(X)
+    torch.testing.assert_close(merge_and_unload(other)(X), expected)
+    assert not any(isinstance(m, LoRALinear) for m in other.modules())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrap", [compiled, checkpointed, nn.DataParallel])
+def test_a_wrapped_layer_s_place_cannot_be_taken(wrap, saved):
+    """torch.compile, for one, would go on calling the layer that it was given."""
+    model = Net()
+    model.b = wrap(model.b)
+    text = r"swap_linear: b is wrapped by \w+\. Take that off; wrap the new layer after that"
+    for call in (lambda: swap_linear(model, "all-linear"), lambda: load_adapter(model, saved)):
+        with unchanged(model), pytest.raises(ValueError, match=text):
+            call()
+    model = adapted()
+    model.b = wrap(model.b)
+    with unchanged(model), pytest.raises(ValueError, match=r"merge_and_unload: b is wrapped by \w+"):
+        merge_and_unload(model)

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lora_kernels.modules import LoRALinear
-from lora_kernels.peft.swap import lora_layers, pattern_value, select, swap_named
+from lora_kernels.peft.swap import lora_layers, named_modules, pattern_value, select, swap_named
 
 __all__ = ["load_adapter", "save_adapter"]
 
@@ -48,7 +47,7 @@ def save_adapter(
     """Write the adapters of a model's `LoRALinear` layers as PEFT does; `folder` is made if need be.
 
     Args:
-        model: As it is, or wrapped in DistributedDataParallel or `torch.compile`.
+        model: As it is, or wrapped, as are its parts, by `torch.compile`, activation checkpointing, DataParallel, DDP.
         folder: Files in it are overwritten.
         base_model_name_or_path: Of the base model, for PEFT's `AutoPeftModel`.
         task_type: As in PEFT, "CAUSAL_LM" for instance.
@@ -59,7 +58,6 @@ def save_adapter(
     """
     from safetensors.torch import save_file
 
-    model = _unwrapped(model)
     layers = _layers(model, "save_adapter")
     tensors = {}
     for name, layer in layers.items():
@@ -87,7 +85,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     file's; `lora_dropout` is the model's, or, for new layers, the file's. Nothing is changed if anything does not fit.
 
     Args:
-        model: As it is, or wrapped in DistributedDataParallel or `torch.compile`.
+        model: As it is, or wrapped, as are its parts, by `torch.compile`, activation checkpointing, DataParallel, DDP.
         folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
 
     Returns:
@@ -100,15 +98,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
         TypeError: An adapter, or a weight that is to get one, is not a plain tensor.
         RuntimeError: A layer is merged.
     """
-    folder, model = Path(folder), _unwrapped(model)
+    folder = Path(folder)
     tensors, config = _read(folder)
-    present = dict(lora_layers(model))
+    modules, present = dict(named_modules(model)), dict(lora_layers(model))
     names = list(present) or select(
         model, config["target_modules"], config.get("exclude_modules"),
         config.get("layers_to_transform"), config.get("layers_pattern"),
     )  # fmt: skip
     _check_keys(folder, names, tensors)
-    shapes = {name: _shapes(config, name, model.get_submodule(name)) for name in names}
+    shapes = {name: _shapes(config, name, modules[name]) for name in names}
     for name, expected in shapes.items():
         for part, shape in expected.items():
             _check_shape(_key(name, part), tensors[_key(name, part)], shape)
@@ -120,7 +118,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     ranks = {name: shape["lora_A"][0] for name, shape in shapes.items()}
     alphas = {name: pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]) for name in names}
     scalings = {name: alpha / _root(ranks[name], rslora) for name, alpha in alphas.items()}
-    _check_shared(model, names, tensors, scalings)
+    _check_shared(modules, names, tensors, scalings)
     if not present:
         swap_named(model, ranks, dict.fromkeys(names, 1.0), config.get("lora_dropout", 0.0), False, True)
     for name, layer in lora_layers(model):
@@ -225,11 +223,11 @@ def _check_plain(call: str, name: str, layer: LoRALinear) -> None:
 
 
 def _check_shared(
-    model: nn.Module, names: list[str], tensors: Mapping[str, Tensor], scalings: Mapping[str, float]
+    modules: Mapping[str, nn.Module], names: list[str], tensors: Mapping[str, Tensor], scalings: Mapping[str, float]
 ) -> None:
     first: dict[int, str] = {}
     for name in names:
-        twin = first.setdefault(id(model.get_submodule(name)), name)
+        twin = first.setdefault(id(modules[name]), name)
         same = (torch.equal(tensors[_key(name, part)], tensors[_key(twin, part)]) for part in ("lora_A", "lora_B"))
         if twin != name and not (scalings[name] == scalings[twin] and all(same)):
             raise ValueError(f"load_adapter: {twin} and {name} are one layer of the model and two in the file.")
@@ -316,9 +314,3 @@ def _key(name: str, part: str) -> str:
 
 def _some(keys: list[str]) -> str:
     return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
-    return model
