@@ -1,6 +1,7 @@
 """How each LoRA layer of a model is computed, and why it is not fused where it is not: what `layer` saw, in words."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -156,6 +157,8 @@ def _adapter_reason(module: nn.Module, name: str) -> str:
         return f"scaling[{name!r}] is a tensor of shape {tuple(scaling.shape)}, not a number"
     if not isinstance(scaling, (int, float, Tensor)):
         return f"scaling[{name!r}] is a {type(scaling).__name__}, not a number"
+    if not isinstance(scaling, Tensor) and not math.isfinite(scaling):
+        return f"scaling[{name!r}] is {scaling}, not a finite number"
     return ""
 
 
