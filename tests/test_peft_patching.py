@@ -180,6 +180,18 @@ def test_explain_prints_a_table(capsys, x):
     assert [one.form for one in idle] == ["fused"]
 
 
+def test_explain_leaves_the_random_numbers_as_they_are(x):
+    model = tiny(lora_dropout=0.5)
+    patch_peft(model)
+    for patched in (True, False):
+        torch.manual_seed(5)
+        expected = model(x)
+        torch.manual_seed(5)
+        assert explain(model, x).count("fused") == patched
+        assert torch.equal(model(x), expected)
+        unpatch_peft(model)
+
+
 def test_explain_says_what_was_not_called(x):
     model = tiny(target_modules=["lin", "head"])
     patch_peft(model)

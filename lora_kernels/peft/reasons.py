@@ -243,8 +243,9 @@ def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             module.register_forward_hook(ends(name), with_kwargs=True),
         )
     ]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(list(devices), device_type="cuda"):
             model(*args, **kwargs)
     finally:
         for handle in handles:
