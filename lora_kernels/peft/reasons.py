@@ -1,5 +1,6 @@
 """How each LoRA layer of a model is computed, and why it is not fused where it is not: what `layer` saw, in words."""
 
+import inspect
 import itertools
 import math
 from collections import Counter
@@ -81,7 +82,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     Args:
         model: Any module that holds PEFT's LoRA layers, patched or not.
         *args: With arguments, the model is called with them, without gradients, and the table tells what happened in
-            that call: the dtypes, autocast and arguments that reached each layer decide as well.
+            that call: the dtypes, autocast and arguments that reached each layer decide as well. Random numbers that it
+            draws are drawn again by the next call.
         **kwargs: Likewise.
 
     Returns:
@@ -116,11 +118,15 @@ def _class_reason(module: nn.Module) -> str:
     cls = type(module)
     if not known.is_supported(cls):
         return f"lora.{cls.__name__} computes something else than x Wᵀ + scaling B A dropout(x)"
-    if rules.stock_forward(cls.forward) is cls.forward:
+    # accelerate's device hook stands in `forward` and calls `_old_forward`; taken off, it leaves that in `forward`
+    methods = (vars(module).get(name) for name in ("forward", "_old_forward"))
+    own = next((m.__func__ for m in methods if inspect.ismethod(m) and m.__self__ is module), None)
+    forward = own if "forward" in vars(module) else cls.forward
+    if forward is not None and rules.stock_forward(forward) is not forward:
+        return ""
+    if forward is cls.forward:
         return "not patched: call patch_peft(model), again for layers added later"
-    if "forward" in vars(module):
-        return "its forward is replaced on the instance (X-LoRA, accelerate's device hooks)"
-    return ""
+    return "its forward is replaced on the instance (X-LoRA, or a hook from before)"
 
 
 def _state_reason(module: nn.Module) -> str:
