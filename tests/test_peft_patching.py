@@ -130,6 +130,47 @@ def test_peft_goes_on_working(x, tmp_path):
     torch.testing.assert_close(merged(x), expected)
 
 
+@pytest.mark.parametrize("first", ["patched", "hooked"])
+def test_accelerate_s_hook_on_a_layer_goes_with_its_class(first, x):
+    """The hook replaces forward on the instance, and calls the one of the class that the layer had then."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, seen = tiny(), []
+    expected = model(x)
+
+    class Hook(hooks.AlignDevicesHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(module)
+            return super().pre_forward(module, *args, **kwargs)
+
+    def hook():
+        hooks.add_hook_to_module(layer(model), Hook(execution_device="cpu"))
+
+    for step in (patch_peft, lambda _: hook())[:: 1 if first == "patched" else -1]:
+        step(model)
+    assert is_fast(model, x)
+    torch.testing.assert_close(model(x), expected)
+    assert is_fast(copy.deepcopy(model), x)
+    patch_peft(model, backend="torch")
+    assert layer(model)._old_forward.__func__ is type(layer(model)).forward
+    assert unpatch_peft(model) == 1
+    assert layer(model)._old_forward == Linear.forward.__get__(layer(model))
+    assert not is_fast(model, x)
+    seen.clear()
+    assert torch.equal(model(x), expected)
+    assert seen == [layer(model)], "the hook is still there"
+    patch_peft(model)
+    hooks.remove_hook_from_module(layer(model))
+    assert "forward" in vars(layer(model)), "accelerate leaves it there"
+    assert is_fast(model, x)
+    assert unpatch_peft(model) == 1
+    assert not is_fast(model, x)
+    assert torch.equal(model(x), expected)
+    with accelerated():
+        (found,) = explain(model, x).layers
+        assert "replaced on the instance" in found.reason
+        assert torch.equal(model(x), expected)
+
+
 def test_accelerated_reaches_models_built_before_and_inside(x):
     before = tiny()
     with accelerated():
@@ -178,6 +219,18 @@ def test_explain_prints_a_table(capsys, x):
     assert head.form == "stock"
     idle = explain(layer(model), x).layers
     assert [one.form for one in idle] == ["fused"]
+
+
+def test_explain_leaves_the_random_numbers_as_they_are(x):
+    model = tiny(lora_dropout=0.5)
+    patch_peft(model)
+    for patched in (True, False):
+        torch.manual_seed(5)
+        expected = model(x)
+        torch.manual_seed(5)
+        assert explain(model, x).count("fused") == patched
+        assert torch.equal(model(x), expected)
+        unpatch_peft(model)
 
 
 def test_explain_says_what_was_not_called(x):

@@ -9,19 +9,19 @@ computes is refused, and so is pickle, which runs code when it is loaded.
 """
 
 import json
+import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lora_kernels.modules import LoRALinear
-from lora_kernels.peft.swap import lora_layers, pattern_value, select, swap_named
+from lora_kernels.peft.swap import lora_layers, named_modules, pattern_value, select, swap_named
 
 __all__ = ["load_adapter", "save_adapter"]
 
@@ -34,6 +34,12 @@ _BEYOND = (
     "use_qalora", "velora_config",
 )  # fmt: skip
 
+_NUMBERS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (  # a field, the one for exceptions, what it may be
+    ("r", "rank_pattern", lambda n: type(n) is int and n > 0, "an integer of at least 1"),
+    ("lora_alpha", "alpha_pattern", lambda n: type(n) in (int, float) and math.isfinite(n), "a finite number"),
+    ("lora_dropout", "", lambda n: type(n) in (int, float) and 0 <= n <= 1, "a number in [0, 1]"),
+)
+
 
 def save_adapter(
     model: nn.Module, folder: str | Path, *, base_model_name_or_path: str | None = None, task_type: str | None = None
@@ -41,7 +47,7 @@ def save_adapter(
     """Write the adapters of a model's `LoRALinear` layers as PEFT does; `folder` is made if need be.
 
     Args:
-        model: As it is, or wrapped in DistributedDataParallel or `torch.compile`.
+        model: As it is, or wrapped, as are its parts, by `torch.compile`, activation checkpointing, DataParallel, DDP.
         folder: Files in it are overwritten.
         base_model_name_or_path: Of the base model, for PEFT's `AutoPeftModel`.
         task_type: As in PEFT, "CAUSAL_LM" for instance.
@@ -52,7 +58,6 @@ def save_adapter(
     """
     from safetensors.torch import save_file
 
-    model = _unwrapped(model)
     layers = _layers(model, "save_adapter")
     tensors = {}
     for name, layer in layers.items():
@@ -62,10 +67,9 @@ def save_adapter(
                     f"save_adapter: {name}.{part} is trained, and an adapter file does not hold it. "
                     f"Save model.state_dict() in its place, or freeze it."
                 )
-        for part, t in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            if type(t) is not nn.Parameter:
-                raise TypeError(f"save_adapter: {name}.{part} is a {type(t).__name__}; gather it into a plain tensor.")
-            tensors[_key(name, part)] = t.detach().cpu().contiguous()
+        _check_plain("save_adapter", name, layer)
+        for part in ("lora_A", "lora_B"):
+            tensors[_key(name, part)] = getattr(layer, part).detach().cpu().clone(memory_format=torch.contiguous_format)
     config = _config(model, layers) | {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,12 +80,12 @@ def save_adapter(
 def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     """Read adapters from PEFT's files into a model's `LoRALinear` layers.
 
-    A model without such layers gets them first, as the configuration says, with adapters of the file's dtype. The
-    scaling is the file's; `lora_dropout` is the model's, or, for new layers, the file's. Nothing is changed if
-    anything does not fit.
+    A model without such layers gets them first, as the configuration says. Their adapters have the weight's dtype, or
+    float32 over a float16 or bfloat16 weight, unless the file's are of that 16-bit dtype as well. The scaling is the
+    file's; `lora_dropout` is the model's, or, for new layers, the file's. Nothing is changed if anything does not fit.
 
     Args:
-        model: As it is, or wrapped in DistributedDataParallel or `torch.compile`.
+        model: As it is, or wrapped, as are its parts, by `torch.compile`, activation checkpointing, DataParallel, DDP.
         folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
 
     Returns:
@@ -90,30 +94,38 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     Raises:
         FileNotFoundError: A file is not there.
         ValueError: A pickle file, a configuration that is beyond plain LoRA, a key that is missing, left over, without
-            PEFT's prefix, or of another shape; the message names it.
+            PEFT's prefix, or of another shape, a number that is none; the message names it.
+        TypeError: An adapter, or a weight that is to get one, is not a plain tensor.
+        RuntimeError: A layer is merged.
     """
-    folder, model = Path(folder), _unwrapped(model)
+    folder = Path(folder)
     tensors, config = _read(folder)
-    present = dict(lora_layers(model))
+    modules, present = dict(named_modules(model)), dict(lora_layers(model))
     names = list(present) or select(
         model, config["target_modules"], config.get("exclude_modules"),
         config.get("layers_to_transform"), config.get("layers_pattern"),
     )  # fmt: skip
     _check_keys(folder, names, tensors)
-    shapes = {name: _shapes(config, name, model.get_submodule(name)) for name in names}
+    shapes = {name: _shapes(config, name, modules[name]) for name in names}
     for name, expected in shapes.items():
         for part, shape in expected.items():
             _check_shape(_key(name, part), tensors[_key(name, part)], shape)
+    for name, layer in present.items():
+        if layer.merged:
+            raise RuntimeError(f"LoRALinear {name} is merged; call unmerge() before loading.")
+        _check_plain("load_adapter", name, layer)
+    rslora = bool(config.get("use_rslora"))
+    ranks = {name: shape["lora_A"][0] for name, shape in shapes.items()}
+    alphas = {name: pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]) for name in names}
+    scalings = {name: alpha / _root(ranks[name], rslora) for name, alpha in alphas.items()}
+    _check_shared(modules, names, tensors, scalings)
     if not present:
-        ranks = {name: shape["lora_A"][0] for name, shape in shapes.items()}
-        swap_named(model, ranks, dict.fromkeys(names, 1.0), config.get("lora_dropout", 0.0), False, False)
+        swap_named(model, ranks, dict.fromkeys(names, 1.0), config.get("lora_dropout", 0.0), False, True)
     for name, layer in lora_layers(model):
-        layer.lora_alpha = pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
-        layer.use_rslora = bool(config.get("use_rslora"))
-        layer.scaling = layer.lora_alpha / (layer.r**0.5 if layer.use_rslora else layer.r)
+        layer.lora_alpha, layer.use_rslora, layer.scaling = alphas[name], rslora, scalings[name]
         for part in ("lora_A", "lora_B"):
             t, parameter = tensors[_key(name, part)], getattr(layer, part)
-            if not present:
+            if not present and t.dtype == layer.weight.dtype:
                 parameter.data = torch.empty_like(parameter, dtype=t.dtype)
             with torch.no_grad():
                 parameter.copy_(t)
@@ -124,7 +136,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if folder.suffix in _PICKLES:
+    if folder.suffix in _PICKLES and not folder.is_dir():
         raise ValueError(_pickle_text(folder))
     path = folder / _TENSORS
     if not path.is_file():
@@ -159,6 +171,14 @@ def _check_config(path: Path, config: Any) -> None:
     for field in ("r", "lora_alpha", "target_modules"):
         if config.get(field) is None:
             raise ValueError(f"load_adapter: {path} has no {field!r}.")
+    for field, exceptions, fits, words in _NUMBERS:
+        pattern = config.get(exceptions) or {}
+        if not isinstance(pattern, dict):
+            raise ValueError(f"load_adapter: {path} has {exceptions}={pattern!r}; it must be an object.")
+        values = {field: config.get(field, 0)} | {f"{exceptions}[{key!r}]": value for key, value in pattern.items()}
+        for where, value in values.items():
+            if not fits(value):
+                raise ValueError(f"load_adapter: {path} has {where}={value!r}; it must be {words}.")
     for field in _BEYOND:
         if config.get(field):
             raise ValueError(
@@ -192,6 +212,27 @@ def _shapes(config: dict[str, Any], name: str, layer: nn.Module) -> dict[str, tu
     return {"lora_A": (r, layer.in_features), "lora_B": (layer.out_features, r)}
 
 
+def _check_plain(call: str, name: str, layer: LoRALinear) -> None:
+    for part in ("lora_A", "lora_B"):
+        t = getattr(layer, part)
+        if type(t) is not nn.Parameter or t.dim() != 2:  # FSDP1 leaves a flat piece of it
+            shape = tuple(t.shape)
+            raise TypeError(
+                f"{call}: {name}.{part} is a {type(t).__name__} of shape {shape}; gather it into a plain tensor."
+            )
+
+
+def _check_shared(
+    modules: Mapping[str, nn.Module], names: list[str], tensors: Mapping[str, Tensor], scalings: Mapping[str, float]
+) -> None:
+    first: dict[int, str] = {}
+    for name in names:
+        twin = first.setdefault(id(modules[name]), name)
+        same = (torch.equal(tensors[_key(name, part)], tensors[_key(twin, part)]) for part in ("lora_A", "lora_B"))
+        if twin != name and not (scalings[name] == scalings[twin] and all(same)):
+            raise ValueError(f"load_adapter: {twin} and {name} are one layer of the model and two in the file.")
+
+
 def _check_shape(key: str, t: Tensor, shape: tuple[int, int]) -> None:
     if t.shape == shape:
         return
@@ -205,9 +246,15 @@ def _check_shape(key: str, t: Tensor, shape: tuple[int, int]) -> None:
 
 
 def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
-    rslora = all(layer.use_rslora for layer in layers.values())
     ranks = {name: layer.r for name, layer in layers.items()}
-    alphas = {name: _alpha(layer, rslora) for name, layer in layers.items()}
+    usual = all(layer.use_rslora for layer in layers.values())
+    found = {rule: {name: _alpha(layer, rule) for name, layer in layers.items()} for rule in (usual, not usual)}
+    exact = (
+        rule for rule, alphas in found.items()
+        if all(alphas[name] / _root(layer.r, rule) == layer.scaling for name, layer in layers.items())
+    )  # fmt: skip
+    rslora = next(exact, usual)
+    alphas = found[rslora]
     dropouts = Counter(layer.lora_dropout for layer in layers.values())
     if len(dropouts) > 1:
         warnings.warn(
@@ -226,9 +273,18 @@ def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
 
 
 def _alpha(layer: LoRALinear, rslora: bool) -> float:
-    """The `lora_alpha` that gives the layer's scaling under the file's rule, its own if that does."""
-    root = layer.r**0.5 if rslora else layer.r
-    return layer.lora_alpha if layer.lora_alpha / root == layer.scaling else layer.scaling * root
+    """The `lora_alpha` that gives the layer's scaling to the last bit, its own if it does; the nearest if none does.
+
+    Quotients by 3, for instance, leave some numbers out: 0.1 is one of them. It is a quotient by √3.
+    """
+    root = _root(layer.r, rslora)
+    near = layer.scaling * root
+    candidates = (layer.lora_alpha, near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
+    return next((alpha for alpha in candidates if alpha / root == layer.scaling), near)
+
+
+def _root(r: int, rslora: bool) -> float:
+    return math.sqrt(r) if rslora else r
 
 
 def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
@@ -258,9 +314,3 @@ def _key(name: str, part: str) -> str:
 
 def _some(keys: list[str]) -> str:
     return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
-    return model

@@ -13,6 +13,7 @@ sharding, offloading) sends the call to PEFT's forward.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,8 @@ def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
             if type(scaling) not in (Tensor, nn.Parameter) or scaling.dim():
                 return None
             A, scaling = _scaled(A, scaling), 1.0  # on its device: reading it would wait for the GPU
+        elif not -math.inf < scaling < math.inf:
+            return None
         terms.append((A, B, scaling, dropout_p))
     return terms or None
 

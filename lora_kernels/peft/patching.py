@@ -8,6 +8,7 @@ where this library is not, and the model loaded from it is patched by calling `p
 import contextlib
 import copy
 import functools
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,7 +51,7 @@ def patch_peft(model: nn.Module, backend: str = "auto") -> Report:
     for layer in layers:
         cls = _stock_class(type(layer))
         if cls is not None and known.is_supported(cls):
-            layer.__class__ = _patched_class(cls, backend)
+            _give_class(layer, _patched_class(cls, backend))
     return report(model)
 
 
@@ -76,7 +77,7 @@ def unpatch_peft(model: nn.Module) -> int:
                 f"unpatch_peft: {name} was given another class, {type(module).__name__}, after patch_peft; "
                 "undo that first."
             )
-        module.__class__ = stock
+        _give_class(module, stock)
         count += 1
     return count
 
@@ -143,6 +144,15 @@ def _patched_class(cls: type[nn.Module], backend: str) -> type[nn.Module]:
         "_lora_kernels_class": cls,
     }
     return type(cls.__name__, (_Patched, cls), body)
+
+
+def _give_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Swap a layer's class, and its forward where accelerate's device hook keeps or has left it on the instance."""
+    before = types.MethodType(type(layer).forward, layer)
+    for name in ("forward", "_old_forward"):
+        if vars(layer).get(name) == before:
+            setattr(layer, name, types.MethodType(cls.forward, layer))
+    layer.__class__ = cls
 
 
 def _stock_class(cls: type) -> type[nn.Module] | None:

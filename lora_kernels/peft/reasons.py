@@ -1,6 +1,8 @@
 """How each LoRA layer of a model is computed, and why it is not fused where it is not: what `layer` saw, in words."""
 
+import inspect
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -80,7 +82,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     Args:
         model: Any module that holds PEFT's LoRA layers, patched or not.
         *args: With arguments, the model is called with them, without gradients, and the table tells what happened in
-            that call: the dtypes, autocast and arguments that reached each layer decide as well.
+            that call: the dtypes, autocast and arguments that reached each layer decide as well. Random numbers that it
+            draws are drawn again by the next call.
         **kwargs: Likewise.
 
     Returns:
@@ -115,11 +118,15 @@ def _class_reason(module: nn.Module) -> str:
     cls = type(module)
     if not known.is_supported(cls):
         return f"lora.{cls.__name__} computes something else than x Wᵀ + scaling B A dropout(x)"
-    if rules.stock_forward(cls.forward) is cls.forward:
+    # accelerate's device hook stands in `forward` and calls `_old_forward`; taken off, it leaves that in `forward`
+    methods = (vars(module).get(name) for name in ("forward", "_old_forward"))
+    own = next((m.__func__ for m in methods if inspect.ismethod(m) and m.__self__ is module), None)
+    forward = own if "forward" in vars(module) else cls.forward
+    if forward is not None and rules.stock_forward(forward) is not forward:
+        return ""
+    if forward is cls.forward:
         return "not patched: call patch_peft(model), again for layers added later"
-    if "forward" in vars(module):
-        return "its forward is replaced on the instance (X-LoRA, accelerate's device hooks)"
-    return ""
+    return "its forward is replaced on the instance (X-LoRA, or a hook from before)"
 
 
 def _state_reason(module: nn.Module) -> str:
@@ -156,6 +163,8 @@ def _adapter_reason(module: nn.Module, name: str) -> str:
         return f"scaling[{name!r}] is a tensor of shape {tuple(scaling.shape)}, not a number"
     if not isinstance(scaling, (int, float, Tensor)):
         return f"scaling[{name!r}] is a {type(scaling).__name__}, not a number"
+    if not isinstance(scaling, Tensor) and not math.isfinite(scaling):
+        return f"scaling[{name!r}] is {scaling}, not a finite number"
     return ""
 
 
@@ -240,8 +249,9 @@ def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             module.register_forward_hook(ends(name), with_kwargs=True),
         )
     ]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(list(devices), device_type="cuda"):
             model(*args, **kwargs)
     finally:
         for handle in handles:

@@ -1,17 +1,22 @@
 """Put `LoRALinear` layers into a model, and take them out again, in PEFT's words."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lora_kernels.checks import is_sharded
 from lora_kernels.modules import LoRALinear, check_base
 
-__all__ = ["lora_layers", "merge_and_unload", "pattern_value", "select", "swap_linear", "swap_named"]
+__all__ = [
+    "lora_layers", "merge_and_unload", "named_modules", "pattern_value", "select", "swap_linear", "swap_named",
+]  # fmt: skip
 
 _ALL_LINEAR = "all-linear"
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # where a wrapper keeps its module
 
 
 def swap_linear(
@@ -25,7 +30,7 @@ def swap_linear(
     The arguments mean what they mean in PEFT's `LoraConfig`; weights are shared, not copied.
 
     Args:
-        model: Its parameters stop requiring grad; those of the new adapters do.
+        model: Its parameters stop requiring grad, but for adapters that it has already; those of the new ones do.
         target_modules: Names, each matching a layer of that name or of a name that ends in "." and it; or a regular
             expression that a full name has to match; or "all-linear" for every linear layer but the output embeddings.
         r: Rank.
@@ -41,12 +46,12 @@ def swap_linear(
         The names of the layers that were swapped.
 
     Raises:
-        TypeError: A targeted layer is not exactly an `nn.Linear`.
-        ValueError: Nothing is targeted, a targeted layer has hooks, or a number is out of range.
+        TypeError: A targeted layer is not exactly an `nn.Linear`, or its weight is sharded.
+        ValueError: Nothing is targeted, a targeted layer has hooks or is wrapped itself, or a number is out of range.
     """
     names = select(model, target_modules, exclude_modules)
     if not names:
-        ends = sorted({name.rpartition(".")[2] for name in _linear_names(model)})
+        ends = sorted({name.rpartition(".")[2] for name in _linears(model)})
         raise ValueError(
             f"swap_linear: target_modules={target_modules!r} matches no linear layer of {type(model).__name__}. "
             f"Its linear layers end in: {', '.join(ends) or 'none'}."
@@ -66,21 +71,31 @@ def swap_named(
     """Do what `swap_linear` does to the layers of exactly these names, each with its rank and its alpha.
 
     Raises:
-        TypeError: One of them is not exactly an `nn.Linear`.
-        ValueError: One of them has hooks.
+        TypeError: One of them is not exactly an `nn.Linear`, or its weight is sharded.
+        ValueError: One of them has hooks, or is wrapped itself.
     """
+    modules = dict(named_modules(model))
+    _check_places("swap_linear", modules, ranks)
     for name in ranks:
-        linear = model.get_submodule(name)
+        linear = modules[name]
         check_base(linear, f"swap_linear: {name}", f"; leave it out with exclude_modules=[{name!r}]")
-    model.requires_grad_(False)
+        if is_sharded(linear.weight):
+            raise TypeError(
+                f"swap_linear: {name}.weight is a DTensor, and nothing would gather or reduce adapters beside it. "
+                "Put the adapters in first and shard the model after that."
+            )
+    standing = {id(t) for _, layer in lora_layers(model) for t in (layer.lora_A, layer.lora_B)}
+    for p in model.parameters():
+        if id(p) not in standing:
+            p.requires_grad_(False)
     made: dict[int, LoRALinear] = {}  # a layer that stands in two places stays one layer
     for name, r in ranks.items():
-        linear = model.get_submodule(name)
+        linear = modules[name]
         if id(linear) not in made:
             wide = autocast_adapter_dtype and linear.weight.dtype in (torch.float16, torch.bfloat16)
             dtype = torch.float32 if wide else None
             made[id(linear)] = LoRALinear.from_linear(linear, r, alphas[name], lora_dropout, use_rslora, dtype)
-        _replace(model, name, made[id(linear)])
+        _replace(modules, name, made[id(linear)])
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
@@ -95,11 +110,20 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         The model; a plain `nn.Linear` if `model` is a layer itself.
 
     Raises:
-        ValueError: It has no `LoRALinear` layers.
+        TypeError: A layer is sharded, by `fully_shard` or a style of `lora_kernels.parallel`.
+        ValueError: It has no `LoRALinear` layers, or one is wrapped itself.
     """
-    layers = lora_layers(model)
+    modules, layers = dict(named_modules(model)), lora_layers(model)
     if not layers:
         raise ValueError("merge_and_unload: the model has no LoRALinear layers; PEFT models have their own method.")
+    for name, layer in layers:
+        if is_sharded(layer.weight):
+            raise TypeError(
+                f"merge_and_unload: {f'{name}.weight'.lstrip('.')} is a DTensor; a plain layer cannot compute with it. "
+                "Call merge() of each layer, which stays what it is; or gather the model's state dict, load it into a "
+                "model that is not sharded, and take the layers out of that."
+            )
+    _check_places("merge_and_unload", modules, [name for name, _ in layers])
     made: dict[int, nn.Linear] = {}
     for name, layer in layers:
         if id(layer) not in made:
@@ -107,13 +131,29 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             made[id(layer)] = _plain(layer)
         if not name:
             return made[id(layer)]
-        _replace(model, name, made[id(layer)])
+        _replace(modules, name, made[id(layer)])
     return model
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
     """Every place in a model where a `LoRALinear` stands, in order; a shared one comes with each of its names."""
-    return [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LoRALinear)]
+    return [(name, module) for name, module in named_modules(model) if isinstance(module, LoRALinear)]
+
+
+def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every place in a model and what stands there, named as if nothing in it were wrapped; see `unwrapped`."""
+    model = unwrapped(model)
+    yield prefix, model
+    for own, child in model._modules.items():
+        if child is not None:
+            yield from named_modules(child, f"{prefix}.{own}".lstrip("."))
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What is behind torch.compile, activation checkpointing, FSDP1, DataParallel and DistributedDataParallel."""
+    names = _WRAPPED + ("module",) * isinstance(module, (DataParallel, DistributedDataParallel))
+    inner = next((module._modules[name] for name in names if name in module._modules), None)
+    return module if inner is None else unwrapped(inner)
 
 
 def select(
@@ -121,12 +161,12 @@ def select(
     layers_to_transform: int | Sequence[int] | None = None, layers_pattern: str | Sequence[str] | None = None,
 ) -> list[str]:  # fmt: skip
     """Names of the linear layers (`nn.Linear` or `LoRALinear`) that PEFT would target; see `swap_linear`."""
-    names = _linear_names(model)
+    linears = _linears(model)
     if isinstance(target_modules, str) and target_modules.lower() == _ALL_LINEAR:
-        embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-        chosen = [name for name in names if model.get_submodule(name) is not embeddings]
+        embeddings = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
+        chosen = [n for n, module in linears.items() if embeddings is None or module is not unwrapped(embeddings)]
     else:
-        chosen = [name for name in names if _matches(target_modules, name)]
+        chosen = [name for name in linears if _matches(target_modules, name)]
     if exclude_modules:
         chosen = [name for name in chosen if not _matches(exclude_modules, name)]
     if layers_to_transform is None or layers_to_transform == []:
@@ -149,14 +189,23 @@ def _matches(target: str | Sequence[str], name: str) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in target)
 
 
-def _linear_names(model: nn.Module) -> list[str]:
-    named = model.named_modules(remove_duplicate=False)
-    return [name for name, module in named if name and isinstance(module, (nn.Linear, LoRALinear))]
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    named = named_modules(model)
+    return {name: module for name, module in named if name and isinstance(module, (nn.Linear, LoRALinear))}
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def _check_places(call: str, modules: Mapping[str, nn.Module], names: Iterable[str]) -> None:
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        wrapper = getattr(modules[parent], own) if name else modules[name]
+        if wrapper is not modules[name]:  # torch.compile, for one, goes on calling what it was given
+            kind = type(wrapper).__name__
+            raise ValueError(f"{call}: {name} is wrapped by {kind}. Take that off; wrap the new layer after that.")
+
+
+def _replace(modules: Mapping[str, nn.Module], name: str, module: nn.Module) -> None:
     parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, module)
+    setattr(modules[parent], own, module)
 
 
 def _plain(layer: LoRALinear) -> nn.Linear:
