@@ -100,6 +100,17 @@ def rescaled(dtype):
     return model
 
 
+def repeated(*names, quantized=False):
+    """An adapter that is active twice: PEFT adds it twice."""
+
+    def build(dtype):
+        model = two_adapters()(dtype, lin=FakeQuantized(dtype) if quantized else None)
+        model.base_model.set_adapter(list(names))
+        return model
+
+    return build
+
+
 MODELS = {
     "plain": (tiny, "fused"),
     "adapters in the model's dtype": (lambda dtype: tiny(dtype, autocast_adapter_dtype=False), "fused"),
@@ -113,6 +124,9 @@ MODELS = {
     "two adapters, one scaling": (two_adapters(r=4, lora_alpha=6), "fused"),
     "two adapters": (two_adapters(), "fused"),
     "two adapters in the model's dtype": (lambda dtype: two_adapters()(dtype, autocast_adapter_dtype=False), "fused"),
+    "an adapter twice": (repeated("default", "default"), "fused"),
+    "one of two adapters twice": (repeated("default", "second", "default"), "fused"),
+    "an adapter twice over a fake quantized base": (repeated("default", "default", quantized=True), "low-rank"),
     "an adapter that this layer lacks": (absent_adapter, "fused"),
     "trained base bias": (with_grad("lin.base_layer.bias"), "fused"),
     "trained base": (with_grad("base_layer.weight", "base_layer.bias"), "fused"),
