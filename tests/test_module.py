@@ -67,6 +67,17 @@ def test_a_layer_with_hooks_is_refused(register):
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    "wrong", [dict(r=0), dict(lora_alpha=math.nan), dict(lora_dropout=2.0), dict(rank_pattern={"1": 0})]
+)
+def test_wrong_numbers_leave_a_model_as_it_was(wrong):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"LoRALinear: (r|lora_alpha|lora_dropout) must be"):
+        swap_linear(model, "all-linear", **wrong)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+    assert all(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 6 / 3), (True, 6 / math.sqrt(3))])
 def test_scaling(use_rslora, scaling):
     made = layer(use_rslora=use_rslora)

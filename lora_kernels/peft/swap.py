@@ -72,12 +72,13 @@ def swap_named(
 
     Raises:
         TypeError: One of them is not exactly an `nn.Linear`, or its weight is sharded.
-        ValueError: One of them has hooks, or is wrapped itself.
+        ValueError: One of them has hooks, or is wrapped itself; or a number is out of range.
     """
     modules = dict(named_modules(model))
     _check_places("swap_linear", modules, ranks)
-    for name in ranks:
+    for name, r in ranks.items():
         linear = modules[name]
+        LoRALinear(1, 1, r, alphas[name], lora_dropout, device="meta")  # refuses wrong numbers while nothing is changed
         check_base(linear, f"swap_linear: {name}", f"; leave it out with exclude_modules=[{name!r}]")
         if is_sharded(linear.weight):
             raise TypeError(
