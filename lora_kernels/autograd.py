@@ -24,7 +24,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from lora_kernels import plan
 from lora_kernels.dropout import keep_scale
 
-__all__ = ["LoRALinearFunction", "autocast_off", "backward", "forward", "rows"]
+__all__ = ["LoRALinearFunction", "autocast_off", "backward", "forward", "rows", "save"]
 
 _NOTHING = contextlib.nullcontext()
 
@@ -87,18 +87,9 @@ class LoRALinearFunction(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         """Compute y `[M, out]` and save for backward what the gradients that are needed need."""
         ctx.accumulate = (lora_A, lora_B) if accumulate_grad else (None, None)
-        ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
         y, s, keep = forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, noise)
-        need_x, need_weight, need_A, need_B, _ = ctx.needs_input_grad[:5]
-        ctx.save_for_backward(
-            x if need_A or need_weight else None,
-            weight if need_x else None,
-            lora_A if need_x else None,
-            lora_B if need_x or need_A else None,
-            s if need_B else None,
-            keep if need_x or need_A else None,
-        )
-        ctx.alpha, ctx.backend, ctx.x_shape = scaling * keep_scale(dropout_p), backend, x.shape
+        save(ctx, x, weight, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)
+        ctx.x_shape = x.shape
         return y
 
     @staticmethod
@@ -107,6 +98,24 @@ class LoRALinearFunction(torch.autograd.Function):
         with autocast_off(dy):
             # the guard against a second differentiation takes as long as three small operators: only where one may come
             return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+
+
+def save(
+    ctx: FunctionCtx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor, keep: Tensor | None,
+    alpha: float, backend: str,
+) -> None:  # fmt: skip
+    """Keep for backward what the gradients of x, W, A and B need, as far as they are needed."""
+    need_x, need_weight, need_A, need_B = ctx.needs_input_grad[:4]
+    ctx.save_for_backward(
+        x if need_A or need_weight else None,
+        weight if need_x else None,
+        lora_A if need_x else None,
+        lora_B if need_x or need_A else None,
+        s if need_B else None,
+        keep if need_x or need_A else None,
+    )
+    ctx.alpha, ctx.backend = alpha, backend
+    ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
 
 
 def autocast_off(dy: Tensor) -> contextlib.AbstractContextManager:

@@ -155,19 +155,9 @@ def _fake_backward(dy, x, weight, lora_A, lora_B, s, keep, alpha, backend, dtype
 def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     x, weight, lora_A, lora_B, _, _, scaling, dropout_p, backend = inputs
     _, s, keep = output
-    need_x, need_weight, need_A, need_B = ctx.needs_input_grad[:4]
-    ctx.save_for_backward(
-        x if need_A or need_weight else None,
-        weight if need_x else None,
-        lora_A if need_x else None,
-        lora_B if need_x or need_A else None,
-        s if need_B else None,
-        keep if need_x or need_A else None,
-    )
+    autograd.save(ctx, x, weight, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
-    ctx.alpha, ctx.backend = scaling * keep_scale(dropout_p), backend
-    ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
 
 
 def _differentiate(ctx: FunctionCtx, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
