@@ -53,6 +53,23 @@ def size_of_small(request, monkeypatch):
 
 
 @pytest.fixture
+def computed(monkeypatch):
+    """Names of the functions that computed patched PEFT layers, in order."""
+    from lora_kernels.peft import layer
+
+    made = []
+    for name in ("lora_linear", "lora_add"):
+        function = getattr(layer, name)
+
+        def spy(*args, _name=name, _function=function, **kwargs):
+            made.append(_name)
+            return _function(*args, **kwargs)
+
+        monkeypatch.setattr(layer, name, spy)
+    return made
+
+
+@pytest.fixture
 def no_peft(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)  # `import peft` raises ImportError
 

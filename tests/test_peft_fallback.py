@@ -17,22 +17,6 @@ from peft_samples import IN, OUT, Tiny, call, config, layer, tiny
 
 from lora_kernels import patch_peft
 from lora_kernels.peft import explain
-from lora_kernels.peft import layer as forward_module
-
-
-@pytest.fixture(autouse=True)
-def computed(monkeypatch):
-    """Names of the functions that computed patched layers, in order."""
-    made = []
-    for name in ("lora_linear", "lora_add"):
-        function = getattr(forward_module, name)
-
-        def spy(*args, _name=name, _function=function, **kwargs):
-            made.append(_name)
-            return _function(*args, **kwargs)
-
-        monkeypatch.setattr(forward_module, name, spy)
-    return made
 
 
 def edited(edit, **changes):

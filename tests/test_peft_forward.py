@@ -15,7 +15,6 @@ from peft_samples import IN, OUT, call, check, config, layer, tiny, truth
 from lora_kernels import eager, patch_peft
 from lora_kernels.dropout import keep_scale
 from lora_kernels.peft import explain
-from lora_kernels.peft import layer as forward_module
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -143,30 +142,15 @@ MODELS = {
 INTERPRETED = ("plain", "two adapters", "tensor scaling and padded rank", "aliased weight", "fake quantized base")
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Names of the functions that computed patched layers, in order."""
-    made = []
-    for name in ("lora_linear", "lora_add"):
-        function = getattr(forward_module, name)
-
-        def spy(*args, _name=name, _function=function, **kwargs):
-            made.append(_name)
-            return _function(*args, **kwargs)
-
-        monkeypatch.setattr(forward_module, name, spy)
-    return made
-
-
-def compare(model, x, calls, form, backend="torch", autocast=None, tolerance=None):
+def compare(model, x, computed, form, backend="torch", autocast=None, tolerance=None):
     stock, exact = call(model, x, autocast), truth(model, x)
     patched = copy.deepcopy(model)
     patch_peft(patched, backend)
-    assert not calls
+    assert not computed
     actual = call(patched, x, autocast)
-    assert calls == {"fused": ["lora_linear"], "low-rank": ["lora_add"]}[form]
+    assert computed == {"fused": ["lora_linear"], "low-rank": ["lora_add"]}[form]
     check(actual, stock, exact, tolerance or x.dtype)
-    calls.clear()
+    computed.clear()
     return patched
 
 
@@ -176,27 +160,27 @@ def compare(model, x, calls, form, backend="torch", autocast=None, tolerance=Non
     + [(name, dtype) for name in ("plain", "two adapters") for dtype in ("fp16", "fp64")]
     + [("fake quantized base", "fp16")],
 )
-def test_models(name, dtype, calls):
+def test_models(name, dtype, computed):
     build, form = MODELS[name]
     x = inputs(DTYPES[dtype])
-    patched = compare(build(DTYPES[dtype]), x, calls, form)
+    patched = compare(build(DTYPES[dtype]), x, computed, form)
     (found,) = [one for one in explain(patched, x).layers if one.name.endswith(".lin")]
     assert (found.form, bool(found.reason)) == (form, form != "fused")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", INTERPRETED)
-def test_models_in_the_kernels(name, dtype, calls):
+def test_models_in_the_kernels(name, dtype, computed):
     build, form = MODELS[name]
-    compare(build(DTYPES[dtype]), inputs(DTYPES[dtype]), calls, form, backend="triton")
+    compare(build(DTYPES[dtype]), inputs(DTYPES[dtype]), computed, form, backend="triton")
 
 
 @pytest.mark.parametrize("base", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["plain", "adapters in the model's dtype", "two adapters", "fake quantized base"])
-def test_autocast(name, base, calls):
+def test_autocast(name, base, computed):
     build, form = MODELS[name]
     for x_dtype in (torch.float32, torch.bfloat16):
-        compare(build(DTYPES[base]), inputs(x_dtype), calls, form, autocast=torch.bfloat16, tolerance=torch.bfloat16)
+        compare(build(DTYPES[base]), inputs(x_dtype), computed, form, autocast=torch.bfloat16, tolerance=torch.bfloat16)
 
 
 LAYOUTS = {
@@ -213,28 +197,28 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["plain", "fake quantized base"])
-def test_layouts(name, layout, calls):
+def test_layouts(name, layout, computed):
     x = LAYOUTS[layout](inputs(torch.float32).detach())
     if layout != "no gradient":
         x = x.requires_grad_()
     build, form = MODELS[name]
-    compare(build(torch.float32), x, calls, form)
+    compare(build(torch.float32), x, computed, form)
 
 
-def test_without_gradients(calls):
+def test_without_gradients(computed):
     model, x = tiny(), inputs(torch.float32)
     with torch.no_grad():
         expected = model(x)
         patch_peft(model)
         actual = model(x)
     assert not actual.requires_grad
-    assert calls == ["lora_linear"]
+    assert computed == ["lora_linear"]
     torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("lin", [None, FakeQuantized])
-def test_each_adapter_draws_its_own_mask_with_its_own_probability(dtype, lin, calls, monkeypatch):
+def test_each_adapter_draws_its_own_mask_with_its_own_probability(dtype, lin, computed, monkeypatch):
     dtype, masks = DTYPES[dtype], []
     draw = eager.draw_mask
     monkeypatch.setattr(eager, "draw_mask", lambda *args: masks.append((args[1], draw(*args))) or masks[-1][1])
@@ -250,7 +234,7 @@ def test_each_adapter_draws_its_own_mask_with_its_own_probability(dtype, lin, ca
     actual = call(model, x)
     assert [p for p, _ in masks] == [0.25, 0.5]
     # the third has no dropout; one call serves it, or joins it to others without
-    assert calls == ["lora_linear" if lin is None else "lora_add", "lora_add", "lora_add"]
+    assert computed == ["lora_linear" if lin is None else "lora_add", "lora_add", "lora_add"]
     torch.testing.assert_close(masks[0][1].float().mean(), torch.tensor(0.75), atol=0.1, rtol=0)
     factors = {name: keep.view(x.shape).double() * keep_scale(p)
                for name, (p, keep) in zip(("default", "second"), masks, strict=True)}  # fmt: skip
@@ -280,7 +264,7 @@ def test_dropout_in_expectation_and_in_evaluation():
     torch.testing.assert_close(model(x), still)
 
 
-def test_numbers_are_read_at_each_call(calls):
+def test_numbers_are_read_at_each_call(computed):
     """What PEFT and its users change between calls takes effect: nothing is remembered."""
     model = tiny()
     patch_peft(model)
@@ -303,7 +287,7 @@ def test_numbers_are_read_at_each_call(calls):
     agrees()
     one.base_layer = nn.Linear(IN, OUT)
     agrees()
-    assert calls == ["lora_linear"] * 5
+    assert computed == ["lora_linear"] * 5
 
 
 def test_no_wide_copy_of_x_is_kept():
@@ -325,13 +309,13 @@ def test_no_wide_copy_of_x_is_kept():
     assert not [shape for dtype, shape in kept if dtype == torch.float32 and shape[0] == 64]
 
 
-def test_mica_is_fast(calls):
+def test_mica_is_fast(computed):
     try:
         model = tiny(init_lora_weights="mica")
     except ValueError as error:
         pytest.skip(f"this PEFT has none: {error}")
     assert not layer(model).lora_B["default"].weight.requires_grad
-    compare(model, inputs(torch.float32), calls, "fused")
+    compare(model, inputs(torch.float32), computed, "fused")
 
 
 def test_double_backward_says_so():
