@@ -21,7 +21,7 @@ SHRINK, MATMUL, WGRAD, DEVICE = (f"kernels/{n}.py" for n in ("shrink", "matmul_e
 # name: (file, text, replacement); the ones in ALWAYS run in every test run
 MUTANTS = {
     "scaling missing": ("autograd.py", "scaling * keep_scale(dropout_p), dropout_p, noise=noise)", "keep_scale(dropout_p), dropout_p, noise=noise)"),
-    "scaling missing in backward": ("autograd.py", "scaling * keep_scale(dropout_p), backend, x.shape", "keep_scale(dropout_p), backend, x.shape"),
+    "scaling missing in backward": ("autograd.py", "keep, scaling * keep_scale(dropout_p), backend)", "keep, keep_scale(dropout_p), backend)"),
     "alpha ignored by the kernel": (SHRINK, "acc * tl.cast(alphas[i], tl.float32)", "acc * 2.0"),
     "keep_scale missing": ("dropout.py", "return _STEPS / kept if kept else 0.0", "return 1.0"),
     "mask missing in dx": ("autograd.py", "(ds, lora_A.t())], keep=keep)", "(ds, lora_A.t())])"),
