@@ -1,0 +1,147 @@
+"""Layers that share an input, `lora_projections` and `lora_qkv`: check, apply autocast, choose a backend, call it."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_kernels import checks, eager, plan, projections
+from lora_kernels.functional import as_autocast, compute, transforming, watched
+from lora_kernels.projections import Projection
+
+__all__ = ["lora_projections", "lora_qkv"]
+
+_AT_ONCE = 4  # projections of one launch
+
+
+def lora_projections(
+    x: Tensor, weights: Sequence[Tensor], adapters: Sequence[tuple[Tensor, Tensor] | None], *,
+    biases: Sequence[Tensor | None] | None = None, scaling: float | Sequence[float] = 1.0,
+    dropout_p: float | Sequence[float] = 0.0, backend: str = "auto",
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Apply several linear layers with low-rank adapters to one input, in the launches of one layer.
+
+    yᵢ = x Wᵢᵀ + scalingᵢ · Dᵢ(x) Aᵢᵀ Bᵢᵀ + biasᵢ, where each Dᵢ is inverted dropout with a mask of its own.
+    Equivalent to: `tuple(lora_linear(x, weights[i], *adapters[i], ...) for i in range(n))`, but forward reads x once
+    for all sᵢ and computes all yᵢ in one launch, and backward sums dx in one accumulator and reads x once for all dAᵢ.
+
+    Args:
+        x: Activations, `[*, in_features]`; as in `lora_linear`.
+        weights: W of each projection, `[out_featuresᵢ, in_features]`.
+        adapters: (lora_A `[rᵢ, in_features]`, lora_B `[out_featuresᵢ, rᵢ]`) of each, or None where it has none.
+        biases: `[out_featuresᵢ]` or None of each; None if there are none.
+        scaling: Multiplies the low-rank term: a number for all, or one for each.
+        dropout_p: As in `lora_linear`: a number for all, or one for each.
+        backend: As in `lora_linear`.
+
+    Returns:
+        Each y, `[*, out_featuresᵢ]`, as `lora_linear` returns it.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As `lora_linear`, naming the projection.
+
+    Numerics: as `lora_linear`, and dx is rounded once. Where large products are left to the vendor's library (see
+    `lora_kernels.strategy`), in a compiled graph and for a few elements on a CPU, it is `lora_linear` n times.
+
+    Source: Hu et al. 2021, arXiv:2106.09685.
+    """
+    return _projected("lora_projections", x, weights, adapters, biases, scaling, dropout_p, backend)
+
+
+def lora_qkv(
+    x: Tensor, weights: Sequence[Tensor], adapters: Sequence[tuple[Tensor, Tensor] | None], *,
+    biases: Sequence[Tensor | None] | None = None, scaling: float | Sequence[float] = 1.0,
+    dropout_p: float | Sequence[float] = 0.0, backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Project x to queries, keys and values: `lora_projections` of three, (Wq, Wk, Wv).
+
+    With grouped-query attention Wk and Wv have fewer rows than Wq. Arguments, result and errors are those of
+    `lora_projections`.
+    """
+    return _projected("lora_qkv", x, weights, adapters, biases, scaling, dropout_p, backend, 3)
+
+
+def _projected(
+    call: str, x: Tensor, weights: Sequence[Tensor], adapters: Sequence[tuple[Tensor, Tensor] | None],
+    biases: Sequence[Tensor | None] | None, scaling: float | Sequence[float], dropout_p: float | Sequence[float],
+    backend: str, expected: int | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Check, cast for autocast, and project."""
+    each = {"biases": biases, "scaling": scaling, "dropout_p": dropout_p}
+    lists = {name: value for name, value in each.items() if isinstance(value, (list, tuple))}
+    count = checks.check_counts(call, weights, adapters, expected, **lists)
+    numbers = zip(*(lists.get(name, (each[name],) * count) for name in each), strict=True)
+    entries = [
+        Projection(weight, *(pair or (None, None)), *rest)
+        for weight, pair, rest in zip(weights, adapters, numbers, strict=True)
+    ]
+    device_type = x.device.type if isinstance(x, Tensor) else "cpu"
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+        return _joined(call, x, entries, backend, [False] * count)
+    cast = [as_autocast(device_type, x, q.weight, q.bias) for q in entries]
+    entries = [q._replace(weight=weight, bias=bias) for q, (_, weight, bias, _) in zip(entries, cast, strict=True)]
+    with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
+        return _joined(call, cast[0][0], entries, backend, [fits for *_, fits in cast])
+
+
+def _joined(
+    call: str, x: Tensor, entries: list[Projection], backend: str, adapters_fit: list[bool]
+) -> tuple[Tensor, ...]:
+    """Check each projection; compute those that can share launches together, the others on their own."""
+    for i, (q, fits) in enumerate(zip(entries, adapters_fit, strict=True)):
+        try:
+            lora_A, lora_B = _no_adapter(q.weight) if q.lora_A is q.lora_B is None else (q.lora_A, q.lora_B)
+            checks.check_call(x, q.weight, lora_A, lora_B, q.bias, q.scaling, q.dropout_p)
+            if not fits:
+                checks.check_dtypes(x, q.weight, lora_A, lora_B, q.bias)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("lora_linear:", f"{call}: projection {i}:", 1)) from None
+    ys: dict[int, Tensor] = {}
+    chosen = _shared_backend(x, entries, backend)
+    if chosen is not None:  # not for those that add nothing: their adapters get gradients of 0 on the way alone
+        joining = [i for i, q in enumerate(entries) if q.lora_A is None or (q.lora_A.shape[0] and q.dropout_p < 1)]
+        for first in range(0, len(joining), _AT_ONCE):
+            places = joining[first : first + _AT_ONCE]
+            ys.update(zip(places, _together(x, [entries[i] for i in places], chosen), strict=True))
+    return tuple(ys[i] if i in ys else _alone(x, q, backend, adapters_fit[i]) for i, q in enumerate(entries))
+
+
+def _shared_backend(x: Tensor, entries: list[Projection], backend: str) -> str | None:
+    """The backend that computes projections in shared launches; None where each is better off alone."""
+    adapted = [q for q in entries if q.lora_A is not None and q.lora_A.shape[0]]
+    if len(entries) < 2 or not adapted or transforming() or watched():
+        return None
+    widths, rank = [q.weight.shape[0] for q in entries], max(q.lora_A.shape[0] for q in adapted)
+    chosen = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or 0 in widths, backend)
+    if chosen == "torch" and all(eager.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted):
+        return None
+    masked = any(0 < q.dropout_p < 1 for q in adapted)
+    return chosen if plan.joins(chosen, x, widths, rank, masked) else None
+
+
+def _together(x: Tensor, entries: list[Projection], backend: str) -> list[Tensor]:
+    """Several projections in the same launches, with a Function where a gradient may be asked for."""
+    entries = [q._replace(scaling=float(q.scaling), dropout_p=float(q.dropout_p)) for q in entries]
+    tensors = list(itertools.chain.from_iterable(q[:4] for q in entries))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        numbers = tuple((q.scaling, q.dropout_p) for q in entries)
+        ys = projections.LoRAProjectionsFunction.apply(x, backend, numbers, *tensors)
+    else:
+        ys, _, _ = projections.forward(x, entries, backend)
+    return [y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+
+
+def _alone(x: Tensor, q: Projection, backend: str, adapters_fit: bool) -> Tensor:
+    if q.lora_A is None:
+        return F.linear(x, q.weight, q.bias)
+    how = q.scaling, q.dropout_p, backend, False, (0, 1)
+    return compute(x, q.weight, q.lora_A, q.lora_B, q.bias, *how, adapters_fit)
+
+
+def _no_adapter(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Adapters of rank 0, for checks; of something that is no matrix, that itself, which the checks then name."""
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return weight, weight
+    return weight[:0], weight[:, :0]
