@@ -10,14 +10,16 @@ from typing import Any
 
 from lora_kernels import reference
 from lora_kernels._version import __version__
-from lora_kernels.blocks import lora_projections, lora_qkv
+from lora_kernels.blocks import lora_mlp, lora_projections, lora_qkv
 from lora_kernels.functional import lora_linear
 from lora_kernels.modules import LoRALinear
+from lora_kernels.projections import Projection
 
 _FROM_PEFT = ("load_adapter", "merge_and_unload", "patch_peft", "save_adapter", "swap_linear", "unpatch_peft")
 
 __all__ = [
-    "LoRALinear", "__version__", "lora_linear", "lora_projections", "lora_qkv", "reference", *_FROM_PEFT,
+    "LoRALinear", "Projection", "__version__", "lora_linear", "lora_mlp", "lora_projections", "lora_qkv", "reference",
+    *_FROM_PEFT,
 ]  # fmt: skip
 
 

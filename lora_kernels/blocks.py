@@ -1,7 +1,8 @@
-"""Layers that share an input, `lora_projections` and `lora_qkv`: check, apply autocast, choose a backend, call it."""
+"""Layers that belong together, `lora_projections`, `lora_qkv`, `lora_mlp`: check, autocast, choose a backend, call."""
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,14 @@ from lora_kernels import checks, eager, plan, projections
 from lora_kernels.functional import as_autocast, compute, transforming, watched
 from lora_kernels.projections import Projection
 
-__all__ = ["lora_projections", "lora_qkv"]
+__all__ = ["ACTIVATIONS", "lora_mlp", "lora_projections", "lora_qkv"]
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu2": lambda t: F.relu(t).square(),
+}
 _AT_ONCE = 4  # projections of one launch
 
 
@@ -61,6 +68,39 @@ def lora_qkv(
     `lora_projections`.
     """
     return _projected("lora_qkv", x, weights, adapters, biases, scaling, dropout_p, backend, 3)
+
+
+def lora_mlp(
+    x: Tensor, gate: Projection, up: Projection, down: Projection, *,
+    activation: str = "silu", recompute: bool = False, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Apply a gated MLP whose three layers have low-rank adapters.
+
+    y = down(act(gate(x)) · up(x)), each layer as `lora_linear` computes it, with a dropout mask of its own.
+
+    Args:
+        x: Activations, `[*, in_features]`; as in `lora_linear`.
+        gate: weight `[hidden, in_features]`, lora_A, lora_B, bias, scaling and dropout_p of the gate.
+        up: Likewise, of the same shape.
+        down: Likewise, weight `[out_features, hidden]`.
+        activation: "silu" (SwiGLU), "gelu" (GEGLU, exact), "gelu_tanh" (GEGLU, tanh approximation) or "relu2" (ReLU²).
+        recompute: Compute gate(x) and up(x) again in backward rather than keep them.
+        backend: As in `lora_linear`.
+
+    Returns:
+        y, `[*, out_features]`, as `lora_linear` returns it.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As `lora_linear`, naming the layer; `activation` is none of these.
+
+    Source: Shazeer 2020, arXiv:2002.05202 (SwiGLU, GEGLU); So et al. 2021, arXiv:2109.08668 (ReLU²).
+    """
+    g, u = _projected(
+        "lora_mlp", x, (gate.weight, up.weight), [None if q.lora_A is None else (q.lora_A, q.lora_B) for q in (gate, up)],
+        (gate.bias, up.bias), (gate.scaling, up.scaling), (gate.dropout_p, up.dropout_p), backend,
+    )  # fmt: skip
+    h = ACTIVATIONS[activation](g) * u
+    return _alone(h, down, backend, False)
 
 
 def _projected(
