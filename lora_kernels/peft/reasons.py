@@ -94,14 +94,14 @@ def report(model: nn.Module) -> Report:
     parts_of_attention = {
         id(module.base_layer.out_proj) for module in model.modules() if isinstance(module, known.multihead_attention())
     }
-    layers = {}
+    layers: dict[int, LayerReport] = {}
     for name, module in model.named_modules():
         if not isinstance(module, known.lora_layer()):
             continue
         reason = stock_reason(module)
         if id(module) in parts_of_attention:
             reason = "lora.MultiheadAttention merges it around the call: its forward is not used"
-        layers[name] = _layer_report(name, module, reason, None)
+        layers[id(module)] = _layer_report(name, module, reason, None)
     return Report(tuple(layers.values()), _block_reports(model, layers))
 
 
@@ -259,27 +259,27 @@ def _layer_report(name: str, module: nn.Module, reason: str, x: Tensor | None) -
 
 
 def _block_reports(
-    model: nn.Module, layers: Mapping[str, LayerReport], plain: Mapping[str, str] = types.MappingProxyType({})
+    model: nn.Module, layers: Mapping[int, LayerReport], plain: Mapping[int, str] = types.MappingProxyType({})
 ) -> tuple[BlockReport, ...]:
     """How the blocks of a model are computed.
 
     Args:
         model: The model.
-        layers: How its LoRA layers are computed, by name.
-        plain: Why a layer without an adapter had to be called, by name, as seen in a call.
+        layers: How its LoRA layers are computed, by identity: one may stand in two places.
+        plain: Why a layer without an adapter had to be called, as seen in a call; likewise.
     """
     found = []
     for name, module, block in _blocks(model):
         reason = block.reason or _forward_reason(module)
         if not reason and (part := changed(module, block.others)):
             reason = f"{part} has a hook, or is not what it was when the model was patched"
-        for full, own, child in _named(name, module, block):
+        for own, child in zip(block.layers, members(module, block.layers), strict=True):
             if reason:
                 break
-            if full in layers:
-                reason = _member_reason(own, child, layers[full])
+            if id(child) in layers:
+                reason = _member_reason(own, child, layers[id(child)])
             else:
-                reason = plain[full] if full in plain else _base_reason(child, None, own)
+                reason = plain[id(child)] if id(child) in plain else _base_reason(child, None, own)
         found.append(BlockReport(name, block.kind, "per layer" if reason else "joined", reason))
     return tuple(found)
 
@@ -291,12 +291,6 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Structure]]:
         block = patched_structure(forward) or structure(module, rules.stock_forward(forward))
         if block and any(isinstance(child, known.lora_layer()) for child in members(module, block.layers)):
             yield name, module, block
-
-
-def _named(name: str, module: nn.Module, block: Structure) -> Iterator[tuple[str, str, nn.Module]]:
-    """The layers of a block: name in the model, name in the block, module."""
-    for own, child in zip(block.layers, members(module, block.layers), strict=True):
-        yield f"{name}.{own}".lstrip("."), own, child
 
 
 def _member_reason(own: str, layer: nn.Module, found: LayerReport) -> str:
@@ -318,11 +312,13 @@ def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, known.lora_layer())}
     plain = {
-        full: (own, child)
-        for block in _blocks(model) for full, own, child in _named(*block) if full not in layers
-    }  # fmt: skip
+        id(child): (own, child)
+        for _, module, block in _blocks(model)
+        for own, child in zip(block.layers, members(module, block.layers), strict=True)
+        if not isinstance(child, known.lora_layer())
+    }
     seen: dict[str, LayerReport] = {}
-    called: dict[str, str] = {}
+    called: dict[int, str] = {}
 
     def begins(name: str) -> Callable[..., None]:
         def look(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -339,15 +335,15 @@ def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
         return look
 
-    def watch(full: str, own: str, module: nn.Module) -> RemovableHandle:
+    def watch(own: str, module: nn.Module) -> RemovableHandle:
         def look(module: nn.Module, given: tuple[Any, ...]) -> None:
             handle.remove()  # this hook is no reason; one of others' is
-            called[full] = _base_reason(module, given[0] if given else None, own)
+            called[id(module)] = _base_reason(module, given[0] if given else None, own)
 
         handle = module.register_forward_pre_hook(look)
         return handle
 
-    handles = [watch(full, *child) for full, child in plain.items()] + [
+    handles = [watch(*one) for one in plain.values()] + [
         handle
         for name, module in layers.items()
         for handle in (
@@ -366,7 +362,8 @@ def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for module in idle.layers:
         if module.name not in seen:
             seen[module.name] = LayerReport(module.name, module.kind, "stock", module.reason or "not called")
-    return Report(tuple(seen[name] for name in layers), _block_reports(model, seen, called))
+    by_layer = {id(module): seen[name] for name, module in layers.items()}
+    return Report(tuple(by_layer.values()), _block_reports(model, by_layer, called))
 
 
 def _name(t: Tensor) -> str:
