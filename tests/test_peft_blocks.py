@@ -158,18 +158,6 @@ def test_triton_computes_blocks():
         check(call(patched, x), call(stock, x), truth(stock, x), torch.float32)
 
 
-def test_a_compiled_model_computes_each_layer_on_its_own(joined):
-    model = maker("Qwen3")
-    patch_peft(model)
-    expected = model(input_ids=ids()).logits
-    assert joined == JOINED
-    torch._dynamo.reset()
-    actual = torch.compile(model, backend="aot_eager", fullgraph=True)(input_ids=ids()).logits
-    torch._dynamo.reset()
-    assert len(joined) == 2
-    torch.testing.assert_close(actual, expected)
-
-
 def test_nothing_else_changes_and_all_is_undone(joined):
     model = maker("Llama")
     kinds = {name: type(module) for name, module in model.named_modules()}
