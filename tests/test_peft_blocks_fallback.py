@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -210,6 +211,11 @@ class Added(Gated):
         return super().forward(x) + x
 
 
+class Doubled(Gated):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(2 * x))
+
+
 class Swapped(Gated):
     def forward(self, x):
         return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
@@ -253,7 +259,7 @@ NO_MLP = "it is not down_proj(act(gate_proj(x)) · up_proj(x)) with act one of s
 SHAPES = {
     Cross: ONE_INPUT, Branch: IN_A_ROW, Choice: IN_A_ROW, Twice: ONCE, scope["Unread"]: "the source of its forward cannot be read",
     Rewritten: "its forward uses x between q_proj, k_proj and v_proj",
-    Scaled: NO_MLP, Added: NO_MLP, Swapped: NO_MLP, Dropped: NO_MLP, DroppedInside: NO_MLP, Chunked: NO_MLP,
+    Scaled: NO_MLP, Added: NO_MLP, Doubled: NO_MLP, Swapped: NO_MLP, Dropped: NO_MLP, DroppedInside: NO_MLP, Chunked: NO_MLP,
     Normed: "it has more than three layers and an activation: norm",
 }  # fmt: skip
 
@@ -355,6 +361,51 @@ def test_nothing_outlives_a_call(watched_outputs):
         assert y.isfinite().all()
     finally:
         gc.enable()
+
+
+class Freed(Between):
+    def forward(self, x):
+        q = self.q_proj(x).sum()
+        self.happened = self.happens(self)
+        k, v = self.k_proj(x), self.v_proj(x)
+        return q + k + v
+
+
+def test_what_was_handed_out_is_not_held(watched_outputs):
+    model, one = block(Freed())
+    patch_peft(model)
+    one.happens = lambda _: [t() is not None for t in watched_outputs]
+    with torch.no_grad():
+        model(torch.randn(3, WIDTH))
+    assert one.happened == [False, True, True]
+
+
+def test_another_x_is_another_call(joined):
+    stock, part = block(Between())
+    patched = copy.deepcopy(stock)
+    patch_peft(patched)
+    x, other = torch.randn(3, WIDTH), torch.randn(3, WIDTH)
+    for model in (stock, patched):
+        model.base_model.model.part.happens = lambda part: part.k_proj(other)
+    torch.testing.assert_close(patched(x), stock(x))
+    torch.testing.assert_close(patched.base_model.model.part.happened, part.happened)
+    assert joined == ["lora_projections"]
+
+
+@pytest.mark.parametrize("part", [Attention, Gated])
+def test_a_dispatch_mode_sees_each_layer(part, joined):
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **kwargs or {})
+
+    model, _ = block(part())
+    patch_peft(model)
+    x = torch.randn(3, WIDTH)
+    with Watching():
+        seen = model(x)
+    assert not joined
+    torch.testing.assert_close(seen, model(x))
+    assert len(joined) == 1
 
 
 def test_an_exception_leaves_nothing_behind(watched_outputs):
