@@ -222,3 +222,26 @@ def test_explain_tells_of_blocks(capsys):
     assert str(report).splitlines()[1:] == [
         "2 blocks: 0 joined, 2 per layer", f"  1 attention per layer: {ONE_QKV}", f"  1 mlp per layer: {ONE_GATE}"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("first", ["patched", "hooked"])
+def test_accelerate_s_hook_on_a_block_goes_with_its_class(first, joined):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = maker("Llama")
+    parts = [module for name, module in model.named_modules() if name.endswith(("self_attn", "mlp"))]
+    expected = outputs(model)
+
+    def hook(model):
+        for part in parts:
+            hooks.add_hook_to_module(part, hooks.AlignDevicesHook(execution_device="cpu"))
+
+    for step in (patch_peft, hook)[:: 1 if first == "patched" else -1]:
+        step(model)
+    assert explain(model).count("joined") == 2
+    outputs(model)
+    assert joined == JOINED
+    unpatch_peft(model)
+    assert {one.reason for one in explain(model).blocks} == {UNPATCHED}
+    actual = outputs(model)
+    assert joined == JOINED
+    assert all(torch.equal(actual[name], t) for name, t in expected.items())
