@@ -61,5 +61,6 @@ def activation_gradient(gate, up, dh, ACTIVATION: tl.constexpr):
     if up is None:
         h = value.to(gate.dtype)
         return h, (dh * slope).to(gate.dtype), h
-    up = up.to(tl.float32)
-    return (value * up).to(gate.dtype), (dh * up * slope).to(gate.dtype), (dh * value).to(gate.dtype)
+    else:
+        up = up.to(tl.float32)
+        return (value * up).to(gate.dtype), (dh * up * slope).to(gate.dtype), (dh * value).to(gate.dtype)

@@ -228,13 +228,16 @@ def wgrad_config(
     single = dtype.itemsize == 4
     wide_tile = 256 if shrinks else 64 if adapters > 1 and (masked or thin > 32) else 128
     # 64 columns of masked fp32 and more are rounded to TF32 by Triton 3.6 on sm_100, whatever precision it is told
+    if activated:
+        wide_tile = 64 if thin > (16 if single else 32) else 128
     block_c = _fit(wide, wide_tile // 4 if single else wide_tile)
     block_r = _fit(thin, 64)
-    block_m = _fit(rows, 32 if single else 64)
+    block_m = _fit(rows, 32 if single or (activated and not (masked and thin <= 16)) else 64)
     rows_per_split = _split(rows, block_m, _tiles(wide, thin, block_c, block_r))
-    most = 3 if block_c > 64 else 2  # narrow tiles, all of fp32 among them, run many at once; some spill with more
+    # narrow tiles, all of fp32 among them, run many at once; some spill with more
+    most = 3 if block_c > 64 and not activated else 2
     stages = _stages(most, block_m * (block_c + block_r * adapters) * dtype.itemsize, shared)
-    return WgradConfig(block_m, block_c, block_r, rows_per_split, num_warps=4, num_stages=stages)
+    return WgradConfig(block_m, block_c, block_r, rows_per_split, num_warps=8 if activated else 4, num_stages=stages)
 
 
 def _stages(most: int, size: int, room: int) -> int:

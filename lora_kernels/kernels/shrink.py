@@ -98,6 +98,8 @@ def _shrink_kernel(
             if up_ptr is not None:
                 up_ptrs = up_ptr + offs_m[:, None] * stride_um + offs_k[None, :] * stride_uk
                 up = tl.load(up_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            # a select among rows keeps Triton from making it once more in the layout that the dot wants
+            x = tl.where(mask_m[:, None], x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))
             x = activated(x, up, ACTIVATION)
             inside = mask_m[:, None] & (offs_k < tl.where(pid_r == 0, K, 0))[None, :]
             tl.store(h_ptr + offs_m[:, None] * K + offs_k[None, :], x, mask=inside)

@@ -130,7 +130,7 @@ def _wgrad_kernel(
                 )  # fmt: skip
                 bs = bs + (b,)
             else:
-                bs = bs + (None,)
+                bs = bs + (0,)
 
     accs = ()
     for _ in tl.static_range(ROWS):
@@ -150,6 +150,8 @@ def _wgrad_kernel(
             if up_ptr is not None:
                 up = tl.load(up_ptr + offs_m[:, None] * stride_um + offs_w[None, :] * stride_uw, mask=mask, other=0.0)
             dh = tl.load(dh_ptr + offs_m[:, None] * stride_hm + offs_w[None, :] * stride_hw, mask=mask, other=0.0)
+            # a select among rows keeps Triton from making all of it once more for each layout that a dot wants
+            wide = tl.where(mask_m[:, None], wide, tl.zeros((BLOCK_M, BLOCK_W), wide.dtype))
             wides = activation_gradient(wide, up, dh, ACTIVATION)
             here = offs_m[:, None] * W + offs_w[None, :]
             mask = mask_m[:, None] & (offs_w < tl.where(pid_t == 0, W, 0))[None, :]  # by one of those that share it
