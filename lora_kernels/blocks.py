@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels import checks, eager, plan, projections
-from lora_kernels.functional import as_autocast, compute, transforming, watched
+from lora_kernels import checks, eager, plan, projection_ops, projections
+from lora_kernels.functional import as_autocast, as_number, compute, transforming, watched
 from lora_kernels.projections import Projection
 
 __all__ = ["ACTIVATIONS", "lora_mlp", "lora_projections", "lora_qkv"]
@@ -50,7 +50,7 @@ def lora_projections(
         TypeError, ValueError, RuntimeError: As `lora_linear`, naming the projection.
 
     Numerics: as `lora_linear`, and dx is rounded once. Where large products are left to the vendor's library (see
-    `lora_kernels.strategy`), in a compiled graph and for a few elements on a CPU, it is `lora_linear` n times.
+    `lora_kernels.strategy`) and for a few elements on a CPU, it is `lora_linear` n times.
 
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
@@ -149,10 +149,15 @@ def _joined(
 
 
 def _shared_backend(x: Tensor, entries: list[Projection], backend: str) -> str | None:
-    """The backend that computes projections in shared launches; None where each is better off alone."""
+    """The backend that computes projections in shared launches; None where each is better off alone.
+
+    Where something watches, the one that was asked for: the operators choose, and with sizes that they can see.
+    """
     adapted = [q for q in entries if q.lora_A is not None and q.lora_A.shape[0]]
-    if len(entries) < 2 or not adapted or transforming() or watched():
+    if len(entries) < 2 or not adapted or transforming() or checks.is_sharded(x):
         return None
+    if watched():
+        return plan.overridden(backend)
     widths, rank = [q.weight.shape[0] for q in entries], max(q.lora_A.shape[0] for q in adapted)
     chosen = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or 0 in widths, backend)
     if chosen == "torch" and all(eager.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted):
@@ -163,6 +168,9 @@ def _shared_backend(x: Tensor, entries: list[Projection], backend: str) -> str |
 
 def _together(x: Tensor, entries: list[Projection], backend: str) -> list[Tensor]:
     """Several projections in the same launches, with a Function where a gradient may be asked for."""
+    if watched():
+        *tensors, scalings, ps = map(list, zip(*entries, strict=True))
+        return projection_ops.projections(x, *tensors, [*map(as_number, scalings)], [*map(as_number, ps)], backend)
     entries = [q._replace(scaling=float(q.scaling), dropout_p=float(q.dropout_p)) for q in entries]
     tensors = list(itertools.chain.from_iterable(q[:4] for q in entries))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
