@@ -15,6 +15,7 @@ the rounded copies would be more than all else that is saved. No input is ever w
 """
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -162,4 +163,5 @@ def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
 def rows(t: Tensor) -> Tensor:
     """View `[*, features]` as `[M, features]`; copies where no view exists, or where one stands for its negative."""
     t = t.resolve_neg()
-    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    # not Size.numel, which makes a number of a compiler's symbol
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])

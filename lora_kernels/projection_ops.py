@@ -130,9 +130,13 @@ def _apart(x: Tensor, q: Projection, s: Tensor | None, backend: str) -> Tensor:
 
 def _side_by_side(x: Tensor, shrunk: list[Tensor], pitches: list[int]) -> Tensor:
     """The s as columns of one tensor: results of an operator share no memory, and kernels leave them in one buffer."""
-    if shrunk and shrunk[0].stride(0) == sum(pitches):
-        return shrunk[0].as_strided((x.shape[0], sum(pitches)), (sum(pitches), 1))
-    return torch.cat(shrunk, 1) if shrunk else x.new_empty(x.shape[0], 0)
+    if not shrunk or shrunk[0].stride(0) != sum(pitches):
+        return torch.cat(shrunk, 1) if shrunk else x.new_empty(x.shape[0], 0)
+    whole = shrunk[0].as_strided((x.shape[0], sum(pitches)), (sum(pitches), 1))
+    for s, columns in zip(shrunk, whole.split(pitches, 1), strict=True):
+        if s.shape[1] < columns.shape[1]:  # padding, which nobody wrote
+            columns[:, s.shape[1] :] = 0
+    return whole
 
 
 def _projections_backward(
