@@ -26,7 +26,9 @@ PS = (0.5, 0.3, 0.4)
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch.compiler.reset()
-    yield
+    # graphs kept on disk are those that the operators were traced to when they were compiled
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
     torch.compiler.reset()
 
 
@@ -126,18 +128,20 @@ def detached(value):
 @both
 def test_opcheck_of_projections_and_their_forward(backend, p, device):
     model, x = Attention(device, p, backend=backend), activations(device)
-    # two runs of `projections` draw two masks, so only without dropout may they be compared
-    checks = ["test_schema", "test_autograd_registration"] + ([] if p else ["test_aot_dispatch_dynamic"])
+    checks = ["test_schema", "test_autograd_registration"]
     opcheck(projection_ops.projections, (x, *model.arguments()), test_utils=checks)
     x, tensors, *rest = taken(projection_ops.projections_forward)(model, x)
-    opcheck(projection_ops.projections_forward, (x.requires_grad_(), [t.requires_grad_() for t in tensors], *rest))
+    args = (x.requires_grad_(), [t.requires_grad_() for t in tensors], *rest)
+    opcheck(
+        projection_ops.projections_forward, args,
+        test_utils=[*checks, "test_faketensor"] + ["test_aot_dispatch_dynamic"] * p,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("needed", ["x", "lora_A", "lora_B", "all", "all of two"])
 @both
-def test_opcheck_of_their_backward(backend, needed, adapters, device):
-    model = Attention(device, True, torch.bfloat16, adapters, backend)
+def test_opcheck_of_their_backward(backend, needed, device):
+    model = Attention(device, True, torch.bfloat16, torch.float32, backend)
     for name, q in model.named_parameters():
         q.requires_grad_(needed.startswith("all") or name.startswith(needed))
     x = activations(device, torch.bfloat16).requires_grad_(needed != "lora_A" and needed != "lora_B")
@@ -161,8 +165,7 @@ def test_the_fake_shapes_hold_where_the_library_does_the_large_products(form, de
     assert_same(apart, outcome(model, model, x))
 
 
-@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("p", [False, True])
+@pytest.mark.parametrize(("p", "adapters"), [(False, torch.bfloat16), (True, torch.float32)], ids=str)
 @both
 def test_the_operators_give_what_the_plain_call_gives(backend, p, adapters, device):
     model, x = Attention(device, p, torch.bfloat16, adapters, backend), activations(device, torch.bfloat16)
@@ -207,7 +210,7 @@ def test_only_what_is_needed_is_saved(backend, device):
 
 def test_an_output_that_nothing_came_of_is_left_out(device):
     model, x = Attention(device, False, backend="torch"), activations(device)
-    _, tensors, places, alphas, *_ = taken(projection_ops.projections_backward, backward=True)(model, x, at=(2,))
+    _, tensors, _, alphas, *_ = taken(projection_ops.projections_backward, backward=True)(model, x, at=(2,))
     assert len(alphas) == 1
     assert torch.equal(tensors[0], model.dys[2])
     ys = projection_ops.projections(x, *model.arguments())
@@ -236,8 +239,7 @@ def test_flops_are_counted(backend, device):
     assert counter.get_total_flops() == 2 * dense + 3 * thin_in + 3 * thin_out
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@both
+@pytest.mark.parametrize(("backend", "compiler"), [("torch", "inductor"), ("triton", "aot_eager")])
 def test_one_graph_for_every_seed_scaling_and_batch(backend, compiler, device):
     model = Attention(device, backend=backend)
     counter = CompileCounterWithBackend(compiler)
@@ -331,7 +333,7 @@ def test_export(backend, device, monkeypatch):
 
 def test_sizes_of_zero_more_than_a_launch_holds_and_none_that_joins(device):
     model = Attention(device, backend="torch")
-    x = activations(device)
+    x = activations(device).detach()
     weights, pairs = [*model.weights] * 2, [*model.pairs] * 2
 
     def run(x, p):
@@ -339,12 +341,11 @@ def test_sizes_of_zero_more_than_a_launch_holds_and_none_that_joins(device):
         return lora_projections(x, weights, pairs, dropout_p=ps, backend="torch")
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    for p in (0.0, 0.5, 1.0):
-        for t in (x, x.detach()[:, :0]):
-            ys = []
-            for f in (run, compiled):
-                torch.manual_seed(2)
-                ys.append(f(t, p))
-            assert all(map(torch.equal, *ys))
+    for p, t in ((0.5, x), (1.0, x), (0.5, x[:, :0])):
+        ys = []
+        for f in (run, compiled):
+            torch.manual_seed(2)
+            ys.append(f(t, p))
+        assert all(map(torch.equal, *ys))
     ys = torch.compile(lambda x: lora_projections(x, weights[:3], [None] * 3), backend="aot_eager", fullgraph=True)(x)
     assert all(torch.equal(y, nn.functional.linear(x, w)) for y, w in zip(ys, weights, strict=False))
