@@ -175,7 +175,10 @@ class LoRAQKV(_Block):
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
         weights, lora_As, lora_Bs, biases, scalings, ps = map(list, zip(*entries, strict=True))
         adapters = [None if pair[0] is None else pair for pair in zip(lora_As, lora_Bs, strict=True)]
-        return lora_qkv(x, weights, adapters, biases=biases, scaling=scalings, dropout_p=ps)
+        added = [getattr(child, "accumulate_grad", False) for child in self._children()]
+        return lora_qkv(
+            x, weights, adapters, biases=biases, scaling=scalings, dropout_p=ps, accumulate_grad=added
+        )  # fmt: skip
 
 
 class LoRAMLP(_Block):

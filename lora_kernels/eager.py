@@ -207,10 +207,13 @@ def wgrad(
 
 
 def wgrad_all(
-    rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor, ready: bool = False
-) -> list[Tensor]:
+    rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor, ready: bool = False,
+    into: Sequence[Tensor | None] | None = None,
+) -> list[Tensor | None]:  # fmt: skip
     """Compute `wgrad` for several (left, dtype, keep) of one right operand, a block of it at a time."""
-    return [total.to(dtype) for total, (_, dtype, _) in zip(_totals(rows, right), rows, strict=True)]
+    into = into or (None,) * len(rows)
+    totals = zip(_totals(rows, right), rows, into, strict=True)
+    return [_delivered(total, dtype, there) for total, (_, dtype, _), there in totals]
 
 
 def _totals(rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor) -> list[Tensor]:

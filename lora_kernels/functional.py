@@ -8,7 +8,7 @@ from torch.autograd.function import FunctionCtx
 
 from lora_kernels import add_ops, autograd, checks, eager, low_rank, ops, plan, reference
 
-__all__ = ["as_autocast", "as_number", "compute", "lora_add", "lora_linear", "transforming", "watched"]
+__all__ = ["arrived", "as_autocast", "as_number", "compute", "lora_add", "lora_linear", "transforming", "watched"]
 
 
 def lora_linear(
@@ -58,7 +58,7 @@ def lora_linear(
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
     if type(x) is not Tensor:
-        x = _arrived(x)
+        x = arrived(x)
     how = scaling, dropout_p, backend, accumulate_grad, dropout_shard
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
@@ -141,7 +141,7 @@ def lora_add(
     Raises:
         TypeError, ValueError, RuntimeError: As `lora_linear`.
     """
-    base, x = _arrived(base), _arrived(x)
+    base, x = arrived(base), arrived(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     if autocast and isinstance(x, Tensor) and x.is_floating_point() and x.itemsize <= 4:
@@ -194,7 +194,7 @@ class _Wait(torch.autograd.Function):
         return dt
 
 
-def _arrived(t: Tensor) -> Tensor:
+def arrived(t: Tensor) -> Tensor:
     """The result of a collective that may be on its way, as PyTorch's tensor-parallel styles return it; else t."""
     return _Wait.apply(t) if type(t).__name__ == "AsyncCollectiveTensor" else t
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lora_kernels import plan
-from lora_kernels.autograd import autocast_off, rows
+from lora_kernels.autograd import autocast_off, gradient, rows
 from lora_kernels.dropout import keep_scale
 
 __all__ = ["LoRAProjectionsFunction", "Part", "Projection", "backward", "forward", "shrink"]
@@ -68,6 +68,7 @@ class Part(NamedTuple):
         alpha: scaling · keep_scale.
         dtypes: Those that dA and dB come in.
         need_A: Whether dA is needed.
+        into: Gradients to which dA and dB are added, which then are not returned, or None.
     """
 
     dy: Tensor
@@ -79,6 +80,7 @@ class Part(NamedTuple):
     alpha: float
     dtypes: tuple[torch.dtype, torch.dtype]
     need_A: bool
+    into: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 def forward(
@@ -118,18 +120,18 @@ def backward(
     ops = plan.contractions(backend)
     gradients: list[list[Tensor | None]] = [[None, None] for _ in parts]
     summed, thin, masked, for_A = [], [], [], []
-    for own, (dy, weight, lora_A, lora_B, s, keep, alpha, dtypes, need_A) in zip(gradients, parts, strict=True):
+    for own, (dy, weight, lora_A, lora_B, s, keep, alpha, dtypes, need_A, into) in zip(gradients, parts, strict=True):
         ds = None
         if lora_B is not None:
             lora_B = lora_B.to(dy.dtype)
             if s is not None:
-                ds, own[1] = ops.shrink_wgrad(dy, s, lora_B, alpha, dtypes[1])
+                ds, own[1] = ops.shrink_wgrad(dy, s, lora_B, alpha, dtypes[1], into[1])
             else:
                 ds, _ = ops.shrink(dy, lora_B.t(), alpha)
         elif s is not None:
-            own[1] = ops.wgrad(dy, s, dtypes[1])
+            own[1] = ops.wgrad(dy, s, dtypes[1], into=into[1])
         if need_A:
-            for_A.append((own, (ds, dtypes[0], keep)))
+            for_A.append((own, (ds, dtypes[0], keep), into[0]))
         if need_x:
             summed.append((dy, weight.t()))
         if need_x and ds is not None:
@@ -140,8 +142,8 @@ def backward(
                 masked.append((*product, keep))
     dx = ops.matmul_expand_all([([*summed, *thin], None)], masked, wide=len(summed))[0] if need_x else None
     if for_A:
-        owners, operands = zip(*for_A, strict=True)
-        for own, d_lora_A in zip(owners, ops.wgrad_all(operands, x, ready=need_x), strict=True):
+        owners, operands, into = zip(*for_A, strict=True)
+        for own, d_lora_A in zip(owners, ops.wgrad_all(operands, x, ready=need_x, into=into), strict=True):
             own[0] = d_lora_A
     return dx, gradients
 
@@ -151,18 +153,19 @@ class LoRAProjectionsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, backend: str, numbers: Sequence[tuple[float, float]], *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
+        ctx: FunctionCtx, x: Tensor, backend: str, numbers: Sequence[tuple[float, float, bool]],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """Compute each y `[M, outᵢ]` and save for backward what the gradients that are needed need.
 
         Args:
             ctx: The context.
             x: `[*, in]`.
             backend: "triton" or "torch".
-            numbers: scaling and dropout_p of each projection.
+            numbers: scaling and dropout_p of each projection, and whether its backward may add to gradients itself.
             tensors: weight, lora_A, lora_B and bias of the first projection, of the second, and so on.
         """
-        projections = [Projection(*tensors[4 * i : 4 * i + 4], *pair) for i, pair in enumerate(numbers)]
+        projections = [Projection(*tensors[4 * i : 4 * i + 4], *pair) for i, (*pair, _) in enumerate(numbers)]
         ys, shrunk, keeps = forward(x, projections, backend)
         need_x, needs = ctx.needs_input_grad[0], _by_projection(ctx.needs_input_grad)
         saved = [x if any(need_weight or need_A for need_weight, need_A, _, _ in needs) else None]
@@ -174,6 +177,9 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         ctx.alphas, ctx.backend, ctx.x_shape = [q.alpha for q in projections], backend, x.shape
+        ctx.accumulate = [
+            (q.lora_A, q.lora_B) if added else None for q, (_, _, added) in zip(projections, numbers, strict=True)
+        ]
         ctx.adapter_dtypes = [None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype) for q in projections]
         return tuple(ys)
 
@@ -195,8 +201,10 @@ def _backward(ctx: FunctionCtx, dys: Sequence[Tensor | None]) -> tuple[Tensor | 
     x, *saved = ctx.saved_tensors
     x = None if x is None else rows(x)  # a copy, where one is needed, comes before the launches that overlap
     there = [i for i, dy in enumerate(dys) if dy is not None]
+    into = _gradients([ctx.accumulate[i] for i in there])
     parts = [
-        Part(rows(dys[i]), *saved[5 * i : 5 * i + 5], ctx.alphas[i], ctx.adapter_dtypes[i], needs[i][1]) for i in there
+        Part(rows(dys[i]), *saved[5 * i : 5 * i + 5], ctx.alphas[i], ctx.adapter_dtypes[i], needs[i][1], added)
+        for i, added in zip(there, into, strict=True)
     ]
     dx, gradients = backward(x, parts, need_x, ctx.backend)
     grads: list[Tensor | None] = [None] * 4 * len(dys)
@@ -205,3 +213,10 @@ def _backward(ctx: FunctionCtx, dys: Sequence[Tensor | None]) -> tuple[Tensor | 
         dweight = torch.mm(part.dy.t(), x) if need_weight else None
         grads[4 * i : 4 * i + 4] = dweight, *own, part.dy.sum(0) if need_bias else None
     return dx.view(ctx.x_shape) if need_x else None, None, None, *grads
+
+
+def _gradients(adapters: Sequence[tuple[Tensor, Tensor] | None]) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Gradients of these adapters to add to in place; of two that are the same none, since a launch adds to all."""
+    found = [(None, None) if pair is None else tuple(map(gradient, pair)) for pair in adapters]
+    places = [g.data_ptr() for pair in found for g in pair if g is not None]
+    return found if len(set(places)) == len(places) else [(None, None)] * len(found)
