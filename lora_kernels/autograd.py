@@ -15,6 +15,7 @@ the rounded copies would be more than all else that is saved. No input is ever w
 """
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,7 +25,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from lora_kernels import plan
 from lora_kernels.dropout import keep_scale
 
-__all__ = ["LoRALinearFunction", "autocast_off", "backward", "forward", "rows", "save"]
+__all__ = ["LoRALinearFunction", "autocast_off", "backward", "forward", "gradient", "rows", "save"]
 
 _NOTHING = contextlib.nullcontext()
 
@@ -132,7 +133,7 @@ def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
     dy, x = rows(dy), None if x is None else rows(x)
     dx, d_lora_A, d_lora_B = backward(
         dy, x, weight, lora_A, lora_B, s, keep, ctx.alpha, ctx.backend, ctx.adapter_dtypes,
-        (need_x, need_A, need_B), tuple(_gradient(adapter) for adapter in ctx.accumulate),
+        (need_x, need_A, need_B), tuple(gradient(adapter) for adapter in ctx.accumulate),
     )  # fmt: skip
     dweight = torch.mm(dy.t(), x) if need_weight else None
     dbias = dy.sum(0) if need_bias else None
@@ -144,7 +145,7 @@ def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
 _backward_once = once_differentiable(_backward)
 
 
-def _gradient(adapter: Tensor | None) -> Tensor | None:
+def gradient(adapter: Tensor | None) -> Tensor | None:
     """The gradient to add to in place, where the engine would do no more than add: a plain one, and nobody listens."""
     grad = None if adapter is None or not adapter.is_leaf else adapter.grad
     if grad is None or grad.layout is not torch.strided:
@@ -162,4 +163,5 @@ def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
 def rows(t: Tensor) -> Tensor:
     """View `[*, features]` as `[M, features]`; copies where no view exists, or where one stands for its negative."""
     t = t.resolve_neg()
-    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    # not Size.numel, which makes a number of a compiler's symbol
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels import checks, eager, plan, projections
-from lora_kernels.functional import as_autocast, compute, transforming, watched
+from lora_kernels import checks, eager, plan, projection_ops, projections
+from lora_kernels.functional import arrived, as_autocast, as_number, compute, transforming, watched
 from lora_kernels.projections import Projection
 
 __all__ = ["ACTIVATIONS", "lora_mlp", "lora_projections", "lora_qkv"]
@@ -26,7 +26,7 @@ _AT_ONCE = 4  # projections of one launch
 def lora_projections(
     x: Tensor, weights: Sequence[Tensor], adapters: Sequence[tuple[Tensor, Tensor] | None], *,
     biases: Sequence[Tensor | None] | None = None, scaling: float | Sequence[float] = 1.0,
-    dropout_p: float | Sequence[float] = 0.0, backend: str = "auto",
+    dropout_p: float | Sequence[float] = 0.0, backend: str = "auto", accumulate_grad: bool | Sequence[bool] = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Apply several linear layers with low-rank adapters to one input, in the launches of one layer.
 
@@ -42,6 +42,7 @@ def lora_projections(
         scaling: Multiplies the low-rank term: a number for all, or one for each.
         dropout_p: As in `lora_linear`: a number for all, or one for each.
         backend: As in `lora_linear`.
+        accumulate_grad: As in `lora_linear`: one for all, or one for each.
 
     Returns:
         Each y, `[*, out_featuresᵢ]`, as `lora_linear` returns it.
@@ -50,24 +51,26 @@ def lora_projections(
         TypeError, ValueError, RuntimeError: As `lora_linear`, naming the projection.
 
     Numerics: as `lora_linear`, and dx is rounded once. Where large products are left to the vendor's library (see
-    `lora_kernels.strategy`), in a compiled graph and for a few elements on a CPU, it is `lora_linear` n times.
+    `lora_kernels.strategy`) and for a few elements on a CPU, it is `lora_linear` n times.
 
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
-    return _projected("lora_projections", x, weights, adapters, biases, scaling, dropout_p, backend)
+    return _projected(
+        "lora_projections", x, weights, adapters, biases, scaling, dropout_p, backend, accumulate_grad=accumulate_grad
+    )
 
 
 def lora_qkv(
     x: Tensor, weights: Sequence[Tensor], adapters: Sequence[tuple[Tensor, Tensor] | None], *,
     biases: Sequence[Tensor | None] | None = None, scaling: float | Sequence[float] = 1.0,
-    dropout_p: float | Sequence[float] = 0.0, backend: str = "auto",
+    dropout_p: float | Sequence[float] = 0.0, backend: str = "auto", accumulate_grad: bool | Sequence[bool] = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Project x to queries, keys and values: `lora_projections` of three, (Wq, Wk, Wv).
 
     With grouped-query attention Wk and Wv have fewer rows than Wq. Arguments, result and errors are those of
     `lora_projections`.
     """
-    return _projected("lora_qkv", x, weights, adapters, biases, scaling, dropout_p, backend, 3)
+    return _projected("lora_qkv", x, weights, adapters, biases, scaling, dropout_p, backend, 3, accumulate_grad)
 
 
 def lora_mlp(
@@ -106,28 +109,29 @@ def lora_mlp(
 def _projected(
     call: str, x: Tensor, weights: Sequence[Tensor], adapters: Sequence[tuple[Tensor, Tensor] | None],
     biases: Sequence[Tensor | None] | None, scaling: float | Sequence[float], dropout_p: float | Sequence[float],
-    backend: str, expected: int | None = None,
+    backend: str, expected: int | None = None, accumulate_grad: bool | Sequence[bool] = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Check, cast for autocast, and project."""
-    each = {"biases": biases, "scaling": scaling, "dropout_p": dropout_p}
+    each = {"biases": biases, "scaling": scaling, "dropout_p": dropout_p, "accumulate_grad": accumulate_grad}
     lists = {name: value for name, value in each.items() if isinstance(value, (list, tuple))}
     count = checks.check_counts(call, weights, adapters, expected, **lists)
-    numbers = zip(*(lists.get(name, (each[name],) * count) for name in each), strict=True)
+    *numbers, added = (lists.get(name, (each[name],) * count) for name in each)
     entries = [
         Projection(weight, *(pair or (None, None)), *rest)
-        for weight, pair, rest in zip(weights, adapters, numbers, strict=True)
+        for weight, pair, *rest in zip(weights, adapters, *numbers, strict=True)
     ]
+    x = arrived(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
-        return _joined(call, x, entries, backend, [False] * count)
+        return _joined(call, x, entries, backend, added, [False] * count)
     cast = [as_autocast(device_type, x, q.weight, q.bias) for q in entries]
     entries = [q._replace(weight=weight, bias=bias) for q, (_, weight, bias, _) in zip(entries, cast, strict=True)]
     with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
-        return _joined(call, cast[0][0], entries, backend, [fits for *_, fits in cast])
+        return _joined(call, cast[0][0], entries, backend, added, [fits for *_, fits in cast])
 
 
 def _joined(
-    call: str, x: Tensor, entries: list[Projection], backend: str, adapters_fit: list[bool]
+    call: str, x: Tensor, entries: list[Projection], backend: str, added: Sequence[bool], adapters_fit: list[bool]
 ) -> tuple[Tensor, ...]:
     """Check each projection; compute those that can share launches together, the others on their own."""
     for i, (q, fits) in enumerate(zip(entries, adapters_fit, strict=True)):
@@ -144,15 +148,23 @@ def _joined(
         joining = [i for i, q in enumerate(entries) if q.lora_A is None or (q.lora_A.shape[0] and q.dropout_p < 1)]
         for first in range(0, len(joining), _AT_ONCE):
             places = joining[first : first + _AT_ONCE]
-            ys.update(zip(places, _together(x, [entries[i] for i in places], chosen), strict=True))
-    return tuple(ys[i] if i in ys else _alone(x, q, backend, adapters_fit[i]) for i, q in enumerate(entries))
+            computed = _together(x, [entries[i] for i in places], chosen, [bool(added[i]) for i in places])
+            ys.update(zip(places, computed, strict=True))
+    return tuple(
+        ys[i] if i in ys else _alone(x, q, backend, adapters_fit[i], bool(added[i])) for i, q in enumerate(entries)
+    )
 
 
 def _shared_backend(x: Tensor, entries: list[Projection], backend: str) -> str | None:
-    """The backend that computes projections in shared launches; None where each is better off alone."""
+    """The backend that computes projections in shared launches; None where each is better off alone.
+
+    Where something watches, the one that was asked for: the operators choose, and with sizes that they can see.
+    """
     adapted = [q for q in entries if q.lora_A is not None and q.lora_A.shape[0]]
-    if len(entries) < 2 or not adapted or transforming() or watched():
+    if len(entries) < 2 or not adapted or transforming() or checks.is_sharded(x):
         return None
+    if watched():
+        return plan.overridden(backend)
     widths, rank = [q.weight.shape[0] for q in entries], max(q.lora_A.shape[0] for q in adapted)
     chosen = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or 0 in widths, backend)
     if chosen == "torch" and all(eager.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted):
@@ -161,22 +173,25 @@ def _shared_backend(x: Tensor, entries: list[Projection], backend: str) -> str |
     return chosen if plan.joins(chosen, x, widths, rank, masked) else None
 
 
-def _together(x: Tensor, entries: list[Projection], backend: str) -> list[Tensor]:
+def _together(x: Tensor, entries: list[Projection], backend: str, added: list[bool]) -> list[Tensor]:
     """Several projections in the same launches, with a Function where a gradient may be asked for."""
+    if watched():
+        *tensors, scalings, ps = map(list, zip(*entries, strict=True))
+        return projection_ops.projections(x, *tensors, [*map(as_number, scalings)], [*map(as_number, ps)], backend)
     entries = [q._replace(scaling=float(q.scaling), dropout_p=float(q.dropout_p)) for q in entries]
     tensors = list(itertools.chain.from_iterable(q[:4] for q in entries))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
-        numbers = tuple((q.scaling, q.dropout_p) for q in entries)
+        numbers = tuple((q.scaling, q.dropout_p, into) for q, into in zip(entries, added, strict=True))
         ys = projections.LoRAProjectionsFunction.apply(x, backend, numbers, *tensors)
     else:
         ys, _, _ = projections.forward(x, entries, backend)
     return [y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]) for y in ys]
 
 
-def _alone(x: Tensor, q: Projection, backend: str, adapters_fit: bool) -> Tensor:
+def _alone(x: Tensor, q: Projection, backend: str, adapters_fit: bool, added: bool = False) -> Tensor:
     if q.lora_A is None:
         return F.linear(x, q.weight, q.bias)
-    how = q.scaling, q.dropout_p, backend, False, (0, 1)
+    how = q.scaling, q.dropout_p, backend, added, (0, 1)
     return compute(x, q.weight, q.lora_A, q.lora_B, q.bias, *how, adapters_fit)
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "shrink",
     "shrink_all",
     "shrink_wgrad",
+    "thin_pitch",
     "wgrad",
     "wgrad_all",
 ]
@@ -66,9 +67,14 @@ def draw_mask(shape: torch.Size, dropout_p: float, device: torch.device, noise: 
     return keep.view(shape)
 
 
-def draw_noise(x: Tensor) -> Tensor:
-    """Draw what decides the mask of x, from the device's default torch generator: 16 bits an element, in int64."""
-    return _draw(x.numel(), x.device)
+def draw_noise(x: Tensor, count: int = 1) -> Tensor:
+    """Draw what decides `count` masks of x, from the device's default torch generator: 16 bits an element, in int64."""
+    if count == 1:
+        return _draw(x.numel(), x.device)
+    noise = torch.empty(count, -(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    for part in noise:  # as many draws as `draw_mask` would make: on a GPU they give others than one of all
+        part.random_(-(2**63), None)
+    return noise.view(-1)
 
 
 def _draw(numel: int, device: torch.device) -> Tensor:
@@ -107,6 +113,11 @@ def composed(
     return flat.view(y.shape)
 
 
+def thin_pitch(rank: int, dtype: torch.dtype) -> int:
+    """Elements from one row of an s to the next, which for kernels are more than there are columns."""
+    return rank
+
+
 def outputs(x: Tensor, rank: int, dropout_p: float) -> tuple[Tensor, Tensor | None]:
     """Allocate what `shrink` returns, s `[M, R]` and keep `[M, K]`, for shapes and strides alone."""
     return x.new_empty(x.shape[0], rank), x.new_empty(x.shape, dtype=torch.uint8) if dropout_p > 0 else None
@@ -126,8 +137,13 @@ def shrink(
 def shrink_all(
     x: Tensor, rows: Sequence[tuple[Tensor, float, float]], *, noise: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Compute `shrink` for several adapters (a `[Rᵢ, K]`, alpha, dropout_p) of one x, a block of it at a time."""
-    keeps = [draw_mask(x.shape, p, x.device, noise) if p > 0 else None for _, _, p in rows]
+    """Compute `shrink` for several adapters (a `[Rᵢ, K]`, alpha, dropout_p) of one x, a block of it at a time.
+
+    `noise` is that of `draw_noise(x, count)`, with a count of the rows that have dropout.
+    """
+    masks = sum(p > 0 for _, _, p in rows)
+    drawn = iter(noise.view(masks, -1)) if noise is not None and masks else itertools.repeat(None)
+    keeps = [draw_mask(x.shape, p, x.device, next(drawn)) if p > 0 else None for _, _, p in rows]
     factors = [(_wide(a).t(), alpha) for a, alpha, _ in rows]
     parts = [[] for _ in rows]
     for x_m, *keeps_m in _blocks(x, *keeps):
@@ -191,10 +207,13 @@ def wgrad(
 
 
 def wgrad_all(
-    rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor, ready: bool = False
-) -> list[Tensor]:
+    rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor, ready: bool = False,
+    into: Sequence[Tensor | None] | None = None,
+) -> list[Tensor | None]:  # fmt: skip
     """Compute `wgrad` for several (left, dtype, keep) of one right operand, a block of it at a time."""
-    return [total.to(dtype) for total, (_, dtype, _) in zip(_totals(rows, right), rows, strict=True)]
+    into = into or (None,) * len(rows)
+    totals = zip(_totals(rows, right), rows, into, strict=True)
+    return [_delivered(total, dtype, there) for total, (_, dtype, _), there in totals]
 
 
 def _totals(rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor) -> list[Tensor]:

@@ -264,8 +264,9 @@ def wgrad(
 
 
 def wgrad_all(
-    rows: Sequence[Row], right: Tensor, ready: bool = False, config: WgradConfig | None = None
-) -> list[Tensor]:
+    rows: Sequence[Row], right: Tensor, ready: bool = False, config: WgradConfig | None = None,
+    into: Sequence[Tensor | None] | None = None,
+) -> list[Tensor | None]:  # fmt: skip
     """Compute gᵢ = leftᵢᵀ (right · keepᵢ), `[Cᵢ, D]`, for several left operands, in one read of `right`.
 
     Args:
@@ -273,11 +274,19 @@ def wgrad_all(
         right: `[M, D]`, the wide operand.
         ready: As in `wgrad`.
         config: Tile to use in place of the rule's.
+        into: For each a tensor `[Cᵢ, D]`, no two the same, to which its g is added and then not returned, or None.
     """
-    gs = [right.new_empty(left.shape[1], right.shape[1], dtype=dtype) for left, dtype, _ in rows]
-    products = [Product(left, g.t(), keep) for (left, _, keep), g in zip(rows, gs, strict=True)]
+    into = into or (None,) * len(rows)
+    gs = [
+        right.new_empty(left.shape[1], right.shape[1], dtype=dtype) if there is None else there
+        for (left, dtype, _), there in zip(rows, into, strict=True)
+    ]
+    products = [
+        Product(left, g.t(), keep, None, there is not None)
+        for (left, _, keep), g, there in zip(rows, gs, into, strict=True)
+    ]
     launch(right, products, ready=ready, config=config)
-    return gs
+    return [g if there is None else None for g, there in zip(gs, into, strict=True)]
 
 
 def launch(
