@@ -1,25 +1,20 @@
 """Layers that belong together, `lora_projections`, `lora_qkv`, `lora_mlp`: check, autocast, choose a backend, call."""
 
-import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import checks, eager, plan, projection_ops, projections
+from lora_kernels import checks, eager, mlp, plan, projection_ops, projections
+from lora_kernels.activations import ACTIVATIONS, activated
 from lora_kernels.functional import arrived, as_autocast, as_number, compute, transforming, watched
 from lora_kernels.projections import Projection
 
-__all__ = ["ACTIVATIONS", "lora_mlp", "lora_projections", "lora_qkv"]
+__all__ = ["lora_mlp", "lora_projections", "lora_qkv"]
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "relu2": lambda t: F.relu(t).square(),
-}
 _AT_ONCE = 4  # projections of one launch
 
 
@@ -74,36 +69,93 @@ def lora_qkv(
 
 
 def lora_mlp(
-    x: Tensor, gate: Projection, up: Projection, down: Projection, *,
+    x: Tensor, gate: Projection | None, up: Projection, down: Projection, *,
     activation: str = "silu", recompute: bool = False, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Apply a gated MLP whose three layers have low-rank adapters.
+    """Apply a gated MLP whose layers may have low-rank adapters.
 
-    y = down(act(gate(x)) · up(x)), each layer as `lora_linear` computes it, with a dropout mask of its own.
+    y = down(a(gate(x)) · up(x)), or down(a(up(x))) without a gate. Each layer is computed as `lora_linear` computes it,
+    with a dropout mask of its own.
 
     Args:
         x: Activations, `[*, in_features]`; as in `lora_linear`.
-        gate: weight `[hidden, in_features]`, lora_A, lora_B, bias, scaling and dropout_p of the gate.
-        up: Likewise, of the same shape.
+        gate: weight `[hidden, in_features]`, lora_A, lora_B, bias, scaling and dropout_p of the gate, as `lora_linear`
+            takes them; lora_A and lora_B None for no adapter. Or None for an MLP without a gate.
+        up: Likewise, weight `[hidden, in_features]`.
         down: Likewise, weight `[out_features, hidden]`.
-        activation: "silu" (SwiGLU), "gelu" (GEGLU, exact), "gelu_tanh" (GEGLU, tanh approximation) or "relu2" (ReLU²).
-        recompute: Compute gate(x) and up(x) again in backward rather than keep them.
+        activation: a: "silu" (SwiGLU), "gelu" (GEGLU), "gelu_tanh" (GEGLU, approximated) or "relu2" (squared ReLU).
+        recompute: Compute gate(x) and up(x) once more in backward rather than keep them: `2 · hidden` elements a row
+            less, for about half of the MLP's forward pass more.
         backend: As in `lora_linear`.
 
     Returns:
         y, `[*, out_features]`, as `lora_linear` returns it.
 
     Raises:
-        TypeError, ValueError, RuntimeError: As `lora_linear`, naming the layer; `activation` is none of these.
+        TypeError, ValueError, RuntimeError: As `lora_linear`, naming the layer; widths do not fit each other,
+            `activation` is none of these.
 
-    Source: Shazeer 2020, arXiv:2002.05202 (SwiGLU, GEGLU); So et al. 2021, arXiv:2109.08668 (ReLU²).
+    Saved for backward: x, gate(x), up(x), and of each layer s and the mask.
+
+    Numerics: as `lora_linear`; gate(x), up(x), h = a(gate(x)) · up(x) and the gradients of all three are rounded once.
+    In a compiled graph, and for a few elements on a CPU, it is `lora_projections`, PyTorch's own activation and
+    `lora_linear`, which save h as well.
+
+    Source: Shazeer 2020, arXiv:2002.05202 (SwiGLU, GEGLU); So et al. 2021, arXiv:2109.08668 (squared ReLU).
     """
-    g, u = _projected(
-        "lora_mlp", x, (gate.weight, up.weight), [None if q.lora_A is None else (q.lora_A, q.lora_B) for q in (gate, up)],
-        (gate.bias, up.bias), (gate.scaling, up.scaling), (gate.dropout_p, up.dropout_p), backend,
-    )  # fmt: skip
-    h = ACTIVATIONS[activation](g) * u
-    return _alone(h, down, backend, False)
+    layers = {name: q for name, q in (("gate", gate), ("up", up), ("down", down)) if name != "gate" or q is not None}
+    checks.check_mlp(layers, activation, ACTIVATIONS)
+    x = arrived(x)
+    device_type = x.device.type if isinstance(x, Tensor) else "cpu"
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+        return _mlp(x, layers, activation, recompute, backend, [False] * len(layers))
+    cast = [as_autocast(device_type, x, q.weight, q.bias) for q in layers.values()]
+    fits = [fit for *_, fit in cast]
+    layers = {
+        name: q._replace(weight=weight, bias=bias)
+        for (name, q), (_, weight, bias, _) in zip(layers.items(), cast, strict=True)
+    }
+    with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
+        return _mlp(cast[0][0], layers, activation, recompute, backend, fits)
+
+
+def _mlp(
+    x: Tensor, layers: dict[str, Projection], activation: str, recompute: bool, backend: str, adapters_fit: list[bool]
+) -> Tensor:
+    """Check each layer; compute all in shared passes, or one after the other."""
+    *before, down = layers.values()
+    _check_each("lora_mlp", x, [*list(layers)[:-1]], before, adapters_fit[:-1])
+    h = x.new_empty(1).expand(*x.shape[:-1], before[0].weight.shape[0])  # of its shape in name alone
+    _check_each("lora_mlp", h, ["down"], [down], adapters_fit[-1:])
+    chosen = _fused_backend(x, [*before, down], backend)
+    if chosen is None:
+
+        def composed(x: Tensor) -> Tensor:
+            gate, up = (*_joined(x, before, backend, [False] * len(before), adapters_fit[:-1]), None)[:2]
+            return _alone(activated(gate, up, activation), down, backend, adapters_fit[-1])
+
+        return checkpoint(composed, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else composed(x)
+    entries = [q._replace(scaling=float(q.scaling), dropout_p=float(q.dropout_p)) for q in (*before, down)]
+    tensors = list(itertools.chain.from_iterable(q[:4] for q in entries))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        numbers = tuple((q.scaling, q.dropout_p) for q in entries)
+        y = mlp.LoRAMLPFunction.apply(x, chosen, activation, recompute, numbers, *tensors)
+    else:
+        y, *_ = mlp.forward(x, entries[:-1], entries[-1], activation, chosen)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _fused_backend(x: Tensor, entries: list[Projection], backend: str) -> str | None:
+    """The backend that computes an MLP in shared passes; None where its layers are computed one after the other."""
+    adapted = [q for q in entries if q.lora_A is not None]
+    if not adapted or transforming() or watched() or checks.is_sharded(x):
+        return None
+    if any(q.dropout_p == 1 or not q.lora_A.shape[0] for q in adapted):  # adds nothing, and gets gradients of 0
+        return None
+    empty = x.numel() == 0 or any(q.weight.numel() == 0 for q in entries)
+    chosen = plan.choose(x.device, x.dtype, max(q.lora_A.shape[0] for q in adapted), empty, backend)
+    small = chosen == "torch" and all(eager.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted)
+    return None if small or empty else chosen
 
 
 def _projected(
@@ -123,25 +175,36 @@ def _projected(
     x = arrived(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
-        return _joined(call, x, entries, backend, added, [False] * count)
+        return _checked(call, x, entries, backend, added, [False] * count)
     cast = [as_autocast(device_type, x, q.weight, q.bias) for q in entries]
     entries = [q._replace(weight=weight, bias=bias) for q, (_, weight, bias, _) in zip(entries, cast, strict=True)]
     with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
-        return _joined(call, cast[0][0], entries, backend, added, [fits for *_, fits in cast])
+        return _checked(call, cast[0][0], entries, backend, added, [fits for *_, fits in cast])
 
 
-def _joined(
+def _checked(
     call: str, x: Tensor, entries: list[Projection], backend: str, added: Sequence[bool], adapters_fit: list[bool]
 ) -> tuple[Tensor, ...]:
-    """Check each projection; compute those that can share launches together, the others on their own."""
-    for i, (q, fits) in enumerate(zip(entries, adapters_fit, strict=True)):
+    """Check each projection and compute them."""
+    _check_each(call, x, [f"projection {i}" for i in range(len(entries))], entries, adapters_fit)
+    return _joined(x, entries, backend, added, adapters_fit)
+
+
+def _check_each(call: str, x: Tensor, names: list[str], entries: list[Projection], adapters_fit: list[bool]) -> None:
+    for name, q, fits in zip(names, entries, adapters_fit, strict=True):
         try:
             lora_A, lora_B = _no_adapter(q.weight) if q.lora_A is q.lora_B is None else (q.lora_A, q.lora_B)
             checks.check_call(x, q.weight, lora_A, lora_B, q.bias, q.scaling, q.dropout_p)
             if not fits:
                 checks.check_dtypes(x, q.weight, lora_A, lora_B, q.bias)
         except (TypeError, ValueError) as error:
-            raise type(error)(str(error).replace("lora_linear:", f"{call}: projection {i}:", 1)) from None
+            raise type(error)(str(error).replace("lora_linear:", f"{call}: {name}:", 1)) from None
+
+
+def _joined(
+    x: Tensor, entries: list[Projection], backend: str, added: Sequence[bool], adapters_fit: list[bool]
+) -> tuple[Tensor, ...]:
+    """Compute those that can share launches together, the others on their own."""
     ys: dict[int, Tensor] = {}
     chosen = _shared_backend(x, entries, backend)
     if chosen is not None:  # not for those that add nothing: their adapters get gradients of 0 on the way alone
@@ -169,8 +232,7 @@ def _shared_backend(x: Tensor, entries: list[Projection], backend: str) -> str |
     chosen = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or 0 in widths, backend)
     if chosen == "torch" and all(eager.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted):
         return None
-    masked = any(0 < q.dropout_p < 1 for q in adapted)
-    return chosen if plan.joins(chosen, x, widths, rank, masked) else None
+    return chosen
 
 
 def _together(x: Tensor, entries: list[Projection], backend: str, added: list[bool]) -> list[Tensor]:

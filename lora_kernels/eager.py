@@ -22,9 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_kernels.activations import After, Before, activated, gradients
 from lora_kernels.dropout import keep_scale, threshold
 
 __all__ = [
+    "activate_shrink",
+    "activation_wgrad",
     "composed",
     "composes",
     "draw_mask",
@@ -239,6 +242,45 @@ def shrink_wgrad(
         parts.append(_product(dy_m, right, alpha, dy.dtype))
         total = _add_product(total, *((s_m, dy_m) if flipped else (dy_m, s_m)), out_dtype)
     return _joined(parts), _delivered(total.t() if flipped else total, out_dtype, into)
+
+
+def activate_shrink(
+    gate: Tensor, up: Tensor | None, activation: str, rows: Sequence[tuple[Tensor, float, float]], *,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:  # fmt: skip
+    """Compute h = a(gate) · up, `[M, K]`, and `shrink_all` of it."""
+    blocks = [activated(gate_m, up_m, activation) for gate_m, up_m in _blocks(gate, up)]
+    h = _joined(blocks)
+    return h, *(shrink_all(h, rows, noise=noise) if rows else ([], []))
+
+
+def activation_wgrad(
+    gate: Tensor, up: Tensor | None, dh: Tensor, activation: str, after: After | None, *before: Before | None
+) -> tuple[list[Tensor], Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
+    """Compute dg and, with `up`, du; dA of the layer after; ds and dB of the layers before, as far as asked for."""
+    wides, total, keep = [torch.empty_like(gate) for _ in before], None, None
+    results: list[list[Tensor | None]] = [[None, None] for _ in before]
+    of_rows = [t for one in before for t in (one.s if one else None,)]
+    ds, keep = (after.ds, after.keep) if after else (None, None)
+    rights = [_wide(one.lora_B) if one and one.lora_B is not None else None for one in before]
+    parts: list[list[Tensor]] = [[] for _ in before]
+    for gate_m, up_m, dh_m, ds_m, keep_m, *rest in _blocks(gate, up, dh, ds, keep, *wides, *of_rows):
+        h_m, made = gradients(gate_m, up_m, dh_m, activation)
+        if ds_m is not None:
+            total = _add_product(total, _wide(ds_m), _dropped(_wide(h_m), keep_m), after.out_dtype)
+        for i, (wide_m, one) in enumerate(zip(made, before, strict=True)):
+            rest[i].copy_(wide_m)
+            s_m, wide_m = rest[len(before) + i], _wide(wide_m)
+            if s_m is not None:
+                results[i][1] = _add_product(results[i][1], wide_m, _wide(s_m), one.out_dtype)
+            if rights[i] is not None:
+                parts[i].append(_product(wide_m, rights[i], one.alpha, gate.dtype))
+    for result, own, one in zip(results, parts, before, strict=True):
+        if own:
+            result[0] = _joined(own)
+        if result[1] is not None:
+            result[1] = result[1].to(one.out_dtype)
+    return wides, None if total is None else total.to(after.out_dtype), [tuple(result) for result in results]
 
 
 def _delivered(total: Tensor, out_dtype: torch.dtype, into: Tensor | None) -> Tensor | None:

@@ -4,9 +4,9 @@
     lora_kernels::projections_forward    each y, the s, the masks: a pure function of its arguments, differentiable once
     lora_kernels::projections_backward   dx, each dA and dB: its derivative
 
-They run `projections.forward` and `projections.backward`, and where the large products are better left to the vendor's
-library (`plan.joins`), those of each projection apart. Which it is depends on how many rows there are, so the operators
-ask when they run: a graph holds for every batch. Small calls on a CPU are not composed here, as in `ops`.
+They run `projections.forward` and `projections.backward`. The form of the large products depends on how many rows there
+are, so it is chosen when they run: a graph holds for every batch. Small calls on a CPU are not composed here, as in
+`ops`.
 
 PyTorch's autograd for operators sees the tensors of a list, but none of a list that holds a None. So the two take those
 that are there in one list, and their places among all: projection i has four, or in backward six, from 4i or 6i on.
@@ -109,23 +109,9 @@ def _projections_forward(
         backend: "triton" or "torch".
     """
     entries, flat = _entries(tensors, places, scalings, dropout_ps), autograd.rows(x)
-    adapted = [q for q in entries if q.lora_A is not None]
-    widths, rank = [q.weight.shape[0] for q in entries], max((q.lora_A.shape[0] for q in adapted), default=0)
-    if plan.joins(backend, flat, widths, rank, any(q.dropout_p > 0 for q in adapted)):
-        ys, shrunk, keeps = products.forward(flat, entries, backend, noise)
-    else:
-        shrunk, keeps = products.shrink(flat, entries, backend, noise)
-        ys = [_apart(flat, q, s, backend) for q, s in zip(entries, shrunk, strict=True)]
+    ys, shrunk, keeps = products.forward(flat, entries, backend, noise)
     s = _side_by_side(flat, [s for s in shrunk if s is not None], _pitches(entries, x.dtype, backend))
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys], s, [keep for keep in keeps if keep is not None]
-
-
-def _apart(x: Tensor, q: Projection, s: Tensor | None, backend: str) -> Tensor:
-    """One y `[M, out]` in the form that is best for it alone."""
-    if s is None:
-        return torch.nn.functional.linear(x, q.weight, q.bias)
-    _, expand = plan.expander(backend, x, q.weight.shape[0], s.shape[1], masked=False, backward=False)
-    return expand([(x, q.weight), (s, q.lora_B.to(x.dtype))], q.bias)
 
 
 def _side_by_side(x: Tensor, shrunk: list[Tensor], pitches: list[int]) -> Tensor:
@@ -161,37 +147,9 @@ def _projections_backward(
         Part(autograd.rows(dy), *five, alpha, (dtype, dtype), need_A)
         for (dy, *five), alpha, need_A in zip(saved, alphas, need_As, strict=True)
     ]
-    if need_x and backend != "torch" and not _joins(parts, backend):
-        dx, gradients = _apart_backward(x, parts, backend)
-    else:
-        dx, gradients = products.backward(x, parts, need_x, backend)
+    dx, gradients = products.backward(x, parts, need_x, backend)
     results = [g.contiguous() for own in gradients for g in own if g is not None]  # as the shapes below say
     return results if dx is None else [dx.contiguous().view(*shape, dx.shape[1]), *results]
-
-
-def _joins(parts: Sequence[Part], backend: str) -> bool:
-    """`plan.joins` of what backward has."""
-    dy, weight = parts[0].dy, parts[0].weight
-    x = dy.reshape(-1)[:1].expand(dy.shape[0], weight.shape[1])  # of x's shape in name alone
-    rank = max((q.lora_A.shape[0] for q in parts if q.lora_A is not None), default=0)
-    return plan.joins(backend, x, [q.dy.shape[1] for q in parts], rank, any(q.keep is not None for q in parts))
-
-
-def _apart_backward(x: Tensor | None, parts: Sequence[Part], backend: str) -> tuple[Tensor, list[list[Tensor | None]]]:
-    """`products.backward` with a large product for each, in the form that is best for it alone."""
-    total, gradients = None, []
-    for q in parts:
-        if q.lora_A is None:
-            dx, own = torch.mm(q.dy, q.weight), (None, None)
-        else:
-            needed = True, q.need_A, q.s is not None
-            dx, *own = autograd.backward(
-                q.dy, x if q.need_A else None, q.weight, q.lora_A, q.lora_B, q.s, q.keep, q.alpha, backend, q.dtypes,
-                needed,
-            )  # fmt: skip
-        total = dx if total is None else total.add_(dx)
-        gradients.append(list(own))
-    return total, gradients
 
 
 def _fake_forward(x, tensors, places, noise, scalings, dropout_ps, backend):

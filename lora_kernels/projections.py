@@ -27,7 +27,7 @@ from lora_kernels import plan
 from lora_kernels.autograd import autocast_off, gradient, rows
 from lora_kernels.dropout import keep_scale
 
-__all__ = ["LoRAProjectionsFunction", "Part", "Projection", "backward", "forward", "shrink"]
+__all__ = ["LoRAProjectionsFunction", "Part", "Projection", "backward", "expand", "forward", "shrink"]
 
 
 class Projection(NamedTuple):
@@ -91,13 +91,24 @@ def forward(
     s and mask are None for a projection without an adapter, and the mask for one without dropout. `noise` decides the
     masks; drawn here when there is none.
     """
-    ops, flat = plan.contractions(backend), rows(x)
+    flat = rows(x)
     shrunk, keeps = shrink(flat, projections, backend, noise)
-    outputs = [
-        ([(flat, q.weight)] if s is None else [(flat, q.weight), (s, q.lora_B.to(x.dtype))], q.bias)
-        for q, s in zip(projections, shrunk, strict=True)
-    ]
-    return ops.matmul_expand_all(outputs), shrunk, keeps
+    return expand(flat, projections, shrunk, backend), shrunk, keeps
+
+
+def expand(x: Tensor, projections: Sequence[Projection], shrunk: Sequence[Tensor | None], backend: str) -> list[Tensor]:
+    """Compute each y of `forward` from x `[M, in]` and each s."""
+    cols, rank = (
+        sum(q.weight.shape[0] for q in projections),
+        max((s.shape[1] for s in shrunk if s is not None), default=0),
+    )
+    _, expand_all = plan.expander_all(backend, x, x.shape[1], cols, rank, masked=False, backward=False)
+    return expand_all(
+        [
+            ([(x, q.weight)] if s is None else [(x, q.weight), (s, q.lora_B.to(x.dtype))], q.bias)
+            for q, s in zip(projections, shrunk, strict=True)
+        ]
+    )
 
 
 def shrink(
@@ -114,22 +125,20 @@ def shrink(
 
 
 def backward(
-    x: Tensor | None, parts: Sequence[Part], need_x: bool, backend: str
-) -> tuple[Tensor | None, list[list[Tensor | None]]]:
-    """Compute dx `[M, in]`, and dA and dB of each part, as far as they are needed. x is `[M, in]`."""
+    x: Tensor | None, parts: Sequence[Part], need_x: bool, backend: str,
+    made: Sequence[tuple[Tensor | None, Tensor | None]] | None = None,
+) -> tuple[Tensor | None, list[list[Tensor | None]]]:  # fmt: skip
+    """Compute dx `[M, in]`, and dA and dB of each part, as far as they are needed. x is `[M, in]`.
+
+    `made` has ds and dB of each where they were made with its dy.
+    """
     ops = plan.contractions(backend)
     gradients: list[list[Tensor | None]] = [[None, None] for _ in parts]
     summed, thin, masked, for_A = [], [], [], []
-    for own, (dy, weight, lora_A, lora_B, s, keep, alpha, dtypes, need_A, into) in zip(gradients, parts, strict=True):
-        ds = None
-        if lora_B is not None:
-            lora_B = lora_B.to(dy.dtype)
-            if s is not None:
-                ds, own[1] = ops.shrink_wgrad(dy, s, lora_B, alpha, dtypes[1], into[1])
-            else:
-                ds, _ = ops.shrink(dy, lora_B.t(), alpha)
-        elif s is not None:
-            own[1] = ops.wgrad(dy, s, dtypes[1], into=into[1])
+    made = made or [_ds_and_dB(part, backend) for part in parts]
+    for own, part, (ds, d_lora_B) in zip(gradients, parts, made, strict=True):
+        dy, weight, lora_A, _, _, keep, _, dtypes, need_A, into = part
+        own[1] = d_lora_B
         if need_A:
             for_A.append((own, (ds, dtypes[0], keep), into[0]))
         if need_x:
@@ -140,12 +149,30 @@ def backward(
                 thin.append(product)
             else:
                 masked.append((*product, keep))
-    dx = ops.matmul_expand_all([([*summed, *thin], None)], masked, wide=len(summed))[0] if need_x else None
+    dx = how = None
+    if need_x:
+        inner, cols = sum(dy.shape[1] for dy, _ in summed), summed[0][1].shape[0]
+        rank = max((t[0].shape[1] for t in (*thin, *masked)), default=0)
+        how, expand_all = plan.expander_all(
+            backend, parts[0].dy, inner, cols, rank, bool(masked), backward=True, sources=len(summed)
+        )  # fmt: skip
+        (dx,) = expand_all([([*summed, *thin], None)], masked, wide=len(summed))
     if for_A:
         owners, operands, into = zip(*for_A, strict=True)
-        for own, d_lora_A in zip(owners, ops.wgrad_all(operands, x, ready=need_x, into=into), strict=True):
+        for own, d_lora_A in zip(owners, ops.wgrad_all(operands, x, ready=how == "fused", into=into), strict=True):
             own[0] = d_lora_A
     return dx, gradients
+
+
+def _ds_and_dB(part: Part, backend: str) -> tuple[Tensor | None, Tensor | None]:
+    dy, _, _, lora_B, s, _, alpha, dtypes, _, (_, into) = part
+    ops = plan.contractions(backend)
+    if lora_B is None:
+        return None, None if s is None else ops.wgrad(dy, s, dtypes[1], into=into)
+    lora_B = lora_B.to(dy.dtype)
+    if s is None:
+        return ops.shrink(dy, lora_B.t(), alpha)[0], None
+    return ops.shrink_wgrad(dy, s, lora_B, alpha, dtypes[1], into)
 
 
 class LoRAProjectionsFunction(torch.autograd.Function):

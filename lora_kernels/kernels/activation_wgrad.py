@@ -8,34 +8,16 @@ It is one launch of the wgrad kernel, with a row for each of the up to three pro
 for each ds, whose parts weigh as much there as another read.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from lora_kernels.activations import After, Before
 from lora_kernels.kernels._configs import shrink_wgrad_pays
 from lora_kernels.kernels._launch import thin_rows
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.kernels.wgrad import DGATE, DUP, Activation, H, Product, launch
 
-__all__ = ["After", "Before", "activation_wgrad"]
-
-
-class After(NamedTuple):
-    """What dA of the layer after takes: ds `[M, r]`, the dtype of dA, the packed mask of h or None."""
-
-    ds: Tensor
-    out_dtype: torch.dtype
-    keep: Tensor | None
-
-
-class Before(NamedTuple):
-    """What ds and dB of a layer before take: s `[M, r]`, or None for no dB; B `[W, r]`, or None for no ds."""
-
-    s: Tensor | None
-    lora_B: Tensor | None
-    alpha: float
-    out_dtype: torch.dtype
+__all__ = ["activation_wgrad"]
 
 
 def activation_wgrad(
@@ -52,7 +34,7 @@ def activation_wgrad(
         *before: For ds and dB of the gate and, if there is one, of the up projection; None for neither.
 
     Returns:
-        dg and, with `up`, du; dA `[r, W]` or None; (ds `[M, r]`, dB `[W, r]`) of each in `before`, None where not asked.
+        dg and, with `up`, du; dA `[r, W]` or None; ds `[M, r]` and dB `[W, r]` of each in `before`, None if not asked for.
     """
     rows, width = gate.shape
     ranks = [t.shape[1] for one in before if one for t in one[:2] if t is not None]
