@@ -82,6 +82,18 @@ def test_static_shapes_give_way_to_dynamic_ones_once(backend, device):
     assert graphs == [1, 1, 2, 2, 3, 3, 3]
 
 
+def test_a_trained_bias_and_weight_leave_the_batch_a_symbol(device):
+    layer = make_layer(device, 0.0).requires_grad_()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    graphs = None
+    for rows in (4, 7, 5):
+        x = torch.randn(2, rows, 12, device=device)
+        assert_same(outcome(compiled, layer, x, 0), outcome(layer, layer, x, 0))
+        graphs = graphs or counter.frame_count
+    assert counter.frame_count == graphs
+
+
 class Decoder(nn.Module):
     """Attention and a gated MLP, every projection a LoRALinear."""
 
