@@ -69,7 +69,7 @@ MUTANTS = {
     "parts of s in one place": (SHRINK, "            before += Rs[i]\n        s = ", "        s = "),
     "parts of g in one place": (WGRAD, "            before += Ts[i]\n            #", "            #"),
     "masked twice in dA": (WGRAD, "kept = tl.where(unpack_bits(packed), wide, tl.zeros((BLOCK_M, BLOCK_W), wide.dtype))", "wide = tl.where(unpack_bits(packed), wide, tl.zeros((BLOCK_M, BLOCK_W), wide.dtype))\n                kept = wide"),
-    "gradients of A in the wrong order": ("projections.py", "for i, d_lora_A in zip(places,", "for i, d_lora_A in zip(places[::-1],"),
+    "gradients of A in the wrong order": ("projections.py", "for own, d_lora_A in zip(owners,", "for own, d_lora_A in zip(owners[::-1],"),
     "saved s overwritten": ("autograd.py", "    return dx, d_lora_A, d_lora_B\n", "    if need_B:\n        s.data.zero_()\n    return dx, d_lora_A, d_lora_B\n"),
 }  # fmt: skip
 ALWAYS = (
