@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from lora_kernels.blocks import ACTIVATIONS, lora_mlp, lora_qkv
+from lora_kernels.activations import ACTIVATIONS, activated
+from lora_kernels.blocks import lora_mlp, lora_qkv
 from lora_kernels.modules import LoRALinear, check_base, listened_to
 from lora_kernels.projections import Projection
 
@@ -271,7 +272,7 @@ class LoRAMLP(_Block):
         """Compute y from x."""
         entries = self._together()
         if entries is None:
-            return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(activated(self.gate_proj(x), self.up_proj(x), self.activation))
         return lora_mlp(x, *entries, activation=self.activation, recompute=self.recompute)
 
     def extra_repr(self) -> str:

@@ -5,16 +5,20 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from lora_kernels import LoRALinear, LoRAMLP, LoRAQKV, block_modules, load_adapter, merge_and_unload, save_adapter
-from lora_kernels.blocks import ACTIVATIONS
 from lora_kernels.parallel import LoRAColwise, LoRARowwise
 from lora_kernels.peft import swap_linear
 
+FUNCTIONS = {
+    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+    "relu2": lambda t: F.relu(t) ** 2,
+}  # fmt: skip
 H, KINDS = 12, ["qkv", "mlp"]
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -42,7 +46,7 @@ def one_by_one(block, x):
     first, second, third = block.children()
     if isinstance(block, LoRAQKV):
         return torch.cat([first(x), second(x), third(x)], -1)
-    return third(ACTIVATIONS[block.activation](first(x)) * second(x))
+    return third(FUNCTIONS[block.activation](first(x)) * second(x))
 
 
 def whole(block, x):
@@ -91,7 +95,7 @@ def test_a_call_is_its_children_s(kind, targets, training, calls):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", FUNCTIONS)
 def test_activations_and_recompute(activation, calls):
     block = make("mlp", activation=activation, recompute=True, bias=False)
     assert_same(outcome(block, whole, x_of()), outcome(block, one_by_one, x_of()))
@@ -113,7 +117,7 @@ def test_from_linears_shares_freezes_and_starts_as_the_base(kind):
     assert trained == [f"{name}.lora_{side}" for name in ALL[kind][:2] for side in "AB"]
     assert first.lora_A.dtype == torch.float32
     x = x_of().bfloat16()
-    torch.testing.assert_close(whole(block, x), one_by_one(block, x))
+    torch.testing.assert_close(whole(block, x), one_by_one(block, x), rtol=0.02, atol=0.02)  # rounded less often
 
 
 @kinds
@@ -203,7 +207,9 @@ def test_a_child_that_is_listened_to_is_called(kind, listen, calls):
 
 
 @kinds
-def test_it_compiles_to_one_graph(kind):
+def test_it_compiles_to_one_graph(kind, monkeypatch):
+    # the tests' own, which poisons memory, is nothing that a compiler could trace
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch._C.TensorBase.new_empty)
     torch.compiler.reset()
     block, x = make(kind, lora_dropout=0.3), x_of()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
