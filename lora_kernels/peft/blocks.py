@@ -1,8 +1,8 @@
 """The forward of a block whose layers belong together: one call of `lora_projections`, or of `lora_mlp`, for them.
 
     MLP         its forward is three layers and an activation: `lora_mlp` is all of it
-    attention   its own forward runs, with a stand-in for the block as `self`: the block in all but q_proj, k_proj and
-                v_proj. The first of them that is called computes all, and each result is handed out once
+    attention   its own forward runs, with a stand-in for the block as `self`. That is the block in all but q_proj, k_proj
+                and v_proj, which are looked up in the call: the first that is called computes all, each is handed out once
 
 The stand-in shares the block's `__dict__`, so what forward reads and writes is the block's. It holds the projections
 for one call, in a slot, and is made anew for each: calls that run at a time, end by an exception or are run again by
@@ -16,11 +16,10 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_kernels.blocks import lora_mlp, lora_projections
-from lora_kernels.functional import as_autocast, watched
+from lora_kernels.functional import watched
 from lora_kernels.peft.layer import bare, projection
 from lora_kernels.peft.structure import ATTENTION, MLP, Structure, members
 from lora_kernels.projections import Projection
@@ -28,9 +27,7 @@ from lora_kernels.projections import Projection
 __all__ = ["block_forward", "changed", "patched_structure"]
 
 
-def block_forward(
-    cls: type[nn.Module], stock: Callable[..., Any], found: Structure, backend: str
-) -> Callable[..., Any]:
+def block_forward(cls: type[nn.Module], stock: Callable[..., Any], found: Structure, backend: str) -> Callable[..., Any]:
     """A forward that computes the layers of a block together where it can, and is `stock` where it cannot.
 
     Args:
@@ -39,10 +36,7 @@ def block_forward(
         found: What `structure` sees in it, with no reason against it.
         backend: For `lora_projections` and `lora_mlp`.
     """
-    if found.kind == "attention":
-        forward = _attention_forward(cls, stock, backend)
-    else:
-        forward = _mlp_forward(stock, found, backend)
+    forward = _attention_forward(cls, stock, backend) if found.kind == "attention" else _mlp_forward(stock, found, backend)
     forward._lora_kernels_stock, forward._lora_kernels_structure = stock, found
     return forward
 
@@ -80,27 +74,9 @@ def _mlp_forward(stock: Callable[..., Any], found: Structure, backend: str) -> C
         three = _together(members(self, MLP), args[0])
         if three is None:
             return stock(self, *args)
-        return _mlp(args[0], three, found.activation, backend)
+        return lora_mlp(args[0], *three, activation=found.activation, backend=backend)
 
     return forward
-
-
-def _mlp(x: Tensor, layers: Sequence[Projection], activation: str, backend: str) -> Tensor:
-    """`lora_mlp` in autocast's dtype, where there is autocast."""
-    kind = x.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return lora_mlp(x, *layers, activation=activation, backend=backend)
-    cast = [as_autocast(kind, x, q.weight, q.bias) for q in layers]
-    x = cast[0][0]
-    fit = [q if q.lora_A is None else q._replace(lora_A=_fit(q.lora_A, x), lora_B=_fit(q.lora_B, x)) for q in layers]
-    layers = [q._replace(weight=weight, bias=bias) for q, (_, weight, bias, _) in zip(fit, cast, strict=True)]
-    with torch.autocast(kind, enabled=False):
-        return lora_mlp(x, *layers, activation=activation, backend=backend)
-
-
-def _fit(adapter: Tensor, x: Tensor) -> Tensor:
-    """An adapter as it is, if it may stay in fp32, else in x's dtype."""
-    return adapter if adapter.dtype is torch.float32 and x.itemsize == 2 else adapter.to(x.dtype)
 
 
 def _attention_forward(cls: type[nn.Module], stock: Callable[..., Any], backend: str) -> Callable[..., Any]:
