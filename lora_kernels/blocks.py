@@ -125,7 +125,8 @@ def _mlp(
     """Check each layer; compute all in shared passes, or one after the other."""
     *before, down = layers.values()
     _check_each("lora_mlp", x, [*list(layers)[:-1]], before, adapters_fit[:-1])
-    h = x.new_empty(1).expand(*x.shape[:-1], before[0].weight.shape[0])  # of its shape in name alone
+    shape = *x.shape[:-1], before[0].weight.shape[0]
+    h = x.new_empty_strided(shape, (0,) * len(shape))  # of its shape in name alone
     _check_each("lora_mlp", h, ["down"], [down], adapters_fit[-1:])
     chosen = _fused_backend(x, [*before, down], backend)
     if chosen is None:

@@ -258,7 +258,7 @@ def activation_wgrad(
     gate: Tensor, up: Tensor | None, dh: Tensor, activation: str, after: After | None, *before: Before | None
 ) -> tuple[list[Tensor], Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """Compute dg and, with `up`, du; dA of the layer after; ds and dB of the layers before, as far as asked for."""
-    wides, total, keep = [torch.empty_like(gate) for _ in before], None, None
+    wides, total = [gate.new_empty(gate.shape) for _ in before], None
     results: list[list[Tensor | None]] = [[None, None] for _ in before]
     of_rows = [t for one in before for t in (one.s if one else None,)]
     ds, keep = (after.ds, after.keep) if after else (None, None)

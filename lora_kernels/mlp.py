@@ -101,7 +101,7 @@ def backward(
         backend: "triton" or "torch".
     """
     ops, (*before, down) = plan.contractions(backend), layers
-    need_weight, need_A, need_B, need_bias = down.needs
+    need_weight, need_A, _, need_bias = down.needs
     need_dh = need_x or any(any(q.needs) for q in before)
     dh, ds, d_lora_B = _through_down(dy, down, need_dh, backend)
     dweight = d_lora_A = None

@@ -98,17 +98,14 @@ def forward(
 
 def expand(x: Tensor, projections: Sequence[Projection], shrunk: Sequence[Tensor | None], backend: str) -> list[Tensor]:
     """Compute each y of `forward` from x `[M, in]` and each s."""
-    cols, rank = (
-        sum(q.weight.shape[0] for q in projections),
-        max((s.shape[1] for s in shrunk if s is not None), default=0),
-    )
+    cols = sum(q.weight.shape[0] for q in projections)
+    rank = max((s.shape[1] for s in shrunk if s is not None), default=0)
     _, expand_all = plan.expander_all(backend, x, x.shape[1], cols, rank, masked=False, backward=False)
-    return expand_all(
-        [
-            ([(x, q.weight)] if s is None else [(x, q.weight), (s, q.lora_B.to(x.dtype))], q.bias)
-            for q, s in zip(projections, shrunk, strict=True)
-        ]
-    )
+    outputs = [
+        ([(x, q.weight)] if s is None else [(x, q.weight), (s, q.lora_B.to(x.dtype))], q.bias)
+        for q, s in zip(projections, shrunk, strict=True)
+    ]
+    return expand_all(outputs)
 
 
 def shrink(

@@ -122,6 +122,6 @@ def best(q: Product, gpu: Limits) -> str:
 
 
 def best_of_several(q: Product, sources: int, gpu: Limits) -> str:
-    """ "fused" or "beta1" for a sum of so many large products, each of which the library adds to what is there."""
+    """What is soonest, "fused" or "beta1", for a sum of so many large products; the library adds each to what is there."""
     again = 2 * (sources - 1) * q.rows * q.cols * q.element / gpu.bandwidth + (sources - 1) * _LAUNCH
     return "beta1" if seconds("beta1", q, gpu) + again < 0.99 * seconds("fused", q, gpu) else "fused"

@@ -34,13 +34,13 @@ def activation_wgrad(
         *before: For ds and dB of the gate and, if there is one, of the up projection; None for neither.
 
     Returns:
-        dg and, with `up`, du; dA `[r, W]` or None; ds `[M, r]` and dB `[W, r]` of each in `before`, None if not asked for.
+        dg and, with `up`, du; dA `[r, W]` or None; of each in `before` ds `[M, r]` and dB `[W, r]`, None if not asked for.
     """
     rows, width = gate.shape
     ranks = [t.shape[1] for one in before if one for t in one[:2] if t is not None]
     # with more columns than a tile has, several programs read the same dh
     reused = max([*ranks, after.ds.shape[1] if after else 0], default=0) <= 64
-    wides = [gate.new_empty(rows, width) for _ in before[1:]] + [dh if reused else torch.empty_like(dh)]
+    wides = [gate.new_empty(rows, width) for _ in before[1:]] + [dh if reused else gate.new_empty(rows, width)]
     products, dA = [], None
     if after is not None:
         dA = gate.new_empty(after.ds.shape[1], width, dtype=after.out_dtype)

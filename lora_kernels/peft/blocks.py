@@ -27,7 +27,9 @@ from lora_kernels.projections import Projection
 __all__ = ["block_forward", "changed", "patched_structure"]
 
 
-def block_forward(cls: type[nn.Module], stock: Callable[..., Any], found: Structure, backend: str) -> Callable[..., Any]:
+def block_forward(
+    cls: type[nn.Module], stock: Callable[..., Any], found: Structure, backend: str
+) -> Callable[..., Any]:
     """A forward that computes the layers of a block together where it can, and is `stock` where it cannot.
 
     Args:
@@ -36,7 +38,9 @@ def block_forward(cls: type[nn.Module], stock: Callable[..., Any], found: Struct
         found: What `structure` sees in it, with no reason against it.
         backend: For `lora_projections` and `lora_mlp`.
     """
-    forward = _attention_forward(cls, stock, backend) if found.kind == "attention" else _mlp_forward(stock, found, backend)
+    forward = (
+        _attention_forward(cls, stock, backend) if found.kind == "attention" else _mlp_forward(stock, found, backend)
+    )
     forward._lora_kernels_stock, forward._lora_kernels_structure = stock, found
     return forward
 

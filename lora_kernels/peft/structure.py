@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.blocks import ACTIVATIONS
+from lora_kernels.activations import ACTIVATIONS, activated
 
 __all__ = ["ATTENTION", "MLP", "Structure", "members", "structure"]
 
@@ -168,7 +168,7 @@ def _activation(
         return ""
     h = inputs["down_proj"]
     matching = (
-        name for name, act in ACTIVATIONS.items()
-        if h.shape == gate.shape and torch.allclose(h, act(gate) * up, rtol=1e-8, atol=1e-8)
+        name for name in ACTIVATIONS
+        if h.shape == gate.shape and torch.allclose(h, activated(gate, up, name), rtol=1e-8, atol=1e-8)
     )  # fmt: skip
     return next(matching, "")
