@@ -122,6 +122,6 @@ def best(q: Product, gpu: Limits) -> str:
 
 
 def best_of_several(q: Product, sources: int, gpu: Limits) -> str:
-    """What is soonest, "fused" or "beta1", for a sum of so many large products; the library adds each to what is there."""
+    """The soonest, "fused" or "beta1", of a sum of so many large products, which the library adds one by one."""
     again = 2 * (sources - 1) * q.rows * q.cols * q.element / gpu.bandwidth + (sources - 1) * _LAUNCH
     return "beta1" if seconds("beta1", q, gpu) + again < 0.99 * seconds("fused", q, gpu) else "fused"

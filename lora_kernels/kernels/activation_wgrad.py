@@ -8,7 +8,6 @@ It is one launch of the wgrad kernel, with a row for each of the up to three pro
 for each ds, whose parts weigh as much there as another read.
 """
 
-import torch
 from torch import Tensor
 
 from lora_kernels.activations import After, Before
@@ -34,7 +33,7 @@ def activation_wgrad(
         *before: For ds and dB of the gate and, if there is one, of the up projection; None for neither.
 
     Returns:
-        dg and, with `up`, du; dA `[r, W]` or None; of each in `before` ds `[M, r]` and dB `[W, r]`, None if not asked for.
+        dg and, with `up`, du; dA `[r, W]` or None; of each in `before` ds `[M, r]` and dB `[W, r]`, or None.
     """
     rows, width = gate.shape
     ranks = [t.shape[1] for one in before if one for t in one[:2] if t is not None]

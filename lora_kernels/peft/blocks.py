@@ -1,8 +1,9 @@
 """The forward of a block whose layers belong together: one call of `lora_projections`, or of `lora_mlp`, for them.
 
     MLP         its forward is three layers and an activation: `lora_mlp` is all of it
-    attention   its own forward runs, with a stand-in for the block as `self`. That is the block in all but q_proj, k_proj
-                and v_proj, which are looked up in the call: the first that is called computes all, each is handed out once
+    attention   its own forward runs, with a stand-in for the block as `self`. That is the block in all but q_proj,
+                k_proj and v_proj, which are looked up in the call: the first that is called computes all, each is
+                handed out once
 
 The stand-in shares the block's `__dict__`, so what forward reads and writes is the block's. It holds the projections
 for one call, in a slot, and is made anew for each: calls that run at a time, end by an exception or are run again by
