@@ -130,7 +130,8 @@ class Kernel:
     def flags(self) -> str:
         """What sets it apart from others of that tile."""
         words = [word for flag, word in _FLAGS.items() if self.constants.get(flag)]
-        words += [f"{n} {word}" for flag, (word, usual) in _COUNTS.items() if (n := self.constants.get(flag, 0)) > usual]
+        counts = ((self.constants.get(flag, 0), word, usual) for flag, (word, usual) in _COUNTS.items())
+        words += [f"{n} {word}" for n, word, usual in counts if n > usual]
         tf32 = self.constants.get("PRECISION") == "tf32"
         return " ".join([*words, *(["tf32"] if tf32 else []), *(["strided"] if self.case.strided else [])])
 
@@ -146,7 +147,7 @@ _SIDES = {
 }
 _FLAGS = {"USE_TMA": "tma", "HAS_BIAS": "bias", "HAS_KEEP": "masked", "NUM_MASKED": "masked", "HAS_DROPOUT": "dropout",
           "HAS_SHRINK": "shrinks", "ACCUMULATE": "adds"}  # fmt: skip
-# how many there are, where they are more than a layer's: adapters of a thin product, products and results of a large one
+# how many, where more than a layer has: adapters of a thin product, products and results of a large one
 _COUNTS = {"ROWS": ("rows", 1), "NUM_SOURCES": ("in", 2), "NUM_MASKED": ("masks", 1), "NUM_OUTPUTS": ("out", 1)}
 
 
