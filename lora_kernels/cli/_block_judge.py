@@ -24,6 +24,8 @@ from lora_kernels.dropout import threshold
 
 __all__ = ["Truth", "find_masks", "judge", "run_once"]
 
+_FEW = 65_536
+
 Run = Callable[[tuple[Tensor, ...]], Tensor]  # upstream gradients to dx
 
 
@@ -146,8 +148,9 @@ def _present(leaves: dict[str, Tensor], names: Sequence[str]) -> list[Tensor]:
 
 
 def _nonzero(run: Run, dys: tuple[Tensor, ...]) -> Tensor:
-    """Where dx is not zero; a product that cancels to zero does so for one of two gradients only."""
-    return (run(dys) != 0) | (run(tuple(dy.roll(1, 0) for dy in dys)) != 0)
+    """Where dx is not zero. Of many products one may cancel to zero, but hardly for two gradients."""
+    seen = run(dys) != 0
+    return seen if seen.numel() < _FEW else seen | (run(tuple(dy.roll(1, 0) for dy in dys)) != 0)
 
 
 @contextlib.contextmanager
