@@ -89,6 +89,25 @@ def test_pictures_come_and_go_with_the_page(tmp_path, monkeypatch, capsys):
     assert report.main([*where, "--check"]) == 1
 
 
+def test_page_of_blocks(tmp_path):
+    def block(level, ours=2.0):
+        case = sample_case(ours=ours) | {"level": level, "floor_bytes": 2**20}
+        return case | {"shape": {"m": 1, "k": 2, "n": 3, "label": "", "others": [4, 5] if level == "qkv" else []}}
+
+    put(tmp_path / "g", "llama-8b.json", GPU, **bench_file(sample_case()))
+    assert "No block has been measured yet" in report.render(tmp_path)
+    shaky = block("mlp")
+    shaky["providers"]["ours"]["seconds"]["both"] |= {"q1": 1.0, "q3": 3.0}
+    blocks = bench_file(block("qkv"), shaky, sample_model(), level="blocks")
+    put(tmp_path / "g", "blocks.json", GPU, **blocks)
+    page = report.render(tmp_path)
+    assert "No block has been measured" not in page
+    assert page.index("Queries, keys and values:") < page.index("Gated MLP:") < page.index("One decoder layer: hidden")
+    assert page.count("| 1 x 2 x 3 + 4 + 5 | 16 | 0.1 |") == 2  # times and memory
+    assert "Unsteady: in 1 of 8 times" in page
+    assert page.count("Unsteady") == 1
+
+
 def test_page_keeps_no_failure_back(tmp_path):
     put(tmp_path / "g", "llama-8b.json", GPU, **bench_file(sample_case()))
     states = {"gpu_tests": "failed", "verify": "out of time", "llama-8b": "ok", "memory": "skipped"}

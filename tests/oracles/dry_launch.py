@@ -115,7 +115,7 @@ def main():
         kernels = [describe(launch, Case(8192, 4096, 4096, 16), "sm_90") for launch in compiled[before:]]
         replays()
     assert {kernel.constants.get("ROWS") for kernel in kernels} == {1, 3, None}
-    for kernel in kernels:  # held to the rules of `lora-kernels inspect`, which launches no blocks
+    for kernel in kernels:  # held to the rules of `lora-kernels inspect`
         assert not kernel.broken, (str(kernel), kernel.broken)
     nothing_between()
     print("dry launch:", len(launched), "launches of", *sorted(set(launched)))
