@@ -111,10 +111,11 @@ def _quick_torch(*more: str) -> int:
 
 
 def test_verify_fails_on_a_wrong_scale(monkeypatch, tmp_path, capsys):
-    shrink, shrink_all = eager.shrink, eager.shrink_all
-    monkeypatch.setattr(eager, "shrink", lambda x, a, alpha, *rest, **more: shrink(x, a, alpha * 1.001, *rest, **more))
+    shrink_all = eager.shrink_all
     monkeypatch.setattr(
-        eager, "shrink_all", lambda x, rows: shrink_all(x, [(a, alpha * 1.001, p) for a, alpha, p in rows])
+        eager,
+        "shrink_all",
+        lambda x, rows, **more: shrink_all(x, [(a, alpha * 1.001, p) for a, alpha, p in rows], **more),
     )
     assert _quick_torch("--json", str(tmp_path / "v.json")) == 1
     assert "FAIL" in capsys.readouterr().out
