@@ -86,10 +86,10 @@ def test_blocks_of_presets_and_shapes_of_one_s_own():
     assert str(block_shape(llama, "mlp")) == "8192x4096x14336"
     assert block_shape(PRESETS["qwen-7b"].model, "qkv").widths == (3584, 512, 512)
     assert {"llama-1b", "qwen-32b", "tiny"} <= set(PRESETS)
-    assert parse_shape("8x4x4+2+1") == Shape(8, 4, 4, others=(2, 1))
-    for wrong in ("8x4x4+", "8x4+4x4", "8x4x4+0"):
+    assert parse_shape("8x4x4+2+1", several=True) == Shape(8, 4, 4, others=(2, 1))
+    for wrong, several in (("8x4x4+", True), ("8x4+4x4", True), ("8x4x4+0", True), ("8x4x4+2+1", False)):
         with pytest.raises(ValueError, match="ROWSxINxOUT"):
-            parse_shape(wrong)
+            parse_shape(wrong, several)
 
 
 # --- nothing wrong is timed
@@ -115,8 +115,20 @@ def test_every_provider_is_right_and_timed(block, dtype, p):
     assert rows["ours"]["saved_bytes"] < rows["peft"]["saved_bytes"] or not p
     assert rows["peft"]["model"]["forward_bytes"] > rows["frozen"]["model"]["forward_bytes"] > 0
     shown = printed(_bench_view.case_table(case))
-    assert f"lora_{block} [torch]" in shown
+    assert "lora_kernels [torch]" in shown
+    assert "lora_linear alone [torch]" in shown
     assert "if frozen and each large tensor once a pass" in shown
+
+
+@pytest.mark.parametrize(("block", "p", "rule"), [("qkv", 0.1, "numerics rules 1 and 2"), ("mlp", 0.0, "rms error")])
+def test_the_kernels_are_right_as_well(block, p, rule):
+    chosen = settings(backend="triton", only=("ours",), passes=())
+    shape = dataclasses.replace(SHAPES[block], m=17)
+    row = _block_case.run_case(block, shape, 4, p, chosen)["providers"]["ours"]
+    assert row["reason"] == ""
+    assert rule in row["check"]["rule"]
+    assert row["label"] == "lora_kernels [triton]"
+    assert row["model"]["launches"] == (7 if block == "qkv" else 9)
 
 
 @pytest.mark.parametrize("block", SHAPES)

@@ -95,7 +95,7 @@ def _ours(problem: BlockProblem, backend: str) -> BlockProvider:
     widths = [w.shape[0] for w in weights[: 2 if problem.activation else None]]
     shared = plan.joins(chosen, problem.x, widths, problem.rank, any(numbers["dropout_p"]))
     return BlockProvider(
-        f"lora_{'mlp' if problem.activation else 'qkv'} {_tag(problem, chosen)}", problem,
+        f"lora_kernels {_tag(problem, chosen)}", problem,
         mlp if problem.activation else qkv, leaves, "kernel" if chosen == "triton" and shared else "operators",
         "" if chosen == "torch" else "ours" if shared else "triton",
     )  # fmt: skip
@@ -111,7 +111,7 @@ def _per_layer(problem: BlockProblem, backend: str) -> BlockProvider:
             backend=chosen,
         )  # fmt: skip
 
-    label = f"lora_linear x {len(problem.layers)} {_tag(problem, chosen)}"
+    label = f"lora_linear alone {_tag(problem, chosen)}"
     return BlockProvider(label, problem, lambda: compose(problem, leaves["dx"], apply), leaves, cost=chosen)
 
 

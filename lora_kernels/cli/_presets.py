@@ -170,18 +170,18 @@ def block_shape(dims: Dims, block: str) -> Shape:
     return Shape(dims.tokens, dims.hidden, dims.heads * dims.head_dim, "q, k, v", (key_value, key_value))
 
 
-def parse_shape(text: str) -> Shape:
-    """Read "8192x4096x4096": rows x in_features x out_features, of several projections "8192x4096x4096+1024+1024".
+def parse_shape(text: str, several: bool = False) -> Shape:
+    """Read "8192x4096x4096": rows x in_features x out_features; of `several` projections "8192x4096x4096+1024+1024".
 
     Raises:
         ValueError: It is not positive whole numbers in that form.
     """
     *sides, last = text.lower().split("x")
-    widths = last.split("+")
+    widths = last.split("+") if several else [last]
     if len(sides) != 2 or not all(part.isdecimal() and int(part) > 0 for part in (*sides, *widths)):
+        more = " (queries, keys and values: 8192x4096x4096+1024+1024)" if several else ""
         raise ValueError(
-            "a shape is ROWSxINxOUT, three positive whole numbers like 8192x4096x4096 (queries, keys and values: "
-            f"8192x4096x4096+1024+1024), not {text!r}"
+            f"a shape is ROWSxINxOUT, three positive whole numbers like 8192x4096x4096{more}, not {text!r}"
         )
     n, *others = map(int, widths)
     return Shape(*map(int, sides), n, others=tuple(others))

@@ -279,6 +279,6 @@ def _progress(total: int) -> Iterator[Callable[[int, str], None]]:
 
 def _shape(text: str) -> Shape:
     try:
-        return parse_shape(text)
+        return parse_shape(text, several=True)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
