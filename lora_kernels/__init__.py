@@ -1,15 +1,16 @@
 """Fused LoRA for PyTorch: y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias, forward and backward.
 
 `patch_peft` makes a PEFT model fast in place; `lora_linear` is the function, `lora_qkv` and `lora_projections` the same
-for several projections of one x, `LoRALinear` the module with
-`swap_linear`, `save_adapter`, `load_adapter` and `merge_and_unload` for models made of it; `reference` is the same in
-plain PyTorch.
+for several projections of one x, `lora_mlp` for a gated MLP; `LoRALinear`, `LoRAQKV` and `LoRAMLP` are the modules,
+with `swap_linear`, `save_adapter`, `load_adapter` and `merge_and_unload` for models made of them; `reference` is the
+same in plain PyTorch.
 """
 
 from typing import Any
 
 from lora_kernels import reference
 from lora_kernels._version import __version__
+from lora_kernels.block_modules import LoRAMLP, LoRAQKV
 from lora_kernels.blocks import lora_mlp, lora_projections, lora_qkv
 from lora_kernels.functional import lora_linear
 from lora_kernels.modules import LoRALinear
@@ -18,8 +19,8 @@ from lora_kernels.projections import Projection
 _FROM_PEFT = ("load_adapter", "merge_and_unload", "patch_peft", "save_adapter", "swap_linear", "unpatch_peft")
 
 __all__ = [
-    "LoRALinear", "Projection", "__version__", "lora_linear", "lora_mlp", "lora_projections", "lora_qkv", "reference",
-    *_FROM_PEFT,
+    "LoRALinear", "LoRAMLP", "LoRAQKV", "Projection", "__version__", "lora_linear", "lora_mlp", "lora_projections",
+    "lora_qkv", "reference", *_FROM_PEFT,
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ the rounded copies would be more than all else that is saved. No input is ever w
 """
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,7 +25,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from lora_kernels import plan
 from lora_kernels.dropout import keep_scale
 
-__all__ = ["LoRALinearFunction", "autocast_off", "backward", "forward", "rows", "save"]
+__all__ = ["LoRALinearFunction", "autocast_off", "backward", "forward", "from_dy", "gradient", "rows", "save"]
 
 _NOTHING = contextlib.nullcontext()
 
@@ -56,24 +57,39 @@ def backward(
     where `rows` has to make one, comes before the launches, which overlap. `alpha` is scaling · keep_scale. dA and dB
     come in `adapter_dtypes`, or are added to `into`, and then are None.
     """
-    (need_x, need_A, need_B), ops = needed, plan.contractions(backend)
+    need_x, need_A, _ = needed
+    dx, ds, d_lora_B, how = from_dy(
+        dy, weight, lora_A, lora_B, s, keep, alpha, backend, adapter_dtypes[1], needed, into[1]
+    )  # fmt: skip
+    d_lora_A = None
+    if need_A:
+        ready = need_x and how == "fused"
+        d_lora_A = plan.contractions(backend).wgrad(ds, x, adapter_dtypes[0], keep, into=into[0], ready=ready)
+    return dx, d_lora_A, d_lora_B
+
+
+def from_dy(
+    dy: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, s: Tensor | None,
+    keep: Tensor | None, alpha: float, backend: str, dtype_B: torch.dtype, needed: Sequence[bool],
+    into: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, str | None]:  # fmt: skip
+    """Compute what `backward` computes without x: dx, ds, dB, and the form that dx took. `needed`: dx, ds, dB."""
+    (need_x, need_ds, need_B), ops = needed, plan.contractions(backend)
     lora_A, lora_B = (None if t is None else _as(t, dy.dtype) for t in (lora_A, lora_B))
-    dx = d_lora_A = d_lora_B = how = expand = ds = None
+    dx = d_lora_B = how = expand = ds = None
     if need_x:
         how, expand = plan.expander(backend, dy, weight.shape[1], lora_B.shape[1], keep is not None, True)
     if how == "joint":
         dx, ds = expand(dy, weight, lora_A, lora_B, alpha, keep)
-    elif need_B and (need_x or need_A):
-        ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, alpha, adapter_dtypes[1], into[1])
-    elif need_x or need_A:
+    elif need_B and (need_x or need_ds):
+        ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, alpha, dtype_B, into)
+    elif need_x or need_ds:
         ds, _ = ops.shrink(dy, lora_B.t(), alpha)
     if need_x and how != "joint":
         dx = expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
-    if need_A:
-        d_lora_A = ops.wgrad(ds, x, adapter_dtypes[0], keep, into=into[0], ready=how == "fused")
     if need_B and (how == "joint" or ds is None):
-        d_lora_B = ops.wgrad(dy, s, adapter_dtypes[1], into=into[1])
-    return dx, d_lora_A, d_lora_B
+        d_lora_B = ops.wgrad(dy, s, dtype_B, into=into)
+    return dx, ds, d_lora_B, how
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -132,7 +148,7 @@ def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
     dy, x = rows(dy), None if x is None else rows(x)
     dx, d_lora_A, d_lora_B = backward(
         dy, x, weight, lora_A, lora_B, s, keep, ctx.alpha, ctx.backend, ctx.adapter_dtypes,
-        (need_x, need_A, need_B), tuple(_gradient(adapter) for adapter in ctx.accumulate),
+        (need_x, need_A, need_B), tuple(gradient(adapter) for adapter in ctx.accumulate),
     )  # fmt: skip
     dweight = torch.mm(dy.t(), x) if need_weight else None
     dbias = dy.sum(0) if need_bias else None
@@ -144,7 +160,7 @@ def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
 _backward_once = once_differentiable(_backward)
 
 
-def _gradient(adapter: Tensor | None) -> Tensor | None:
+def gradient(adapter: Tensor | None) -> Tensor | None:
     """The gradient to add to in place, where the engine would do no more than add: a plain one, and nobody listens."""
     grad = None if adapter is None or not adapter.is_leaf else adapter.grad
     if grad is None or grad.layout is not torch.strided:
@@ -162,4 +178,5 @@ def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
 def rows(t: Tensor) -> Tensor:
     """View `[*, features]` as `[M, features]`; copies where no view exists, or where one stands for its negative."""
     t = t.resolve_neg()
-    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    # not Size.numel, which makes a number of a compiler's symbol
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])

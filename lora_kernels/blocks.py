@@ -1,32 +1,27 @@
 """Layers that belong together, `lora_projections`, `lora_qkv`, `lora_mlp`: check, autocast, choose a backend, call."""
 
-import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import checks, eager, plan, projections
-from lora_kernels.functional import as_autocast, compute, transforming, watched
+from lora_kernels import checks, eager, mlp, plan, projection_ops, projections
+from lora_kernels.activations import ACTIVATIONS, activated
+from lora_kernels.functional import arrived, as_autocast, as_number, compute, transforming, watched
 from lora_kernels.projections import Projection
 
-__all__ = ["ACTIVATIONS", "lora_mlp", "lora_projections", "lora_qkv"]
+__all__ = ["lora_mlp", "lora_projections", "lora_qkv"]
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "relu2": lambda t: F.relu(t).square(),
-}
 _AT_ONCE = 4  # projections of one launch
 
 
 def lora_projections(
     x: Tensor, weights: Sequence[Tensor], adapters: Sequence[tuple[Tensor, Tensor] | None], *,
     biases: Sequence[Tensor | None] | None = None, scaling: float | Sequence[float] = 1.0,
-    dropout_p: float | Sequence[float] = 0.0, backend: str = "auto",
+    dropout_p: float | Sequence[float] = 0.0, backend: str = "auto", accumulate_grad: bool | Sequence[bool] = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Apply several linear layers with low-rank adapters to one input, in the launches of one layer.
 
@@ -42,6 +37,7 @@ def lora_projections(
         scaling: Multiplies the low-rank term: a number for all, or one for each.
         dropout_p: As in `lora_linear`: a number for all, or one for each.
         backend: As in `lora_linear`.
+        accumulate_grad: As in `lora_linear`: one for all, or one for each.
 
     Returns:
         Each y, `[*, out_featuresᵢ]`, as `lora_linear` returns it.
@@ -50,133 +46,214 @@ def lora_projections(
         TypeError, ValueError, RuntimeError: As `lora_linear`, naming the projection.
 
     Numerics: as `lora_linear`, and dx is rounded once. Where large products are left to the vendor's library (see
-    `lora_kernels.strategy`), in a compiled graph and for a few elements on a CPU, it is `lora_linear` n times.
+    `lora_kernels.strategy`) and for a few elements on a CPU, it is `lora_linear` n times.
 
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
-    return _projected("lora_projections", x, weights, adapters, biases, scaling, dropout_p, backend)
+    return _projected(
+        "lora_projections", x, weights, adapters, biases, scaling, dropout_p, backend, accumulate_grad=accumulate_grad
+    )
 
 
 def lora_qkv(
     x: Tensor, weights: Sequence[Tensor], adapters: Sequence[tuple[Tensor, Tensor] | None], *,
     biases: Sequence[Tensor | None] | None = None, scaling: float | Sequence[float] = 1.0,
-    dropout_p: float | Sequence[float] = 0.0, backend: str = "auto",
+    dropout_p: float | Sequence[float] = 0.0, backend: str = "auto", accumulate_grad: bool | Sequence[bool] = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Project x to queries, keys and values: `lora_projections` of three, (Wq, Wk, Wv).
 
     With grouped-query attention Wk and Wv have fewer rows than Wq. Arguments, result and errors are those of
     `lora_projections`.
     """
-    return _projected("lora_qkv", x, weights, adapters, biases, scaling, dropout_p, backend, 3)
+    return _projected("lora_qkv", x, weights, adapters, biases, scaling, dropout_p, backend, 3, accumulate_grad)
 
 
 def lora_mlp(
-    x: Tensor, gate: Projection, up: Projection, down: Projection, *,
+    x: Tensor, gate: Projection | None, up: Projection, down: Projection, *,
     activation: str = "silu", recompute: bool = False, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Apply a gated MLP whose three layers have low-rank adapters.
+    """Apply a gated MLP whose layers may have low-rank adapters.
 
-    y = down(act(gate(x)) · up(x)), each layer as `lora_linear` computes it, with a dropout mask of its own.
+    y = down(a(gate(x)) · up(x)), or down(a(up(x))) without a gate. Each layer is computed as `lora_linear` computes it,
+    with a dropout mask of its own.
 
     Args:
         x: Activations, `[*, in_features]`; as in `lora_linear`.
-        gate: weight `[hidden, in_features]`, lora_A, lora_B, bias, scaling and dropout_p of the gate.
-        up: Likewise, of the same shape.
+        gate: weight `[hidden, in_features]`, lora_A, lora_B, bias, scaling and dropout_p of the gate, as `lora_linear`
+            takes them; lora_A and lora_B None for no adapter. Or None for an MLP without a gate.
+        up: Likewise, weight `[hidden, in_features]`.
         down: Likewise, weight `[out_features, hidden]`.
-        activation: "silu" (SwiGLU), "gelu" (GEGLU, exact), "gelu_tanh" (GEGLU, tanh approximation) or "relu2" (ReLU²).
-        recompute: Compute gate(x) and up(x) again in backward rather than keep them.
+        activation: a: "silu" (SwiGLU), "gelu" (GEGLU), "gelu_tanh" (GEGLU, approximated) or "relu2" (squared ReLU).
+        recompute: Compute gate(x) and up(x) once more in backward rather than keep them: `2 · hidden` elements a row
+            less, for about half of the MLP's forward pass more.
         backend: As in `lora_linear`.
 
     Returns:
         y, `[*, out_features]`, as `lora_linear` returns it.
 
     Raises:
-        TypeError, ValueError, RuntimeError: As `lora_linear`, naming the layer; `activation` is none of these.
+        TypeError, ValueError, RuntimeError: As `lora_linear`, naming the layer; widths do not fit each other,
+            `activation` is none of these.
 
-    Source: Shazeer 2020, arXiv:2002.05202 (SwiGLU, GEGLU); So et al. 2021, arXiv:2109.08668 (ReLU²).
+    Saved for backward: x, gate(x), up(x), and of each layer s and the mask.
+
+    Numerics: as `lora_linear`; gate(x), up(x), h = a(gate(x)) · up(x) and the gradients of all three are rounded once.
+    In a compiled graph, and for a few elements on a CPU, it is `lora_projections`, PyTorch's own activation and
+    `lora_linear`, which save h as well.
+
+    Source: Shazeer 2020, arXiv:2002.05202 (SwiGLU, GEGLU); So et al. 2021, arXiv:2109.08668 (squared ReLU).
     """
-    g, u = _projected(
-        "lora_mlp", x, (gate.weight, up.weight), [None if q.lora_A is None else (q.lora_A, q.lora_B) for q in (gate, up)],
-        (gate.bias, up.bias), (gate.scaling, up.scaling), (gate.dropout_p, up.dropout_p), backend,
-    )  # fmt: skip
-    h = ACTIVATIONS[activation](g) * u
-    return _alone(h, down, backend, False)
+    layers = {name: q for name, q in (("gate", gate), ("up", up), ("down", down)) if name != "gate" or q is not None}
+    checks.check_mlp(layers, activation, ACTIVATIONS)
+    x = arrived(x)
+    device_type = x.device.type if isinstance(x, Tensor) else "cpu"
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+        return _mlp(x, layers, activation, recompute, backend, [False] * len(layers))
+    cast = [as_autocast(device_type, x, q.weight, q.bias) for q in layers.values()]
+    fits = [fit for *_, fit in cast]
+    layers = {
+        name: q._replace(weight=weight, bias=bias)
+        for (name, q), (_, weight, bias, _) in zip(layers.items(), cast, strict=True)
+    }
+    with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
+        return _mlp(cast[0][0], layers, activation, recompute, backend, fits)
+
+
+def _mlp(
+    x: Tensor, layers: dict[str, Projection], activation: str, recompute: bool, backend: str, adapters_fit: list[bool]
+) -> Tensor:
+    """Check each layer; compute all in shared passes, or one after the other."""
+    *before, down = layers.values()
+    _check_each("lora_mlp", x, [*list(layers)[:-1]], before, adapters_fit[:-1])
+    h = x.new_empty(1).expand(*x.shape[:-1], before[0].weight.shape[0])  # of its shape in name alone
+    _check_each("lora_mlp", h, ["down"], [down], adapters_fit[-1:])
+    chosen = _fused_backend(x, [*before, down], backend)
+    if chosen is None:
+
+        def composed(x: Tensor) -> Tensor:
+            gate, up = (*_joined(x, before, backend, [False] * len(before), adapters_fit[:-1]), None)[:2]
+            return _alone(activated(gate, up, activation), down, backend, adapters_fit[-1])
+
+        return checkpoint(composed, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else composed(x)
+    entries = [q._replace(scaling=float(q.scaling), dropout_p=float(q.dropout_p)) for q in (*before, down)]
+    tensors = list(itertools.chain.from_iterable(q[:4] for q in entries))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        numbers = tuple((q.scaling, q.dropout_p) for q in entries)
+        y = mlp.LoRAMLPFunction.apply(x, chosen, activation, recompute, numbers, *tensors)
+    else:
+        y, *_ = mlp.forward(x, entries[:-1], entries[-1], activation, chosen)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _fused_backend(x: Tensor, entries: list[Projection], backend: str) -> str | None:
+    """The backend that computes an MLP in shared passes; None where its layers are computed one after the other."""
+    adapted = [q for q in entries if q.lora_A is not None]
+    if not adapted or transforming() or watched() or checks.is_sharded(x):
+        return None
+    if any(q.dropout_p == 1 or not q.lora_A.shape[0] for q in adapted):  # adds nothing, and gets gradients of 0
+        return None
+    empty = x.numel() == 0 or any(q.weight.numel() == 0 for q in entries)
+    chosen = plan.choose(x.device, x.dtype, max(q.lora_A.shape[0] for q in adapted), empty, backend)
+    small = chosen == "torch" and all(eager.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted)
+    return None if small or empty else chosen
 
 
 def _projected(
     call: str, x: Tensor, weights: Sequence[Tensor], adapters: Sequence[tuple[Tensor, Tensor] | None],
     biases: Sequence[Tensor | None] | None, scaling: float | Sequence[float], dropout_p: float | Sequence[float],
-    backend: str, expected: int | None = None,
+    backend: str, expected: int | None = None, accumulate_grad: bool | Sequence[bool] = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Check, cast for autocast, and project."""
-    each = {"biases": biases, "scaling": scaling, "dropout_p": dropout_p}
+    each = {"biases": biases, "scaling": scaling, "dropout_p": dropout_p, "accumulate_grad": accumulate_grad}
     lists = {name: value for name, value in each.items() if isinstance(value, (list, tuple))}
     count = checks.check_counts(call, weights, adapters, expected, **lists)
-    numbers = zip(*(lists.get(name, (each[name],) * count) for name in each), strict=True)
+    *numbers, added = (lists.get(name, (each[name],) * count) for name in each)
     entries = [
         Projection(weight, *(pair or (None, None)), *rest)
-        for weight, pair, rest in zip(weights, adapters, numbers, strict=True)
+        for weight, pair, *rest in zip(weights, adapters, *numbers, strict=True)
     ]
+    x = arrived(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
-        return _joined(call, x, entries, backend, [False] * count)
+        return _checked(call, x, entries, backend, added, [False] * count)
     cast = [as_autocast(device_type, x, q.weight, q.bias) for q in entries]
     entries = [q._replace(weight=weight, bias=bias) for q, (_, weight, bias, _) in zip(entries, cast, strict=True)]
     with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
-        return _joined(call, cast[0][0], entries, backend, [fits for *_, fits in cast])
+        return _checked(call, cast[0][0], entries, backend, added, [fits for *_, fits in cast])
 
 
-def _joined(
-    call: str, x: Tensor, entries: list[Projection], backend: str, adapters_fit: list[bool]
+def _checked(
+    call: str, x: Tensor, entries: list[Projection], backend: str, added: Sequence[bool], adapters_fit: list[bool]
 ) -> tuple[Tensor, ...]:
-    """Check each projection; compute those that can share launches together, the others on their own."""
-    for i, (q, fits) in enumerate(zip(entries, adapters_fit, strict=True)):
+    """Check each projection and compute them."""
+    _check_each(call, x, [f"projection {i}" for i in range(len(entries))], entries, adapters_fit)
+    return _joined(x, entries, backend, added, adapters_fit)
+
+
+def _check_each(call: str, x: Tensor, names: list[str], entries: list[Projection], adapters_fit: list[bool]) -> None:
+    for name, q, fits in zip(names, entries, adapters_fit, strict=True):
         try:
             lora_A, lora_B = _no_adapter(q.weight) if q.lora_A is q.lora_B is None else (q.lora_A, q.lora_B)
             checks.check_call(x, q.weight, lora_A, lora_B, q.bias, q.scaling, q.dropout_p)
             if not fits:
                 checks.check_dtypes(x, q.weight, lora_A, lora_B, q.bias)
         except (TypeError, ValueError) as error:
-            raise type(error)(str(error).replace("lora_linear:", f"{call}: projection {i}:", 1)) from None
+            raise type(error)(str(error).replace("lora_linear:", f"{call}: {name}:", 1)) from None
+
+
+def _joined(
+    x: Tensor, entries: list[Projection], backend: str, added: Sequence[bool], adapters_fit: list[bool]
+) -> tuple[Tensor, ...]:
+    """Compute those that can share launches together, the others on their own."""
     ys: dict[int, Tensor] = {}
     chosen = _shared_backend(x, entries, backend)
     if chosen is not None:  # not for those that add nothing: their adapters get gradients of 0 on the way alone
         joining = [i for i, q in enumerate(entries) if q.lora_A is None or (q.lora_A.shape[0] and q.dropout_p < 1)]
         for first in range(0, len(joining), _AT_ONCE):
             places = joining[first : first + _AT_ONCE]
-            ys.update(zip(places, _together(x, [entries[i] for i in places], chosen), strict=True))
-    return tuple(ys[i] if i in ys else _alone(x, q, backend, adapters_fit[i]) for i, q in enumerate(entries))
+            computed = _together(x, [entries[i] for i in places], chosen, [bool(added[i]) for i in places])
+            ys.update(zip(places, computed, strict=True))
+    return tuple(
+        ys[i] if i in ys else _alone(x, q, backend, adapters_fit[i], bool(added[i])) for i, q in enumerate(entries)
+    )
 
 
 def _shared_backend(x: Tensor, entries: list[Projection], backend: str) -> str | None:
-    """The backend that computes projections in shared launches; None where each is better off alone."""
+    """The backend that computes projections in shared launches; None where each is better off alone.
+
+    Where something watches, the one that was asked for: the operators choose, and with sizes that they can see.
+    """
     adapted = [q for q in entries if q.lora_A is not None and q.lora_A.shape[0]]
-    if len(entries) < 2 or not adapted or transforming() or watched():
+    if len(entries) < 2 or not adapted or transforming() or checks.is_sharded(x):
         return None
+    if watched():
+        return plan.overridden(backend)
     widths, rank = [q.weight.shape[0] for q in entries], max(q.lora_A.shape[0] for q in adapted)
     chosen = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or 0 in widths, backend)
     if chosen == "torch" and all(eager.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted):
         return None
-    masked = any(0 < q.dropout_p < 1 for q in adapted)
-    return chosen if plan.joins(chosen, x, widths, rank, masked) else None
+    return chosen
 
 
-def _together(x: Tensor, entries: list[Projection], backend: str) -> list[Tensor]:
+def _together(x: Tensor, entries: list[Projection], backend: str, added: list[bool]) -> list[Tensor]:
     """Several projections in the same launches, with a Function where a gradient may be asked for."""
+    if watched():
+        *tensors, scalings, ps = map(list, zip(*entries, strict=True))
+        return projection_ops.projections(x, *tensors, [*map(as_number, scalings)], [*map(as_number, ps)], backend)
     entries = [q._replace(scaling=float(q.scaling), dropout_p=float(q.dropout_p)) for q in entries]
     tensors = list(itertools.chain.from_iterable(q[:4] for q in entries))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
-        numbers = tuple((q.scaling, q.dropout_p) for q in entries)
+        numbers = tuple((q.scaling, q.dropout_p, into) for q, into in zip(entries, added, strict=True))
         ys = projections.LoRAProjectionsFunction.apply(x, backend, numbers, *tensors)
     else:
         ys, _, _ = projections.forward(x, entries, backend)
     return [y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]) for y in ys]
 
 
-def _alone(x: Tensor, q: Projection, backend: str, adapters_fit: bool) -> Tensor:
+def _alone(x: Tensor, q: Projection, backend: str, adapters_fit: bool, added: bool = False) -> Tensor:
     if q.lora_A is None:
         return F.linear(x, q.weight, q.bias)
-    how = q.scaling, q.dropout_p, backend, False, (0, 1)
+    how = q.scaling, q.dropout_p, backend, added, (0, 1)
     return compute(x, q.weight, q.lora_A, q.lora_B, q.bias, *how, adapters_fit)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "check_add", "check_call", "check_counts", "check_dtypes", "check_shard", "check_sharded", "check_transforms",
-    "is_sharded",
+    "check_add", "check_call", "check_counts", "check_dtypes", "check_mlp", "check_shard", "check_sharded",
+    "check_transforms", "is_sharded",
 ]  # fmt: skip
 
 _SUPPORTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -192,6 +192,35 @@ def check_counts(call: str, weights: object, adapters: object, expected: int | N
     return len(weights)
 
 
+def check_mlp(layers: dict[str, object], activation: str, known: tuple[str, ...]) -> None:
+    """Check that the layers of `lora_mlp` are projections that fit each other, and that the activation is known.
+
+    Raises:
+        TypeError: A layer is not a `Projection`.
+        ValueError: The widths of two layers differ, or `activation` is none of `known`.
+    """
+    if activation not in known:
+        raise ValueError(f"lora_mlp: activation={activation!r} is not one of: {', '.join(known)}.")
+    for name, q in layers.items():
+        if not hasattr(q, "_replace") or not hasattr(q, "lora_A"):
+            raise TypeError(
+                f"lora_mlp: {name} must be a lora_kernels.Projection(weight, lora_A, lora_B, ...), "
+                f"got {type(q).__name__}."
+            )
+        if not isinstance(q.weight, Tensor) or q.weight.dim() != 2:
+            raise TypeError(f"lora_mlp: {name}.weight must be a tensor with 2 dims, got {_described(q.weight)}.")
+        if (q.lora_A is None) != (q.lora_B is None):
+            there, missing = ("lora_B", "lora_A") if q.lora_A is None else ("lora_A", "lora_B")
+            raise ValueError(f"lora_mlp: {name} has {there} and no {missing}; give both, or neither for no adapter.")
+    widths = {name: q.weight.shape[name == "down"] for name, q in layers.items()}
+    for name, width in widths.items():
+        if width != widths["up"]:
+            raise ValueError(
+                f"lora_mlp: up.weight is {_shape(layers['up'].weight)} and {name}.weight "
+                f"{_shape(layers[name].weight)}: gate and up must have as many output features as down has inputs."
+            )
+
+
 def check_transforms(backend: str) -> None:
     """Refuse `torch.func` transforms and forward-mode AD unless the call asked for plain PyTorch.
 
@@ -238,6 +267,10 @@ def _check_kind(name: str, t: object, call: str = "lora_linear") -> None:
             f"{call}: {name} is a {kind}, a tensor subclass that the kernels cannot read. "
             f"Pass the dense tensor it stands for."
         )
+
+
+def _described(t: object) -> str:
+    return f"shape {_shape(t)}" if isinstance(t, Tensor) else type(t).__name__
 
 
 def _shape(t: Tensor) -> str:

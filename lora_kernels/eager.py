@@ -22,9 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_kernels.activations import After, Before, activated, gradients
 from lora_kernels.dropout import keep_scale, threshold
 
 __all__ = [
+    "activate_shrink",
+    "activation_wgrad",
     "composed",
     "composes",
     "draw_mask",
@@ -35,6 +38,7 @@ __all__ = [
     "shrink",
     "shrink_all",
     "shrink_wgrad",
+    "thin_pitch",
     "wgrad",
     "wgrad_all",
 ]
@@ -66,9 +70,14 @@ def draw_mask(shape: torch.Size, dropout_p: float, device: torch.device, noise: 
     return keep.view(shape)
 
 
-def draw_noise(x: Tensor) -> Tensor:
-    """Draw what decides the mask of x, from the device's default torch generator: 16 bits an element, in int64."""
-    return _draw(x.numel(), x.device)
+def draw_noise(x: Tensor, count: int = 1) -> Tensor:
+    """Draw what decides `count` masks of x, from the device's default torch generator: 16 bits an element, in int64."""
+    if count == 1:
+        return _draw(x.numel(), x.device)
+    noise = torch.empty(count, -(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    for part in noise:  # as many draws as `draw_mask` would make: on a GPU they give others than one of all
+        part.random_(-(2**63), None)
+    return noise.view(-1)
 
 
 def _draw(numel: int, device: torch.device) -> Tensor:
@@ -107,6 +116,11 @@ def composed(
     return flat.view(y.shape)
 
 
+def thin_pitch(rank: int, dtype: torch.dtype) -> int:
+    """Elements from one row of an s to the next, which for kernels are more than there are columns."""
+    return rank
+
+
 def outputs(x: Tensor, rank: int, dropout_p: float) -> tuple[Tensor, Tensor | None]:
     """Allocate what `shrink` returns, s `[M, R]` and keep `[M, K]`, for shapes and strides alone."""
     return x.new_empty(x.shape[0], rank), x.new_empty(x.shape, dtype=torch.uint8) if dropout_p > 0 else None
@@ -126,8 +140,13 @@ def shrink(
 def shrink_all(
     x: Tensor, rows: Sequence[tuple[Tensor, float, float]], *, noise: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Compute `shrink` for several adapters (a `[Rᵢ, K]`, alpha, dropout_p) of one x, a block of it at a time."""
-    keeps = [draw_mask(x.shape, p, x.device, noise) if p > 0 else None for _, _, p in rows]
+    """Compute `shrink` for several adapters (a `[Rᵢ, K]`, alpha, dropout_p) of one x, a block of it at a time.
+
+    `noise` is that of `draw_noise(x, count)`, with a count of the rows that have dropout.
+    """
+    masks = sum(p > 0 for _, _, p in rows)
+    drawn = iter(noise.view(masks, -1)) if noise is not None and masks else itertools.repeat(None)
+    keeps = [draw_mask(x.shape, p, x.device, next(drawn)) if p > 0 else None for _, _, p in rows]
     factors = [(_wide(a).t(), alpha) for a, alpha, _ in rows]
     parts = [[] for _ in rows]
     for x_m, *keeps_m in _blocks(x, *keeps):
@@ -191,10 +210,13 @@ def wgrad(
 
 
 def wgrad_all(
-    rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor, ready: bool = False
-) -> list[Tensor]:
+    rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor, ready: bool = False,
+    into: Sequence[Tensor | None] | None = None,
+) -> list[Tensor | None]:  # fmt: skip
     """Compute `wgrad` for several (left, dtype, keep) of one right operand, a block of it at a time."""
-    return [total.to(dtype) for total, (_, dtype, _) in zip(_totals(rows, right), rows, strict=True)]
+    into = into or (None,) * len(rows)
+    totals = zip(_totals(rows, right), rows, into, strict=True)
+    return [_delivered(total, dtype, there) for total, (_, dtype, _), there in totals]
 
 
 def _totals(rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor) -> list[Tensor]:
@@ -220,6 +242,45 @@ def shrink_wgrad(
         parts.append(_product(dy_m, right, alpha, dy.dtype))
         total = _add_product(total, *((s_m, dy_m) if flipped else (dy_m, s_m)), out_dtype)
     return _joined(parts), _delivered(total.t() if flipped else total, out_dtype, into)
+
+
+def activate_shrink(
+    gate: Tensor, up: Tensor | None, activation: str, rows: Sequence[tuple[Tensor, float, float]], *,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:  # fmt: skip
+    """Compute h = a(gate) · up, `[M, K]`, and `shrink_all` of it."""
+    blocks = [activated(gate_m, up_m, activation) for gate_m, up_m in _blocks(gate, up)]
+    h = _joined(blocks)
+    return h, *(shrink_all(h, rows, noise=noise) if rows else ([], []))
+
+
+def activation_wgrad(
+    gate: Tensor, up: Tensor | None, dh: Tensor, activation: str, after: After | None, *before: Before | None
+) -> tuple[list[Tensor], Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
+    """Compute dg and, with `up`, du; dA of the layer after; ds and dB of the layers before, as far as asked for."""
+    wides, total, keep = [torch.empty_like(gate) for _ in before], None, None
+    results: list[list[Tensor | None]] = [[None, None] for _ in before]
+    of_rows = [t for one in before for t in (one.s if one else None,)]
+    ds, keep = (after.ds, after.keep) if after else (None, None)
+    rights = [_wide(one.lora_B) if one and one.lora_B is not None else None for one in before]
+    parts: list[list[Tensor]] = [[] for _ in before]
+    for gate_m, up_m, dh_m, ds_m, keep_m, *rest in _blocks(gate, up, dh, ds, keep, *wides, *of_rows):
+        h_m, made = gradients(gate_m, up_m, dh_m, activation)
+        if ds_m is not None:
+            total = _add_product(total, _wide(ds_m), _dropped(_wide(h_m), keep_m), after.out_dtype)
+        for i, (wide_m, one) in enumerate(zip(made, before, strict=True)):
+            rest[i].copy_(wide_m)
+            s_m, wide_m = rest[len(before) + i], _wide(wide_m)
+            if s_m is not None:
+                results[i][1] = _add_product(results[i][1], wide_m, _wide(s_m), one.out_dtype)
+            if rights[i] is not None:
+                parts[i].append(_product(wide_m, rights[i], one.alpha, gate.dtype))
+    for result, own, one in zip(results, parts, before, strict=True):
+        if own:
+            result[0] = _joined(own)
+        if result[1] is not None:
+            result[1] = result[1].to(one.out_dtype)
+    return wides, None if total is None else total.to(after.out_dtype), [tuple(result) for result in results]
 
 
 def _delivered(total: Tensor, out_dtype: torch.dtype, into: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ from torch.autograd.function import FunctionCtx
 
 from lora_kernels import add_ops, autograd, checks, eager, low_rank, ops, plan, reference
 
-__all__ = ["as_autocast", "compute", "lora_add", "lora_linear", "transforming", "watched"]
+__all__ = ["arrived", "as_autocast", "as_number", "compute", "lora_add", "lora_linear", "transforming", "watched"]
 
 
 def lora_linear(
@@ -58,7 +58,7 @@ def lora_linear(
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
     if type(x) is not Tensor:
-        x = _arrived(x)
+        x = arrived(x)
     how = scaling, dropout_p, backend, accumulate_grad, dropout_shard
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
@@ -93,7 +93,9 @@ def compute(
         backend = plan.overridden(backend)
         if base_only:
             return _base_only(x, weight, lora_A, lora_B, bias)
-        return ops.linear(x, weight, lora_A, lora_B, bias, _number(scaling), _number(dropout_p), backend, dropout_shard)
+        return ops.linear(
+            x, weight, lora_A, lora_B, bias, as_number(scaling), as_number(dropout_p), backend, dropout_shard
+        )
     scaling, dropout_p = float(scaling), float(dropout_p)
     empty = x.numel() == 0 or weight.shape[0] == 0
     backend = plan.choose(x.device, x.dtype, rank, empty or rank == 0, backend)
@@ -111,7 +113,7 @@ def compute(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _number(value: float) -> float:
+def as_number(value: float) -> float:
     """A number that an operator takes; a compiler's symbol is left one."""
     return value if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) else float(value)
 
@@ -139,7 +141,7 @@ def lora_add(
     Raises:
         TypeError, ValueError, RuntimeError: As `lora_linear`.
     """
-    base, x = _arrived(base), _arrived(x)
+    base, x = arrived(base), arrived(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     if autocast and isinstance(x, Tensor) and x.is_floating_point() and x.itemsize <= 4:
@@ -167,7 +169,7 @@ def _checked_add(
         return base + _nothing(lora_A, lora_B).to(base.dtype)
     if watched():
         return add_ops.add(
-            base, x, lora_A, lora_B, _number(scaling), _number(dropout_p), plan.overridden(backend)
+            base, x, lora_A, lora_B, as_number(scaling), as_number(dropout_p), plan.overridden(backend)
         )  # fmt: skip
     scaling, dropout_p = float(scaling), float(dropout_p)
     backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or base.numel() == 0, backend)
@@ -192,7 +194,7 @@ class _Wait(torch.autograd.Function):
         return dt
 
 
-def _arrived(t: Tensor) -> Tensor:
+def arrived(t: Tensor) -> Tensor:
     """The result of a collective that may be on its way, as PyTorch's tensor-parallel styles return it; else t."""
     return _Wait.apply(t) if type(t).__name__ == "AsyncCollectiveTensor" else t
 

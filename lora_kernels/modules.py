@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_kernels.functional import lora_linear
 
-__all__ = ["LoRALinear", "check_base"]
+__all__ = ["LoRALinear", "check_base", "listened_to"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -187,9 +187,14 @@ def check_base(linear: nn.Module, what: str, way_out: str = "") -> None:
     """
     if type(linear) is not nn.Linear:
         raise TypeError(f"{what} is a {type(linear).__name__}, not exactly an nn.Linear{way_out}.")
-    lost = [name for name in _HOOKS if getattr(linear, name)] + ["forward"] * ("forward" in vars(linear))
+    lost = listened_to(linear)
     if lost:
         raise ValueError(
             f"{what} has {', '.join(lost)} set on it, which would no longer run. Remove that first, and put it on the "
             f"new layer if it is to see the adapter's part as well{way_out}."
         )
+
+
+def listened_to(module: nn.Module) -> list[str]:
+    """What would notice that a module is not called: names of its hooks, and of a forward set on the instance."""
+    return [name for name in _HOOKS if getattr(module, name)] + ["forward"] * ("forward" in vars(module))

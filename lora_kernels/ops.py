@@ -41,7 +41,7 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "draw_noise(Tensor x, Tensor unique, str backend, int[2] dropout_shard=[0, 1]) -> Tensor",
+    "draw_noise(Tensor x, Tensor unique, str backend, int[2] dropout_shard=[0, 1], int count=1) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
 )
 _library.define(
@@ -80,26 +80,28 @@ def plain_scaling(lora_A: Tensor, scaling: float) -> tuple[Tensor, float]:
     return lora_A, scaling
 
 
-def draw_shard(x: Tensor, backend: str, dropout_shard: Sequence[int] = (0, 1)) -> Tensor:
-    """Draw the noise that decides the mask of x, `[*, in]`, from the device's default torch generator.
+def draw_shard(x: Tensor, backend: str, dropout_shard: Sequence[int] = (0, 1), count: int = 1) -> Tensor:
+    """Draw the noise that decides `count` masks of x, `[*, in]`, from the device's default torch generator.
 
     With `dropout_shard` = (i, n) n times, of which the i-th counts: generators that were alike stay alike.
     """
-    index, count = dropout_shard
-    for i in range(count):
-        drawn = plan.contractions(backend).draw_noise(x)
+    index, shards = dropout_shard
+    for i in range(shards):
+        drawn = plan.contractions(backend).draw_noise(x, count)
         if i == index:
             noise = drawn
     return noise
 
 
-def _draw_noise(x: Tensor, unique: Tensor, backend: str, dropout_shard: Sequence[int] = (0, 1)) -> Tensor:
+def _draw_noise(
+    x: Tensor, unique: Tensor, backend: str, dropout_shard: Sequence[int] = (0, 1), count: int = 1
+) -> Tensor:
     """`draw_shard` for compilers.
 
     They merge equal calls, of random operators too where they are not PyTorch's own. They never merge two `empty`,
     so a new one as `unique` makes every call a different one: layers that read the same x get masks of their own.
     """
-    return draw_shard(x, backend, dropout_shard)
+    return draw_shard(x, backend, dropout_shard, count)
 
 
 def _linear_forward(

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -29,10 +29,10 @@ __all__ = [
     "choose",
     "contractions",
     "expander",
+    "expander_all",
     "forced",
     "form",
     "interpreting",
-    "joins",
     "overridden",
     "rule",
 ]
@@ -153,7 +153,7 @@ def expander(backend: str, p: Tensor, cols: int, rank: int, masked: bool, backwa
         backend: "triton" or "torch".
         p: x or dy, `[M, K]`.
         cols: N.
-        rank: r.
+        rank: r, 0 without an adapter.
         masked: Whether the thin product is masked.
         backward: Whether it is dx.
 
@@ -163,6 +163,8 @@ def expander(backend: str, p: Tensor, cols: int, rank: int, masked: bool, backwa
     ops = contractions(backend)
     if backend == "torch":
         return "operators", ops.matmul_expand
+    if not rank:
+        return "library", ops.library
     (rows, inner), device, dtype = p.shape, p.device, p.dtype
     product = Product(rows, inner, cols, rank, dtype.itemsize, masked, backward)
     chosen = _chosen(device, dtype, product, ops.uses_tf32(dtype))
@@ -174,25 +176,43 @@ def _chosen(device: torch.device, dtype: torch.dtype, product: Product, tf32: bo
     return chosen if chosen.strategy in strategy.allowed(product) else Form("fused")
 
 
-def joins(backend: str, x: Tensor, widths: Sequence[int], rank: int, masked: bool) -> bool:
-    """Whether several projections of x should share their launches: where all of them as one would be fused.
+def expander_all(
+    backend: str, p: Tensor, inner: int, cols: int, rank: int, masked: bool, backward: bool, sources: int = 1
+) -> tuple[str, Callable]:
+    """The form of the large products of several projections, and what computes them, as `matmul_expand_all` does.
 
     Args:
-        backend: "triton" or "torch", which always gains by it.
-        x: `[*, in]`.
-        widths: out_features of each.
+        backend: "triton" or "torch".
+        p: One of the large operands, `[M, *]`.
+        inner: What is summed over by all of them.
+        cols: Columns of all results.
         rank: The largest r.
-        masked: Whether there is dropout.
+        masked: Whether a thin product is masked.
+        backward: Whether it is dx.
+        sources: How many large products one result is a sum of.
+
+    Returns:
+        "operators", "fused" or "beta1", and the function.
     """
+    ops = contractions(backend)
     if backend == "torch":
-        return True
-    inner, cols, dtype = x.shape[-1], sum(widths), x.dtype
-    rows, tf32 = x.shape[:-1].numel(), contractions(backend).uses_tf32(dtype)
-    products = (
-        Product(rows, inner, cols, rank, dtype.itemsize, False, False),
-        Product(rows, cols, inner, rank, dtype.itemsize, masked, True),
-    )
-    return all(_chosen(x.device, dtype, product, tf32).strategy == "fused" for product in products)
+        return "operators", ops.matmul_expand_all
+    product = Product(p.shape[0], inner, cols, rank, p.dtype.itemsize, masked, backward)
+    chosen = _forced or _several(p.device, p.dtype, product, sources, ops.uses_tf32(p.dtype))
+    if chosen.strategy != "fused":
+        return "beta1", ops.beta1_all
+    return "fused", functools.partial(ops.matmul_expand_all, config=chosen.place)
+
+
+@functools.lru_cache(maxsize=4096)
+def _several(device: torch.device, dtype: torch.dtype, product: Product, sources: int, tf32: bool) -> Form:
+    measured = tuned.lookup(device, dtype, product, tf32) if device.type == "cuda" else None
+    if measured is not None:
+        return Form(*measured)
+    if device.type != "cuda":
+        return Form("fused")
+    gpu = strategy.limits(contractions("triton").capability(device), dtype, tf32)
+    return Form(strategy.best_of_several(product, sources, gpu))
 
 
 def fuses(backend: str, x: Tensor, weight: Tensor, rank: int, masked: bool) -> bool:

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lora_kernels import plan
-from lora_kernels.autograd import autocast_off, rows
+from lora_kernels.autograd import autocast_off, gradient, rows
 from lora_kernels.dropout import keep_scale
 
-__all__ = ["LoRAProjectionsFunction", "Projection", "forward"]
+__all__ = ["LoRAProjectionsFunction", "Part", "Projection", "backward", "expand", "forward", "shrink"]
 
 
 class Projection(NamedTuple):
@@ -55,24 +55,124 @@ class Projection(NamedTuple):
         return self.scaling * keep_scale(self.dropout_p)
 
 
+class Part(NamedTuple):
+    """What backward needs of a projection that a gradient comes back to, as far as gradients are needed.
+
+    Attributes:
+        dy: `[M, out]`.
+        weight: W, where dx is needed.
+        lora_A: A, where dx is needed.
+        lora_B: B, where dx or dA is needed.
+        s: `[M, r]`, where dB is needed.
+        keep: The backend's mask, where there is one and dx or dA is needed.
+        alpha: scaling · keep_scale.
+        dtypes: Those that dA and dB come in.
+        need_A: Whether dA is needed.
+        into: Gradients to which dA and dB are added, which then are not returned, or None.
+    """
+
+    dy: Tensor
+    weight: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    s: Tensor | None
+    keep: Tensor | None
+    alpha: float
+    dtypes: tuple[torch.dtype, torch.dtype]
+    need_A: bool
+    into: tuple[Tensor | None, Tensor | None] = (None, None)
+
+
 def forward(
-    x: Tensor, projections: Sequence[Projection], backend: str
+    x: Tensor, projections: Sequence[Projection], backend: str, noise: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
     """Compute each y `[M, outᵢ]`, and what backward needs of the way there: each s `[M, rᵢ]` and the backend's mask.
 
-    s and mask are None for a projection without an adapter, and the mask for one without dropout.
+    s and mask are None for a projection without an adapter, and the mask for one without dropout. `noise` decides the
+    masks; drawn here when there is none.
     """
-    ops, flat = plan.contractions(backend), rows(x)
+    flat = rows(x)
+    shrunk, keeps = shrink(flat, projections, backend, noise)
+    return expand(flat, projections, shrunk, backend), shrunk, keeps
+
+
+def expand(x: Tensor, projections: Sequence[Projection], shrunk: Sequence[Tensor | None], backend: str) -> list[Tensor]:
+    """Compute each y of `forward` from x `[M, in]` and each s."""
+    cols, rank = (
+        sum(q.weight.shape[0] for q in projections),
+        max((s.shape[1] for s in shrunk if s is not None), default=0),
+    )
+    _, expand_all = plan.expander_all(backend, x, x.shape[1], cols, rank, masked=False, backward=False)
+    return expand_all(
+        [
+            ([(x, q.weight)] if s is None else [(x, q.weight), (s, q.lora_B.to(x.dtype))], q.bias)
+            for q, s in zip(projections, shrunk, strict=True)
+        ]
+    )
+
+
+def shrink(
+    x: Tensor, projections: Sequence[Projection], backend: str, noise: Tensor | None = None
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Compute each s and mask of `forward` from x `[M, in]`."""
     adapted = [q for q in projections if q.lora_A is not None]
-    shrunk = ops.shrink_all(flat, [(q.lora_A.to(x.dtype), q.alpha, q.dropout_p) for q in adapted]) if adapted else ()
-    of_adapted = zip(*shrunk, strict=True) if adapted else iter(())
+    if not adapted:
+        return [None] * len(projections), [None] * len(projections)
+    operands = [(q.lora_A.to(x.dtype), q.alpha, q.dropout_p) for q in adapted]
+    of_adapted = zip(*plan.contractions(backend).shrink_all(x, operands, noise=noise), strict=True)
     low_rank = [(None, None) if q.lora_A is None else next(of_adapted) for q in projections]
-    outputs = [
-        ([(flat, q.weight)] if s is None else [(flat, q.weight), (s, q.lora_B.to(x.dtype))], q.bias)
-        for q, (s, _) in zip(projections, low_rank, strict=True)
-    ]
-    ys = ops.matmul_expand_all(outputs)
-    return ys, [s for s, _ in low_rank], [keep for _, keep in low_rank]
+    return [s for s, _ in low_rank], [keep for _, keep in low_rank]
+
+
+def backward(
+    x: Tensor | None, parts: Sequence[Part], need_x: bool, backend: str,
+    made: Sequence[tuple[Tensor | None, Tensor | None]] | None = None,
+) -> tuple[Tensor | None, list[list[Tensor | None]]]:  # fmt: skip
+    """Compute dx `[M, in]`, and dA and dB of each part, as far as they are needed. x is `[M, in]`.
+
+    `made` has ds and dB of each where they were made with its dy.
+    """
+    ops = plan.contractions(backend)
+    gradients: list[list[Tensor | None]] = [[None, None] for _ in parts]
+    summed, thin, masked, for_A = [], [], [], []
+    made = made or [_ds_and_dB(part, backend) for part in parts]
+    for own, part, (ds, d_lora_B) in zip(gradients, parts, made, strict=True):
+        dy, weight, lora_A, _, _, keep, _, dtypes, need_A, into = part
+        own[1] = d_lora_B
+        if need_A:
+            for_A.append((own, (ds, dtypes[0], keep), into[0]))
+        if need_x:
+            summed.append((dy, weight.t()))
+        if need_x and ds is not None:
+            product = (ds, lora_A.to(dy.dtype).t())
+            if keep is None:
+                thin.append(product)
+            else:
+                masked.append((*product, keep))
+    dx = how = None
+    if need_x:
+        inner, cols = sum(dy.shape[1] for dy, _ in summed), summed[0][1].shape[0]
+        rank = max((t[0].shape[1] for t in (*thin, *masked)), default=0)
+        how, expand_all = plan.expander_all(
+            backend, parts[0].dy, inner, cols, rank, bool(masked), backward=True, sources=len(summed)
+        )  # fmt: skip
+        (dx,) = expand_all([([*summed, *thin], None)], masked, wide=len(summed))
+    if for_A:
+        owners, operands, into = zip(*for_A, strict=True)
+        for own, d_lora_A in zip(owners, ops.wgrad_all(operands, x, ready=how == "fused", into=into), strict=True):
+            own[0] = d_lora_A
+    return dx, gradients
+
+
+def _ds_and_dB(part: Part, backend: str) -> tuple[Tensor | None, Tensor | None]:
+    dy, _, _, lora_B, s, _, alpha, dtypes, _, (_, into) = part
+    ops = plan.contractions(backend)
+    if lora_B is None:
+        return None, None if s is None else ops.wgrad(dy, s, dtypes[1], into=into)
+    lora_B = lora_B.to(dy.dtype)
+    if s is None:
+        return ops.shrink(dy, lora_B.t(), alpha)[0], None
+    return ops.shrink_wgrad(dy, s, lora_B, alpha, dtypes[1], into)
 
 
 class LoRAProjectionsFunction(torch.autograd.Function):
@@ -80,18 +180,19 @@ class LoRAProjectionsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, backend: str, numbers: Sequence[tuple[float, float]], *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
+        ctx: FunctionCtx, x: Tensor, backend: str, numbers: Sequence[tuple[float, float, bool]],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """Compute each y `[M, outᵢ]` and save for backward what the gradients that are needed need.
 
         Args:
             ctx: The context.
             x: `[*, in]`.
             backend: "triton" or "torch".
-            numbers: scaling and dropout_p of each projection.
+            numbers: scaling and dropout_p of each projection, and whether its backward may add to gradients itself.
             tensors: weight, lora_A, lora_B and bias of the first projection, of the second, and so on.
         """
-        projections = [Projection(*tensors[4 * i : 4 * i + 4], *pair) for i, pair in enumerate(numbers)]
+        projections = [Projection(*tensors[4 * i : 4 * i + 4], *pair) for i, (*pair, _) in enumerate(numbers)]
         ys, shrunk, keeps = forward(x, projections, backend)
         need_x, needs = ctx.needs_input_grad[0], _by_projection(ctx.needs_input_grad)
         saved = [x if any(need_weight or need_A for need_weight, need_A, _, _ in needs) else None]
@@ -103,6 +204,9 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         ctx.alphas, ctx.backend, ctx.x_shape = [q.alpha for q in projections], backend, x.shape
+        ctx.accumulate = [
+            (q.lora_A, q.lora_B) if added else None for q, (_, _, added) in zip(projections, numbers, strict=True)
+        ]
         ctx.adapter_dtypes = [None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype) for q in projections]
         return tuple(ys)
 
@@ -120,43 +224,26 @@ def _by_projection(flat: Sequence[bool]) -> list[Sequence[bool]]:
 
 
 def _backward(ctx: FunctionCtx, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    ops, need_x, needs = plan.contractions(ctx.backend), ctx.needs_input_grad[0], _by_projection(ctx.needs_input_grad)
+    need_x, needs = ctx.needs_input_grad[0], _by_projection(ctx.needs_input_grad)
     x, *saved = ctx.saved_tensors
     x = None if x is None else rows(x)  # a copy, where one is needed, comes before the launches that overlap
-    grads: list[list[Tensor | None]] = [[None] * 4 for _ in dys]
-    summed, thin, masked, for_A = [], [], [], []
-    for i, dy in enumerate(dys):
-        if dy is None:
-            continue
-        dy, (weight, lora_A, lora_B, s, keep) = rows(dy), saved[5 * i : 5 * i + 5]
-        (need_weight, need_A, need_B, need_bias), dtypes = needs[i], ctx.adapter_dtypes[i]
-        if dtypes is not None and (need_x or need_A):
-            lora_B = lora_B.to(dy.dtype)
-            if need_B:
-                ds, grads[i][2] = ops.shrink_wgrad(dy, s, lora_B, ctx.alphas[i], dtypes[1])
-            else:
-                ds, _ = ops.shrink(dy, lora_B.t(), ctx.alphas[i])
-            if need_A:
-                for_A.append((i, (ds, dtypes[0], keep)))
-            if need_x:
-                product = (ds, lora_A.to(dy.dtype).t())
-                if keep is None:
-                    thin.append(product)
-                else:
-                    masked.append((*product, keep))
-        elif need_B:
-            grads[i][2] = ops.wgrad(dy, s, dtypes[1])
-        if need_x:
-            summed.append((dy, weight.t()))
-        if need_weight:
-            grads[i][0] = torch.mm(dy.t(), x)
-        if need_bias:
-            grads[i][3] = dy.sum(0)
-    dx = None
-    if need_x:
-        dx = ops.matmul_expand_all([([*summed, *thin], None)], masked, wide=len(summed))[0].view(ctx.x_shape)
-    if for_A:
-        places, operands = zip(*for_A, strict=True)
-        for i, d_lora_A in zip(places, ops.wgrad_all(operands, x, ready=need_x), strict=True):
-            grads[i][1] = d_lora_A
-    return dx, None, None, *(grad for four in grads for grad in four)
+    there = [i for i, dy in enumerate(dys) if dy is not None]
+    into = _gradients([ctx.accumulate[i] for i in there])
+    parts = [
+        Part(rows(dys[i]), *saved[5 * i : 5 * i + 5], ctx.alphas[i], ctx.adapter_dtypes[i], needs[i][1], added)
+        for i, added in zip(there, into, strict=True)
+    ]
+    dx, gradients = backward(x, parts, need_x, ctx.backend)
+    grads: list[Tensor | None] = [None] * 4 * len(dys)
+    for i, part, own in zip(there, parts, gradients, strict=True):
+        need_weight, _, _, need_bias = needs[i]
+        dweight = torch.mm(part.dy.t(), x) if need_weight else None
+        grads[4 * i : 4 * i + 4] = dweight, *own, part.dy.sum(0) if need_bias else None
+    return dx.view(ctx.x_shape) if need_x else None, None, None, *grads
+
+
+def _gradients(adapters: Sequence[tuple[Tensor, Tensor] | None]) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Gradients of these adapters to add to in place; of two that are the same none, since a launch adds to all."""
+    found = [(None, None) if pair is None else tuple(map(gradient, pair)) for pair in adapters]
+    places = [g.data_ptr() for pair in found for g in pair if g is not None]
+    return found if len(set(places)) == len(places) else [(None, None)] * len(found)

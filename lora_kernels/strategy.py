@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["NAMES", "Limits", "Product", "allowed", "best", "limits", "seconds"]
+__all__ = ["NAMES", "Limits", "Product", "allowed", "best", "best_of_several", "limits", "seconds"]
 
 NAMES = ("fused", "beta1", "padded", "joint")
 _LAUNCH = 2e-6  # seconds between two launches: an assumption
@@ -119,3 +119,9 @@ def best(q: Product, gpu: Limits) -> str:
         if needed < 0.99 * times[best]:
             best = name
     return best
+
+
+def best_of_several(q: Product, sources: int, gpu: Limits) -> str:
+    """ "fused" or "beta1" for a sum of so many large products, each of which the library adds to what is there."""
+    again = 2 * (sources - 1) * q.rows * q.cols * q.element / gpu.bandwidth + (sources - 1) * _LAUNCH
+    return "beta1" if seconds("beta1", q, gpu) + again < 0.99 * seconds("fused", q, gpu) else "fused"

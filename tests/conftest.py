@@ -57,15 +57,27 @@ def computed(monkeypatch):
     """Names of the functions that computed patched PEFT layers, in order."""
     from lora_kernels.peft import layer
 
+    return _spied(monkeypatch, layer, "lora_linear", "lora_add")
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Names of the functions that computed patched blocks, in order."""
+    from lora_kernels.peft import blocks
+
+    return _spied(monkeypatch, blocks, "lora_projections", "lora_mlp")
+
+
+def _spied(monkeypatch, module, *names):
     made = []
-    for name in ("lora_linear", "lora_add"):
-        function = getattr(layer, name)
+    for name in names:
+        function = getattr(module, name)
 
         def spy(*args, _name=name, _function=function, **kwargs):
             made.append(_name)
             return _function(*args, **kwargs)
 
-        monkeypatch.setattr(layer, name, spy)
+        monkeypatch.setattr(module, name, spy)
     return made
 
 

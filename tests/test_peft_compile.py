@@ -38,7 +38,7 @@ def losses(model, call):
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
-def test_a_whole_model_trains_in_one_graph_to_the_same_numbers(dynamic):
+def test_a_whole_model_trains_in_one_graph_to_the_same_numbers(dynamic, joined):
     model = adapted(layers=1, target_modules=["q_proj", "up_proj"] if dynamic else LINEARS, lora_dropout=0.2)
     for name in ("k_proj", "up_proj", "down_proj"):  # with and without dropout
         for layer in (module for path, module in model.named_modules() if path.endswith(name)):
@@ -47,6 +47,7 @@ def test_a_whole_model_trains_in_one_graph_to_the_same_numbers(dynamic):
     assert patch_peft(model).count("stock") == 0
     twin = copy.deepcopy(model)
     expected = list(losses(model, model))
+    assert len(joined) == 2 * len(STEPS)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     actual, graphs = [], []
@@ -54,6 +55,7 @@ def test_a_whole_model_trains_in_one_graph_to_the_same_numbers(dynamic):
         actual.append(loss)
         graphs.append(counter.frame_count)
     torch._dynamo.reset()
+    assert len(joined) == 2 * len(STEPS), "in a graph each layer is on its own"
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")

@@ -1,5 +1,6 @@
 """`lora_projections` and `lora_qkv`: several projections of one x, held to the rules and to `lora_linear` for each."""
 
+import functools
 import itertools
 from dataclasses import dataclass, replace
 
@@ -318,6 +319,46 @@ def test_differentiable_once_and_the_graph_again(backend, device):
     (dx,) = torch.autograd.grad(ys, block.x, [dy.requires_grad_() for dy in block.dys], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_adds_to_gradients_that_are_there(backend, adapters, device):
+    """In place for those that let it and nobody listens to; the others come back and autograd adds them."""
+    block, _ = draw(CASES["dropout"], torch.bfloat16, device, adapter_dtype=adapters)
+    flags = [True, True, False]
+    heard = block.adapters[1][0].register_post_accumulate_grad_hook(lambda t: None)
+    for call in (lora_projections, functools.partial(lora_projections, accumulate_grad=flags)):
+        for leaf in block.leaves():
+            leaf.grad = torch.ones_like(leaf)
+        torch.manual_seed(3)
+        ys, returned = block.together(backend, call), []
+        function, _ = ys[0].grad_fn.next_functions[0]  # under the view of its rows
+        function.register_hook(lambda gradients, _, to=returned: to.extend(g is not None for g in gradients))
+        torch.autograd.backward(ys, block.dys)
+        found = [t.grad for t in block.leaves()]
+        if call is lora_projections:
+            expected = found
+    heard.remove()
+    x, *given = returned  # then W, A, B and bias of the first, W, A, B of the second, all of the third
+    assert x
+    assert given == [False, False, False, True, False, True, False, False, True, True, True]
+    u = torch.finfo(adapters).eps
+    for value, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, exact, rtol=2 * u, atol=2 * u * exact.abs().max().item())
+
+
+def test_a_gradient_that_two_projections_share_is_left_to_autograd(device):
+    block, _ = draw(CASES["two"], torch.float32, device)
+    block.adapters[1] = block.adapters[0]
+    for leaf in block.leaves():
+        leaf.grad = torch.ones_like(leaf)
+    torch.manual_seed(3)
+    ys = block.together("triton", functools.partial(lora_projections, accumulate_grad=True))
+    expected = torch.autograd.grad(ys, block.adapters[0], block.dys, retain_graph=True)
+    torch.autograd.backward(ys, block.dys)
+    for t, gradient in zip(block.adapters[0], expected, strict=True):
+        torch.testing.assert_close(t.grad, 1 + gradient)
 
 
 @pytest.mark.small

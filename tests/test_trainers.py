@@ -14,7 +14,7 @@ from peft import PeftModel
 from trainer_samples import BATCH, STEPS, TRAINERS, adapted, llama, paragraphs, tokenizer
 
 from lora_kernels import patch_peft, unpatch_peft
-from lora_kernels.peft import layer
+from lora_kernels.peft import blocks, layer
 
 # what these libraries tell one another to rename
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -42,22 +42,31 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def fused(monkeypatch):
-    """The calls of the fused layer so far: what fell back to PEFT would agree with PEFT, and show nothing."""
-    calls, right = [], layer.lora_linear
+    """The masks of the layers that were fused so far: what fell back to PEFT would agree with PEFT, and show nothing."""
+    masks = []
 
-    def count(*args, **kwargs):
-        calls.append(kwargs["dropout_p"])
-        return right(*args, **kwargs)
+    def spy(module, name, its_masks):
+        right = getattr(module, name)
 
-    monkeypatch.setattr(layer, "lora_linear", count)
-    return calls
+        def count(*args, **kwargs):
+            masks.extend(its_masks(*args, **kwargs))
+            return right(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, count)
+
+    spy(layer, "lora_linear", lambda *_, dropout_p, **how: [dropout_p])
+    spy(blocks, "lora_projections", lambda *_, dropout_p, **how: dropout_p)
+    spy(blocks, "lora_mlp", lambda x, *layers, **how: [one.dropout_p for one in layers])
+    return masks
 
 
 def trained(by, folder, patched, p=0.0, resume=None, **changes):
     """A trainer that has trained."""
     model = adapted(p)
     if patched:
-        assert str(patch_peft(model)) == f"{LAYERS} LoRA layers: {LAYERS} fused, 0 low-rank, 0 stock"
+        report = patch_peft(model)
+        assert report.count("fused") == len(report.layers) == LAYERS
+        assert report.count("joined") == len(report.blocks) == 4
     trainer = TRAINERS[by](model, folder, **changes)
     trainer.train(resume_from_checkpoint=resume and str(resume))
     return trainer

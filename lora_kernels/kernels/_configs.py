@@ -178,7 +178,7 @@ def _clocks(config: MatmulConfig, rows: int, cols: int, num_sms: int) -> float:
 @functools.lru_cache(maxsize=4096)
 def shrink_config(
     rows: int, inner: int, rank: int, dtype: torch.dtype, dropout: bool = False, strided: bool = False,
-    shared: int = SHARED, adapters: int = 1,
+    shared: int = SHARED, adapters: int = 1, activated: bool = False,
 ) -> ShrinkConfig:  # fmt: skip
     """The tile for s `[rows, rank]` summed over `inner`, and where the sum is split: where rows are too few.
 
@@ -191,6 +191,7 @@ def shrink_config(
         strided: Whether no element of x lies next to another, so that each has an address of its own.
         shared: Bytes of shared memory of a multiprocessor.
         adapters: How many; several have a tile of A each, and with dropout a masked tile of x each, at a time.
+        activated: Whether x is made of two operands by an activation, which costs registers and a tile more.
     """
     block_m = _fit(rows, 32 if dtype.itemsize == 4 else 64)  # 64 rows of fp32 with dropout spill
     block_r = _fit(rank, 64 if adapters < 4 else 32)
@@ -200,9 +201,11 @@ def shrink_config(
     block_k = _fit(inner, half_k if dtype.itemsize == 2 else 64 if block_r == 16 else 32)
     if adapters > 1:
         block_k = max(_TINY, block_k // (4 if dropout else 2))
+    elif activated and block_k > _TINY:
+        block_k //= 2
     k_per_split = _split(inner, block_k, _tiles(rows, rank, block_m, block_r))
     room = shared // 2 if block_r <= 32 else shared  # two programs hide the latency of each other's loads
-    stages = _stages(4, block_k * (block_m + block_r * adapters) * dtype.itemsize, room)
+    stages = _stages(4, block_k * (block_m * (1 + activated) + block_r * adapters) * dtype.itemsize, room)
     return ShrinkConfig(block_m, block_k, block_r, k_per_split, num_warps=4, num_stages=stages)
 
 
@@ -214,23 +217,27 @@ def shrink_wgrad_pays(rank: int) -> bool:
 @functools.lru_cache(maxsize=4096)
 def wgrad_config(
     rows: int, wide: int, thin: int, dtype: torch.dtype, shrinks: bool = False, shared: int = SHARED,
-    adapters: int = 1, masked: bool = False,
+    adapters: int = 1, masked: bool = False, activated: bool = False,
 ) -> WgradConfig:  # fmt: skip
     """The tile for g `[wide, thin]` summed over `rows`, and where the sum is split.
 
     With `shrinks` a program owns more columns, so that there are fewer parts of ds. Several adapters have a sum each
-    and, with a mask, a masked tile each: fewer columns. `shared` is a multiprocessor's shared memory in bytes.
+    and, with a mask, a masked tile each: fewer columns. `activated` operands are made of three others, a tile of each.
+    `shared` is a multiprocessor's shared memory in bytes.
     """
     single = dtype.itemsize == 4
     wide_tile = 256 if shrinks else 64 if adapters > 1 and (masked or thin > 32) else 128
     # 64 columns of masked fp32 and more are rounded to TF32 by Triton 3.6 on sm_100, whatever precision it is told
+    if activated:
+        wide_tile = 64 if thin > (16 if single else 32) else 128
     block_c = _fit(wide, wide_tile // 4 if single else wide_tile)
     block_r = _fit(thin, 64)
-    block_m = _fit(rows, 32 if single else 64)
+    block_m = _fit(rows, 32 if single or (activated and not (masked and thin <= 16)) else 64)
     rows_per_split = _split(rows, block_m, _tiles(wide, thin, block_c, block_r))
-    most = 3 if block_c > 64 else 2  # narrow tiles, all of fp32 among them, run many at once; some spill with more
+    # narrow tiles, all of fp32 among them, run many at once; some spill with more
+    most = 3 if block_c > 64 and not activated else 2
     stages = _stages(most, block_m * (block_c + block_r * adapters) * dtype.itemsize, shared)
-    return WgradConfig(block_m, block_c, block_r, rows_per_split, num_warps=4, num_stages=stages)
+    return WgradConfig(block_m, block_c, block_r, rows_per_split, num_warps=8 if activated else 4, num_stages=stages)
 
 
 def _stages(most: int, size: int, room: int) -> int:

@@ -21,9 +21,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels.kernels.matmul_expand import Source, matmul_expand
+from lora_kernels.kernels.matmul_expand import Source, matmul_expand, matmul_expand_all
 
-__all__ = ["beta1", "joint", "padded", "strategy"]
+__all__ = ["beta1", "beta1_all", "joint", "library", "padded", "strategy"]
 
 _ALIGN = 8  # elements: rows of a padded operand keep to 16 bytes in 16 bits, which the library's fast kernels want
 
@@ -32,6 +32,30 @@ def beta1(sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | 
     """Compute what `matmul_expand` computes: all but the first product by it, then the first added in place."""
     (p, q), *rest = sources
     return matmul_expand(rest, bias, keep).addmm_(p, q.t())
+
+
+def beta1_all(
+    outputs: Sequence[tuple[Sequence[Source], Tensor | None]], masked: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
+    wide: int = 1,
+) -> list[Tensor]:  # fmt: skip
+    """Compute what `matmul_expand_all` computes: all but the `wide` products by it, then these added in place."""
+    thin = [(sources[wide:], bias) for sources, bias in outputs]
+    adapted = [i for i, (sources, _) in enumerate(thin) if sources or masked]
+    ys = dict(zip(adapted, matmul_expand_all([thin[i] for i in adapted], masked, 1), strict=True)) if adapted else {}
+    results = []
+    for i, (sources, bias) in enumerate(outputs):
+        large = list(sources[:wide])
+        y = ys[i] if i in ys else library([large.pop(0)], bias)
+        for p, q in large:
+            y.addmm_(p, q.t())
+        results.append(y)
+    return results
+
+
+def library(sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    """Compute y = p qᵀ + bias of a single source, which no thin product goes with."""
+    ((p, q),) = sources
+    return torch.mm(p, q.t()) if bias is None else torch.addmm(bias, p, q.t())
 
 
 def padded(sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | None = None) -> Tensor:

@@ -14,13 +14,16 @@ One kernel, two call sites. Only the roles differ; strides carry the transpose.
     forward    x  [M, in]      lora_A   [r, in]   scaling · keep_scale     s  = scaling · D(x) Aᵀ
     backward   dy [M, out]     lora_Bᵀ  [r, out]  scaling · keep_scale     ds, which dx and dA mask again
 
-Several adapters of one x (Q, K and V; gate and up) share its tile: one read of x, a mask and a dot for each. Where
-rows are few, K is split among programs to fill the GPU: each leaves its part in fp32, and the last one to finish adds
-the parts in a fixed order. The same inputs give the same bits.
+Several adapters of one x (Q, K and V; gate and up) share its tile: one read of x, a mask and a dot for each. x may be
+the result of an activation, a(g) · u, made of tiles of g and u [M, K] on the way and stored for whoever reads it next:
+the input of an MLP's last layer. Then there may be no adapter at all.
+
+Where rows are few, K is split among programs to fill the GPU: each leaves its part in fp32, and the last one to finish
+adds the parts in a fixed order. The same inputs give the same bits.
 
 Cost: reads x once (for Rᵢ <= 64; once per 64 of the largest otherwise), so it is bound by bandwidth: M·K·itemsize
-bytes, + M·K/8 a mask, + 8·M·ΣRᵢ a split, written and read back; 2·M·K·ΣRᵢ FLOPs. Drawing a mask costs as much as
-reading x, each.
+bytes, thrice that with an activation, + M·K/8 a mask, + 8·M·ΣRᵢ a split, written and read back; 2·M·K·ΣRᵢ FLOPs.
+Drawing a mask costs as much as reading x, each.
 
 Sources: Hu et al. 2021, arXiv:2106.09685, eq. 3. The name is Punica's (Chen et al. 2023, arXiv:2310.18547); packing
 the mask while it is drawn follows TransformerEngine's dropout. No code was taken from either.
@@ -36,30 +39,31 @@ from torch import Tensor
 
 from lora_kernels.dropout import draw_seed, threshold
 from lora_kernels.kernels import _launch
+from lora_kernels.kernels._activation import activated
 from lora_kernels.kernels._configs import ShrinkConfig, shrink_config
 from lora_kernels.kernels._device import keep_bits, last_to_arrive, unpack_bits
 from lora_kernels.kernels._launch import Facts, Launch, arrivals, facts, on_device, precision, thin_columns, thin_rows
 
-__all__ = ["Row", "draw_noise", "outputs", "shrink", "shrink_all"]
+__all__ = ["Row", "activate_shrink", "draw_noise", "outputs", "shrink", "shrink_all"]
 
 Row = tuple[Tensor, float, float]  # a [R, K], alpha, dropout_p
 
 
 @triton.jit
 def _shrink_kernel(
-    x_ptr, a_ptrs, s_ptrs, parts_ptr, arrivals_ptr, keep_ptrs, seed_ptr,
+    x_ptr, up_ptr, h_ptr, a_ptrs, s_ptrs, parts_ptr, arrivals_ptr, keep_ptrs, seed_ptr,
     alphas,
     thresholds, M, K, Rs, k_per_split,
-    stride_xm, stride_xk, strides_ar, strides_ak, stride_sm,
-    ROWS: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_SPLIT: tl.constexpr, PDL: tl.constexpr,
+    stride_xm, stride_xk, stride_um, stride_uk, strides_ar, strides_ak, stride_sm,
+    ROWS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_SPLIT: tl.constexpr, PDL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Each program owns BLOCK_M rows by BLOCK_R columns of one split's part of each s, and walks the split's K once."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # what follows may come up while this runs; it waits before it reads s
     pid, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    widest, ranks = Rs[0], Rs[0]
-    for i in tl.static_range(1, ROWS):
+    widest, ranks = 1, 0
+    for i in tl.static_range(ROWS):
         widest = tl.maximum(widest, Rs[i])
         ranks += Rs[i]
     num_r = tl.cdiv(widest, BLOCK_R)
@@ -89,6 +93,16 @@ def _shrink_kernel(
             x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk,
             mask=mask_m[:, None] & mask_k[None, :], other=0.0,
         )  # fmt: skip
+        if ACTIVATION is not None:
+            up = None
+            if up_ptr is not None:
+                up_ptrs = up_ptr + offs_m[:, None] * stride_um + offs_k[None, :] * stride_uk
+                up = tl.load(up_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            # a select among rows keeps Triton from making it once more in the layout that the dot wants
+            x = tl.where(mask_m[:, None], x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))
+            x = activated(x, up, ACTIVATION)
+            inside = mask_m[:, None] & (offs_k < tl.where(pid_r == 0, K, 0))[None, :]
+            tl.store(h_ptr + offs_m[:, None] * K + offs_k[None, :], x, mask=inside)
         sums = ()
         for i in tl.static_range(ROWS):
             a = tl.load(
@@ -172,19 +186,44 @@ def shrink_all(
     return _launch_all(x, *zip(*rows, strict=True), config, noise)
 
 
+def activate_shrink(
+    gate: Tensor, up: Tensor | None, activation: str, rows: Sequence[Row],
+    config: ShrinkConfig | None = None, noise: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:  # fmt: skip
+    """Compute h = a(gate) · up, `[M, K]`, and `shrink_all` of it on the way.
+
+    Args:
+        gate: `[M, K]`.
+        up: `[M, K]`, or None for h = a(gate).
+        activation: "silu", "gelu", "gelu_tanh" or "relu2".
+        rows: As in `shrink_all`; there may be none.
+        config: As in `shrink_all`.
+        noise: As in `shrink_all`.
+
+    Returns:
+        h, and what `shrink_all` returns.
+    """
+    h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    operands = tuple(zip(*rows, strict=True)) or ((), (), ())
+    return h, *_launch_all(gate, *operands, config, noise, activation, up, h)
+
+
 def _launch_all(
     x: Tensor, operands: tuple[Tensor, ...], alphas: tuple[float, ...], ps: tuple[float, ...],
-    config: ShrinkConfig | None, noise: Tensor | None,
+    config: ShrinkConfig | None, noise: Tensor | None, activation: str | None = None, up: Tensor | None = None,
+    h: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
     launch, ranks, masks, size, blocks = _settle(
-        facts(x), tuple([facts(a) for a in operands]), x.device, ps, precision(x), config, _launch.imagined
-    )
-    s, keeps = thin_columns(x, ranks), [_mask(x) if p > 0 else None for p in ps]
+        facts(x), facts(up), tuple([facts(a) for a in operands]), x.device, ps, precision(x), activation, config,
+        _launch.imagined,
+    )  # fmt: skip
+    s, keeps = thin_columns(x, ranks) if ranks else [], [_mask(x) if p > 0 else None for p in ps]
     if noise is None and masks:
         noise = draw_noise(x, masks)
     parts, counters = (x.new_empty(size, dtype=torch.float32), arrivals(x.device, blocks)) if size else (None, None)
     with on_device(x):
-        launch(x, operands, tuple(s), parts, counters, tuple(keeps), noise, alphas)
+        tuples = (operands, tuple(s), tuple(keeps), alphas) if operands else (None,) * 4
+        launch(x, up, h, *tuples[:2], parts, counters, tuples[2], noise, tuples[3])
     return s, keeps
 
 
@@ -194,26 +233,29 @@ def _mask(x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def _settle(
-    x: Facts, operands: tuple[Facts, ...], device: torch.device, ps: tuple[float, ...], precision: str,
-    config: ShrinkConfig | None, imagined: object,
+    x: Facts, up: Facts | None, operands: tuple[Facts, ...], device: torch.device, ps: tuple[float, ...],
+    precision: str, activation: str | None, config: ShrinkConfig | None, imagined: object,
 ) -> tuple[Launch, tuple[int, ...], int, int, int]:  # fmt: skip
     """The launch, the ranks, how many masks, the size of the parts of split sums, and the blocks of s."""
     (rows, inner), ranks, masks = x.shape, tuple(a.shape[0] for a in operands), sum(p > 0 for p in ps)
+    widest, strided = max(ranks, default=1), any(1 not in t.strides for t in (x, up) if t is not None)
     config = config or shrink_config(
-        rows, inner, max(ranks), x.dtype, masks > 0, 1 not in x.strides, _launch.shared_per_sm(device), len(ranks)
+        rows, inner, widest, x.dtype, masks > 0, strided, _launch.shared_per_sm(device), len(ranks), bool(activation)
     )
-    blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(max(ranks), config.block_r)
+    blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(widest, config.block_r)
     splits = triton.cdiv(inner, config.k_per_split)
     stride_sm = sum(_launch.thin_pitch(rank, x.dtype) for rank in ranks)
     launch = Launch(
         _shrink_kernel, (blocks, splits),
         (
-            tuple(map(threshold, ps)), rows, inner, ranks, config.k_per_split, *x.strides,
-            *zip(*(a.strides for a in operands), strict=True), stride_sm,
+            tuple(map(threshold, ps)) or None, rows, inner, ranks or None, config.k_per_split, *x.strides,
+            *(up.strides if up else (0, 0)), *(tuple(zip(*(a.strides for a in operands), strict=True)) or (None, None)),
+            stride_sm,
         ),
         dict(
-            ROWS=len(ranks), HAS_DROPOUT=masks > 0, IS_SPLIT=splits > 1, PDL=_launch.dependent_launch(device),
-            PRECISION=precision, BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
+            ROWS=len(ranks), ACTIVATION=activation, HAS_DROPOUT=masks > 0, IS_SPLIT=splits > 1 and bool(ranks),
+            PDL=_launch.dependent_launch(device), PRECISION=precision,
+            BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
         ),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(False)),
     )  # fmt: skip

@@ -15,6 +15,10 @@
     dA         ds [M, r]    x [M, in]      [r, in]           -                        keep: the mask of the forward pass
     dB         dy [M, out]  s [M, r]       [out, r]          ds = alpha · dy B [M, r]
     dAᵢ        dsᵢ [M, rᵢ]  x [M, in]      [rᵢ, in] each     -                        keepᵢ: one read of x for all
+    MLP        as dA of h, as dB and ds of dg and du: one read of g, u and dh
+
+Inside an MLP the wide operands are made on the way: h = a(g) · u, du = dh · a(g) and dg = dh · u · a'(g) of tiles of g,
+u and dh [M, W]; dg and du are stored, h is not.
 
 Either side may be the wide one. The wide side goes into the rows of the dot, where tiles of 64 and more use the
 fast tensor-core instructions; the output's strides put the result the right way round.
@@ -36,6 +40,7 @@ No code was taken.
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -43,24 +48,58 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels import _launch
+from lora_kernels.kernels._activation import activation_gradient
 from lora_kernels.kernels._configs import WgradConfig, wgrad_config
 from lora_kernels.kernels._device import last_to_arrive, unpack_bits
 from lora_kernels.kernels._launch import Facts, Launch, arrivals, facts, on_device, precision
 
-__all__ = ["Row", "Shrink", "wgrad", "wgrad_all"]
+__all__ = ["DGATE", "DUP", "Activation", "H", "Product", "Row", "Shrink", "launch", "wgrad", "wgrad_all"]
 
-Shrink = tuple[Tensor, Tensor, float]  # b [C, D], ds [M, D], alpha
+Shrink = tuple[Tensor, Tensor, float]  # b [W, T], ds [M, T], alpha
 Row = tuple[Tensor, torch.dtype, Tensor | None]  # left [M, C], the dtype of g, keep
+H, DGATE, DUP = range(3)  # the wide operands that an activation makes
+
+
+class Product(NamedTuple):
+    """One g = wideᵀ thin of a launch.
+
+    Attributes:
+        thin: `[M, T]`.
+        g: `[W, T]`, any strides; written.
+        keep: Packed mask `[M, ceil(W/8)]` of the wide operand, or None.
+        shrink: b, ds and alpha, to compute ds = alpha · wide b as well; T at most a tile wide.
+        accumulate: Whether to add to what `g` holds.
+        wide: Which of the operands that an activation makes is the wide one.
+    """
+
+    thin: Tensor
+    g: Tensor
+    keep: Tensor | None = None
+    shrink: Shrink | None = None
+    accumulate: bool = False
+    wide: int = H
+
+
+class Activation(NamedTuple):
+    """What the wide operands are made of besides g, and where two of them go: all `[M, W]`, dg and du contiguous."""
+
+    name: str
+    up: Tensor | None
+    dh: Tensor
+    dgate: Tensor
+    dup: Tensor | None
 
 
 @triton.jit
 def _wgrad_kernel(
-    wide_ptr, thin_ptrs, keep_ptrs, b_ptr, g_ptrs, g_parts_ptr, ds_ptr, ds_parts_ptr, arrivals_ptr,
-    alpha,
+    wide_ptr, up_ptr, dh_ptr, dgate_ptr, dup_ptr, thin_ptrs, keep_ptrs, b_ptrs, g_ptrs, g_parts_ptr, ds_ptrs,
+    ds_parts_ptr, arrivals_ptr,
+    alphas,
     M, W, Ts, rows_per_split,
-    stride_wm, stride_ww, strides_tm, strides_tt, stride_bw, stride_bt, strides_gw, strides_gt, stride_dsm,
-    ROWS: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_SHRINK: tl.constexpr, IS_SPLIT: tl.constexpr,
-    ACCUMULATE: tl.constexpr, PDL: tl.constexpr, READY: tl.constexpr, PRECISION: tl.constexpr,
+    stride_wm, stride_ww, stride_um, stride_uw, stride_hm, stride_hw,
+    strides_tm, strides_tt, strides_bw, strides_bt, strides_gw, strides_gt, strides_dsm,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_SHRINK: tl.constexpr,
+    IS_SPLIT: tl.constexpr, ACCUMULATE: tl.constexpr, PDL: tl.constexpr, READY: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Each program owns BLOCK_W by BLOCK_T elements of one split's part of every g, and walks the rows of the split."""
@@ -68,25 +107,30 @@ def _wgrad_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     pid, tiles = tl.program_id(0), tl.num_programs(0)
     split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    widest, thinness = Ts[0], Ts[0]
-    for i in tl.static_range(1, ROWS):
+    widest, thinness = 1, 0
+    for i in tl.static_range(ROWS):
         widest = tl.maximum(widest, Ts[i])
         thinness += Ts[i]
     num_t = tl.cdiv(widest, BLOCK_T)
-    block = (pid // num_t).to(tl.int64)
+    block, pid_t = (pid // num_t).to(tl.int64), pid % num_t
     offs_w = block * BLOCK_W + tl.arange(0, BLOCK_W)
-    offs_t = (pid % num_t).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_t = pid_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_w = offs_w < W
     if HAS_KEEP:
         row_bytes = tl.cdiv(W, 8)
         offs_byte = block * (BLOCK_W // 8) + tl.arange(0, BLOCK_W // 8)
         mask_byte = offs_byte < row_bytes
-    if HAS_SHRINK:  # of one row alone
-        T, mask_t = Ts[0], offs_t < Ts[0]
-        b = tl.load(
-            b_ptr + offs_w[:, None] * stride_bw + offs_t[None, :] * stride_bt,
-            mask=mask_w[:, None] & mask_t[None, :], other=0.0,
-        )  # fmt: skip
+    if HAS_SHRINK:
+        bs = ()
+        for i in tl.static_range(ROWS):
+            if b_ptrs[i] is not None:
+                b = tl.load(
+                    b_ptrs[i] + offs_w[:, None] * strides_bw[i] + offs_t[None, :] * strides_bt[i],
+                    mask=mask_w[:, None] & (offs_t < Ts[i])[None, :], other=0.0,
+                )  # fmt: skip
+                bs = bs + (b,)
+            else:
+                bs = bs + (0,)
 
     accs = ()
     for _ in tl.static_range(ROWS):
@@ -99,25 +143,42 @@ def _wgrad_kernel(
             wide_ptr + offs_m[:, None] * stride_wm + offs_w[None, :] * stride_ww,
             mask=mask_m[:, None] & mask_w[None, :], other=0.0,
         )  # fmt: skip
-        sums = ()
+        wides = (wide,)
+        if ACTIVATION is not None:
+            mask = mask_m[:, None] & mask_w[None, :]
+            up = None
+            if up_ptr is not None:
+                up = tl.load(up_ptr + offs_m[:, None] * stride_um + offs_w[None, :] * stride_uw, mask=mask, other=0.0)
+            dh = tl.load(dh_ptr + offs_m[:, None] * stride_hm + offs_w[None, :] * stride_hw, mask=mask, other=0.0)
+            # a select among rows keeps Triton from making all of it once more for each layout that a dot wants
+            wide = tl.where(mask_m[:, None], wide, tl.zeros((BLOCK_M, BLOCK_W), wide.dtype))
+            wides = activation_gradient(wide, up, dh, ACTIVATION)
+            here = offs_m[:, None] * W + offs_w[None, :]
+            mask = mask_m[:, None] & (offs_w < tl.where(pid_t == 0, W, 0))[None, :]  # by one of those that share it
+            tl.store(dgate_ptr + here, wides[1], mask=mask)
+            if up_ptr is not None:
+                tl.store(dup_ptr + here, wides[2], mask=mask)
+        sums, before = (), 0
         for i in tl.static_range(ROWS):
             thin = tl.load(
                 thin_ptrs[i] + offs_m[:, None] * strides_tm[i] + offs_t[None, :] * strides_tt[i],
                 mask=mask_m[:, None] & (offs_t < Ts[i])[None, :], other=0.0,
             )  # fmt: skip
-            kept = wide
+            kept = wides[WIDE[i]]
             if keep_ptrs[i] is not None:
                 packed = tl.load(
                     keep_ptrs[i] + offs_m[:, None] * row_bytes + offs_byte[None, :],
                     mask=mask_m[:, None] & mask_byte[None, :], other=0,
                 ).to(tl.int32)  # fmt: skip
-                kept = tl.where(unpack_bits(packed), wide, tl.zeros((BLOCK_M, BLOCK_W), wide.dtype))
+                kept = tl.where(unpack_bits(packed), kept, tl.zeros((BLOCK_M, BLOCK_W), kept.dtype))
             sums = sums + (tl.dot(tl.trans(kept), thin, accs[i], input_precision=PRECISION),)
+            if b_ptrs[i] is not None:
+                part = tl.dot(wides[WIDE[i]], bs[i], input_precision=PRECISION)
+                ds_parts = ds_parts_ptr + tl.cast(before, tl.int64) * M * (tiles // num_t)
+                ds_part_ptrs = ds_parts + (block * M + offs_m)[:, None] * Ts[i] + offs_t[None, :]
+                tl.store(ds_part_ptrs, part, mask=mask_m[:, None] & (offs_t < Ts[i])[None, :])
+                before += Ts[i]
         accs = sums
-        if HAS_SHRINK:
-            part = tl.dot(wide, b, input_precision=PRECISION)
-            ds_part_ptrs = ds_parts_ptr + (block * M + offs_m)[:, None] * T + offs_t[None, :]
-            tl.store(ds_part_ptrs, part, mask=mask_m[:, None] & mask_t[None, :])
 
     if READY:
         tl.extra.cuda.gdc_wait()  # nothing read so far is of the launch before; what is written now it may still read
@@ -148,27 +209,33 @@ def _wgrad_kernel(
             # the others have nothing more to store
             mask_g = (offs_w < tl.where(last, W, 0))[:, None] & (offs_t < Ts[i])[None, :]
         g_block = g_ptrs[i] + offs_w[:, None] * strides_gw[i] + offs_t[None, :] * strides_gt[i]
-        if ACCUMULATE:
+        if ACCUMULATE[i]:
             acc += tl.load(g_block, mask=mask_g, other=0.0).to(tl.float32)
         tl.store(g_block, acc.to(g_ptrs[i].dtype.element_ty), mask=mask_g)
 
     if HAS_SHRINK:
         last = last_to_arrive(arrivals_ptr + tiles + split, tiles)
+        blocks, before = tiles // num_t, 0
         DS_AT_ONCE: tl.constexpr = 128 // BLOCK_T  # parts on their way at a time: one after the other takes too long
         offs_j = tl.arange(0, DS_AT_ONCE)[:, None, None]
-        for i in range(tl.where(last, steps, 0)):
-            offs_m = split * rows_per_split + tl.cast(i, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-            mask = (offs_m < M)[:, None] & mask_t[None, :]
-            ds = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
-            for j in range(0, tiles, DS_AT_ONCE):
-                part_rows = (tl.cast(j, tl.int64) + offs_j) * M + offs_m[None, :, None]
-                ds_parts = tl.load(
-                    ds_parts_ptr + part_rows * T + offs_t[None, None, :], mask=(j + offs_j < tiles) & mask[None, :, :],
-                    other=0.0, cache_modifier=".cg",
-                )  # fmt: skip
-                ds += tl.sum(ds_parts, 0)
-            ds = (ds * tl.cast(alpha, tl.float32)).to(ds_ptr.dtype.element_ty)
-            tl.store(ds_ptr + offs_m[:, None] * stride_dsm + offs_t[None, :], ds, mask=mask)
+        offs_t = tl.arange(0, BLOCK_T)
+        for i in tl.static_range(ROWS):
+            if b_ptrs[i] is not None:
+                ds_parts_of_i = ds_parts_ptr + tl.cast(before, tl.int64) * M * blocks
+                before += Ts[i]
+                for step in range(tl.where(last, steps, 0)):
+                    offs_m = split * rows_per_split + tl.cast(step, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+                    mask = (offs_m < M)[:, None] & (offs_t < Ts[i])[None, :]
+                    ds = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
+                    for j in range(0, blocks, DS_AT_ONCE):
+                        part_rows = (tl.cast(j, tl.int64) + offs_j) * M + offs_m[None, :, None]
+                        parts = tl.load(
+                            ds_parts_of_i + part_rows * Ts[i] + offs_t[None, None, :],
+                            mask=(j + offs_j < blocks) & mask[None, :, :], other=0.0, cache_modifier=".cg",
+                        )  # fmt: skip
+                        ds += tl.sum(parts, 0)
+                    ds = (ds * tl.cast(alphas[i], tl.float32)).to(ds_ptrs[i].dtype.element_ty)
+                    tl.store(ds_ptrs[i] + offs_m[:, None] * strides_dsm[i] + offs_t[None, :], ds, mask=mask)
 
 
 def wgrad(
@@ -191,14 +258,15 @@ def wgrad(
     g = left.new_empty(left.shape[1], right.shape[1], dtype=out_dtype) if into is None else into
     # a mask belongs to `right` and a shrink to `left`, so with one that side is the wide one whatever its width
     right_is_wide = keep is not None or (shrink is None and right.shape[1] >= left.shape[1])
-    wide, thin = (right, left) if right_is_wide else (left, right)
-    _launch_all(wide, (thin,), (g,), (keep,), right_is_wide, into is not None, ready, shrink, config)
+    wide, thin, turned = (right, left, g.t()) if right_is_wide else (left, right, g)
+    launch(wide, (Product(thin, turned, keep, shrink, into is not None),), ready=ready, config=config)
     return g if into is None else None
 
 
 def wgrad_all(
-    rows: Sequence[Row], right: Tensor, ready: bool = False, config: WgradConfig | None = None
-) -> list[Tensor]:
+    rows: Sequence[Row], right: Tensor, ready: bool = False, config: WgradConfig | None = None,
+    into: Sequence[Tensor | None] | None = None,
+) -> list[Tensor | None]:  # fmt: skip
     """Compute gᵢ = leftᵢᵀ (right · keepᵢ), `[Cᵢ, D]`, for several left operands, in one read of `right`.
 
     Args:
@@ -206,60 +274,91 @@ def wgrad_all(
         right: `[M, D]`, the wide operand.
         ready: As in `wgrad`.
         config: Tile to use in place of the rule's.
+        into: For each a tensor `[Cᵢ, D]`, no two the same, to which its g is added and then not returned, or None.
     """
-    lefts, dtypes, keeps = zip(*rows, strict=True)
-    gs = [right.new_empty(t.shape[1], right.shape[1], dtype=dtype) for t, dtype in zip(lefts, dtypes, strict=True)]
-    _launch_all(right, lefts, tuple(gs), keeps, True, False, ready, None, config)
-    return gs
+    into = into or (None,) * len(rows)
+    gs = [
+        right.new_empty(left.shape[1], right.shape[1], dtype=dtype) if there is None else there
+        for (left, dtype, _), there in zip(rows, into, strict=True)
+    ]
+    products = [
+        Product(left, g.t(), keep, None, there is not None)
+        for (left, _, keep), g, there in zip(rows, gs, into, strict=True)
+    ]
+    launch(right, products, ready=ready, config=config)
+    return [g if there is None else None for g, there in zip(gs, into, strict=True)]
 
 
-def _launch_all(
-    wide: Tensor, thins: tuple[Tensor, ...], gs: tuple[Tensor, ...], keeps: tuple[Tensor | None, ...],
-    right_is_wide: bool, accumulate: bool, ready: bool, shrink: Shrink | None, config: WgradConfig | None,
+def launch(
+    wide: Tensor, products: Sequence[Product], activation: Activation | None = None, ready: bool = False,
+    config: WgradConfig | None = None,
 ) -> None:  # fmt: skip
-    b, ds, alpha = shrink or (None, None, 1.0)
-    launch, g_size, ds_size, counted = _settle(
-        facts(wide), tuple([facts(t) for t in thins]), tuple([facts(g) for g in gs]), facts(b), facts(ds),
-        right_is_wide, wide.device, tuple([keep is not None for keep in keeps]), accumulate, ready, precision(wide),
-        config, _launch.imagined,
+    """Compute the g and ds of every product, in one read of what the wide operands are made of.
+
+    Args:
+        wide: The wide operand `[M, W]`; with `activation` the g of its formula.
+        products: What is computed of it; with `activation` there may be none.
+        activation: Makes the wide operands.
+        ready: As in `wgrad`.
+        config: Tile to use in place of the rule's.
+    """
+    a = activation or Activation(None, None, None, None, None)
+    thins, gs, keeps, shrinks, accumulate, wides = zip(*products, strict=True) if products else ((),) * 6
+    bs, dss, alphas = zip(*(shrink or (None, None, 1.0) for shrink in shrinks), strict=True) if products else ((),) * 3
+    settled, g_size, ds_size, counted = _settle(
+        tuple([facts(t) for t in (wide, a.up, a.dh)]), tuple(map(facts, thins)), tuple(map(facts, gs)),
+        tuple(map(facts, bs)), tuple(map(facts, dss)), wides, a.name, wide.device,
+        tuple([keep is not None for keep in keeps]), accumulate, ready, precision(wide), config, _launch.imagined,
     )  # fmt: skip
     g_parts = wide.new_empty(g_size, dtype=torch.float32) if g_size else None
     ds_parts = wide.new_empty(ds_size, dtype=torch.float32) if ds_size else None
     counters = arrivals(wide.device, counted) if counted else None
+    thins, keeps, bs, gs, dss, alphas = (t or None for t in (thins, keeps, bs, gs, dss, alphas))
     with on_device(wide):
-        launch(wide, thins, keeps, b, gs, g_parts, ds, ds_parts, counters, alpha)
+        settled(
+            wide, a.up, a.dh, a.dgate, a.dup, thins, keeps, bs, gs, g_parts, dss, ds_parts, counters, alphas
+        )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
 def _settle(
-    wide: Facts, thins: tuple[Facts, ...], gs: tuple[Facts, ...], b: Facts | None, ds: Facts | None,
-    right_is_wide: bool, device: torch.device, masked: tuple[bool, ...], accumulate: bool, ready: bool,
-    precision: str, config: WgradConfig | None, imagined: object,
+    made_of: tuple[Facts, Facts | None, Facts | None], thins: tuple[Facts, ...], gs: tuple[Facts, ...],
+    bs: tuple[Facts | None, ...], dss: tuple[Facts | None, ...], wides: tuple[int, ...], activation: str | None,
+    device: torch.device, masked: tuple[bool, ...], accumulate: tuple[bool, ...], ready: bool, precision: str,
+    config: WgradConfig | None, imagined: object,
 ) -> tuple[Launch, int, int, int]:  # fmt: skip
     """The launch, the sizes of the parts of g and of ds, and the counters."""
-    (rows, width), widths, has_keep = wide.shape, tuple(thin.shape[1] for thin in thins), any(masked)
-    shared = _launch.shared_per_sm(device)
+    (rows, width), dtype = made_of[0].shape, made_of[0].dtype
+    widths, shrunk = [thin.shape[1] for thin in thins], [b.shape[1] for b in bs if b is not None]
     config = config or wgrad_config(
-        rows, width, max(widths), wide.dtype, b is not None, shared, len(widths), has_keep
+        rows, width, max(widths, default=1), dtype, bool(shrunk), _launch.shared_per_sm(device), len(widths),
+        any(masked), activation is not None,
     )  # fmt: skip
-    strides_g = [g.t().strides if right_is_wide else g.strides for g in gs]
     splits = triton.cdiv(rows, config.rows_per_split)
     blocks = triton.cdiv(width, config.block_c)
-    tiles = blocks * triton.cdiv(max(widths), config.block_r)
+    tiles = blocks * triton.cdiv(max(widths, default=1), config.block_r)
     dependent = _launch.dependent_launch(device)
     ready = ready and dependent
+    nothing = (0, 0)
     launch = Launch(
         _wgrad_kernel, (tiles, splits),
         (
-            rows, width, widths, config.rows_per_split, *wide.strides, *zip(*(t.strides for t in thins), strict=True),
-            *(b.strides if b else (0, 0)), *zip(*strides_g, strict=True), ds.strides[0] if ds else 0,
+            rows, width, tuple(widths) or None, config.rows_per_split,
+            *(stride for t in made_of for stride in (t.strides if t else nothing)),
+            *_strides(thins), *_strides(bs), *_strides(gs), tuple([ds.strides[0] if ds else 0 for ds in dss]) or None,
         ),
         dict(
-            ROWS=len(thins), HAS_KEEP=has_keep, HAS_SHRINK=b is not None, IS_SPLIT=splits > 1, ACCUMULATE=accumulate,
-            PDL=b is not None and dependent, READY=ready, PRECISION=precision,
+            ROWS=len(thins), WIDE=wides or None, ACTIVATION=activation, HAS_KEEP=any(masked), HAS_SHRINK=bool(shrunk),
+            IS_SPLIT=splits > 1 and bool(thins), ACCUMULATE=accumulate or None,
+            PDL=(bool(shrunk) or activation is not None) and dependent, READY=ready, PRECISION=precision,
             BLOCK_M=config.block_m, BLOCK_W=config.block_c, BLOCK_T=config.block_r,
         ),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(ready)),
     )  # fmt: skip
-    g_size, ds_size = splits * width * sum(widths) if splits > 1 else 0, blocks * rows * widths[0] if b else 0
+    g_size, ds_size = splits * width * sum(widths) if splits > 1 else 0, blocks * rows * sum(shrunk)
     return launch, g_size, ds_size, tiles + splits if g_size or ds_size else 0
+
+
+def _strides(operands: tuple[Facts | None, ...]) -> tuple[tuple[int, ...] | None, ...]:
+    """The row strides and the column strides of several operands, 0 for one that is not there."""
+    return tuple(zip(*(t.strides if t else (0, 0) for t in operands), strict=True)) or (None, None)

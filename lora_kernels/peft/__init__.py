@@ -1,8 +1,9 @@
 """PEFT models made fast in place, and adapters of `LoRALinear` in PEFT's own files.
 
-    patch_peft(model)        every LoRA layer of a PEFT model takes the fused path where it can; says where it cannot
+    patch_peft(model)        every LoRA layer of a PEFT model takes the fused path where it can, with those that belong
+                             together in one call; says where it cannot
     unpatch_peft(model)      undo it
-    explain(model)           a table of its LoRA layers: how each is computed, and the exact reason
+    explain(model)           tables of its LoRA layers and blocks: how each is computed, and the exact reason
     accelerated()            all PEFT models, those built later as well, while in the `with` block
     accelerate(on=True)      the same until switched off
     swap_linear(model, ...)  put `LoRALinear` layers into a model, in PEFT's words; `merge_and_unload` takes them out
@@ -13,10 +14,10 @@ Importing this imports neither PEFT nor safetensors; the first call that needs o
 
 from lora_kernels.peft.adapters import load_adapter, save_adapter
 from lora_kernels.peft.patching import accelerate, accelerated, patch_peft, unpatch_peft
-from lora_kernels.peft.reasons import LayerReport, Report, explain
+from lora_kernels.peft.reasons import BlockReport, LayerReport, Report, explain
 from lora_kernels.peft.swap import merge_and_unload, swap_linear
 
 __all__ = [
-    "LayerReport", "Report", "accelerate", "accelerated", "explain", "load_adapter", "merge_and_unload", "patch_peft",
-    "save_adapter", "swap_linear", "unpatch_peft",
+    "BlockReport", "LayerReport", "Report", "accelerate", "accelerated", "explain", "load_adapter", "merge_and_unload",
+    "patch_peft", "save_adapter", "swap_linear", "unpatch_peft",
 ]  # fmt: skip

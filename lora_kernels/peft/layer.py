@@ -23,9 +23,11 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.functional import lora_add, lora_linear
+from lora_kernels.projections import Projection
 
 __all__ = [
-    "accelerated_forward", "bare", "dtypes_fit", "fusable", "is_plain_variant", "read", "stock_forward", "traced",
+    "accelerated_forward", "bare", "dtypes_fit", "fusable", "is_plain_variant", "projection", "read", "stock_forward",
+    "traced",
 ]  # fmt: skip
 
 Term = tuple[Tensor, Tensor, float, float]  # A, B, scaling, dropout_p
@@ -108,6 +110,26 @@ def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
             return None
         terms.append((A, B, scaling, dropout_p))
     return terms or None
+
+
+def projection(layer: nn.Module, x: Tensor) -> Projection | None:
+    """All that a layer does to x, if it can be done for it without calling it; None if it has to be called.
+
+    Args:
+        layer: A patched PEFT layer, a plain `nn.Linear`, or anything else, which has to be called.
+        x: Its input.
+    """
+    base, terms = layer, None
+    if type(layer) is nn.Linear:
+        terms = [(None, None, 1.0, 0.0)] if type(x) is Tensor and not traced() else None
+    elif stock_forward(type(layer).forward) is not type(layer).forward and bare(layer, type(layer)):
+        base, terms = layer.__dict__["_modules"]["base_layer"], read(layer, x)
+    if terms is not None and len(terms) > 1:
+        terms = _joined(terms)
+    if terms is None or len(terms) > 1 or not fusable(base, x):
+        return None
+    (A, B, scaling, dropout_p), own = terms[0], base.__dict__["_parameters"]
+    return Projection(own["weight"], A, B, own["bias"], scaling, dropout_p)
 
 
 def traced() -> bool:

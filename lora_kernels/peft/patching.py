@@ -1,8 +1,9 @@
 """Patch PEFT models: swap the class of each LoRA layer for one that differs in its forward alone, and swap it back.
 
-A patched layer's class is a subclass of its own class with the same name, so `isinstance`, `repr`, `state_dict`,
-merging, saving and everything else PEFT does are unchanged. Pickling writes the layer as what it was: the file loads
-where this library is not, and the model loaded from it is patched by calling `patch_peft` again.
+The same for the blocks whose layers belong together. A patched module's class is a subclass of its own class with the
+same name, so `isinstance`, `repr`, `state_dict`, merging, saving and everything else PEFT does are unchanged. Pickling
+writes the module as what it was: the file loads where this library is not, and the model loaded from it is patched by
+calling `patch_peft` again.
 """
 
 import contextlib
@@ -15,13 +16,15 @@ from typing import Any
 from torch import nn
 
 from lora_kernels.peft import known
+from lora_kernels.peft.blocks import block_forward
 from lora_kernels.peft.layer import accelerated_forward, stock_forward
 from lora_kernels.peft.reasons import Report, report
+from lora_kernels.peft.structure import Structure, members, structure
 
 __all__ = ["accelerate", "accelerated", "patch_peft", "unpatch_peft"]
 
 
-def patch_peft(model: nn.Module, backend: str = "auto") -> Report:
+def patch_peft(model: nn.Module, backend: str = "auto", blocks: bool = True) -> Report:
     """Let every LoRA layer of a PEFT model be computed by the fused kernels where it can be.
 
     y = x Wᵀ + bias + Σᵢ scalingᵢ · Dᵢ(x) Aᵢᵀ Bᵢᵀ over the active adapters, in one pass over x. What a layer cannot do
@@ -29,12 +32,16 @@ def patch_peft(model: nn.Module, backend: str = "auto") -> Report:
     dropout from another stream of random numbers. The model is changed in place. Call it after `get_peft_model` or
     `PeftModel.from_pretrained`, before or after `fully_shard`; call it again for layers that were added later.
 
+    Q, K and V of an attention block share one call of `lora_projections`, and a gated MLP is one of `lora_mlp`, where
+    the block's forward is seen to compute just that; whatever its name.
+
     Args:
         model: A `PeftModel`, or any module that holds PEFT's LoRA layers.
         backend: As in `lora_linear`.
+        blocks: False to compute each layer on its own.
 
     Returns:
-        What was taken, layer by layer, and why not; `print` it, or `explain(model)` for a table.
+        What was taken, layer by layer and block by block, and why not; `print` it, or `explain(model)` for a table.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -52,11 +59,18 @@ def patch_peft(model: nn.Module, backend: str = "auto") -> Report:
         cls = _stock_class(type(layer))
         if cls is not None and known.is_supported(cls):
             _give_class(layer, _patched_class(cls, backend))
+    for block in (module for module in model.modules() if not isinstance(module, known.lora_layer())):
+        cls = _stock_class(type(block))
+        found = structure(block, cls.forward) if blocks and cls is not None else None
+        if found and not found.reason and any(isinstance(m, known.lora_layer()) for m in members(block, found.layers)):
+            _give_class(block, _patched_class(cls, backend, found))
+        elif cls is not None and cls is not type(block):
+            _give_class(block, cls)
     return report(model)
 
 
 def unpatch_peft(model: nn.Module) -> int:
-    """Give every patched layer its own class back.
+    """Give every patched layer, and every patched block, its own class back.
 
     Args:
         model: What `patch_peft` was given.
@@ -65,7 +79,7 @@ def unpatch_peft(model: nn.Module) -> int:
         How many layers were patched.
 
     Raises:
-        RuntimeError: A layer's class was derived from after it was patched (`fully_shard` does that).
+        RuntimeError: A class was derived from after it was patched (`fully_shard` does that).
     """
     count = 0
     for name, module in model.named_modules():
@@ -78,7 +92,7 @@ def unpatch_peft(model: nn.Module) -> int:
                 "undo that first."
             )
         _give_class(module, stock)
-        count += 1
+        count += isinstance(module, known.lora_layer())
     return count
 
 
@@ -121,7 +135,7 @@ def accelerated(backend: str = "auto") -> Iterator[None]:
 
 
 class _Patched:
-    """What a patched layer's class has beside its own: copying keeps it patched, pickling does not."""
+    """What a patched module's class has beside its own: copying keeps it patched, pickling does not."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         twin = type(self).__new__(type(self))
@@ -135,9 +149,10 @@ class _Patched:
 
 
 @functools.cache
-def _patched_class(cls: type[nn.Module], backend: str) -> type[nn.Module]:
+def _patched_class(cls: type[nn.Module], backend: str, block: Structure | None = None) -> type[nn.Module]:
+    stock = stock_forward(cls.forward)
     body = {
-        "forward": accelerated_forward(stock_forward(cls.forward), backend),
+        "forward": block_forward(cls, stock, block, backend) if block else accelerated_forward(stock, backend),
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
@@ -146,13 +161,13 @@ def _patched_class(cls: type[nn.Module], backend: str) -> type[nn.Module]:
     return type(cls.__name__, (_Patched, cls), body)
 
 
-def _give_class(layer: nn.Module, cls: type[nn.Module]) -> None:
-    """Swap a layer's class, and its forward where accelerate's device hook keeps or has left it on the instance."""
-    before = types.MethodType(type(layer).forward, layer)
+def _give_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Swap a module's class, and its forward where accelerate's device hook keeps or has left it on the instance."""
+    before = types.MethodType(type(module).forward, module)
     for name in ("forward", "_old_forward"):
-        if vars(layer).get(name) == before:
-            setattr(layer, name, types.MethodType(cls.forward, layer))
-    layer.__class__ = cls
+        if vars(module).get(name) == before:
+            setattr(module, name, types.MethodType(cls.forward, module))
+    module.__class__ = cls
 
 
 def _stock_class(cls: type) -> type[nn.Module] | None:

@@ -1,21 +1,26 @@
-"""How each LoRA layer of a model is computed, and why it is not fused where it is not: what `layer` saw, in words."""
+"""How a model's LoRA layers and blocks are computed, and why not better: what `layer` and `blocks` saw, in words."""
 
 import inspect
 import itertools
 import math
+import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lora_kernels.peft import known
 from lora_kernels.peft import layer as rules
+from lora_kernels.peft.blocks import changed, patched_structure
+from lora_kernels.peft.structure import Structure, members, structure
 
-__all__ = ["FORMS", "LayerReport", "Report", "explain", "report", "stock_reason"]
+__all__ = ["BLOCK_FORMS", "FORMS", "BlockReport", "LayerReport", "Report", "explain", "report", "stock_reason"]
 
+BLOCK_FORMS = {"joined": "layers that belong together in one call", "per layer": "each layer as it is computed"}
 FORMS = {"fused": "base and low-rank in one pass", "low-rank": "the low-rank term alone", "stock": "PEFT's own forward"}
 _STATE = {"_disable_adapters", "merged_adapters", "_active_adapter", "lora_variant", "cast_input_dtype_enabled"}
 _SHARDED = " while the layer is not called; explain(model, inputs) looks inside a call"
@@ -39,24 +44,48 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class BlockReport:
+    """How the layers of an attention block that share an input, or those of an MLP, are computed.
+
+    Attributes:
+        name: Its name in the model.
+        kind: "attention" or "mlp".
+        form: "joined" or "per layer", see `BLOCK_FORMS`.
+        reason: Why it is not "joined"; "" where it is.
+    """
+
+    name: str
+    kind: str
+    form: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """How the LoRA layers of a model are computed; printed, a line for each form and reason.
 
     Attributes:
         layers: In the model's order.
+        blocks: Those that hold LoRA layers, in the model's order.
     """
 
     layers: tuple[LayerReport, ...]
+    blocks: tuple[BlockReport, ...] = ()
 
     def count(self, form: str) -> int:
-        """How many layers are computed in a form."""
-        return sum(layer.form == form for layer in self.layers)
+        """How many layers, or blocks, are computed in a form."""
+        return sum(one.form == form for one in (*self.layers, *self.blocks))
 
     def __str__(self) -> str:
         counts = ", ".join(f"{self.count(form)} {form}" for form in FORMS)
         lines = [f"{len(self.layers)} LoRA layers: {counts}"]
         for (form, reason), n in Counter((layer.form, layer.reason) for layer in self.layers if layer.reason).items():
             lines.append(f"  {n} {form}: {reason}")
+        if self.blocks:
+            counts = ", ".join(f"{self.count(form)} {form}" for form in BLOCK_FORMS)
+            lines.append(f"{len(self.blocks)} blocks: {counts}")
+        for (kind, reason), n in Counter((block.kind, block.reason) for block in self.blocks if block.reason).items():
+            lines.append(f"  {n} {kind} per layer: {reason}")
         return "\n".join(lines)
 
 
@@ -65,19 +94,19 @@ def report(model: nn.Module) -> Report:
     parts_of_attention = {
         id(module.base_layer.out_proj) for module in model.modules() if isinstance(module, known.multihead_attention())
     }
-    layers = []
+    layers: dict[int, LayerReport] = {}
     for name, module in model.named_modules():
         if not isinstance(module, known.lora_layer()):
             continue
         reason = stock_reason(module)
         if id(module) in parts_of_attention:
             reason = "lora.MultiheadAttention merges it around the call: its forward is not used"
-        layers.append(_layer_report(name, module, reason, None))
-    return Report(tuple(layers))
+        layers[id(module)] = _layer_report(name, module, reason, None)
+    return Report(tuple(layers.values()), _block_reports(model, layers))
 
 
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
-    """Print a table of a model's LoRA layers: how each is computed, and the exact reason where it is not fused.
+    """Print a table of a model's LoRA layers and blocks: how each is computed, and the exact reason where not fused.
 
     Args:
         model: Any module that holds PEFT's LoRA layers, patched or not.
@@ -101,6 +130,12 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     for layer in found.layers:
         table.add_row(layer.name, layer.kind, f"[{colours[layer.form]}]{layer.form}[/]", layer.reason)
     Console().print(table)
+    if found.blocks:
+        table = Table("block", "kind", "computed", "reason")
+        for block in found.blocks:
+            colour = "green" if block.form == "joined" else "yellow"
+            table.add_row(block.name, block.kind, f"[{colour}]{block.form}[/]", block.reason)
+        Console().print(table)
     return found
 
 
@@ -118,6 +153,12 @@ def _class_reason(module: nn.Module) -> str:
     cls = type(module)
     if not known.is_supported(cls):
         return f"lora.{cls.__name__} computes something else than x Wᵀ + scaling B A dropout(x)"
+    return _forward_reason(module)
+
+
+def _forward_reason(module: nn.Module) -> str:
+    """Why a patched forward is not what computes a module."""
+    cls = type(module)
     # accelerate's device hook stands in `forward` and calls `_old_forward`; taken off, it leaves that in `forward`
     methods = (vars(module).get(name) for name in ("forward", "_old_forward"))
     own = next((m.__func__ for m in methods if inspect.ismethod(m) and m.__self__ is module), None)
@@ -188,16 +229,16 @@ def _call_reason(module: nn.Module, x: Tensor | None) -> str:
     return ""
 
 
-def _base_reason(base: nn.Module, x: Tensor | None) -> str:
+def _base_reason(base: nn.Module, x: Tensor | None, name: str = "the base layer") -> str:
     if listened := _not_bare(base, (nn.Linear,)):
-        return f"the base layer {listened}"
+        return f"{name} {listened}"
     like = base.weight if x is None and isinstance(base.weight, Tensor) else x
     if rules.fusable(base, like):
         return ""
     kinds = {type(t).__name__ for t in (base.weight, base.bias) if t is not None and type(t) is not nn.Parameter}
     if kinds:
-        return f"the base layer's weight is a {', '.join(sorted(kinds))}"
-    return f"x is {_name(like)}, the base layer's weight {_name(base.weight)}"
+        return f"{name}'s weight is a {', '.join(sorted(kinds))}"
+    return f"x is {_name(like)}, {name}'s weight {_name(base.weight)}"
 
 
 def _not_bare(module: nn.Module, kinds: tuple[type, ...]) -> str:
@@ -217,6 +258,52 @@ def _layer_report(name: str, module: nn.Module, reason: str, x: Tensor | None) -
     return LayerReport(name, kind, "low-rank" if reason else "fused", reason)
 
 
+def _block_reports(
+    model: nn.Module, layers: Mapping[int, LayerReport], plain: Mapping[int, str] = types.MappingProxyType({})
+) -> tuple[BlockReport, ...]:
+    """How the blocks of a model are computed.
+
+    Args:
+        model: The model.
+        layers: How its LoRA layers are computed, by identity: one may stand in two places.
+        plain: Why a layer without an adapter had to be called, as seen in a call; likewise.
+    """
+    found = []
+    for name, module, block in _blocks(model):
+        reason = block.reason or _forward_reason(module)
+        if not reason and (part := changed(module, block.others)):
+            reason = f"{part} has a hook, or is not what it was when the model was patched"
+        for own, child in zip(block.layers, members(module, block.layers), strict=True):
+            if reason:
+                break
+            if id(child) in layers:
+                reason = _member_reason(own, child, layers[id(child)])
+            else:
+                reason = plain[id(child)] if id(child) in plain else _base_reason(child, None, own)
+        found.append(BlockReport(name, block.kind, "per layer" if reason else "joined", reason))
+    return tuple(found)
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Structure]]:
+    """The blocks that hold LoRA layers: name, module, and what it was seen to be when it was patched, or is now."""
+    for name, module in model.named_modules():
+        forward = type(module).forward
+        block = patched_structure(forward) or structure(module, rules.stock_forward(forward))
+        if block and any(isinstance(child, known.lora_layer()) for child in members(module, block.layers)):
+            yield name, module, block
+
+
+def _member_reason(own: str, layer: nn.Module, found: LayerReport) -> str:
+    """Why a LoRA layer of a block has to be called."""
+    if found.form != "fused":
+        return f"{own} is {found.form}: {found.reason}"
+    if listened := _not_bare(layer, (type(layer),)):
+        return f"{own} {listened}"
+    active = [layer.lora_dropout[name] for name in layer.active_adapters if name in layer.lora_A]
+    masks = sum(dropout.training and getattr(dropout, "p", 0) > 0 for dropout in active)
+    return f"{own} has {len(active)} active adapters, and dropout" if len(active) > 1 and masks else ""
+
+
 def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
     """Call the model and look at each layer as its forward begins, when its parameters are gathered.
 
@@ -224,7 +311,14 @@ def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     when it ends.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, known.lora_layer())}
+    plain = {
+        id(child): (own, child)
+        for _, module, block in _blocks(model)
+        for own, child in zip(block.layers, members(module, block.layers), strict=True)
+        if not isinstance(child, known.lora_layer())
+    }
     seen: dict[str, LayerReport] = {}
+    called: dict[int, str] = {}
 
     def begins(name: str) -> Callable[..., None]:
         def look(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -241,7 +335,15 @@ def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
         return look
 
-    handles = [
+    def watch(own: str, module: nn.Module) -> RemovableHandle:
+        def look(module: nn.Module, given: tuple[Any, ...]) -> None:
+            handle.remove()  # this hook is no reason; one of others' is
+            called[id(module)] = _base_reason(module, given[0] if given else None, own)
+
+        handle = module.register_forward_pre_hook(look)
+        return handle
+
+    handles = [watch(*one) for one in plain.values()] + [
         handle
         for name, module in layers.items()
         for handle in (
@@ -260,7 +362,8 @@ def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for module in idle.layers:
         if module.name not in seen:
             seen[module.name] = LayerReport(module.name, module.kind, "stock", module.reason or "not called")
-    return Report(tuple(seen[name] for name in layers))
+    by_layer = {id(module): seen[name] for name, module in layers.items()}
+    return Report(tuple(by_layer.values()), _block_reports(model, by_layer, called))
 
 
 def _name(t: Tensor) -> str:

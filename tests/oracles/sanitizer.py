@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 OUTPUTS = {
-    "_shrink_kernel": {"s_ptrs", "keep_ptrs", "parts_ptr"},
+    "_shrink_kernel": {"s_ptrs", "keep_ptrs", "parts_ptr", "h_ptr"},
     "_matmul_expand_kernel": {"y0", "y1", "y2", "y3"},
-    "_wgrad_kernel": {"g_ptrs", "ds_ptr", "g_parts_ptr", "ds_parts_ptr"},
+    "_wgrad_kernel": {"g_ptrs", "ds_ptrs", "g_parts_ptr", "ds_parts_ptr", "dgate_ptr", "dup_ptr"},
 }
 PARTS = {"parts_ptr", "g_parts_ptr", "ds_parts_ptr"}
 COUNTERS = "arrivals_ptr"
@@ -37,7 +37,7 @@ class Launch:
         self.tensors = {name: t for name, value in arguments.items() for t in _tensors(value)}
         written = OUTPUTS.get(kernel, set())
         self.counters = self.tensors.pop(COUNTERS, None)
-        unread = {*written, COUNTERS} - ({"g_ptrs"} if arguments.get("ACCUMULATE") else set())
+        unread = {*written, COUNTERS} - ({"g_ptrs"} if any(arguments.get("ACCUMULATE") or ()) else set())
         self.readable = _logical(arguments, [name for name in arguments if name not in unread])
         self.writable = _logical(arguments, written)
         self.parts = np.isin(self.writable, _logical(arguments, written & PARTS))

@@ -1,0 +1,74 @@
+"""The activations of a gated MLP in plain PyTorch, and what their backward pass is asked for beside the gradient.
+
+    h  = a(g) · u,  du = dh · a(g),  dg = dh · u · a'(g)          a is silu, gelu, gelu_tanh or relu2
+
+Computed in fp32 at least and rounded once each. The kernels have their own, `lora_kernels.kernels._activation`.
+
+Sources: Shazeer 2020, arXiv:2002.05202 (SwiGLU, GEGLU); So et al. 2021, arXiv:2109.08668 (squared ReLU).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["ACTIVATIONS", "After", "Before", "activated", "gradients"]
+
+
+class After(NamedTuple):
+    """What dA of the layer after an activation takes: ds `[M, r]`, the dtype of dA, the mask of h or None."""
+
+    ds: Tensor
+    out_dtype: torch.dtype
+    keep: Tensor | None
+
+
+class Before(NamedTuple):
+    """What ds and dB of a layer before it take: s `[M, r]`, or None for no dB; B `[W, r]`, or None for no ds."""
+
+    s: Tensor | None
+    lora_B: Tensor | None
+    alpha: float
+    out_dtype: torch.dtype
+
+
+class _Activation(NamedTuple):
+    value: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]  # of what comes back and g
+
+
+_gelu_backward = torch.ops.aten.gelu_backward
+_ACTIVATIONS = {
+    "silu": _Activation(F.silu, torch.ops.aten.silu_backward),
+    "gelu": _Activation(F.gelu, _gelu_backward),
+    "gelu_tanh": _Activation(
+        lambda g: F.gelu(g, approximate="tanh"), lambda dy, g: _gelu_backward(dy, g, approximate="tanh")
+    ),
+    "relu2": _Activation(lambda g: F.relu(g).square(), lambda dy, g: dy * F.relu(g) * 2),
+}
+ACTIVATIONS = tuple(_ACTIVATIONS)
+
+
+def activated(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """Compute h = a(gate) · up, or a(gate), in their dtype; differentiable."""
+    h = _ACTIVATIONS[activation].value(_wide(gate))
+    return (h if up is None else h * _wide(up)).to(gate.dtype)
+
+
+def gradients(
+    gate: Tensor, up: Tensor | None, dh: Tensor, activation: str
+) -> tuple[Tensor, tuple[Tensor] | tuple[Tensor, Tensor]]:
+    """Compute h, and dg and, with `up`, du, each rounded once to the dtype of `gate`."""
+    act, dtype = _ACTIVATIONS[activation], gate.dtype
+    gate, dh = _wide(gate), _wide(dh)
+    value = act.value(gate)
+    if up is None:
+        return value.to(dtype), (act.gradient(dh, gate).to(dtype),)
+    up = _wide(up)
+    return (value * up).to(dtype), (act.gradient(dh * up, gate).to(dtype), value.mul_(dh).to(dtype))
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.float() if t.itemsize == 2 else t

@@ -1,0 +1,63 @@
+"""The backward pass of an activation with all that its neighbours' adapters need of it, from one read of g, u and dh.
+
+    du = dh · a(g),  dg = dh · u · a'(g)          stored, for the dx of the layers before
+    dA = dsᵀ (keep · h)                           of the layer after; h = a(g) · u is made again, not stored
+    dsᵢ = alphaᵢ · dgᵢ Bᵢ,  dBᵢ = dgᵢᵀ sᵢ         of the layers before, dgᵢ one of dg and du
+
+It is one launch of the wgrad kernel, with a row for each of the up to three products, and at ranks above 32 a shrink
+for each ds, whose parts weigh as much there as another read.
+"""
+
+import torch
+from torch import Tensor
+
+from lora_kernels.activations import After, Before
+from lora_kernels.kernels._configs import shrink_wgrad_pays
+from lora_kernels.kernels._launch import thin_rows
+from lora_kernels.kernels.shrink import shrink
+from lora_kernels.kernels.wgrad import DGATE, DUP, Activation, H, Product, launch
+
+__all__ = ["activation_wgrad"]
+
+
+def activation_wgrad(
+    gate: Tensor, up: Tensor | None, dh: Tensor, activation: str, after: After | None, *before: Before | None
+) -> tuple[list[Tensor], Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:  # fmt: skip
+    """Compute what follows from dh, `[M, W]`, in one pass.
+
+    Args:
+        gate: g, `[M, W]`.
+        up: u, `[M, W]`, or None where h = a(g).
+        dh: `[M, W]`, contiguous. Its memory may become the last result's: whoever calls has no more use for it.
+        activation: "silu", "gelu", "gelu_tanh" or "relu2".
+        after: For dA, or None.
+        *before: For ds and dB of the gate and, if there is one, of the up projection; None for neither.
+
+    Returns:
+        dg and, with `up`, du; dA `[r, W]` or None; ds `[M, r]` and dB `[W, r]` of each in `before`, None if not asked for.
+    """
+    rows, width = gate.shape
+    ranks = [t.shape[1] for one in before if one for t in one[:2] if t is not None]
+    # with more columns than a tile has, several programs read the same dh
+    reused = max([*ranks, after.ds.shape[1] if after else 0], default=0) <= 64
+    wides = [gate.new_empty(rows, width) for _ in before[1:]] + [dh if reused else torch.empty_like(dh)]
+    products, dA = [], None
+    if after is not None:
+        dA = gate.new_empty(after.ds.shape[1], width, dtype=after.out_dtype)
+        products.append(Product(after.ds, dA.t(), after.keep, wide=H))
+    made: list[list[Tensor | None]] = []
+    for one, which in zip(before, (DGATE, DUP), strict=False):
+        ds = dB = fused = None
+        if one is not None and one.s is not None:
+            dB = gate.new_empty(width, one.s.shape[1], dtype=one.out_dtype)
+            if one.lora_B is not None and shrink_wgrad_pays(one.s.shape[1]):
+                ds = thin_rows(gate, one.s.shape[1])
+                fused = one.lora_B, ds, one.alpha
+            products.append(Product(one.s, dB, None, fused, wide=which))
+        made.append([ds, dB])
+    dup = wides[1] if up is not None else None
+    launch(gate, products, Activation(activation, up, dh, wides[0], dup))
+    for one, wide, results in zip(before, wides, made, strict=True):
+        if one is not None and one.lora_B is not None and results[0] is None:
+            results[0] = shrink(wide, one.lora_B.t(), one.alpha)[0]
+    return wides, dA, [tuple(results) for results in made]

@@ -1,0 +1,227 @@
+r"""A gated MLP: the products of `autograd` and `projections`, with the activation made where its neighbours read it.
+
+    forward    g, u  = gate(x), up(x)                      as `projections` computes them: 2 launches
+               h     = a(g) · u,  s = α D(h) A_dᵀ          shrink: one pass of g and u, which writes h
+               y     = h W_dᵀ + s B_dᵀ + bias              matmul_expand
+    backward   ds    = α dy B_d,  dB_d = dyᵀ s             shrink_wgrad: one read of dy
+               dh    = dy W_d + keep · (ds A_d)            matmul_expand
+               du    = dh · a(g),  dg = dh · u · a'(g)     \
+               dA_d  = dsᵀ (keep · h)                       | wgrad: one pass of g, u and dh, in which h is made again;
+               ds_g  = α dg B_g,  dB_g = dgᵀ s_g            | a shrink each for ds_g and ds_u at ranks above 32
+               ds_u  = α du B_u,  dB_u = duᵀ s_u           /
+               dx, dA_g, dA_u                              as `projections` computes them: 2 launches
+
+Nine launches. Saved for backward: x, g, u, the s and the masks; with `recompute` not even g and u, which are then made
+again of x and the s. dh, dg and du are all that backward holds beside them, two of the three at a time. No input is
+written.
+
+Source: Shazeer 2020, arXiv:2002.05202; Hu et al. 2021, arXiv:2106.09685. Recomputing h in backward: Liger's SwiGLU
+(idea; there g and u are overwritten). No code was taken.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from lora_kernels import autograd, plan, projections
+from lora_kernels.activations import After, Before
+from lora_kernels.autograd import autocast_off, rows
+from lora_kernels.projections import Part, Projection
+
+__all__ = ["Layer", "LoRAMLPFunction", "backward", "forward"]
+
+_EACH = 4  # weight, lora_A, lora_B, bias
+
+
+class Layer(NamedTuple):
+    """What backward needs of one layer, as far as gradients are needed.
+
+    Attributes:
+        weight: W, where the gradient of its input is needed.
+        lora_A: A, likewise.
+        lora_B: B, where that or dA is needed.
+        s: `[M, r]`, where dB is needed.
+        keep: The backend's mask, where there is one and the gradient of the input or dA is needed.
+        alpha: scaling · keep_scale.
+        dtypes: Those that dA and dB come in, None without an adapter.
+        needs: Whether the gradients of weight, lora_A, lora_B and bias are needed.
+    """
+
+    weight: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    s: Tensor | None
+    keep: Tensor | None
+    alpha: float
+    dtypes: tuple[torch.dtype, torch.dtype] | None
+    needs: Sequence[bool]
+
+
+def forward(
+    x: Tensor, before: Sequence[Projection], down: Projection, activation: str, backend: str
+) -> tuple[Tensor, list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    """Compute y `[M, out]`, and what backward needs of the way there.
+
+    Args:
+        x: `[*, in]`.
+        before: Gate and up, or up alone.
+        down: The layer after the activation.
+        activation: Its name.
+        backend: "triton" or "torch".
+
+    Returns:
+        y; the outputs of `before`, `[M, hidden]`; s and the mask of each layer, None where there is none.
+    """
+    outs, shrunk, keeps = projections.forward(x, before, backend)
+    rows_of_down = [] if down.lora_A is None else [(down.lora_A.to(x.dtype), down.alpha, down.dropout_p)]
+    gate, up = (*outs, None)[:2]
+    h, s, keep = plan.contractions(backend).activate_shrink(gate, up, activation, rows_of_down)
+    sources = [(h, down.weight), *((one, down.lora_B.to(x.dtype)) for one in s)]
+    rank = s[0].shape[1] if s else 0
+    _, expand = plan.expander(backend, h, down.weight.shape[0], rank, masked=False, backward=False)
+    return expand(sources, down.bias), outs, [*shrunk, *(s or [None])], [*keeps, *(keep or [None])]
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, outs: Sequence[Tensor], layers: Sequence[Layer], need_x: bool, activation: str,
+    backend: str,
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """Compute dx `[M, in]`, and the gradients of weight, lora_A, lora_B and bias of each layer, as far as needed.
+
+    Args:
+        dy: `[M, out]`.
+        x: `[M, in]`, where a gradient of a weight or of an A before the activation is needed.
+        outs: The outputs of gate and up, or of up alone, where they are needed.
+        layers: Gate and up, or up alone; and down.
+        need_x: Whether dx is needed.
+        activation: Its name.
+        backend: "triton" or "torch".
+    """
+    ops, (*before, down) = plan.contractions(backend), layers
+    need_weight, need_A, need_B, need_bias = down.needs
+    need_dh = need_x or any(any(q.needs) for q in before)
+    dh, ds, d_lora_B = _through_down(dy, down, need_dh, backend)
+    dweight = d_lora_A = None
+    gate, up = (*outs, None)[:2] if outs else (None, None)
+    if need_weight or (need_A and not need_dh):
+        h, _, _ = ops.activate_shrink(gate, up, activation, [])
+        dweight = torch.mm(dy.t(), h) if need_weight else None
+        if not need_dh:
+            d_lora_A = ops.wgrad(ds, h, down.dtypes[0], down.keep) if need_A else None
+    grads: list[Tensor | None] = []
+    dx = None
+    if need_dh:
+        after = After(ds, down.dtypes[0], down.keep) if need_A else None
+        asked = [_asked(q, need_x, dy.dtype) for q in before]
+        wides, d_lora_A, made = ops.activation_wgrad(gate, up, dh, activation, after, *asked)
+        del dh
+        parts = [Part(wide, *q[:7], q.needs[1]) for wide, q in zip(wides, before, strict=True)]
+        dx, low_rank = projections.backward(x, parts, need_x, backend, made)
+        for wide, q, own in zip(wides, before, low_rank, strict=True):
+            of_weight, _, _, of_bias = q.needs
+            grads += [torch.mm(wide.t(), x) if of_weight else None, *own, wide.sum(0) if of_bias else None]
+    else:
+        grads += [None] * _EACH * len(before)
+    return dx, [*grads, dweight, d_lora_A, d_lora_B, dy.sum(0) if need_bias else None]
+
+
+def _through_down(
+    dy: Tensor, down: Layer, need_dh: bool, backend: str
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The dh, ds and dB that follow from dy."""
+    _, need_A, need_B, _ = down.needs
+    if down.dtypes is None:  # no adapter
+        if not need_dh:
+            return None, None, None
+        _, expand = plan.expander(backend, dy, down.weight.shape[1], 0, masked=False, backward=True)
+        return expand([(dy, down.weight.t())]), None, None
+    dh, ds, d_lora_B, _ = autograd.from_dy(
+        dy, down.weight, down.lora_A, down.lora_B, down.s, down.keep, down.alpha, backend, down.dtypes[1],
+        (need_dh, need_A, need_B),
+    )  # fmt: skip
+    # some forms leave padding between its rows
+    return None if dh is None else dh.contiguous(), ds, d_lora_B
+
+
+def _asked(q: Layer, need_x: bool, dtype: torch.dtype) -> Before | None:
+    """What of a layer before the activation is to come with its gradient."""
+    _, need_A, need_B, _ = q.needs
+    if q.dtypes is None or not (need_x or need_A or need_B):
+        return None
+    lora_B = q.lora_B.to(dtype) if need_x or need_A else None
+    return Before(q.s if need_B else None, lora_B, q.alpha, q.dtypes[1])
+
+
+class LoRAMLPFunction(torch.autograd.Function):
+    """`forward` with a backward. Differentiable once; a second time raises."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, backend: str, activation: str, recompute: bool,
+        numbers: Sequence[tuple[float, float]], *tensors: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Compute y `[M, out]` and save for backward what the gradients that are needed need.
+
+        Args:
+            ctx: The context.
+            x: `[*, in]`.
+            backend: "triton" or "torch".
+            activation: Its name.
+            recompute: Whether to keep x in place of the outputs of gate and up.
+            numbers: scaling and dropout_p of each layer.
+            tensors: weight, lora_A, lora_B and bias of gate and up, or of up alone, and of down.
+        """
+        groups = zip(_by_layer(tensors), numbers, strict=True)
+        *before, down = layers = [Projection(*four, *pair) for four, pair in groups]
+        y, outs, shrunk, keeps = forward(x, before, down, activation, backend)
+        need_x, all_needs = ctx.needs_input_grad[0], _by_layer(ctx.needs_input_grad[5:])
+        need_dh = need_x or any(any(needs) for needs in all_needs[:-1])
+        again = recompute and (need_dh or any(all_needs[-1][:2]))  # what gate and up take has to be there for it
+        saved, needs_rows = [], again
+        for q, s, keep, needs in zip(layers, shrunk, keeps, all_needs, strict=True):
+            need_weight, need_A, need_B, _ = needs
+            into = need_dh if q is down else need_x
+            made_again = again and q is not down
+            needs_rows |= q is not down and (need_weight or need_A)
+            saved += [
+                q.weight if into or made_again else None, q.lora_A if into else None,
+                q.lora_B if into or need_A or made_again else None, s if need_B or made_again else None,
+                keep if into or need_A else None, q.bias if made_again else None,
+            ]  # fmt: skip
+        keep_outs = not again and (need_dh or any(all_needs[-1][:2]))
+        ctx.save_for_backward(x if needs_rows else None, *saved, *(outs if keep_outs else ()))
+        ctx.numbers = [
+            (q.alpha, None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype), needs)
+            for q, needs in zip(layers, all_needs, strict=True)
+        ]
+        ctx.backend, ctx.activation, ctx.again, ctx.x_shape = backend, activation, again, x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients that `ctx.needs_input_grad` asks for, each in its tensor's dtype."""
+        with autocast_off(dy):
+            return _backward(ctx, dy)
+
+
+def _by_layer(flat: Sequence) -> list[Sequence]:
+    return [flat[i : i + _EACH] for i in range(0, len(flat), _EACH)]
+
+
+def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    count, need_x = len(ctx.numbers), ctx.needs_input_grad[0]
+    x, *saved = ctx.saved_tensors
+    dy, x = rows(dy), None if x is None else rows(x)
+    groups, outs = [saved[6 * i : 6 * i + 6] for i in range(count)], saved[6 * count :]
+    layers = [Layer(*five, *numbers) for (*five, _), numbers in zip(groups, ctx.numbers, strict=True)]
+    if ctx.again:
+        before = [
+            Projection(q.weight, None, q.lora_B, bias) for q, (*_, bias) in zip(layers[:-1], groups, strict=False)
+        ]
+        outs = projections.expand(x, before, [q.s for q in layers[:-1]], ctx.backend)
+    dx, grads = backward(dy, x, outs, layers, need_x, ctx.activation, ctx.backend)
+    return None if dx is None else dx.view(ctx.x_shape), None, None, None, None, *grads
