@@ -92,13 +92,32 @@ def _ours(problem: BlockProblem, backend: str) -> BlockProvider:
     def mlp() -> tuple[Tensor, ...]:
         return (lora_mlp(leaves["dx"], *layers.values(), activation=problem.activation, backend=chosen),)
 
-    widths = [w.shape[0] for w in weights[: 2 if problem.activation else None]]
-    shared = plan.joins(chosen, problem.x, widths, problem.rank, any(numbers["dropout_p"]))
+    fused = _fused(problem, chosen)
     return BlockProvider(
-        f"lora_kernels {_tag(problem, chosen)}", problem,
-        mlp if problem.activation else qkv, leaves, "kernel" if chosen == "triton" and shared else "operators",
-        "" if chosen == "torch" else "ours" if shared else "triton",
+        f"lora_kernels {_tag(problem, chosen)}", problem, mlp if problem.activation else qkv, leaves,
+        "kernel" if fused else "operators", "ours" if fused else "",
     )  # fmt: skip
+
+
+def _fused(problem: BlockProblem, backend: str) -> bool:
+    """Whether every large product comes from one accumulator with its low-rank part."""
+    x, rank = problem.x, problem.rank
+    masked = any(q.dropout_p for q in problem.layers.values())
+    widths = [q.weight.shape[0] for q in problem.layers.values()]
+    forms = set()
+    if problem.activation:
+        *widths, out = widths
+        h, dy = (x.flatten()[:1].expand(x.shape[0], width) for width in (widths[0], out))  # of their shapes alone
+        forms |= {
+            plan.expander(backend, h, out, rank, masked=False, backward=False)[0],
+            plan.expander(backend, dy, widths[0], rank, masked=masked, backward=True)[0],
+        }
+    cols, inner = sum(widths), x.shape[1]
+    forms |= {
+        plan.expander_all(backend, x, inner, cols, rank, masked=False, backward=False)[0],
+        plan.expander_all(backend, x, cols, inner, rank, masked, backward=True, sources=len(widths))[0],
+    }
+    return forms == {"fused"}
 
 
 def _per_layer(problem: BlockProblem, backend: str) -> BlockProvider:

@@ -35,6 +35,7 @@ class Case:
         strategy: Form of the large products.
         place: Which of the shipped tiles they take; None for the rule's, as are places past the last.
         others: out_features of further projections of the same x, of the same rank.
+        activation: Of a gated MLP, whose gate and up have n out_features and whose down has k; "" for no MLP.
     """
 
     m: int
@@ -50,16 +51,19 @@ class Case:
     strategy: str = "fused"
     place: int | None = None
     others: tuple[int, ...] = ()
+    activation: str = ""
 
     def __str__(self) -> str:
         words = [word for word in ("bias", "strided", "tf32", "accumulate") if getattr(self, word)]
         tile = [] if self.place is None else [f"tile {self.place}"]
         widths = "+".join(map(str, (self.n, *self.others)))
-        return " ".join([f"{self.m}x{self.k}x{widths} r={self.r} {self.dtype} p={self.p:g}", *words, *tile])
+        mlp = [f"mlp {self.activation}"] if self.activation else []
+        return " ".join([f"{self.m}x{self.k}x{widths} r={self.r} {self.dtype} p={self.p:g}", *mlp, *words, *tile])
 
 
 _LARGE = (8192, 4096, 4096)
 _SMALL = (2048, 1024, 1024)
+_MLP = (8192, 4096, 14336)
 _QKV = (1024, 1024)  # Llama-8B's keys and values, beside its queries
 QUICK = (  # every kernel, and every rule of the budgets
     Case(*_LARGE, 16, bias=True, place=0), Case(*_LARGE, 16, p=0.1, place=0), Case(16, 4096, 4096, 16, p=0.1),
@@ -83,6 +87,9 @@ CASES = (  # every tile of every path, and every flag
     Case(16, 4096, 4096, 16, p=0.1, others=_QKV), Case(*_SMALL, 16, "fp32", p=0.1, others=(256, 256)),
     Case(*_SMALL, 16, p=0.1, strided=True, others=(256, 256)),
     *(Case(8192, 4096, 14336, 16, p=p, others=(14336,)) for p in (0.0, 0.1)),
+    *(Case(*_MLP, 16, p=p, activation="silu") for p in (0.0, 0.1)), Case(*_MLP, 64, activation="silu"),
+    *(Case(*_MLP, 16, activation=activation) for activation in ("gelu", "gelu_tanh", "relu2")),
+    Case(*_SMALL, 16, "fp32", p=0.1, activation="silu"), Case(*_SMALL, 16, p=0.1, strided=True, activation="silu"),
 )  # fmt: skip
 
 
@@ -129,7 +136,8 @@ class Kernel:
     @property
     def flags(self) -> str:
         """What sets it apart from others of that tile."""
-        words = [word for flag, word in _FLAGS.items() if self.constants.get(flag)]
+        words = [word for flag, word in _FLAGS.items() if _on(self.constants.get(flag))]
+        words += [activation] if (activation := self.constants.get("ACTIVATION")) else []
         counts = ((self.constants.get(flag, 0), word, usual) for flag, (word, usual) in _COUNTS.items())
         words += [f"{n} {word}" for n, word, usual in counts if n > usual]
         tf32 = self.constants.get("PRECISION") == "tf32"
@@ -138,6 +146,11 @@ class Kernel:
     def __str__(self) -> str:
         made = f"{self.num_warps} warps {self.num_stages} stages"
         return f"{self.arch} {self.name} {self.case.dtype} {self.tile} {made} {self.flags}".rstrip()
+
+
+def _on(flag: Any) -> bool:
+    """Whether a flag is set; of one that each row has its own of, whether any is."""
+    return any(flag) if isinstance(flag, tuple) else bool(flag)
 
 
 _SIDES = {
@@ -212,6 +225,7 @@ def describe(launch: Any, case: Case, arch: str, backward: bool = False) -> Kern
 def _forward(case: Case) -> tuple[torch.Tensor, ...]:
     """The forward pass on tensors that are allocated and never touched: what each projection gives."""
     from lora_kernels.autograd import LoRALinearFunction
+    from lora_kernels.mlp import LoRAMLPFunction
     from lora_kernels.projections import LoRAProjectionsFunction
 
     def make(*shape: int, grad: bool = True) -> torch.Tensor:
@@ -220,11 +234,14 @@ def _forward(case: Case) -> tuple[torch.Tensor, ...]:
             return torch.empty(*shape[:-1], 2 * shape[-1] + 3, dtype=dtype)[..., 1:-2:2].requires_grad_(grad)
         return torch.empty(shape, dtype=dtype, requires_grad=grad)
 
-    def projection(n: int) -> tuple[torch.Tensor | None, ...]:
+    def projection(n: int, k: int = case.k) -> tuple[torch.Tensor | None, ...]:
         bias = make(n, grad=False) if case.bias else None
-        return make(n, case.k, grad=False), make(case.r, case.k), make(n, case.r), bias
+        return make(n, k, grad=False), make(case.r, k), make(n, case.r), bias
 
     x, first = make(case.m, case.k), projection(case.n)
+    if case.activation:
+        tensors = itertools.chain(first, projection(case.n), projection(case.k, case.n))
+        return (LoRAMLPFunction.apply(x, "triton", case.activation, False, ((2.0, case.p),) * 3, *tensors),)
     if case.others:
         tensors = itertools.chain(first, *map(projection, case.others))
         return LoRAProjectionsFunction.apply(x, "triton", ((2.0, case.p),) * (1 + len(case.others)), *tensors)
