@@ -58,6 +58,14 @@ SEVERAL = {  # kernels of several projections, and what tells them from a layer'
     "masked 2 rows": kernel("wgrad", WGRAD | dict(HAS_KEEP=True, ROWS=2), loop_loads={128: 9, 8: 8}, loop_waits=4),
     "tma 6 in 3 out": kernel("matmul_expand", MATMUL | dict(NUM_SOURCES=6, NUM_OUTPUTS=3), loop_instructions=119),
     "tma masked 3 in 3 masks": kernel("matmul_expand", MATMUL | dict(NUM_SOURCES=3, NUM_MASKED=3)),
+    "shrinks silu 3 rows": kernel(
+        "wgrad",
+        WGRAD | dict(HAS_SHRINK=True, ROWS=3, ACTIVATION="silu", ACCUMULATE=(False,) * 3),
+        loop_loads={128: 9},
+        loop_waits=6,
+        loop_arrives=6,
+    ),
+    "adds 2 rows": kernel("wgrad", WGRAD | dict(ROWS=2, ACCUMULATE=(False, True)), loop_loads={128: 9}),
     "tma masked": kernel("matmul_expand", MATMUL | dict(NUM_SOURCES=1, NUM_MASKED=1, NUM_OUTPUTS=1)),
 }
 
@@ -159,6 +167,10 @@ def test_several_projections_are_among_the_cases():
     assert {case.dtype for case in blocks} >= {"bf16", "fp32"}
     assert any(case.others for case in QUICK)
     assert str(blocks[0]) == "8192x4096x4096+1024+1024 r=16 bf16 p=0.1"
+    mlps = [case for case in CASES if case.activation]
+    assert {case.activation for case in mlps} == {"silu", "gelu", "gelu_tanh", "relu2"}
+    assert {case.p > 0 for case in mlps} == {True, False}
+    assert str(mlps[0]) == "8192x4096x14336 r=16 bf16 p=0 mlp silu"
 
 
 # the command
