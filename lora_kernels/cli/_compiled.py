@@ -244,7 +244,7 @@ def _forward(case: Case) -> tuple[torch.Tensor, ...]:
         return (LoRAMLPFunction.apply(x, "triton", case.activation, False, ((2.0, case.p),) * 3, *tensors),)
     if case.others:
         tensors = itertools.chain(first, *map(projection, case.others))
-        return LoRAProjectionsFunction.apply(x, "triton", ((2.0, case.p),) * (1 + len(case.others)), *tensors)
+        return LoRAProjectionsFunction.apply(x, "triton", ((2.0, case.p, False),) * (1 + len(case.others)), *tensors)
     if case.accumulate:
         for adapter in first[1:3]:
             adapter.grad = torch.empty_like(adapter)
