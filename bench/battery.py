@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _RESERVE_S = 10.0  # for the summary, and for a step that is slow to die
 _LEAST_S = 15.0  # a step with less than this left is not begun: it would only load PyTorch
 _GRACE_S = 20.0  # between the last case that `bench` begins and the end of its time
+_BLOCKS = ("qkv", "mlp", "layer")
 _TAIL = 40  # lines of a step's output that the summary keeps
 
 
@@ -68,7 +69,7 @@ def plan_steps(rehearse: bool) -> list[Step]:
             Step("gpu_tests", (*tests, "--collect-only"), 60, fine=(0, 5)),  # 5: no such tests
             Step("verify", (*cli, "verify", "--quick", "--json", "{file}", "--minutes", "{minutes}"), 120),
             Step("llama-8b", _bench(*tiny, "--p", "0", "0.1"), 120),
-            Step("decoder", _bench("--level", "decoder", *tiny, "--p", "0.1"), 120),
+            Step("blocks", _bench("--block", *_BLOCKS, *tiny, "--p", "0.1"), 120),
             Step("kernels", _bench("--level", "kernel", *tiny, "--p", "0", "0.1"), 120),
             Step("model", _bench("--level", "model", *tiny, "--p", "0.1"), 120),
             Step("lorafusion", _bench(*tiny, "--m", "16", "32", "--p", "0.1"), 120),
@@ -76,12 +77,12 @@ def plan_steps(rehearse: bool) -> list[Step]:
         ]
     both, lean = ("--dtype", "bf16", "--p", "0", "0.1"), ("--no-compile", "--rounds", "15")
     llama = ("--preset", "llama-8b")
-    # compiling takes longer than all else: of layers it is done in both cases, of a decoder layer without dropout
+    # compiling takes longer than all else: it is done of layers and blocks, the most telling of which come first
     return [
         Step("gpu_tests", tests, 80),
         Step("verify", (*cli, "verify", "--json", "{file}", "--minutes", "{minutes}"), 90),
         Step("llama-8b", _bench(*llama, *both), 150),
-        Step("decoder", _bench("--level", "decoder", *llama, "--dtype", "bf16", "--p", "0", "--rounds", "15"), 90),
+        Step("blocks", _bench("--block", *_BLOCKS, *llama, *both, "--rounds", "15"), 100),
         Step("kernels", _bench("--level", "kernel", *llama, *both, "--rounds", "15"), 40),
         Step("model", _bench("--level", "model", *llama, *both, "--no-compile", "--rounds", "10"), 50),
         Step("lorafusion", _bench("--preset", "lorafusion", "--m", "2048", "4096", "6144", "8192", *both, *lean), 90),

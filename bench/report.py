@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels.cli import _bench_plot
-from lora_kernels.cli._bench_view import SPEEDUPS, labels_of, mib, overview, pass_name
-from lora_kernels.cli._level_view import KERNEL_HEADING, kernel_row, model_title, passes_of
+from lora_kernels.cli._bench_view import SPEEDUPS, labels_of, mib, overview, pass_name, shape_words, unsteady_words
+from lora_kernels.cli._level_view import KERNEL_HEADING, SHAPED, kernel_row, model_title, passes_of
 from lora_kernels.cli._machine import caption
 
 __all__ = ["main", "pictures", "render"]
 
+_BLOCKS = ("qkv", "mlp")
+_WORDS = {"layer": "Layers", "qkv": "Queries, keys and values", "mlp": "Gated MLP"}
 _PREFIX = "bench-"  # of the pictures, which have their folder to share with others
 ROOT = Path(__file__).resolve().parent.parent
 _HEAD = """# Benchmarks
@@ -27,6 +29,10 @@ _HEAD = """# Benchmarks
 _NOTHING = """
 No GPU has been measured yet: there is no result file of one. `python -m bench.battery --out bench/results/<gpu>` on a
 GPU makes them, and `python -m bench.report` this page.
+"""
+_NO_BLOCKS = """
+No block has been measured yet (queries, keys and values; the gated MLP): there is no result file of one. `lora-kernels
+bench --block qkv mlp layer --json FILE` makes one; what their launches move stands in [roofline](roofline.md).
 """
 _HOW_TO_READ = """
 Medians in milliseconds, of forward + backward unless said; all providers taken in turn in one run, each checked before
@@ -43,7 +49,10 @@ def render(results: Path) -> str:
     """The page for a folder of result folders."""
     folders = _folders(results)
     on_gpu = any(content["machine"]["gpu"] for files in folders.values() for content in files.values())
+    cases = [case for files in folders.values() for content in files.values() for case in _cases(content)]
     parts = [_HEAD] + ([] if on_gpu else [_NOTHING]) + ([_HOW_TO_READ] if folders else [])
+    if not any(case["level"] in _BLOCKS for case in cases):
+        parts.append(_NO_BLOCKS)
     for folder, files in folders.items():
         parts += _folder(folder.name, files)
     return "\n".join(part.strip("\n") + "\n" for part in parts)
@@ -63,8 +72,13 @@ def _picture(folder: str, stem: str) -> str:
     return f"{_PREFIX}{folder}-{stem}.png"
 
 
+def _cases(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `bench` measured, of a file of its; nothing of another command's."""
+    return content["cases"] if content.get("command") == "bench" else []
+
+
 def _timed(content: dict[str, Any]) -> bool:
-    return content.get("command") == "bench" and bool(content["cases"] and content["peaks"])
+    return bool(_cases(content) and content["peaks"])
 
 
 def _folders(results: Path) -> dict[Path, dict[str, dict[str, Any]]]:
@@ -88,7 +102,7 @@ def _folder(name: str, files: dict[str, dict[str, Any]]) -> list[str]:
     verified = files.get("verify")
     if verified:
         parts.append(f"`lora-kernels verify`: {verified['passed']} cases passed, {verified['failed']} failed.")
-    order = ("llama-8b", "decoder", "kernels", "model", "lorafusion", "large")
+    order = ("llama-8b", "blocks", "decoder", "kernels", "model", "lorafusion", "large")
     benches = {stem: content for stem, content in files.items() if content.get("command") == "bench"}
     for stem in sorted(benches, key=lambda s: (order.index(s) if s in order else len(order), s)):
         parts += _bench(stem, benches[stem])
@@ -107,7 +121,6 @@ def _bench(stem: str, content: dict[str, Any]) -> list[str]:
     cases, method, peaks = content["cases"], content["method"], content["peaks"]
     if not cases:
         return []
-    labels, level = labels_of(cases), content["level"]
     parts = [f"### {stem}"]
     if peaks:
         parts.append(
@@ -116,22 +129,21 @@ def _bench(stem: str, content: dict[str, Any]) -> list[str]:
             f"{peaks['matmul_flops_per_second'] / 1e12:.4g} TFLOP/s and a copy "
             f"{peaks['copy_bytes_per_second'] / 1e9:.4g} GB/s."
         )
-    if level == "kernel":
-        parts.append(_table(KERNEL_HEADING, list(map(kernel_row, cases))))
-    elif level in ("decoder", "model"):
-        for case in cases:
-            parts += [f"{model_title(case)}:", _model(case)]
-    elif peaks:
-        rows = [[*_case(case), *(_ms(case, name) for name in labels), _to_floor(case)] for case in cases]
-        parts.append(_table(["rows x in x out", "r", "p", *labels.values(), "ours / floor"], rows))
+    levels = list(dict.fromkeys(case["level"] for case in cases))
+    for level in levels:
+        parts += _times([case for case in cases if case["level"] == level], bool(peaks), alone=len(levels) == 1)
     if peaks:
         faster = [f"- over {label}: {figures}" for label, figures in overview(cases)]
         if faster:
             parts.append(f"{SPEEDUPS}, {pass_name(cases)}:\n\n" + "\n".join(faster))
-    if level == "layer":
-        rows = [[*_case(case), *(_memory(case, name) for name in labels)] for case in cases]
-        parts.append("MiB moved / saved / peak:")
-        parts.append(_table(["rows x in x out", "r", "p", *labels.values()], rows))
+        parts += filter(None, [unsteady_words(cases)])
+    for level in levels:
+        if level in SHAPED:
+            of_level = [case for case in cases if case["level"] == level]
+            labels = labels_of(of_level)
+            rows = [[*_case(case), *(_memory(case, name) for name in labels)] for case in of_level]
+            parts.append("MiB moved / saved / peak:")
+            parts.append(_table(["rows x in x out", "r", "p", *labels.values()], rows))
     failed = [row for case in cases for row in case["providers"].values() if row["reason"]]
     if failed:
         parts.append("Not timed:\n\n" + "\n".join(dict.fromkeys(f"- {r['label']}: {r['reason']}" for r in failed)))
@@ -141,10 +153,21 @@ def _bench(stem: str, content: dict[str, Any]) -> list[str]:
     return parts
 
 
+def _times(cases: list[dict[str, Any]], timed: bool, alone: bool) -> list[str]:
+    """The tables of one level's cases, under what the level is where they are not alone in their file."""
+    level, labels = cases[0]["level"], labels_of(cases)
+    if level == "kernel":
+        return [_table(KERNEL_HEADING, list(map(kernel_row, cases)))]
+    if level not in SHAPED:
+        return [part for case in cases for part in (f"{model_title(case)}:", _model(case))]
+    rows = [[*_case(case), *(_ms(case, name) for name in labels), _to_floor(case)] for case in cases]
+    table = _table(["rows x in x out", "r", "p", *labels.values(), "ours / floor"], rows)
+    return [*([] if alone else [f"{_WORDS[level]}:"]), table] if timed else []
+
+
 def _case(case: dict[str, Any]) -> list[str]:
-    shape = case["shape"]
-    label = f" ({shape['label']})" if shape["label"] else ""
-    return [f"{shape['m']} x {shape['k']} x {shape['n']}{label}", str(case["r"]), f"{case['p']:g}"]
+    label = f" ({case['shape']['label']})" if case["shape"]["label"] else ""
+    return [f"{shape_words(case)}{label}", str(case["r"]), f"{case['p']:g}"]
 
 
 def _ms(case: dict[str, Any], name: str) -> str:

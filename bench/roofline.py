@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from lora_kernels import strategy
-from lora_kernels.cli import _cost, _traffic
+from lora_kernels.cli import _block_cost, _cost, _traffic
 from lora_kernels.cli._cost import Cost, Size
 
 __all__ = ["Limits", "main", "render", "seconds"]
@@ -51,6 +51,17 @@ CHAINS: dict[str, tuple[Callable[[Size, bool], Cost], int]] = {
     "frozen layer": (_cost.COSTS["frozen"], 2),
 }
 WITHOUT_DROPOUT = ("Unsloth",)
+BLOCK_CHAINS = {  # to a formula of `_block_cost`, and bytes an element of the adapters
+    "PEFT, fp32 adapters": ("peft", 4), "PEFT": ("peft", 2), "Unsloth": ("unsloth", 2), "LoRAFusion": ("lorafusion", 2),
+    "lora_linear for each": ("triton", 2), "lora_kernels": ("ours", 2), "frozen layers": ("frozen", 2),
+    "floor": ("floor", 2),
+}  # fmt: skip
+BLOCKS = {
+    "queries, keys and values, 4096 to 4096, 1024 and 1024": lambda adapter: _block_cost.projections(
+        8192, 4096, (4096, 1024, 1024), 16, 2, adapter
+    ),
+    "gated MLP, 4096 to twice 14336 and back": lambda adapter: _block_cost.mlp(8192, 4096, 14336, 16, 2, adapter),
+}
 
 _HEAD = """# Roofline
 
@@ -72,7 +83,7 @@ def seconds(cost: Cost, z: Size, limits: Limits) -> float:
 
 def render() -> str:
     """The page."""
-    parts = [_HEAD, *_launches(), *_chains(), *_forms()]
+    parts = [_HEAD, *_launches(), *_chains(), *_blocks(), *_forms()]
     for name, limits in GPUS.items():
         parts += _times(name, limits)
     return "\n".join(part.strip("\n") + "\n" for part in parts)
@@ -119,6 +130,31 @@ def _chains() -> list[str]:
         "least with s and ds in memory; *floor* reads each large tensor once a pass, which nobody does.",
         _table(["chain", "p = 0", "p = 0.1", "launches, p = 0", "p = 0.1"], rows),
     ]
+
+
+def _blocks() -> list[str]:
+    limits = GPUS["H200 SXM"]
+    parts = [
+        "## Bytes of each block",
+        "Layers of Llama-8B that belong together, M = 8192, r = 16, bf16, MiB, forward + backward. A chain that goes "
+        "layer by layer takes the activation by PyTorch's operators and lets autograd add up the gradients of the "
+        "shared input. *Floor* is the frozen block with the weights of one input as one and the activation in the "
+        "products: each large tensor once a pass. *Over it* is the time that the other bytes take at the memory's "
+        f"limit on an H200, {limits.bandwidth / 1e12:.1f} TB/s. Arithmetic, as all of this page.",
+    ]
+    for title, block in BLOCKS.items():
+        rows = []
+        least = _block_cost.COSTS["floor"](block(2), False).total
+        for name, (formula, adapter) in BLOCK_CHAINS.items():
+            costs = [_block_cost.COSTS[formula](block(adapter), dropout) for dropout in (False, True)]
+            cells = [f"{cost.total / MIB:.0f}" for cost in costs] + [str(cost.launches) for cost in costs]
+            cells += [f"{(cost.total - least) / limits.bandwidth * 1e6:.0f}" for cost in costs]
+            if name in WITHOUT_DROPOUT:
+                cells[1::2] = ["-"] * 3
+            rows.append([name, *cells])
+        head = ["chain", "p = 0", "p = 0.1", "launches, p = 0", "p = 0.1", "over it, µs, p = 0", "p = 0.1"]
+        parts += [f"**{title[0].upper()}{title[1:]}**", _table(head, rows)]
+    return parts
 
 
 def _forms() -> list[str]:

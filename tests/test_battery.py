@@ -89,6 +89,25 @@ def test_pictures_come_and_go_with_the_page(tmp_path, monkeypatch, capsys):
     assert report.main([*where, "--check"]) == 1
 
 
+def test_page_of_blocks(tmp_path):
+    def block(level, ours=2.0):
+        case = sample_case(ours=ours) | {"level": level, "floor_bytes": 2**20}
+        return case | {"shape": {"m": 1, "k": 2, "n": 3, "label": "", "others": [4, 5] if level == "qkv" else []}}
+
+    put(tmp_path / "g", "llama-8b.json", GPU, **bench_file(sample_case()))
+    assert "No block has been measured yet" in report.render(tmp_path)
+    shaky = block("mlp")
+    shaky["providers"]["ours"]["seconds"]["both"] |= {"q1": 1.0, "q3": 3.0}
+    blocks = bench_file(block("qkv"), shaky, sample_model(), level="blocks")
+    put(tmp_path / "g", "blocks.json", GPU, **blocks)
+    page = report.render(tmp_path)
+    assert "No block has been measured" not in page
+    assert page.index("Queries, keys and values:") < page.index("Gated MLP:") < page.index("One decoder layer: hidden")
+    assert page.count("| 1 x 2 x 3 + 4 + 5 | 16 | 0.1 |") == 2  # times and memory
+    assert "Unsteady: in 1 of 8 times" in page
+    assert page.count("Unsteady") == 1
+
+
 def test_page_keeps_no_failure_back(tmp_path):
     put(tmp_path / "g", "llama-8b.json", GPU, **bench_file(sample_case()))
     states = {"gpu_tests": "failed", "verify": "out of time", "llama-8b": "ok", "memory": "skipped"}
@@ -215,15 +234,16 @@ def alive(pid):
 
 def test_battery_fits_its_files_and_its_order():
     steps = battery.plan_steps(rehearse=False)
-    assert [step.name for step in steps][:6] == ["gpu_tests", "verify", "llama-8b", "decoder", "kernels", "model"]
+    assert [step.name for step in steps][:6] == ["gpu_tests", "verify", "llama-8b", "blocks", "kernels", "model"]
     assert sum(step.cap_s for step in steps[:6]) <= 8.5 * 60  # all levels have their turn, whatever the others take
     assert sum(step.file is not None for step in steps) + 1 <= 8
     for step in steps:  # every bench command line is one that bench takes
         if "bench" in step.command:
             argv = [{"{file}": "f", "{minutes}": "1"}.get(part, part) for part in step.command[3:]]
             args = arguments(*argv)
-            assert bench._cases(args)
-            assert _levels.names(args.level, settings(only=tuple(args.providers)), 16)
+            cases = bench._cases(args)
+            assert cases
+            assert all(_levels.names(level, settings(only=tuple(args.providers)), r) for level, _, r, _ in cases)
 
 
 def test_battery_rehearsal(tmp_path, monkeypatch):

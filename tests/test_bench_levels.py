@@ -172,7 +172,7 @@ def test_every_model_is_right_and_timed(dtype, p, whole):
     case = _model_case.run_case(TINY, 4, p, settings(dtype), whole=whole)
     rows = case["providers"]
     half = dtype == torch.bfloat16
-    assert set(rows) == {"frozen", "ours", "peft"} | ({"ours_fp32", "peft_fp32"} if half else set())
+    assert set(rows) == {"frozen", "ours", "per_layer", "peft"} | ({"ours_fp32", "peft_fp32"} if half else set())
     assert (case["level"], case["tokens"]) == ("model" if whole else "decoder", 64)
     for row in rows.values():
         assert row["reason"] == ""

@@ -95,8 +95,11 @@ def test_verify_quick_passes(tmp_path):
     assert report["failed"] == 0
     assert report["passed"] == len(cases) == done.stdout.count(" pass\n")
     assert {case["backend"] for case in cases} == {"triton", "torch"}
-    assert all(0 < case["rule_1"] <= 1 for case in cases)
-    assert all({f["name"] for f in case["findings"]} >= {"y", "dx", "d_lora_A", "d_lora_B"} for case in cases)
+    layers = [case for case in cases if "layout" in case]
+    assert all(0 < case["rule_1"] <= 1 for case in layers)
+    assert all({f["name"] for f in case["findings"]} >= {"y", "dx", "d_lora_A", "d_lora_B"} for case in layers)
+    assert all(len(case["findings"]) == (8 if case["activation"] else 10) for case in cases if case not in layers)
+    assert {bool(case["activation"]) for case in cases if case not in layers} == {True, False}
     assert any(f["name"] == "dbias" for case in cases for f in case["findings"])
     ran = {case["dtype"] for case in cases if case["backend"] == "triton"}
     assert ran == ({"bf16", "fp16", "fp32"} if ON_GPU else {"fp16", "fp32"})
@@ -108,8 +111,12 @@ def _quick_torch(*more: str) -> int:
 
 
 def test_verify_fails_on_a_wrong_scale(monkeypatch, tmp_path, capsys):
-    shrink = eager.shrink
-    monkeypatch.setattr(eager, "shrink", lambda x, a, alpha, *rest, **more: shrink(x, a, alpha * 1.001, *rest, **more))
+    shrink_all = eager.shrink_all
+    monkeypatch.setattr(
+        eager,
+        "shrink_all",
+        lambda x, rows, **more: shrink_all(x, [(a, alpha * 1.001, p) for a, alpha, p in rows], **more),
+    )
     assert _quick_torch("--json", str(tmp_path / "v.json")) == 1
     assert "FAIL" in capsys.readouterr().out
     report = json.loads((tmp_path / "v.json").read_text())

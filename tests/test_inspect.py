@@ -10,7 +10,7 @@ from lora_kernels import cli
 from lora_kernels.cli import inspect
 from lora_kernels.cli._binary import Facts, Loop
 from lora_kernels.cli._budget import broken
-from lora_kernels.cli._compiled import Case, Kernel
+from lora_kernels.cli._compiled import CASES, QUICK, Case, Kernel
 from lora_kernels.cli._stored import budget_file, regressions, renew
 
 GPU = SimpleNamespace(num_sms=132, shared=232_448)
@@ -52,6 +52,22 @@ GOOD = [
     kernel("wgrad", WGRAD | dict(HAS_SHRINK=True), loop_waits=2, loop_arrives=2),
     kernel("wgrad", WGRAD | dict(BLOCK_M=16), loop_loads={128: 2, 32: 1}),  # 32 bits a thread are all there is
 ]
+
+SEVERAL = {  # kernels of several projections, and what tells them from a layer's
+    "3 rows": kernel("shrink", SHRINK | dict(ROWS=3), loop_waits=3, loop_arrives=3),
+    "masked 2 rows": kernel("wgrad", WGRAD | dict(HAS_KEEP=True, ROWS=2), loop_loads={128: 9, 8: 8}, loop_waits=4),
+    "tma 6 in 3 out": kernel("matmul_expand", MATMUL | dict(NUM_SOURCES=6, NUM_OUTPUTS=3), loop_instructions=119),
+    "tma masked 3 in 3 masks": kernel("matmul_expand", MATMUL | dict(NUM_SOURCES=3, NUM_MASKED=3)),
+    "shrinks silu 3 rows": kernel(
+        "wgrad",
+        WGRAD | dict(HAS_SHRINK=True, ROWS=3, ACTIVATION="silu", ACCUMULATE=(False,) * 3),
+        loop_loads={128: 9},
+        loop_waits=6,
+        loop_arrives=6,
+    ),
+    "adds 2 rows": kernel("wgrad", WGRAD | dict(ROWS=2, ACCUMULATE=(False, True)), loop_loads={128: 9}),
+    "tma masked": kernel("matmul_expand", MATMUL | dict(NUM_SOURCES=1, NUM_MASKED=1, NUM_OUTPUTS=1)),
+}
 
 BAD = [
     (kernel("shrink", SHRINK, spills=72), "spills 72"),
@@ -136,6 +152,25 @@ def test_renewal_replaces_an_architecture_and_keeps_the_others(tmp_path):
         "sm_90 wgrad bf16 64x128x16 4 warps 4 stages": [160, 100_000, 300],  # the larger of the two, figure by figure
     }
     assert len(path.read_text().splitlines()) == 4  # a line for each, to be read in a diff
+
+
+@pytest.mark.parametrize("flags", SEVERAL)
+def test_kernels_of_several_projections_go_by_names_of_their_own(flags):
+    assert SEVERAL[flags].flags == flags
+    assert list(broken(SEVERAL[flags], GPU)) == []
+
+
+def test_several_projections_are_among_the_cases():
+    blocks = [case for case in CASES if case.others]
+    assert {len(case.others) for case in blocks} == {1, 2}
+    assert {case.p > 0 for case in blocks} == {True, False}
+    assert {case.dtype for case in blocks} >= {"bf16", "fp32"}
+    assert any(case.others for case in QUICK)
+    assert str(blocks[0]) == "8192x4096x4096+1024+1024 r=16 bf16 p=0.1"
+    mlps = [case for case in CASES if case.activation]
+    assert {case.activation for case in mlps} == {"silu", "gelu", "gelu_tanh", "relu2"}
+    assert {case.p > 0 for case in mlps} == {True, False}
+    assert str(mlps[0]) == "8192x4096x14336 r=16 bf16 p=0 mlp silu"
 
 
 # the command

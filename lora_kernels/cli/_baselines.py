@@ -17,7 +17,7 @@ from lora_kernels import plan
 from lora_kernels.functional import lora_linear
 from lora_kernels.numerics import Problem
 
-__all__ = ["PROVIDERS", "Provider", "build", "names_for", "scaled_mm"]
+__all__ = ["PROVIDERS", "Provider", "build", "names_for", "scaled_mm", "short"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _ours(problem: Problem, backend: str) -> Provider:
 
     fused = plan.fuses(chosen, problem.x, problem.weight, problem.lora_A.shape[0], problem.dropout_p > 0)
     rule = "kernel" if fused else "operators"
-    wide = "" if problem.lora_A.dtype == problem.x.dtype else f" {_short(problem.lora_A.dtype)}"
+    wide = "" if problem.lora_A.dtype == problem.x.dtype else f" {short(problem.lora_A.dtype)}"
     return Provider(f"lora_kernels [{chosen}]{wide}", problem, forward, leaves, rule, chosen)
 
 
@@ -119,7 +119,7 @@ def _peft(problem: Problem, backend: str) -> Provider:
     for which, tensor in (("A", problem.lora_A), ("B", problem.lora_B)):
         module = getattr(layer, f"lora_{which}")["default"]
         module.weight = leaves[f"d_lora_{which}"] = nn.Parameter(tensor.detach())
-    label = f"PEFT {_short(problem.lora_A.dtype)}"
+    label = f"PEFT {short(problem.lora_A.dtype)}"
     return Provider(label, problem, lambda: layer(leaves["dx"]), leaves, cost="peft")
 
 
@@ -132,7 +132,7 @@ def _peft_arithmetic(problem: Problem) -> Provider:
         low_rank = F.linear(F.linear(F.dropout(x.to(a.dtype), p) if p else x.to(a.dtype), a), b)
         return (y + low_rank * scaling).to(y.dtype)
 
-    label = f"PEFT arithmetic {_short(problem.lora_A.dtype)}"
+    label = f"PEFT arithmetic {short(problem.lora_A.dtype)}"
     return Provider(label, problem, forward, leaves, cost="peft")
 
 
@@ -243,7 +243,8 @@ def _split(problem: Problem, backend: str) -> Provider:
     return Provider(f"split graph [{chosen}]", problem, forward, leaves, cost="split" if chosen == "triton" else "")
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
+    """A dtype in the tables' words, such as bf16."""
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}.get(dtype, str(dtype)[6:])
 
 

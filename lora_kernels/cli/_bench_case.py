@@ -16,7 +16,10 @@ from lora_kernels.cli._presets import PROJECTIONS, Shape
 from lora_kernels.dropout import threshold
 from lora_kernels.numerics import Problem
 
-__all__ = ["Settings", "clone", "draw", "first_line", "held_bytes", "peak_bytes", "ready", "run_case", "saved_bytes"]
+__all__ = [
+    "Settings", "admit_all", "clone", "compare", "copies_of", "draw", "first_line", "held_bytes", "peak_bytes", "ready",
+    "run_case", "saved_bytes", "take_times",
+]  # fmt: skip
 
 _OPERANDS = ("x", "weight", "lora_A", "lora_B", "dy")
 
@@ -90,45 +93,74 @@ def run_case(
     """Run one case; `tick` is told what is being done. What comes back is plain data, for tables and JSON alike."""
     if settings.compiled:
         torch._dynamo.reset()  # its cache is by code, not by layer: after eight shapes it runs eager and does not say
-    problem = draw(shape, r, p, settings)
-    copies, turn = _copies(problem, settings), itertools.count()
-    truth, rows, timed = _judge.Truth(), {}, {}
-    for name in settings.names(r):
-        tick(f"checking {name}")
-        rows[name], provider = _admit(name, problem, truth, settings)
-        if provider is None:
-            continue
-        if len(copies) > 1 and "compiled" in name:
-            rows[name]["reason"] = "not with --cache rotate: it would be compiled anew for every copy"
-            continue
-        try:
-            others = [settings.build(name, copy, settings.backend) for copy in copies[1:]]
-            calls = [_timing.Calls(one.forward, one.backward) for one in (provider, *others)]
-            timed[name] = ready(calls, settings, turn)
-        except Exception as error:
-            rows[name]["reason"] = f"cannot be timed so: {first_line(error)}"
-    del truth
-    if settings.passes:
-        times = _timing.time_all(timed, settings.passes, settings.rounds, settings.clock(), lambda: tick("timing"))
-        for name, taken in times.items():
-            rows[name]["seconds"] = taken
-    _compare(rows, shape, r, settings)
+    problem, truth = draw(shape, r, p, settings), _judge.Truth()
+    copies = copies_of(problem, sum(getattr(problem, name).nbytes for name in _OPERANDS), clone, settings)
+    rows, timed = admit_all(
+        settings.names(r), lambda name: _admit(name, problem, truth, settings),
+        lambda name: [settings.build(name, copy, settings.backend) for copy in copies[1:]], settings, tick,
+    )  # fmt: skip
+    truth.forget()
+    take_times(rows, timed, settings, tick)
+    base, work = (_cost.flops(shape.m, shape.k, shape.n, rank) for rank in (0, r))
+    compare(rows, base, work, settings)
     return {
         "level": "layer", "copies": len(copies),
         "shape": {"m": shape.m, "k": shape.k, "n": shape.n, "label": shape.label}, "r": r, "p": p,
         "dtype": str(settings.dtype).removeprefix("torch."),
-        "flops": dict(zip(("forward", "backward"), _cost.flops(shape.m, shape.k, shape.n, r), strict=True)),
+        "flops": dict(zip(("forward", "backward"), work, strict=True)),
         "split_minimum_bytes": _cost.split_minimum(_size(problem)).total,
         "providers": rows,
     }  # fmt: skip
 
 
-def _copies(problem: Problem, settings: Settings) -> list[Problem]:
-    """The problem, and its copies where the buffers are rotated."""
+def copies_of(problem: Any, size: int, clone: Callable[[Any], Any], settings: Settings) -> list[Any]:
+    """The problem, whose operands take `size` bytes, and its copies where the buffers are rotated."""
     if settings.cache != "rotate" or not settings.passes:
         return [problem]
-    count = _timing.copies_for(sum(getattr(problem, name).nbytes for name in _OPERANDS))
-    return [problem, *(clone(problem) for _ in range(count - 1))]
+    return [problem, *(clone(problem) for _ in range(_timing.copies_for(size) - 1))]
+
+
+def admit_all(
+    names: list[str], admit: Callable[[str], tuple[dict[str, Any], Any]], others: Callable[[str], list[Any]],
+    settings: Settings, tick: Callable[[str], None],
+) -> tuple[dict[str, dict[str, Any]], dict[str, _timing.Calls]]:  # fmt: skip
+    """Build, judge and weigh every provider.
+
+    Args:
+        names: Of the providers.
+        admit: Name to the provider's row, and the provider, or None if it may not be timed.
+        others: Name to the same provider on each further copy of the operands.
+        settings: Of the run.
+        tick: Told what is being done.
+
+    Returns:
+        The rows, and what is to be timed.
+    """
+    rows, timed, turn = {}, {}, itertools.count()
+    for name in names:
+        tick(f"checking {name}")
+        rows[name], provider = admit(name)
+        if provider is None:
+            continue
+        if settings.cache == "rotate" and "compiled" in name:
+            rows[name]["reason"] = "not with --cache rotate: it would be compiled anew for every copy"
+            continue
+        try:
+            calls = [_timing.Calls(one.forward, one.backward) for one in (provider, *others(name))]
+            timed[name] = ready(calls, settings, turn)
+        except Exception as error:
+            rows[name]["reason"] = f"cannot be timed so: {first_line(error)}"
+    return rows, timed
+
+
+def take_times(
+    rows: dict[str, dict[str, Any]], timed: dict[str, _timing.Calls], settings: Settings, tick: Callable[[str], None]
+) -> None:
+    """Time all in turn and fill in their rows."""
+    if settings.passes:
+        times = _timing.time_all(timed, settings.passes, settings.rounds, settings.clock(), lambda: tick("timing"))
+        for name, taken in times.items():
+            rows[name]["seconds"] = taken
 
 
 def clone(problem: Problem) -> Problem:
@@ -181,11 +213,20 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {said}"[:300]
 
 
-def _compare(rows: dict[str, dict[str, Any]], shape: Shape, r: int, settings: Settings) -> None:
-    """Fill in what follows from the times: ratios to the floor, shares of the measured peak, and rates."""
+def compare(
+    rows: dict[str, dict[str, Any]], base: tuple[int, int], adapted: tuple[int, int], settings: Settings
+) -> None:
+    """Fill in what follows from the times: ratios to the floor, shares of the measured peak, and rates.
+
+    Args:
+        rows: Provider name to row.
+        base: FLOPs of forward and of backward without adapters.
+        adapted: With them.
+        settings: Of the run.
+    """
     floor = rows.get("frozen", {}).get("seconds", {})
     for name, row in rows.items():
-        forward, backward = _cost.flops(shape.m, shape.k, shape.n, 0 if name == "frozen" else r)
+        forward, backward = base if name == "frozen" else adapted
         work = {"forward": forward, "backward": backward, "both": forward + backward}
         peak = settings.peaks.get("matmul_flops_per_second")
         for which, taken in row["seconds"].items():

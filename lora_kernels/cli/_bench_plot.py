@@ -8,7 +8,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.cli._bench_view import labels_of, last_pass, median_ms, pass_name
+from lora_kernels.cli._bench_view import labels_of, last_pass, median_ms, pass_name, shape_words
 
 __all__ = ["missing", "plot"]
 
@@ -59,5 +59,6 @@ def _tick(case: dict[str, Any]) -> str:
     if "model" in case:
         what = f"{case['model']['hidden']}/{case['model']['intermediate']}, {case['tokens']} tokens"
     else:
-        what = f"{case.get('launch', '')} {case['shape']['m']}x{case['shape']['k']}x{case['shape']['n']}".strip()
+        name = case.get("launch", case["shape"]["label"] if "floor_bytes" in case else "")
+        what = f"{name} {shape_words(case, 'x', '+')}".strip()
     return f"{what} r={case['r']} p={case['p']:g}"

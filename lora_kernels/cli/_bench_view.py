@@ -10,16 +10,27 @@ from rich.text import Text
 
 __all__ = [
     "SPEEDUPS", "case_table", "labels_of", "last_pass", "median_ms", "mib", "overview", "pass_name", "quotient",
-    "show_speedups", "speedups", "sweep_table", "with_spread",
+    "shape_words", "show_speedups", "speedups", "sweep_table", "unsteady", "unsteady_words", "with_spread",
 ]  # fmt: skip
 
 SPEEDUPS = "Speed of lora_kernels over the others (geometric mean; above 1 is faster)"
 _PASS_NAMES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 _OF_LEVEL = {("kernel", "forward"): "one launch", ("model", "both"): "training step"}
 _DASH = "-"
+_UNSTEADY = 0.5  # of the median
 _WIDE = 132  # columns of the widest table
 _SWEEP_RATIOS = ("ours / floor", "PEFT / ours", "saved: ours / PEFT")
-_SWEEP_COLUMNS = ("frozen", "ours", "peft", "peft_fp32", "peft_compiled", "peft_fp32_compiled", "addmm", "split")
+_SWEEP_COLUMNS = (
+    "frozen",
+    "ours",
+    "per_layer",
+    "peft",
+    "peft_fp32",
+    "peft_compiled",
+    "peft_fp32_compiled",
+    "addmm",
+    "split",
+)
 
 
 def mib(size: int | None) -> str:
@@ -35,11 +46,18 @@ def median_ms(case: dict[str, Any], name: str, which: str = "both") -> float | N
     return None if taken is None else taken["median"] * 1e3
 
 
+def shape_words(case: dict[str, Any], times: str = " x ", plus: str = " + ") -> str:
+    """A case's shape: rows x in x out, of several projections out + out."""
+    shape = case["shape"]
+    widths = plus.join(map(str, (shape["n"], *shape.get("others", ()))))
+    return times.join((str(shape["m"]), str(shape["k"]), widths))
+
+
 def case_title(case: dict[str, Any]) -> str:
     """A case in words: rows x in x out, then what else it is."""
-    shape = case["shape"]
-    label = f" ({shape['label']})" if shape["label"] else ""
-    return f"{shape['m']} x {shape['k']} x {shape['n']}{label}, r={case['r']}, p={case['p']:g}, {case['dtype']}"
+    label = f" ({case['shape']['label']})" if case["shape"]["label"] else ""
+    what = {"qkv": "Queries, keys and values: ", "mlp": "Gated MLP: "}.get(case["level"], "")
+    return f"{what}{shape_words(case)}{label}, r={case['r']}, p={case['p']:g}, {case['dtype']}"
 
 
 def last_pass(cases: list[dict[str, Any]]) -> str:
@@ -122,11 +140,12 @@ def case_table(case: dict[str, Any], width: int = _WIDE) -> Group:
             cells = (column[i] for _, column in columns)
             table.add_row(Text(row["label"]), *cells, style="bold" if name == "ours" else "")
         tables.append(table)
-    least, work = mib(case["split_minimum_bytes"]), sum(case["flops"].values()) / 1e9
-    note = (
-        f"  * by arithmetic, forward + backward, each launch moving its operands once: {least} is the least with s in "
-        f"memory; {work:.4g} GFLOP"
-    )
+    if "floor_bytes" in case:
+        least = f"{mib(case['floor_bytes'])} if frozen and each large tensor once a pass"
+    else:
+        least = f"{mib(case['split_minimum_bytes'])} is the least with s in memory"
+    work = sum(case["flops"].values()) / 1e9
+    note = f"  * by arithmetic, forward + backward, each launch moving its operands once: {least}; {work:.4g} GFLOP"
     reasons = [Text(f"  {row['label']}: {row['reason']}", style="yellow") for row in rows if row["reason"]]
     return Group(*tables, Text(note, style="dim"), *reasons)
 
@@ -149,10 +168,10 @@ def sweep_table(cases: list[dict[str, Any]]) -> Group:
         table.add_column(Text(heading), justify="left" if is_shape else "right", no_wrap=is_shape, overflow="fold")
     reasons: dict[str, None] = {}
     for case in cases:
-        shape, found = case["shape"], {name: median_ms(case, name, which) for name in names}
+        found = {name: median_ms(case, name, which) for name in names}
         ours = median_ms(case, "ours", which)
         table.add_row(
-            f"{shape['m']}x{shape['k']}x{shape['n']}", str(case["r"]), f"{case['p']:g}",
+            shape_words(case, "x", "+"), str(case["r"]), f"{case['p']:g}",
             *(_DASH if value is None else f"{value:.3f}" for value in found.values()),
             quotient(ours, found.get("frozen")), quotient(found.get("peft"), ours), _saved_beside_peft(case),
         )  # fmt: skip
@@ -175,6 +194,32 @@ def show_speedups(console: Console, cases: list[dict[str, Any]]) -> None:
             grid.add_row(Text(f"  over {label}"), figures)
         console.print(f"{SPEEDUPS}, {pass_name(cases)}", style="bold")
         console.print(grid)
+
+
+def unsteady(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The times whose middle half spans more than `_UNSTEADY` of their median: a ratio of such times means nothing."""
+    return [
+        {"case": i, "provider": name, "pass": which, "spread": spread}
+        for i, case in enumerate(cases)
+        for name, row in case["providers"].items()
+        for which, taken in row["seconds"].items()
+        if (spread := (taken["q3"] - taken["q1"]) / taken["median"]) > _UNSTEADY
+    ]
+
+
+def unsteady_words(cases: list[dict[str, Any]]) -> str:
+    """`unsteady` in words, or ""."""
+    found = unsteady(cases)
+    if not found:
+        return ""
+    worst = max(found, key=lambda one: one["spread"])
+    label = cases[worst["case"]]["providers"][worst["provider"]]["label"]
+    total = sum(len(row["seconds"]) for case in cases for row in case["providers"].values())
+    return (
+        f"Unsteady: in {len(found)} of {total} times the middle half of the rounds spans more than {_UNSTEADY:.0%} of "
+        f"the median; ratios of those mean nothing. Worst: {label}, {_PASS_NAMES[worst['pass']]}, "
+        f"{worst['spread']:.0%}."
+    )
 
 
 def with_spread(taken: dict[str, Any] | None) -> str:

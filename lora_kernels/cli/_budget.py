@@ -62,8 +62,8 @@ def _tensor_cores(kernel: "Kernel") -> Iterator[str]:
         if any(name.startswith("HMMA") for name in facts.mma):
             yield "falls back to mma.sync"
         dots = kernel.constants.get("ROWS", 1) + bool(kernel.constants.get("HAS_SHRINK"))
-        # an operand that is masked in registers is waited for before its registers are written again
-        in_registers = kernel.name != "matmul_expand" and _masks(kernel)
+        # an operand that is masked or made in registers is waited for before its registers are written again
+        in_registers = kernel.name != "matmul_expand" and (_masks(kernel) or kernel.constants.get("ACTIVATION"))
         if not in_registers and max(loop.waits, loop.arrives) > dots:
             yield f"begins its tensor cores {loop.arrives} times a K step and waits {loop.waits} times, for {dots} dots"
 

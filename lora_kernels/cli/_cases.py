@@ -7,7 +7,7 @@ from lora_kernels import dropout, eager, reference
 from lora_kernels.functional import lora_linear
 from lora_kernels.numerics import Problem
 
-__all__ = ["make_problem", "run_problem", "with_mask"]
+__all__ = ["make_problem", "run_problem", "same_bits", "storages", "with_mask"]
 
 
 def make_problem(
@@ -77,3 +77,16 @@ def run_problem(problem: Problem, backend: str, seed: int) -> dict[str, Tensor]:
     y.backward(problem.dy)
     names = {"x": "dx", "lora_A": "d_lora_A", "lora_B": "d_lora_B", "bias": "dbias"}
     return {"y": y.detach()} | {names[name]: leaf.grad for name, leaf in leaves.items()}
+
+
+def storages(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of everything that lies in the buffers of tensors, beside the tensors as well."""
+    return {
+        name: torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage()).clone()
+        for name, t in tensors.items()
+    }
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree bit for bit, NaN and signed zeros included."""
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -1,5 +1,6 @@
-"""The kernels that a layer's forward and backward launch on a GPU that need not be there, each read and judged."""
+"""The kernels that a layer or a block launches on a GPU that need not be there, each read and judged."""
 
+import itertools
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Case:
-    """A layer whose forward and backward are launched.
+    """A layer, or several layers of one x, whose forward and backward are launched.
 
     Attributes:
         m: Rows.
@@ -33,6 +34,8 @@ class Case:
         accumulate: Whether gradients are added to those that are there.
         strategy: Form of the large products.
         place: Which of the shipped tiles they take; None for the rule's, as are places past the last.
+        others: out_features of further projections of the same x, of the same rank.
+        activation: Of a gated MLP, whose gate and up have n out_features and whose down has k; "" for no MLP.
     """
 
     m: int
@@ -47,18 +50,24 @@ class Case:
     accumulate: bool = False
     strategy: str = "fused"
     place: int | None = None
+    others: tuple[int, ...] = ()
+    activation: str = ""
 
     def __str__(self) -> str:
         words = [word for word in ("bias", "strided", "tf32", "accumulate") if getattr(self, word)]
         tile = [] if self.place is None else [f"tile {self.place}"]
-        return " ".join([f"{self.m}x{self.k}x{self.n} r={self.r} {self.dtype} p={self.p:g}", *words, *tile])
+        widths = "+".join(map(str, (self.n, *self.others)))
+        mlp = [f"mlp {self.activation}"] if self.activation else []
+        return " ".join([f"{self.m}x{self.k}x{widths} r={self.r} {self.dtype} p={self.p:g}", *mlp, *words, *tile])
 
 
 _LARGE = (8192, 4096, 4096)
 _SMALL = (2048, 1024, 1024)
+_MLP = (8192, 4096, 14336)
+_QKV = (1024, 1024)  # Llama-8B's keys and values, beside its queries
 QUICK = (  # every kernel, and every rule of the budgets
     Case(*_LARGE, 16, bias=True, place=0), Case(*_LARGE, 16, p=0.1, place=0), Case(16, 4096, 4096, 16, p=0.1),
-    Case(*_SMALL, 16, "fp32", p=0.1),
+    Case(*_SMALL, 16, "fp32", p=0.1), Case(*_LARGE, 16, p=0.1, others=_QKV),
 )  # fmt: skip
 CASES = (  # every tile of every path, and every flag
     *QUICK,
@@ -73,6 +82,14 @@ CASES = (  # every tile of every path, and every flag
     Case(*_SMALL, 16, "fp32", bias=True), Case(*_SMALL, 64, "fp32", p=0.1),
     *(Case(*_SMALL, 16, "fp32", p=0.1, tf32=True, place=place) for place in range(2)),
     Case(*_SMALL, 16, "fp32", p=0.1, strided=True),
+    # queries, keys and values; gate and up
+    Case(*_LARGE, 16, others=_QKV), Case(*_LARGE, 16, bias=True, others=_QKV), Case(*_LARGE, 64, others=_QKV),
+    Case(16, 4096, 4096, 16, p=0.1, others=_QKV), Case(*_SMALL, 16, "fp32", p=0.1, others=(256, 256)),
+    Case(*_SMALL, 16, p=0.1, strided=True, others=(256, 256)),
+    *(Case(8192, 4096, 14336, 16, p=p, others=(14336,)) for p in (0.0, 0.1)),
+    *(Case(*_MLP, 16, p=p, activation="silu") for p in (0.0, 0.1)), Case(*_MLP, 64, activation="silu"),
+    *(Case(*_MLP, 16, activation=activation) for activation in ("gelu", "gelu_tanh", "relu2")),
+    Case(*_SMALL, 16, "fp32", p=0.1, activation="silu"), Case(*_SMALL, 16, p=0.1, strided=True, activation="silu"),
 )  # fmt: skip
 
 
@@ -119,13 +136,21 @@ class Kernel:
     @property
     def flags(self) -> str:
         """What sets it apart from others of that tile."""
-        words = [word for flag, word in _FLAGS.items() if self.constants.get(flag)]
+        words = [word for flag, word in _FLAGS.items() if _on(self.constants.get(flag))]
+        words += [activation] if (activation := self.constants.get("ACTIVATION")) else []
+        counts = ((self.constants.get(flag, 0), word, usual) for flag, (word, usual) in _COUNTS.items())
+        words += [f"{n} {word}" for n, word, usual in counts if n > usual]
         tf32 = self.constants.get("PRECISION") == "tf32"
         return " ".join([*words, *(["tf32"] if tf32 else []), *(["strided"] if self.case.strided else [])])
 
     def __str__(self) -> str:
         made = f"{self.num_warps} warps {self.num_stages} stages"
         return f"{self.arch} {self.name} {self.case.dtype} {self.tile} {made} {self.flags}".rstrip()
+
+
+def _on(flag: Any) -> bool:
+    """Whether a flag is set; of one that each row has its own of, whether any is."""
+    return any(flag) if isinstance(flag, tuple) else bool(flag)
 
 
 _SIDES = {
@@ -135,6 +160,8 @@ _SIDES = {
 }
 _FLAGS = {"USE_TMA": "tma", "HAS_BIAS": "bias", "HAS_KEEP": "masked", "NUM_MASKED": "masked", "HAS_DROPOUT": "dropout",
           "HAS_SHRINK": "shrinks", "ACCUMULATE": "adds"}  # fmt: skip
+# how many, where more than a layer has: adapters of a thin product, products and results of a large one
+_COUNTS = {"ROWS": ("rows", 1), "NUM_SOURCES": ("in", 2), "NUM_MASKED": ("masks", 1), "NUM_OUTPUTS": ("out", 1)}
 
 
 def problem() -> str:
@@ -159,9 +186,9 @@ def compile_case(case: Case, arch: str, seen: set[str]) -> list[Kernel]:
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     try:
         with imagine(GPUS[arch]) as launched, plan.forced(case.strategy, case.place):
-            y = _forward(case)
+            ys = _forward(case)
             forward = len(launched)
-            y.backward(torch.empty_like(y))
+            torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
     finally:
         torch.backends.cuda.matmul.fp32_precision = precision
     kernels = []
@@ -195,9 +222,11 @@ def describe(launch: Any, case: Case, arch: str, backward: bool = False) -> Kern
     return replace(kernel, broken=tuple(broken(kernel, GPUS[arch])))
 
 
-def _forward(case: Case) -> torch.Tensor:
-    """The forward pass on tensors that are allocated and never touched."""
+def _forward(case: Case) -> tuple[torch.Tensor, ...]:
+    """The forward pass on tensors that are allocated and never touched: what each projection gives."""
     from lora_kernels.autograd import LoRALinearFunction
+    from lora_kernels.mlp import LoRAMLPFunction
+    from lora_kernels.projections import LoRAProjectionsFunction
 
     def make(*shape: int, grad: bool = True) -> torch.Tensor:
         dtype = DTYPES[case.dtype]
@@ -205,9 +234,18 @@ def _forward(case: Case) -> torch.Tensor:
             return torch.empty(*shape[:-1], 2 * shape[-1] + 3, dtype=dtype)[..., 1:-2:2].requires_grad_(grad)
         return torch.empty(shape, dtype=dtype, requires_grad=grad)
 
-    x, weight = make(case.m, case.k), make(case.n, case.k, grad=False)
-    lora_A, lora_B = make(case.r, case.k), make(case.n, case.r)
-    bias = make(case.n, grad=False) if case.bias else None
+    def projection(n: int, k: int = case.k) -> tuple[torch.Tensor | None, ...]:
+        bias = make(n, grad=False) if case.bias else None
+        return make(n, k, grad=False), make(case.r, k), make(n, case.r), bias
+
+    x, first = make(case.m, case.k), projection(case.n)
+    if case.activation:
+        tensors = itertools.chain(first, projection(case.n), projection(case.k, case.n))
+        return (LoRAMLPFunction.apply(x, "triton", case.activation, False, ((2.0, case.p),) * 3, *tensors),)
+    if case.others:
+        tensors = itertools.chain(first, *map(projection, case.others))
+        return LoRAProjectionsFunction.apply(x, "triton", ((2.0, case.p, False),) * (1 + len(case.others)), *tensors)
     if case.accumulate:
-        lora_A.grad, lora_B.grad = torch.empty_like(lora_A), torch.empty_like(lora_B)
-    return LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, 2.0, case.p, "triton", case.accumulate)
+        for adapter in first[1:3]:
+            adapter.grad = torch.empty_like(adapter)
+    return (LoRALinearFunction.apply(x, *first, 2.0, case.p, "triton", case.accumulate),)

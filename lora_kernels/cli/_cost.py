@@ -10,7 +10,10 @@ bias and its gradient, random numbers, and the partial sums of split reductions.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["COSTS", "ONE_READ_RANK", "Cost", "Size", "floor", "flops", "lorafusion", "split_minimum", "unsloth"]
+__all__ = [
+    "COSTS", "ONE_READ_RANK", "Cost", "Size", "casts", "floor", "flops", "from_dy", "lorafusion", "split_minimum",
+    "unsloth",
+]  # fmt: skip
 
 ONE_READ_RANK = 32  # up to it the kernels take ds and dB from one read of dy; a test holds it to their own rule
 
@@ -93,11 +96,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of each launch, in order, and of those two that hold the base products, y and dx."""
+    """Bytes of each launch, in order, and of those two that hold a layer's base products, y and dx."""
 
     forward: tuple[int, ...]
     backward: tuple[int, ...]
-    base: tuple[int, int]
+    base: tuple[int, int] = (0, 0)
 
     @property
     def total(self) -> int:
@@ -174,18 +177,18 @@ def _split(z: Size, dropout: bool) -> Cost:
     expands = z.base + z.s + z.b, z.base + z.s + z.a + (z.bits if dropout else 0)
     return Cost(
         (*dropping, z.x + z.a + z.s, expands[0]),
-        (*_from_dy(z, z.b), *packing, expands[1], z.s + z.x + z.a),
+        (*from_dy(z, z.b), *packing, expands[1], z.s + z.x + z.a),
         expands,
     )
 
 
-def _from_dy(z: Size, d_b: int) -> tuple[int, ...]:
+def from_dy(z: Size, d_b: int) -> tuple[int, ...]:
     """Ds and dB: one read of dy at small ranks, two at others."""
     one_read = z.r <= ONE_READ_RANK
     return (z.y + z.b + z.s + z.s + d_b,) if one_read else (z.y + z.b + z.s, z.y + z.s + d_b)
 
 
-def _casts(z: Size) -> tuple[int, ...]:
+def casts(z: Size) -> tuple[int, ...]:
     """A and B rounded to x's dtype, once a pass."""
     return (z.wide.a + z.a, z.wide.b + z.b) if z.mixed else ()
 
@@ -195,8 +198,8 @@ def _kernels(z: Size, dropout: bool) -> Cost:
     bits, d_a, d_b = z.bits if dropout else 0, z.wide.a, z.wide.b
     expands = z.base + z.s + z.b, z.base + z.s + z.a + bits
     return Cost(
-        (*_casts(z), z.x + z.a + z.s + bits, expands[0]),
-        (*_casts(z), *_from_dy(z, d_b), expands[1], z.s + z.x + d_a + bits),
+        (*casts(z), z.x + z.a + z.s + bits, expands[0]),
+        (*casts(z), *from_dy(z, d_b), expands[1], z.s + z.x + d_a + bits),
         expands,
     )
 
@@ -207,9 +210,9 @@ def _operators(z: Size, dropout: bool) -> Cost:
     draw = (z.mask,) if dropout else ()
     into_dx = (z.s + z.a + z.x, 2 * z.x + z.mask, 3 * z.x) if dropout else (z.s + z.a + 2 * z.x,)
     return Cost(
-        (*_casts(z), *draw, *drop_x, z.x + z.a + z.s, z.base, z.s + z.b + 2 * z.y),
+        (*casts(z), *draw, *drop_x, z.x + z.a + z.s, z.base, z.s + z.b + 2 * z.y),
         (
-            *_casts(z), z.y + z.b + z.s, z.base, *into_dx, *drop_x,
+            *casts(z), z.y + z.b + z.s, z.base, *into_dx, *drop_x,
             z.s + z.x + z.wide.a, z.y + z.s + z.wide.b,
         ),
         (z.base, z.base),

@@ -55,6 +55,10 @@ class Truth:
             self._problem, self._outputs = problem, (numerics.exact(problem), numerics.eager(problem))
         return self._outputs
 
+    def forget(self) -> None:
+        """Free them."""
+        self._problem = self._outputs = None
+
 
 def _same(one: Problem, other: Problem) -> bool:
     return all(getattr(one, name) is getattr(other, name) for name in ("x", "weight", "lora_A", "lora_B", "dy", "keep"))

@@ -10,8 +10,11 @@ from rich.text import Text
 from lora_kernels.cli._bench_view import case_table, median_ms, mib, quotient, show_speedups, sweep_table, with_spread
 from lora_kernels.cli._presets import PROJECTIONS
 
-__all__ = ["KERNEL_HEADING", "kernel_row", "kernel_table", "model_table", "model_title", "passes_of", "show"]
+__all__ = [
+    "KERNEL_HEADING", "SHAPED", "kernel_row", "kernel_table", "model_table", "model_title", "passes_of", "show",
+]  # fmt: skip
 
+SHAPED = ("layer", "qkv", "mlp")  # levels whose cases are shapes
 _FULL_UP_TO = 3  # layers; more are one row each
 
 KERNEL_HEADING = (
@@ -94,14 +97,15 @@ def model_table(case: dict[str, Any]) -> Group:
 
 def show(console: Console, cases: list[dict[str, Any]], full: bool) -> None:
     """Print the tables of a run, of layers in `full` or a row a case where there are many, and the means."""
-    level = cases[0]["level"] if cases else ""
-    if level == "kernel":
-        console.print(kernel_table(cases))
-    elif level == "layer" and not full and len(cases) > _FULL_UP_TO:
-        console.print(sweep_table(cases))
-    else:
-        for case in cases:
-            console.print(case_table(case, console.width) if level == "layer" else model_table(case))
+    for level in dict.fromkeys(case["level"] for case in cases):
+        of_level = [case for case in cases if case["level"] == level]
+        if level == "kernel":
+            console.print(kernel_table(of_level))
+        elif level in SHAPED and not full and len(of_level) > _FULL_UP_TO:
+            console.print(sweep_table(of_level))
+        else:
+            for case in of_level:
+                console.print(case_table(case, console.width) if level in SHAPED else model_table(case))
     show_speedups(console, cases)
 
 

@@ -3,16 +3,20 @@
 from collections.abc import Callable
 from typing import Any
 
-from lora_kernels.cli import _baselines, _bench_case, _kernel_case, _model_case
+from lora_kernels.cli import _baselines, _bench_case, _block_case, _block_providers, _kernel_case, _model_case, _presets
 from lora_kernels.cli._bench_case import Settings
-from lora_kernels.cli._presets import MODELS, PRESETS, Dims, Shape, sized, with_rows, with_tokens
+from lora_kernels.cli._block_case import BLOCKS
+from lora_kernels.cli._presets import Dims, HostedDims, Shape
 
-__all__ = ["LEVELS", "PROVIDERS", "names", "run", "subjects"]
+__all__ = ["LEVELS", "OF_BLOCK", "PROVIDERS", "names", "run", "subjects"]
 
 LEVELS = ("layer", "kernel", "decoder", "model")
+OF_BLOCK = {"qkv": "qkv", "mlp": "mlp", "layer": "decoder"}  # what --block calls the others, to their level
+_WIDTHS = {"qkv": 3}  # of a shape, where it is not one
 _OF_LEVEL = {
     "layer": tuple(_baselines.PROVIDERS), "kernel": _kernel_case.PROVIDERS,
     "decoder": _model_case.PROVIDERS, "model": _model_case.PROVIDERS,
+    **dict.fromkeys(BLOCKS, tuple(_block_providers.PROVIDERS)),
 }  # fmt: skip
 PROVIDERS = tuple(dict.fromkeys(name for names in _OF_LEVEL.values() for name in names))
 
@@ -21,33 +25,44 @@ def subjects(
     level: str, preset: str | None, shapes: list[Shape] | None, rows: list[int] | None, model: str | None = None,
     layers: int | None = None, batch: int | None = None, seq: int | None = None,
 ) -> list[Shape | Dims]:  # fmt: skip
-    """What is timed: shapes of a layer, or models.
+    """What is timed: shapes of a layer or a block, or models.
 
     Args:
-        level: One of `LEVELS`.
-        preset: One of `PRESETS`; None if there are `shapes` or a `model`.
+        level: One of `LEVELS`, or "qkv" or "mlp".
+        preset: One of `_presets.PRESETS`; None if there are `shapes` or a `model`.
         shapes: In place of a preset's.
         rows: Other numbers of rows, or of tokens.
-        model: One of `MODELS`.
+        model: One of `_presets.MODELS`.
         layers: Another number of a model's decoder layers.
         batch: Other sequences at once.
         seq: Another length of theirs.
 
     Raises:
-        ValueError: The level needs a model and there is none, or the rows do not fit one.
+        ValueError: The level needs a model and there is none, the rows do not fit one, or a shape is not the level's.
     """
+    wanted = _WIDTHS.get(level, 1)
+    for shape in shapes or ():
+        if len(shape.widths) != wanted:
+            form = "+".join(["OUT"] * wanted)
+            raise ValueError(f"--shape {shape}: here a shape is ROWSxINx{form}, {wanted} of out_features")
     if level in ("layer", "kernel"):
-        found = PRESETS[preset].shapes if preset else tuple(shapes or ())
-        return list(with_rows(found, rows) if rows else found)
-    dims: Dims | None = MODELS[model] if model else PRESETS[preset].model if preset else None
+        found = _presets.PRESETS[preset].shapes if preset else tuple(shapes or ())
+        return list(_presets.with_rows(found, rows) if rows else found)
+    if level in BLOCKS and shapes:
+        return list(_presets.with_rows(tuple(shapes), rows) if rows else shapes)
+    dims: Dims | None = _presets.MODELS[model] if model else _presets.PRESETS[preset].model if preset else None
     if dims is None:
-        models = ", ".join(name for name, one in PRESETS.items() if one.model)
-        raise ValueError(f"--level {level} takes a --preset that is a model: {models}")
-    dims = sized(dims, layers, batch, seq)
-    return [with_tokens(dims, m) for m in rows] if rows else [dims]
+        models = ", ".join(name for name, one in _presets.PRESETS.items() if one.model)
+        option = "--block" if level in BLOCKS else "--level"
+        raise ValueError(f"{option} {level} takes a --preset that is a model: {models}")
+    dims = _presets.sized(dims, layers, batch, seq)
+    if level in BLOCKS:
+        shape = _presets.block_shape(dims, level)
+        return list(_presets.with_rows((shape,), rows)) if rows else [shape]
+    return [_presets.with_tokens(dims, m) for m in rows] if rows else [dims]
 
 
-def names(level: str, settings: Settings, r: int) -> list[str]:
+def names(level: str, settings: Settings, r: int, subject: Shape | Dims | None = None) -> list[str]:
     """The providers of a case, in the tables' order.
 
     Raises:
@@ -55,14 +70,16 @@ def names(level: str, settings: Settings, r: int) -> list[str]:
     """
     unknown = [name for name in settings.only if name not in _OF_LEVEL[level]]
     if unknown:
-        raise ValueError(
-            f"--providers {' '.join(unknown)}: --level {level} has {', '.join(_OF_LEVEL[level])}"
-        )  # fmt: skip
+        option = "--block" if level in BLOCKS else "--level"
+        raise ValueError(f"--providers {' '.join(unknown)}: {option} {level} has {', '.join(_OF_LEVEL[level])}")
     if level == "layer":
         return settings.names(r)
     if level == "kernel":
         return list(settings.only or _kernel_case.PROVIDERS)
-    return list(settings.only) or _model_case.names_for(settings.dtype, settings.compiled)
+    if level in BLOCKS:
+        return list(settings.only) or _block_providers.names_for(settings.dtype, settings.compiled)
+    hosted = isinstance(subject, HostedDims)
+    return list(settings.only) or _model_case.names_for(settings.dtype, settings.compiled, hosted)
 
 
 def run(
@@ -73,4 +90,6 @@ def run(
         return _kernel_case.run_case(subject, r, p, settings, tick)
     if level == "layer":
         return [_bench_case.run_case(subject, r, p, settings, tick)]
+    if level in BLOCKS:
+        return [_block_case.run_case(level, subject, r, p, settings, tick)]
     return [_model_case.run_case(subject, r, p, settings, tick, whole=level == "model")]

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_kernels.blocks import lora_mlp, lora_qkv
 from lora_kernels.cli._demo_model import MLP
 from lora_kernels.cli._presets import PROJECTIONS, Dims
 from lora_kernels.modules import LoRALinear
 from lora_kernels.peft import patch_peft
+from lora_kernels.projections import Projection
 
 __all__ = ["Adapters", "LanguageModel", "Stack", "adapted", "draw_adapters", "projections"]
 
@@ -35,12 +37,40 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Mix information across positions, `[batch, seq, hidden]`."""
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.q, self.k, self.v)
-        )
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.project(x))
         q, k = _turned(q, cos, sin), _turned(k, cos, sin)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o(mixed.transpose(1, 2).flatten(-2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values."""
+        return self.q(x), self.k(x), self.v(x)
+
+
+class BlockAttention(Attention):
+    """The same with queries, keys and values by `lora_qkv`."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values."""
+        layers = [_projection(layer) for layer in (self.q, self.k, self.v)]
+        adapters = [None if q.lora_A is None else (q.lora_A, q.lora_B) for q in layers]
+        numbers = {what: [getattr(q, what) for q in layers] for what in ("scaling", "dropout_p")}
+        return lora_qkv(x, [q.weight for q in layers], adapters, **numbers)
+
+
+class BlockMLP(MLP):
+    """The same by `lora_mlp`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each position on its own, `[batch, seq, hidden]`."""
+        return lora_mlp(x, *map(_projection, (self.gate, self.up, self.down)))
+
+
+def _projection(layer: nn.Module) -> Projection:
+    if not isinstance(layer, LoRALinear):
+        return Projection(layer.weight)
+    p = layer.lora_dropout if layer.training else 0.0
+    return Projection(layer.weight, layer.lora_A, layer.lora_B, None, layer.scaling, p)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -136,8 +166,9 @@ def adapted(
 
     Args:
         base: A frozen model; not changed.
-        form: "frozen" for no adapters, "ours" for `LoRALinear`, "peft" for PEFT's own layers and "patched" for the
-            same after `patch_peft` (`ImportError` where PEFT is not installed), "arithmetic" for `PeftArithmetic`.
+        form: "frozen" for no adapters, "layers" for `LoRALinear`, "ours" for the same in blocks (`lora_qkv` and
+            `lora_mlp`), "peft" for PEFT's own layers and "patched" for the same after `patch_peft` (`ImportError`
+            where PEFT is not installed), "arithmetic" for `PeftArithmetic`.
         adapters: Their numbers.
         dtype: What they are held in.
         scaling: Multiplies the low-rank term.
@@ -163,12 +194,15 @@ def adapted(
         linear = model.get_submodule(name)
         parent, _, last = name.rpartition(".")
         a, b = held[f"{name}.A"], held[f"{name}.B"]
-        if form == "ours":
+        if form in ("layers", "ours"):
             layer: nn.Module = LoRALinear.from_linear(linear, a.shape[0], scaling * a.shape[0], p, dtype=dtype)
             layer.lora_A, layer.lora_B = a, b
         else:
             layer = PeftArithmetic(linear, a, b, scaling, p)
         setattr(model.get_submodule(parent), last, layer)
+    for module in model.modules() if form == "ours" else ():
+        if isinstance(module, (Attention, MLP)):
+            module.__class__ = BlockAttention if isinstance(module, Attention) else BlockMLP
     return model, held
 
 

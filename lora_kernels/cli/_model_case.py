@@ -4,6 +4,8 @@ The decoder layer is timed forward and backward, with the gradient of its input,
 model is trained: embedding, a few layers, head, cross-entropy, backward to the adapters and to the embedded tokens,
 AdamW on the adapters. The floor is the same model without adapters: every dx, no low-rank term, no optimizer.
 
+This package's rows are blocks, `lora_qkv` and `lora_mlp`; beside them stands each layer by `lora_linear` alone.
+
 Checked before anything is timed, without dropout, in a wider dtype (float64 over fp32, fp32 over 16 bit): output, loss
 and the gradient of every adapter have an rms error of at most twice that of PyTorch's operators. With dropout, it must
 move the output as far as PyTorch's moves it. Masks differ by provider here; `--level layer` holds them bit by bit.
@@ -31,7 +33,8 @@ from lora_kernels.numerics import rms, unit_roundoff
 __all__ = ["PROVIDERS", "Bench", "Trial", "check", "names_for", "run_case"]
 
 PROVIDERS = (
-    "frozen", "ours", "ours_fp32", "peft", "peft_fp32", "frozen_compiled", "peft_compiled", "peft_fp32_compiled",
+    "frozen", "ours", "ours_fp32", "per_layer", "peft", "peft_fp32", "frozen_compiled", "peft_compiled",
+    "peft_fp32_compiled",
 )  # fmt: skip
 SCALING = 2.0
 _DROPOUT_BAND = (0.8, 1.25)  # how far dropout moves the output, over how far PyTorch's moves it
@@ -86,15 +89,19 @@ class Bench:
 
     def trial(self, name: str) -> Trial:
         """A provider of `PROVIDERS`; raises where this machine cannot run it."""
-        form, dtype = name.partition("_")[0], torch.float32 if "fp32" in name else self.settings.dtype
+        form = name.removesuffix("_compiled").removesuffix("_fp32")
+        dtype = torch.float32 if "fp32" in name else self.settings.dtype
         words = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
         r = next(iter(self.adapters.values()))[0].shape[0]
         if form == "frozen":
             label = "frozen model"
-        elif form == "ours":
+        elif form in ("ours", "per_layer"):
             chosen = plan.choose(self.settings.device, self.settings.dtype, r, False, "auto")
-            label = f"lora_kernels [{chosen}]" + (f" {words}" if dtype != self.settings.dtype else "")
-            if isinstance(self.dims, HostedDims):
+            what = "lora_kernels" if form == "ours" else "lora_linear alone"
+            label = f"{what} [{chosen}]" + (f" {words}" if dtype != self.settings.dtype else "")
+            if form == "per_layer":
+                form = "layers"
+            elif isinstance(self.dims, HostedDims):
                 form, label = "patched", f"patched PEFT {words} [{chosen}]"
         else:
             label = f"PEFT {words}"
@@ -174,9 +181,10 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def names_for(dtype: torch.dtype, compiled: bool) -> list[str]:
-    """The providers that make sense: no fp32-adapter rows where x is fp32 itself."""
+def names_for(dtype: torch.dtype, compiled: bool, hosted: bool = False) -> list[str]:
+    """The providers that make sense: no fp32-adapter rows where x is fp32 itself, one way to patch a hosted model."""
     names = [name for name in PROVIDERS if compiled or "compiled" not in name]
+    names = [name for name in names if not hosted or name != "per_layer"]
     return names if dtype.itemsize == 2 else [name for name in names if "fp32" not in name]
 
 
@@ -188,7 +196,7 @@ def run_case(
     if settings.compiled:
         torch._dynamo.reset()  # its cache is by code, not by model
     bench, rows, timed = Bench(dims, r, p, settings, whole), {}, {}
-    for name in settings.only or names_for(settings.dtype, settings.compiled):
+    for name in settings.only or names_for(settings.dtype, settings.compiled, isinstance(dims, HostedDims)):
         tick(f"checking {name}")
         rows[name], trial = _admit(name, bench)
         if trial is not None:

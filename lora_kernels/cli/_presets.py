@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 
 __all__ = [
-    "MODELS", "PRESETS", "PROJECTIONS", "Dims", "HostedDims", "Preset", "Shape", "parse_shape", "sized", "with_rows",
-    "with_tokens",
+    "MODELS", "PRESETS", "PROJECTIONS", "Dims", "HostedDims", "Preset", "Shape", "block_shape", "parse_shape", "sized",
+    "with_rows", "with_tokens",
 ]  # fmt: skip
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # the linear layers of a decoder layer
@@ -12,22 +12,29 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # the linear layers of
 
 @dataclass(frozen=True)
 class Shape:
-    """x `[m, k]` times a weight `[n, k]`.
+    """x `[m, k]` times a weight `[n, k]`, or several of them.
 
     Attributes:
         m: Rows: batch times sequence.
         k: in_features.
-        n: out_features.
+        n: out_features; of a gated MLP, of gate and of up.
         label: Which layers have it.
+        others: out_features of further projections of the same x.
     """
 
     m: int
     k: int
     n: int
     label: str = ""
+    others: tuple[int, ...] = ()
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """out_features of every projection."""
+        return (self.n, *self.others)
 
     def __str__(self) -> str:
-        return f"{self.m}x{self.k}x{self.n}"
+        return f"{self.m}x{self.k}x{'+'.join(map(str, self.widths))}"
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,9 @@ _LLAMA_70B = _decoder(Dims(8192, 64, 8, 28672), "Llama-3.1-70B")
 
 PRESETS: dict[str, Preset] = {
     "llama-8b": _decoder(Dims(4096, 32, 8, 14336), "Llama-3.1-8B"),
+    "llama-1b": _decoder(Dims(2048, 32, 8, 8192), "Llama-3.2-1B"),
     "llama-70b": _LLAMA_70B,
+    "qwen-7b": _decoder(Dims(3584, 28, 4, 18944), "Qwen2.5-7B"),
     "qwen-32b": _QWEN_32B,
     "large": Preset(_QWEN_32B.shapes + _LLAMA_70B.shapes, note="both of them"),
     "lorafusion": Preset(
@@ -135,6 +144,7 @@ PRESETS: dict[str, Preset] = {
         r=(8, 64), p=(0.0, 0.1),
         note="small to middling layers, a few minutes on two CPU cores in fp32",
     ),
+    "tiny": _decoder(Dims(256, 4, 2, 688, vocab=1024, layers=2, batch=2, seq=128), "a second or two on a CPU"),
     "quick": Preset(
         (Shape(64, 256, 192),), note="only to see that everything works",
         model=Dims(64, 4, 2, 96, vocab=128, layers=2, batch=2, seq=32),
@@ -152,16 +162,29 @@ MODELS: dict[str, HostedDims] = {
 }
 
 
-def parse_shape(text: str) -> Shape:
-    """Read "8192x4096x4096": rows x in_features x out_features.
+def block_shape(dims: Dims, block: str) -> Shape:
+    """The "qkv" or the "mlp" of a model's decoder layer."""
+    if block == "mlp":
+        return Shape(dims.tokens, dims.hidden, dims.intermediate, "gate, up, down")
+    key_value = dims.kv_heads * dims.head_dim
+    return Shape(dims.tokens, dims.hidden, dims.heads * dims.head_dim, "q, k, v", (key_value, key_value))
+
+
+def parse_shape(text: str, several: bool = False) -> Shape:
+    """Read "8192x4096x4096": rows x in_features x out_features; of `several` projections "8192x4096x4096+1024+1024".
 
     Raises:
-        ValueError: It is not three positive whole numbers.
+        ValueError: It is not positive whole numbers in that form.
     """
-    numbers = text.lower().split("x")
-    if len(numbers) != 3 or not all(part.isdecimal() and int(part) > 0 for part in numbers):
-        raise ValueError(f"a shape is ROWSxINxOUT, three positive whole numbers like 8192x4096x4096, not {text!r}")
-    return Shape(*map(int, numbers))
+    *sides, last = text.lower().split("x")
+    widths = last.split("+") if several else [last]
+    if len(sides) != 2 or not all(part.isdecimal() and int(part) > 0 for part in (*sides, *widths)):
+        more = " (queries, keys and values: 8192x4096x4096+1024+1024)" if several else ""
+        raise ValueError(
+            f"a shape is ROWSxINxOUT, three positive whole numbers like 8192x4096x4096{more}, not {text!r}"
+        )
+    n, *others = map(int, widths)
+    return Shape(*map(int, sides), n, others=tuple(others))
 
 
 def with_rows(shapes: tuple[Shape, ...], rows: list[int]) -> tuple[Shape, ...]:

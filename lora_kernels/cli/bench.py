@@ -5,6 +5,7 @@ adapters in the base's dtype and in fp32, the same under torch.compile, a chain 
 split as LoRAFusion splits it. Each is checked against float64 first; what fails is not timed. Shares of peak are of a
 matmul measured in this run. Other levels time each launch alone (kernel), a whole decoder layer (decoder), and training
 steps of a small model (model). With --model those are of transformers' Llama with PEFT's adapters: stock, and patched.
+--block times what belongs together: q, k and v of one input (qkv), the gated MLP (mlp), a decoder layer (layer).
 
   lora-kernels bench                                              a preset that fits this machine
   lora-kernels bench --preset lorafusion --m 2048 8192            a published sweep, two of its row counts
@@ -12,6 +13,8 @@ steps of a small model (model). With --model those are of transformers' Llama wi
   lora-kernels bench --shape 8192x4096x4096 --r 16 --p 0 0.1      your own: rows x in_features x out_features
   lora-kernels bench --level model --m 4096                       training steps, 4096 tokens each
   lora-kernels bench --model llama-1b --layers 4 --p 0.1          those of a PEFT model, stock against patched
+  lora-kernels bench --block qkv mlp layer --preset llama-8b      blocks, without dropout and with 0.1
+  lora-kernels bench --block qkv --shape 512x512x512+128+128      your own: out_features of q, k and v
 """
 
 import argparse
@@ -42,19 +45,23 @@ _CACHE_WORDS = {
     "warm": "as the call before left it",
 }  # fmt: skip
 
-Case = tuple[Shape | Dims, int, float]
+Case = tuple[str, Shape | Dims, int, float]  # level, what is timed, rank, drop probability
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lora-kernels bench`."""
     what = parser.add_argument_group("what is timed")
     what.add_argument("--level", choices=_levels.LEVELS, help="a layer by default, the model with --model")
+    what.add_argument("--block", choices=_levels.OF_BLOCK, nargs="+", help="blocks of a decoder layer, or all of it")
     which = what.add_mutually_exclusive_group()
     which.add_argument("--preset", choices=PRESETS, help="named shapes; llama-8b on a GPU, cpu on a CPU by default")
     which.add_argument(
         "--model", choices=MODELS, help="transformers' Llama with PEFT's adapters, stock and patched, in training steps"
     )
-    which.add_argument("--shape", type=_shape, nargs="+", metavar="MxINxOUT", help="rows x in_features x out_features")
+    which.add_argument(
+        "--shape", type=_shape, nargs="+", metavar="MxINxOUT", help="rows x in_features x out_features; of a block: "
+        "MxINxQ+K+V, or MxINxHIDDEN",
+    )  # fmt: skip
     what.add_argument("--m", type=int, nargs="+", metavar="ROWS", help="other numbers of rows, or of tokens")
     what.add_argument("--layers", type=int, metavar="N", help="another number of a model's decoder layers")
     what.add_argument("--batch", type=int, metavar="N", help="other sequences at once, of a model")
@@ -86,7 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 0 if this package's results were right, 1 if not, 2 if it cannot run as asked."""
     try:
-        cases, settings = _cases(args), _settings(args)  # the cheap questions first
+        cases = _cases(args)  # the cheap questions first
+        settings = _settings(args, {level for level, *_ in cases})
     except (ValueError, RuntimeError, TypeError) as error:
         print(f"lora-kernels bench: {error}", file=sys.stderr)
         return 2
@@ -97,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
     made_on = machine()
     _level_view.show(console, done, args.full)
     console.print(f"{caption(made_on)}\n{_footnote(settings)}", style="dim", highlight=False)
+    if unsteady := _bench_view.unsteady_words(done):
+        console.print(unsteady, style="bold yellow")
     taken = [t for case in done for row in case["providers"].values() for t in row["seconds"].values()]
     if any((t.get("of_peak") or 0) > 1 for t in taken):
         busy = "A share of peak is above 100 %: the machine was busier when its peak was measured."
@@ -114,10 +124,12 @@ def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) ->
     """Run case after case, each written as soon as it is there: whoever ends this early keeps what was measured."""
     began, done, skipped = time.monotonic(), [], []
     turns = 1 + settings.rounds * bool(settings.passes)
-    launches = len(LAUNCHES) if args.level == "kernel" else 1
-    steps = [len(_levels.names(args.level, settings, r)) * turns * launches for _, r, _ in cases]
+    steps = [
+        len(_levels.names(level, settings, r, subject)) * turns * (len(LAUNCHES) if level == "kernel" else 1)
+        for level, subject, r, _ in cases
+    ]
     with _progress(sum(steps)) as advance_to:
-        for i, (shape, r, p) in enumerate(cases):
+        for i, (level, shape, r, p) in enumerate(cases):
             if args.minutes is not None and time.monotonic() - began > args.minutes * 60:
                 skipped.append({"shape": str(shape), "r": r, "p": p, "why": "out of time"})
                 continue
@@ -128,7 +140,7 @@ def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) ->
                 advance_to(at[0], f"{name}: {doing}")
 
             try:
-                done += _levels.run(args.level, shape, r, p, settings, tick)
+                done += _levels.run(level, shape, r, p, settings, tick)
             except torch.OutOfMemoryError:
                 skipped.append({"shape": str(shape), "r": r, "p": p, "why": "out of memory"})
             advance_to(sum(steps[: i + 1]), "")
@@ -142,7 +154,7 @@ def _write(args: argparse.Namespace, settings: Settings, done: list, skipped: li
         write_json(args.json, {
             "command": "bench", "level": args.level, "preset": _preset_name(args), "model": args.model,
             "complete": complete, "skipped": skipped, "method": _method(settings), "peaks": settings.peaks,
-            "speedups": _bench_view.speedups(done), "cases": done,
+            "speedups": _bench_view.speedups(done), "unsteady": _bench_view.unsteady(done), "cases": done,
         })  # fmt: skip
 
 
@@ -157,16 +169,20 @@ def _device(args: argparse.Namespace) -> torch.device:
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
-    args.level = args.level or ("model" if args.model else "layer")
+    if args.block and (args.level or args.model):
+        raise ValueError("--block: in place of --level and of --model")
+    levels = [_levels.OF_BLOCK[block] for block in dict.fromkeys(args.block or ())]
+    levels = levels or [args.level or ("model" if args.model else "layer")]
+    args.level = levels[0] if len(levels) == 1 else "blocks"
     name = _preset_name(args)
     preset = PRESETS[name] if name else None
     ranks = args.r or (preset.r if preset else (16,))
-    probabilities = args.p or (preset.p if preset else (0.0,))
+    probabilities = args.p or ((0.0, 0.1) if args.block else preset.p if preset else (0.0,))
     of_model = {"--layers": args.layers, "--batch": args.batch, "--seq": args.seq}
     if args.model and args.level != "model":
         raise ValueError(f"--model {args.model}: a whole model, so not --level {args.level}")
     for option, given in ({**of_model, "--target-modules": args.target_modules}).items():
-        if given is not None and args.level not in ("decoder", "model"):
+        if given is not None and not {"decoder", "model"} & {*levels}:
             raise ValueError(f"{option}: of a model, so with --model or --level decoder or model")
     if args.m and args.batch:
         raise ValueError("--m and --batch: both say how many sequences there are")
@@ -178,22 +194,24 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     for p in probabilities:
         if not 0 <= p < 1:
             raise ValueError(f"--p {p:g}: a dropout probability is at least 0 and below 1")
-    subjects = _levels.subjects(args.level, name, args.shape, args.m, args.model, args.layers, args.batch, args.seq)
-    return [(subject, r, p) for subject in subjects for r in ranks for p in probabilities]
+    sizes = name, args.shape, args.m, args.model, args.layers, args.batch, args.seq
+    subjects = [(level, subject) for level in levels for subject in _levels.subjects(level, *sizes)]
+    return [(*subject, r, p) for subject in subjects for r in ranks for p in probabilities]
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _settings(args: argparse.Namespace, levels: set[str]) -> Settings:
     device = _device(args)
     on_gpu = device.type == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA GPU here")
     if args.cuda_graph and not on_gpu:
         raise ValueError("--cuda-graph needs a GPU")
-    if args.level == "kernel" and (args.passes or args.memory_only):
+    if "kernel" in levels and (args.passes or args.memory_only):
         raise ValueError("--level kernel: a launch has neither passes nor memory of its own")
-    if args.level in ("decoder", "model") and (args.backend != "auto" or args.cache == "rotate"):
+    if (models := levels & {"decoder", "model"}) and (args.backend != "auto" or args.cache == "rotate"):
+        level = models.pop()
         raise ValueError(
-            f"--level {args.level}: a model takes --backend auto (or LORA_KERNELS_BACKEND), and caches flushed or warm"
+            f"--level {level}: a model takes --backend auto (or LORA_KERNELS_BACKEND), and caches flushed or warm"
         )
     targets = tuple(args.target_modules or PROJECTIONS)
     if unknown := [name for name in targets if name.removesuffix("_proj") not in PROJECTIONS]:
@@ -208,13 +226,14 @@ def _settings(args: argparse.Namespace) -> Settings:
     dtype = _DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
     for r in args.r or [16]:
         plan.choose(device, dtype, r, False, args.backend)  # says so now if that backend cannot run
-    passes = ("forward",) if args.level == "kernel" else tuple(args.passes or _timing.PASSES)
+    passes = ("forward",) if "kernel" in levels else tuple(args.passes or _timing.PASSES)
     settings = Settings(
         device, dtype, args.backend, () if args.memory_only else passes, rounds,
         not (args.no_compile or args.model), args.cuda_graph, only=tuple(args.providers),
         cache=args.cache or ("flush" if on_gpu else "warm"), targets=targets,
     )  # fmt: skip
-    _levels.names(args.level, settings, 1)  # says so now if one of them is not of this level
+    for level in levels:
+        _levels.names(level, settings, 1)  # says so now if one of them is not of this level
     if args.memory_only:
         return settings
     return replace(settings, peaks=_timing.measure_peaks(device, dtype, _timing.clock(device)))
@@ -260,6 +279,6 @@ def _progress(total: int) -> Iterator[Callable[[int, str], None]]:
 
 def _shape(text: str) -> Shape:
     try:
-        return parse_shape(text)
+        return parse_shape(text, several=True)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None

@@ -30,6 +30,7 @@ _ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 _WIDTH = 150  # where there is no terminal to ask
 _WIDE = 132  # columns that a terminal must have for the whole table
 _LEGEND = """\
+Flags: rows: adapters of one x; in, masks, out: products, masked ones, results; where a launch has more than a layer's.
 /SM: programs that a multiprocessor holds. K loop: instructions, and waits (w) for the tensor cores; -: none uses them.
 Loads and stores: bits of the widest, +: narrower ones as well. All of it is in the JSON file.
 Compiled properties, not performance."""

@@ -1,6 +1,7 @@
 """Check both backends against float64 on this machine: outputs, gradients, layouts, dropout, determinism.
 
-Every case runs the layer forward and backward and holds each output to two rules (lora_kernels.numerics):
+Every case runs a layer, or queries, keys and values, or a gated MLP, forward and backward and holds each output to two
+rules (lora_kernels.numerics; through an MLP's activation there is no rule 1):
   rule 1   every element within its own a-priori error bound
   rule 2   outputs of enough numbers: rms error at most twice that of PyTorch's operators
 Shown is how much of each limit the worst output used; 1 and below passes. A case must also give the same bits twice,
@@ -27,8 +28,9 @@ from rich.text import Text
 from torch import Tensor
 
 from lora_kernels import numerics, plan, strategy
-from lora_kernels.cli import _machine
-from lora_kernels.cli._cases import make_problem, run_problem, with_mask
+from lora_kernels.cli import _machine, _verify_blocks
+from lora_kernels.cli._cases import make_problem, run_problem, same_bits, storages, with_mask
+from lora_kernels.cli._verify_blocks import BlockCase
 from lora_kernels.numerics import Finding, Problem
 
 __all__ = ["Case", "Result", "add_arguments", "lay_out", "run"]
@@ -67,14 +69,14 @@ class Result:
 
     Attributes:
         ok: Whether every check held.
-        rule_1: Largest part of rule 1's limit used by any output.
+        rule_1: Largest part of rule 1's limit used by any output; None through an activation.
         rule_2: Likewise for rule 2; None where no output is large enough.
         message: What is wrong, or "".
         findings: Every output against both rules.
     """
 
     ok: bool
-    rule_1: float
+    rule_1: float | None
     rule_2: float | None
     message: str
     findings: list[Finding]
@@ -131,7 +133,7 @@ def _refuse(console: Console, message: str) -> int:
 # Which cases: what each backend can be asked on this device
 
 
-def _select(args: argparse.Namespace, device: torch.device) -> tuple[list[Case], list[str]]:
+def _select(args: argparse.Namespace, device: torch.device) -> tuple[list[Case | BlockCase], list[str]]:
     """The cases that the options leave, and what the user should know about those that do not run."""
     cases, notes = [], []
     for backend in ("triton", "torch") if args.backend is None else (args.backend,):
@@ -140,7 +142,8 @@ def _select(args: argparse.Namespace, device: torch.device) -> tuple[list[Case],
             if problem:
                 notes.append(problem)
             else:
-                cases += _matrix(backend, dtype, device.type == "cuda", args.quick)
+                for matrix in (_matrix, _verify_blocks.matrix):
+                    cases += matrix(backend, dtype, device.type == "cuda", args.quick)
     return cases, list(dict.fromkeys(notes))
 
 
@@ -230,40 +233,37 @@ def _slice_of_nans(t: Tensor) -> Tensor:
     return buffer[tuple(slice(1, 1 + size) for size in t.shape)].copy_(t)
 
 
-def _examine(case: Case, device: torch.device, seed: int) -> Result:
+def _examine(case: Case | BlockCase, device: torch.device, seed: int) -> Result:
+    if isinstance(case, BlockCase):
+        result = _result(*_verify_blocks.examine(case, DTYPES[case.dtype], device, seed))
+        return replace(result, rule_1=None) if case.activation else result
     batch = (2, case.m // 4, 2) if case.layout == "x 4-D" else (case.m,)
     problem = make_problem(
         batch, case.k, case.n, case.r, DTYPES[case.dtype], str(device), bias=case.layout == "bias",
         adapter_dtype=torch.float32 if case.layout == "fp32 adapters" else None, dropout_p=case.p, seed=seed,
     )  # fmt: skip
     problem = with_mask(lay_out(problem, case.layout), case.backend, seed)
-    before = _bytes(problem)
+    operands = {name: getattr(problem, name) for name in _OPERANDS if getattr(problem, name) is not None}
+    before = storages(operands)
     with plan.forced(case.form):
         actual, again = (run_problem(problem, case.backend, seed) for _ in range(2))
-    after = _bytes(problem)
+    after = storages(operands)
     messages = [f"{name} was written to" for name in before if not torch.equal(before[name], after[name])]
-    messages += [f"{name} differs from run to run" for name in actual if not _same_bits(actual[name], again[name])]
+    messages += [f"{name} differs from run to run" for name in actual if not same_bits(actual[name], again[name])]
     split = case.backend == "torch" or case.form != "fused"
     findings = numerics.check(actual, problem, numerics.eager(problem), split=split)
+    return _result(findings, messages)
+
+
+def _result(findings: list[Finding], messages: list[str]) -> Result:
     messages = [finding.message for finding in findings if not finding.ok] + messages
     rule_2 = max((finding.rule_2 for finding in findings if finding.rule_2 is not None), default=None)
     return Result(not messages, max(finding.rule_1 for finding in findings), rule_2, "; ".join(messages), findings)
 
 
-def _bytes(problem: Problem) -> dict[str, Tensor]:
-    """A copy of everything that lies in the buffers of the operands, beside the operands as well."""
-    operands = {name: getattr(problem, name) for name in _OPERANDS if getattr(problem, name) is not None}
-    return {
-        name: torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage()).clone()
-        for name, t in operands.items()
-    }
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def _run_all(console: Console, cases: list[Case], device: torch.device, seed: int, end: float) -> list[Result]:
+def _run_all(
+    console: Console, cases: list[Case | BlockCase], device: torch.device, seed: int, end: float
+) -> list[Result]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
     )  # fmt: skip
@@ -284,7 +284,7 @@ def _run_all(console: Console, cases: list[Case], device: torch.device, seed: in
     return results
 
 
-def _print_result(console: Console, case: Case, result: Result) -> None:
+def _print_result(console: Console, case: Case | BlockCase, result: Result) -> None:
     used = [f"{rule:.2f}" if rule is not None else "-" for rule in (result.rule_1, result.rule_2)]
     layout = case.layout if case.form == "fused" else case.form
     line = Text(_row(case.backend, case.dtype, case.shape(), layout, f"{case.p:g}", *used, ""))
@@ -295,11 +295,11 @@ def _print_result(console: Console, case: Case, result: Result) -> None:
 
 
 def _row(*cells: str) -> str:
-    widths = (7, 5, 20, 13, 5, 6, 6)
+    widths = (7, 5, 26, 13, 5, 6, 6)
     return " ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=False)) + " " + cells[-1]
 
 
-def _summary(cases: list[Case], results: list[Result], seconds: float) -> str:
+def _summary(cases: list[Case | BlockCase], results: list[Result], seconds: float) -> str:
     failed = sum(not result.ok for result in results)
     worst: dict[str, Any] = {}
     for rule in ("rule_1", "rule_2"):

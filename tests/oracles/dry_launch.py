@@ -101,7 +101,7 @@ def block(m, k, widths, ranks, dtype, p=0.0, bias=False, adapters=None):
          make(n, r, dtype=adapters or dtype) if r else None, make(n).detach() if bias and i else None)
         for i, (n, r) in enumerate(zip(widths, ranks, strict=True))
     ]  # fmt: skip
-    numbers = tuple((2.0, each) for each in (p if isinstance(p, tuple) else (p,) * len(widths)))
+    numbers = tuple((2.0, each, False) for each in (p if isinstance(p, tuple) else (p,) * len(widths)))
     ys = LoRAProjectionsFunction.apply(make(m, k), "triton", numbers, *(t for four in tensors for t in four))
     torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
 
@@ -115,7 +115,7 @@ def main():
         kernels = [describe(launch, Case(8192, 4096, 4096, 16), "sm_90") for launch in compiled[before:]]
         replays()
     assert {kernel.constants.get("ROWS") for kernel in kernels} == {1, 3, None}
-    for kernel in kernels:  # held to the rules of `lora-kernels inspect`, which launches no blocks
+    for kernel in kernels:  # held to the rules of `lora-kernels inspect`
         assert not kernel.broken, (str(kernel), kernel.broken)
     nothing_between()
     print("dry launch:", len(launched), "launches of", *sorted(set(launched)))
