@@ -19,6 +19,7 @@ _TINY = 16
 _PROGRAMS = 256  # aimed at where a sum is split; the same on every GPU, so that sums are split the same way everywhere
 _THIN = 128  # up to it a product is a matter of writing its result
 SHARED = 233_472  # bytes of shared memory of a multiprocessor, an H100's
+_LEAST_SHARED = 65_536  # an MI300X's
 _SHRINK_WGRAD_RANK = 32  # above it the parts of ds weigh as much as a second read of dy
 
 
@@ -200,9 +201,9 @@ def shrink_config(
     half_k = 64 if crowded else 128
     block_k = _fit(inner, half_k if dtype.itemsize == 2 else 64 if block_r == 16 else 32)
     if adapters > 1:
-        block_k = max(_TINY, block_k // (4 if dropout else 2))
-    elif activated and block_k > _TINY:
-        block_k //= 2
+        block_k = max(_TINY, block_k // (4 if dropout or (adapters > 2 and block_r == 64) else 2))
+    elif activated:
+        block_m, block_k = min(block_m, 32) if dropout else block_m, max(_TINY, block_k // 2)
     k_per_split = _split(inner, block_k, _tiles(rows, rank, block_m, block_r))
     room = shared // 2 if block_r <= 32 else shared  # two programs hide the latency of each other's loads
     stages = _stages(4, block_k * (block_m * (1 + activated) + block_r * adapters) * dtype.itemsize, room)
@@ -227,17 +228,18 @@ def wgrad_config(
     """
     single = dtype.itemsize == 4
     wide_tile = 256 if shrinks else 64 if adapters > 1 and (masked or thin > 32) else 128
+    if activated:  # more columns, for fewer parts of ds, as far as three operands leave registers for them
+        wide_tile = 64 if single else 128 if thin <= (32 if shared > _LEAST_SHARED else 16) else 32
     # 64 columns of masked fp32 and more are rounded to TF32 by Triton 3.6 on sm_100, whatever precision it is told
-    if activated:
-        wide_tile = 64 if thin > (16 if single else 32) else 128
     block_c = _fit(wide, wide_tile // 4 if single else wide_tile)
     block_r = _fit(thin, 64)
-    block_m = _fit(rows, 32 if single or (activated and not (masked and thin <= 16)) else 64)
+    block_m = _fit(rows, 32 if single or activated or (adapters > 2 and thin > 32) else 64)
     rows_per_split = _split(rows, block_m, _tiles(wide, thin, block_c, block_r))
     # narrow tiles, all of fp32 among them, run many at once; some spill with more
-    most = 3 if block_c > 64 and not activated else 2
+    most = 3 if block_c > 64 and adapters == 1 and not activated else 2
     stages = _stages(most, block_m * (block_c + block_r * adapters) * dtype.itemsize, shared)
-    return WgradConfig(block_m, block_c, block_r, rows_per_split, num_warps=8 if activated else 4, num_stages=stages)
+    warps = 8 if activated and (single or block_c > 64) else 4
+    return WgradConfig(block_m, block_c, block_r, rows_per_split, num_warps=warps, num_stages=stages)
 
 
 def _stages(most: int, size: int, room: int) -> int:
