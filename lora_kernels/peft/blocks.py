@@ -74,7 +74,7 @@ def _together(layers: Sequence[nn.Module], x: Tensor) -> list[Projection] | None
 def _mlp_forward(stock: Callable[..., Any], found: Structure, backend: str) -> Callable[..., Any]:
     @functools.wraps(stock)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or watched() or changed(self, found.others):
+        if len(args) != 1 or kwargs or changed(self, found.others):
             return stock(self, *args, **kwargs)
         three = _together(members(self, MLP), args[0])
         if three is None:
