@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import checks, eager, mlp, plan, projection_ops, projections
+from lora_kernels import checks, eager, mlp, mlp_ops, plan, projection_ops, projections
 from lora_kernels.activations import ACTIVATIONS, activated
 from lora_kernels.functional import arrived, as_autocast, as_number, compute, transforming, watched
 from lora_kernels.projections import Projection
@@ -98,8 +98,8 @@ def lora_mlp(
     Saved for backward: x, gate(x), up(x), and of each layer s and the mask.
 
     Numerics: as `lora_linear`; gate(x), up(x), h = a(gate(x)) · up(x) and the gradients of all three are rounded once.
-    In a compiled graph, and for a few elements on a CPU, it is `lora_projections`, PyTorch's own activation and
-    `lora_linear`, which save h as well.
+    For a few elements on a CPU it is `lora_projections`, PyTorch's own activation and `lora_linear`, which save h as
+    well.
 
     Source: Shazeer 2020, arXiv:2002.05202 (SwiGLU, GEGLU); So et al. 2021, arXiv:2109.08668 (squared ReLU).
     """
@@ -136,6 +136,8 @@ def _mlp(
             return _alone(activated(gate, up, activation), down, backend, adapters_fit[-1])
 
         return checkpoint(composed, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else composed(x)
+    if watched():
+        return mlp_ops.mlp(x, *_arguments([*before, down]), activation, recompute, chosen)
     entries = [q._replace(scaling=float(q.scaling), dropout_p=float(q.dropout_p)) for q in (*before, down)]
     tensors = list(itertools.chain.from_iterable(q[:4] for q in entries))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
@@ -147,13 +149,18 @@ def _mlp(
 
 
 def _fused_backend(x: Tensor, entries: list[Projection], backend: str) -> str | None:
-    """The backend that computes an MLP in shared passes; None where its layers are computed one after the other."""
+    """The backend that computes an MLP in shared passes; None where its layers are computed one after the other.
+
+    Where something watches, the one that was asked for, as in `_shared_backend`.
+    """
     adapted = [q for q in entries if q.lora_A is not None]
-    if not adapted or transforming() or watched() or checks.is_sharded(x):
+    if not adapted or transforming() or checks.is_sharded(x):
         return None
     if any(q.dropout_p == 1 or not q.lora_A.shape[0] for q in adapted):  # adds nothing, and gets gradients of 0
         return None
     empty = x.numel() == 0 or any(q.weight.numel() == 0 for q in entries)
+    if watched():
+        return None if empty else plan.overridden(backend)
     chosen = plan.choose(x.device, x.dtype, max(q.lora_A.shape[0] for q in adapted), empty, backend)
     small = chosen == "torch" and all(eager.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted)
     return None if small or empty else chosen
@@ -239,8 +246,7 @@ def _shared_backend(x: Tensor, entries: list[Projection], backend: str) -> str |
 def _together(x: Tensor, entries: list[Projection], backend: str, added: list[bool]) -> list[Tensor]:
     """Several projections in the same launches, with a Function where a gradient may be asked for."""
     if watched():
-        *tensors, scalings, ps = map(list, zip(*entries, strict=True))
-        return projection_ops.projections(x, *tensors, [*map(as_number, scalings)], [*map(as_number, ps)], backend)
+        return projection_ops.projections(x, *_arguments(entries), backend)
     entries = [q._replace(scaling=float(q.scaling), dropout_p=float(q.dropout_p)) for q in entries]
     tensors = list(itertools.chain.from_iterable(q[:4] for q in entries))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
@@ -249,6 +255,12 @@ def _together(x: Tensor, entries: list[Projection], backend: str, added: list[bo
     else:
         ys, _, _ = projections.forward(x, entries, backend)
     return [y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+
+
+def _arguments(entries: list[Projection]) -> tuple[list, ...]:
+    """What operators take of each: weights, lora_As, lora_Bs, biases, scalings, dropout_ps."""
+    *tensors, scalings, ps = map(list, zip(*entries, strict=True))
+    return *tensors, [*map(as_number, scalings)], [*map(as_number, ps)]
 
 
 def _alone(x: Tensor, q: Projection, backend: str, adapters_fit: bool, added: bool = False) -> Tensor:

@@ -31,9 +31,10 @@ from lora_kernels.activations import After, Before
 from lora_kernels.autograd import autocast_off, rows
 from lora_kernels.projections import Part, Projection
 
-__all__ = ["Layer", "LoRAMLPFunction", "backward", "forward"]
+__all__ = ["SAVED", "Layer", "LoRAMLPFunction", "backward", "differentiate", "forward", "reads_outs", "to_save"]
 
 _EACH = 4  # weight, lora_A, lora_B, bias
+SAVED = 6  # of a layer: weight, lora_A, lora_B, s, keep, bias
 
 
 class Layer(NamedTuple):
@@ -61,8 +62,9 @@ class Layer(NamedTuple):
 
 
 def forward(
-    x: Tensor, before: Sequence[Projection], down: Projection, activation: str, backend: str
-) -> tuple[Tensor, list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    x: Tensor, before: Sequence[Projection], down: Projection, activation: str, backend: str,
+    noise: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, list[Tensor], list[Tensor | None], list[Tensor | None]]:  # fmt: skip
     """Compute y `[M, out]`, and what backward needs of the way there.
 
     Args:
@@ -71,14 +73,16 @@ def forward(
         down: The layer after the activation.
         activation: Its name.
         backend: "triton" or "torch".
+        noise: What decides the masks of `before`, of `draw_noise(x, count)`, and that of `down`, of
+            `draw_noise(h)`; drawn here where there is none.
 
     Returns:
         y; the outputs of `before`, `[M, hidden]`; s and the mask of each layer, None where there is none.
     """
-    outs, shrunk, keeps = projections.forward(x, before, backend)
+    outs, shrunk, keeps = projections.forward(x, before, backend, noise[0])
     rows_of_down = [] if down.lora_A is None else [(down.lora_A.to(x.dtype), down.alpha, down.dropout_p)]
     gate, up = (*outs, None)[:2]
-    h, s, keep = plan.contractions(backend).activate_shrink(gate, up, activation, rows_of_down)
+    h, s, keep = plan.contractions(backend).activate_shrink(gate, up, activation, rows_of_down, noise=noise[1])
     sources = [(h, down.weight), *((one, down.lora_B.to(x.dtype)) for one in s)]
     rank = s[0].shape[1] if s else 0
     _, expand = plan.expander(backend, h, down.weight.shape[0], rank, masked=False, backward=False)
@@ -126,6 +130,59 @@ def backward(
     else:
         grads += [None] * _EACH * len(before)
     return dx, [*grads, dweight, d_lora_A, d_lora_B, dy.sum(0) if need_bias else None]
+
+
+def differentiate(
+    dy: Tensor, x: Tensor | None, groups: Sequence[Sequence[Tensor | None]], outs: Sequence[Tensor],
+    numbers: Sequence[tuple], need_x: bool, activation: str, backend: str,
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """Call `backward` with what `to_save` kept, and compute the outputs of gate and up again where it kept none.
+
+    Args:
+        dy: `[M, out]`.
+        x: `[M, in]`, where it was kept.
+        groups: The six of each layer.
+        outs: The outputs of gate and up, where they were kept.
+        numbers: alpha, dtypes and needs of each layer, as `Layer` has them.
+        need_x: Whether dx is needed.
+        activation: Its name.
+        backend: "triton" or "torch".
+    """
+    layers = [Layer(*five, *rest) for (*five, _), rest in zip(groups, numbers, strict=True)]
+    if not outs and reads_outs(need_x, [q.needs for q in layers]):
+        before = [
+            Projection(q.weight, None, q.lora_B, bias) for q, (*_, bias) in zip(layers[:-1], groups, strict=False)
+        ]
+        outs = projections.expand(x, before, [q.s for q in layers[:-1]], backend)
+    return backward(dy, x, outs, layers, need_x, activation, backend)
+
+
+def to_save(
+    x: Tensor, layers: Sequence[Projection], outs: Sequence[Tensor], shrunk: Sequence[Tensor | None],
+    keeps: Sequence[Tensor | None], need_x: bool, all_needs: Sequence[Sequence[bool]], recompute: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    """What `differentiate` needs: x, six tensors of each layer, and the outputs of gate and up unless `recompute`.
+
+    The six are weight, lora_A, lora_B, s, mask and bias. Whatever the gradients in `all_needs` do not need is None.
+    """
+    need_outs, need_dh = reads_outs(need_x, all_needs), need_x or any(map(any, all_needs[:-1]))
+    again = recompute and need_outs  # what gate and up take has to be there for it
+    saved, need_rows = [], again
+    for i, (q, s, keep, needs) in enumerate(zip(layers, shrunk, keeps, all_needs, strict=True)):
+        (need_weight, need_A, need_B, _), is_down = needs, i == len(layers) - 1
+        into, made_again = need_dh if is_down else need_x, again and not is_down
+        need_rows |= not is_down and (need_weight or need_A)
+        saved += [
+            q.weight if into or made_again else None, q.lora_A if into else None,
+            q.lora_B if into or need_A or made_again else None, s if need_B or made_again else None,
+            keep if into or need_A else None, q.bias if made_again else None,
+        ]  # fmt: skip
+    return [x if need_rows else None, *saved, *(outs if need_outs and not again else ())]
+
+
+def reads_outs(need_x: bool, all_needs: Sequence[Sequence[bool]]) -> bool:
+    """Whether backward reads the outputs of gate and up: for what comes before them, and for dW and dA of down."""
+    return need_x or any(map(any, all_needs[:-1])) or any(all_needs[-1][:2])
 
 
 def _through_down(
@@ -178,26 +235,12 @@ class LoRAMLPFunction(torch.autograd.Function):
         *before, down = layers = [Projection(*four, *pair) for four, pair in groups]
         y, outs, shrunk, keeps = forward(x, before, down, activation, backend)
         need_x, all_needs = ctx.needs_input_grad[0], _by_layer(ctx.needs_input_grad[5:])
-        need_dh = need_x or any(any(needs) for needs in all_needs[:-1])
-        again = recompute and (need_dh or any(all_needs[-1][:2]))  # what gate and up take has to be there for it
-        saved, needs_rows = [], again
-        for q, s, keep, needs in zip(layers, shrunk, keeps, all_needs, strict=True):
-            need_weight, need_A, need_B, _ = needs
-            into = need_dh if q is down else need_x
-            made_again = again and q is not down
-            needs_rows |= q is not down and (need_weight or need_A)
-            saved += [
-                q.weight if into or made_again else None, q.lora_A if into else None,
-                q.lora_B if into or need_A or made_again else None, s if need_B or made_again else None,
-                keep if into or need_A else None, q.bias if made_again else None,
-            ]  # fmt: skip
-        keep_outs = not again and (need_dh or any(all_needs[-1][:2]))
-        ctx.save_for_backward(x if needs_rows else None, *saved, *(outs if keep_outs else ()))
+        ctx.save_for_backward(*to_save(x, layers, outs, shrunk, keeps, need_x, all_needs, recompute))
         ctx.numbers = [
             (q.alpha, None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype), needs)
             for q, needs in zip(layers, all_needs, strict=True)
         ]
-        ctx.backend, ctx.activation, ctx.again, ctx.x_shape = backend, activation, again, x.shape
+        ctx.backend, ctx.activation, ctx.x_shape = backend, activation, x.shape
         return y
 
     @staticmethod
@@ -215,13 +258,8 @@ def _by_layer(flat: Sequence) -> list[Sequence]:
 def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
     count, need_x = len(ctx.numbers), ctx.needs_input_grad[0]
     x, *saved = ctx.saved_tensors
-    dy, x = rows(dy), None if x is None else rows(x)
-    groups, outs = [saved[6 * i : 6 * i + 6] for i in range(count)], saved[6 * count :]
-    layers = [Layer(*five, *numbers) for (*five, _), numbers in zip(groups, ctx.numbers, strict=True)]
-    if ctx.again:
-        before = [
-            Projection(q.weight, None, q.lora_B, bias) for q, (*_, bias) in zip(layers[:-1], groups, strict=False)
-        ]
-        outs = projections.expand(x, before, [q.s for q in layers[:-1]], ctx.backend)
-    dx, grads = backward(dy, x, outs, layers, need_x, ctx.activation, ctx.backend)
+    groups, outs = [saved[SAVED * i : SAVED * (i + 1)] for i in range(count)], saved[SAVED * count :]
+    dx, grads = differentiate(
+        rows(dy), None if x is None else rows(x), groups, outs, ctx.numbers, need_x, ctx.activation, ctx.backend
+    )
     return None if dx is None else dx.view(ctx.x_shape), None, None, None, None, *grads

@@ -30,8 +30,8 @@ from lora_kernels import autograd, plan
 from lora_kernels.dropout import keep_scale
 
 __all__ = [
-    "differentiate_again", "draw_noise", "draw_shard", "linear", "linear_backward", "linear_forward", "plain_scaling",
-    "register_flops",
+    "backward_products", "differentiate_again", "draw_noise", "draw_shard", "linear", "linear_backward",
+    "linear_forward", "plain_scaling", "register_flops",
 ]  # fmt: skip
 
 _library = torch.library.Library("lora_kernels", "DEF")
@@ -218,10 +218,14 @@ def _backward_flops(
     """2 M K N + 2 M r K for dx, 2 M r K for dA, 2 M r N for dB and once more for ds, of shapes."""
     need_x, need_A, need_B = needed
     rows, cols = math.prod(dy[:-1]), dy[-1]
-    rank = (lora_B or s)[1]
     inner = weight[1] if need_x else x[-1] if need_A else 0
+    return 2 * rows * backward_products(inner, cols, (lora_B or s)[1], need_x, need_A, need_B)
+
+
+def backward_products(inner: int, cols: int, rank: int, need_x: bool, need_A: bool, need_B: bool) -> int:
+    """Multiplications a row of a layer's backward: for dx, dA, dB and, for the first two, ds."""
     thin = rank * (inner * (need_x + need_A) + cols * (need_B + (need_x or need_A)))
-    return 2 * rows * (inner * cols * need_x + thin)
+    return inner * cols * need_x + thin
 
 
 def register_flops(formulas: dict[Any, Callable[..., int]]) -> None:

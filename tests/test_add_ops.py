@@ -4,8 +4,8 @@ import functools
 
 import pytest
 import torch
+from operator_samples import Watch
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -71,17 +71,8 @@ def test_the_operators_give_what_the_plain_call_gives(backend, p, base, adapters
     assert [t.dtype for t in outcomes[1]] == [base, *(t.dtype for t in tensors)]
 
 
-class Watch(TorchDispatchMode):
-    """Lets everything through and remembers its name."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
-
-
 def watched(*args, **kwargs):
     with Watch() as mode:
-        mode.seen = []
         y = lora_add(*args, **kwargs)
     assert add_ops.add_forward in mode.seen
     return y

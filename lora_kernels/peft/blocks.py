@@ -9,8 +9,9 @@ The stand-in shares the block's `__dict__`, so what forward reads and writes is 
 for one call, in a slot, and is made anew for each: calls that run at a time, end by an exception or are run again by
 checkpointing know nothing of each other, and nothing outlives its call.
 
-Whether the layers can be computed together is read from them at each call, by `layer.projection`. Where one cannot, or
-a compiler or a dispatch mode is at work, the block's own forward calls them one by one.
+Whether the layers can be computed together is read from them at each call, by `layer.projection`. Where one cannot, the
+block's own forward calls them one by one. So it does in attention where a compiler or a dispatch mode is at work:
+torch.compile cannot follow the stand-in.
 """
 
 import functools
@@ -74,7 +75,7 @@ def _together(layers: Sequence[nn.Module], x: Tensor) -> list[Projection] | None
 def _mlp_forward(stock: Callable[..., Any], found: Structure, backend: str) -> Callable[..., Any]:
     @functools.wraps(stock)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or watched() or changed(self, found.others):
+        if len(args) != 1 or kwargs or changed(self, found.others):
             return stock(self, *args, **kwargs)
         three = _together(members(self, MLP), args[0])
         if three is None:

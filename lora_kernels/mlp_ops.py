@@ -1,0 +1,217 @@
+"""A gated MLP as registered operators, as `ops` has the one layer, and for its reasons.
+
+    lora_kernels::mlp            y; chooses a backend, draws the noise of all masks, calls the next
+    lora_kernels::mlp_forward    y, and what backward needs: a pure function of its arguments, differentiable once
+    lora_kernels::mlp_backward   dx, and the gradients of all that is trained: its derivative
+
+They run `mlp.forward` and `mlp.differentiate`, in any number of rows, as `projection_ops` does. Layers are gate, up and
+down, or up and down; their tensors are one list, as `packed` says: four of each, or in backward six.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from lora_kernels import autograd, ops, packed, plan
+from lora_kernels import mlp as products
+from lora_kernels.dropout import keep_scale
+
+__all__ = ["mlp", "mlp_backward", "mlp_forward"]
+
+_library = torch.library.Library("lora_kernels", "FRAGMENT")
+for _schema in (
+    "mlp(Tensor x, Tensor[] weights, Tensor?[] lora_As, Tensor?[] lora_Bs, Tensor?[] biases, "
+    "Scalar[] scalings, float[] dropout_ps, str activation, bool recompute, str backend) -> Tensor",
+    "mlp_forward(Tensor x, Tensor[] tensors, int[] places, Tensor? noise, Tensor? noise_down, float[] scalings, "
+    "float[] dropout_ps, str activation, bool recompute, str backend) "
+    "-> (Tensor y, Tensor[] outs, Tensor s, Tensor s_down, Tensor[] keeps)",
+    "mlp_backward(Tensor dy, Tensor? x, Tensor[] outs, Tensor[] tensors, int[] places, float[] alphas, "
+    "str activation, str backend, ScalarType dtype, bool need_x, bool[] needs) -> Tensor[]",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _mlp(
+    x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None], scalings: Sequence[float], dropout_ps: Sequence[float], activation: str,
+    recompute: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    """Compute y `[*, out]` of arguments that `blocks` has checked and cast; `dropout_ps` are below 1."""
+    if "torch.utils.flop_counter" in sys.modules:
+        ops.register_flops({mlp_forward: _forward_flops, mlp_backward: _backward_flops})
+    chosen, tensors, places, numbers = packed.prepared(x, weights, lora_As, lora_Bs, biases, scalings, backend)
+    h = x.new_empty(1).expand(*x.shape[:-1], weights[-1].shape[1])  # of its shape in name alone
+    noise = packed.draw(x, chosen, lora_As[:-1], dropout_ps[:-1])
+    noise_down = packed.draw(h, chosen, lora_As[-1:], dropout_ps[-1:])
+    return mlp_forward(x, tensors, places, noise, noise_down, numbers, dropout_ps, activation, recompute, chosen)[0]
+
+
+def _mlp_forward(
+    x: Tensor, tensors: Sequence[Tensor], places: Sequence[int], noise: Tensor | None, noise_down: Tensor | None,
+    scalings: Sequence[float], dropout_ps: Sequence[float], activation: str, recompute: bool, backend: str,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """Compute y `[*, out]`, the outputs of gate and up, their s side by side, that of down, and the backend's masks.
+
+    Args:
+        x: `[*, in]`.
+        tensors: W, A, B and bias of each layer, those that are there; shapes and dtypes as in `ops`.
+        places: Where each of these is, of 4 a layer.
+        noise: What the backend's `draw_noise(x, count)` drew for the masks of gate and up, or None.
+        noise_down: What its `draw_noise(h)` drew for that of down, or None; h is `[*, hidden]`.
+        scalings: Multiplies the low-rank term, of each.
+        dropout_ps: Probability of dropping an element, of each.
+        activation: Its name.
+        recompute: Whether to return no outputs of gate and up: backward computes them again.
+        backend: "triton" or "torch".
+    """
+    *before, down = packed.entries(tensors, places, scalings, dropout_ps)
+    flat = autograd.rows(x)
+    y, outs, shrunk, keeps = products.forward(flat, before, down, activation, backend, (noise, noise_down))
+    s, s_down = (packed.side_by_side(flat, own, backend) for own in (shrunk[:-1], shrunk[-1:]))
+    kept = [keep for keep in keeps if keep is not None]
+    return y.view(*x.shape[:-1], y.shape[1]), [] if recompute else outs, s, s_down, kept
+
+
+def _mlp_backward(
+    dy: Tensor, x: Tensor | None, outs: Sequence[Tensor], tensors: Sequence[Tensor], places: Sequence[int],
+    alphas: Sequence[float], activation: str, backend: str, dtype: torch.dtype, need_x: bool, needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Compute dx `[*, in]` if it is needed, and after it the gradients of each layer as far as they are.
+
+    Args:
+        dy: `[*, out]`.
+        x: `[*, in]`, where `mlp.to_save` says so.
+        outs: The outputs of gate and up, likewise; none where they are to be computed again.
+        tensors: W, A, B, s, mask and bias of each layer, likewise.
+        places: Where each of these is, of 6 a layer.
+        alphas: scaling · keep_scale of each.
+        activation: Its name.
+        backend: "triton" or "torch".
+        dtype: Of each dA and dB; the others have dy's.
+        need_x: Whether dx is needed.
+        needs: Whether the gradients of W, A, B and bias are, of each layer.
+    """
+    groups = packed.unpack(tensors, places, len(alphas), products.SAVED)
+    numbers = [
+        (alpha, (dtype, dtype) if any(t is not None for t in group[1:4]) else None, own)
+        for alpha, group, own in zip(alphas, groups, _by_layer(needs), strict=True)
+    ]
+    flat = None if x is None else autograd.rows(x)
+    dx, grads = products.differentiate(autograd.rows(dy), flat, groups, outs, numbers, need_x, activation, backend)
+    results = [g.contiguous() for g in grads if g is not None]  # as the shapes below say
+    return results if dx is None else [dx.contiguous().view(*dy.shape[:-1], dx.shape[1]), *results]
+
+
+def _by_layer(needs: Sequence[bool]) -> list[Sequence[bool]]:
+    return [needs[i : i + packed.GIVEN] for i in range(0, len(needs), packed.GIVEN)]
+
+
+def _sizes(dy, x, outs, groups) -> list[tuple[int, int, int]]:
+    """in, out and rank of each layer, of shapes; 0 where nothing that is needed tells."""
+    *before, (down, *_) = groups
+    inner = next((t[-1] for t in (x, *(weight for weight, *_ in before)) if t), 0)
+    inward = [weight[0] for weight, *_ in before if weight]
+    hidden = next((n for n in (*(t[-1] for t in (down, *outs) if t), *inward)), 0)
+    ends = [(inner, hidden)] * len(before) + [(hidden, dy[-1])]
+    low = [lora_A[0] if lora_A else (lora_B or s or (0, 0))[1] for _, lora_A, lora_B, s, *_ in groups]
+    return [(*pair, rank) for pair, rank in zip(ends, low, strict=True)]
+
+
+def _fake_forward(
+    x, tensors, places, noise, noise_down, scalings, dropout_ps, activation, recompute, backend
+):  # fmt: skip
+    *before, down = packed.entries(tensors, places, scalings, dropout_ps)
+    rows, hidden = math.prod(x.shape[:-1]), down.weight.shape[1]
+    flat, h = x.new_empty(rows, x.shape[-1]), x.new_empty(rows, hidden)
+    s, s_down = (
+        x.new_empty(rows, sum(packed.pitches(packed.ranks(own), x.dtype, backend))) for own in (before, [down])
+    )
+    dropped = [(flat if q is not down else h, q) for q in (*before, down) if q.lora_A is not None and q.dropout_p > 0]
+    keeps = [plan.contractions(backend).outputs(wide, 0, q.dropout_p)[1] for wide, q in dropped]
+    outs = [] if recompute else [x.new_empty(rows, hidden) for _ in before]
+    return x.new_empty(*x.shape[:-1], down.weight.shape[0]), outs, s, s_down, keeps
+
+
+def _fake_backward(dy, x, outs, tensors, places, alphas, activation, backend, dtype, need_x, needs):
+    shapes = packed.unpack([t.shape for t in tensors], places, len(alphas), products.SAVED)
+    sizes = _sizes(dy.shape, None if x is None else x.shape, [t.shape for t in outs], shapes)
+    results = [dy.new_empty(*dy.shape[:-1], sizes[0][0])] if need_x else []
+    for (inner, cols, rank), own in zip(sizes, _by_layer(needs), strict=True):
+        each = ((cols, inner), dy.dtype), ((rank, inner), dtype), ((cols, rank), dtype), ((cols,), dy.dtype)
+        results += [dy.new_empty(shape, dtype=kind) for (shape, kind), need in zip(each, own, strict=True) if need]
+    return results
+
+
+def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, tensors, places, _, _, scalings, dropout_ps, activation, recompute, backend = inputs
+    _, outs, s, s_down, kept = output
+    layers, drawn = packed.entries(tensors, places, scalings, dropout_ps), iter(kept)
+    need_x, *flags = ctx.needs_input_grad[: 1 + len(tensors)]  # flat, here
+    needs, of = packed.needed(flags, places, len(layers)), packed.ranks(layers)
+    shrunk = [*packed.columns(s, of[:-1], backend), *packed.columns(s_down, of[-1:], backend)]
+    keeps = [next(drawn) if rank and q.dropout_p > 0 else None for q, rank in zip(layers, of, strict=True)]
+    ctx.save_for_backward(*products.to_save(x, layers, outs, shrunk, keeps, need_x, needs, recompute))
+    ctx.mark_non_differentiable(*outs, s, s_down)
+    ctx.set_materialize_grads(False)
+    ctx.alphas = [scaling * keep_scale(p) for scaling, p in zip(scalings, dropout_ps, strict=True)]
+    ctx.activation, ctx.backend, ctx.places = activation, backend, places
+    ctx.dtypes = [t.dtype for t in tensors]
+
+
+def _differentiate(ctx: FunctionCtx, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    dx, grads = None, [None] * len(ctx.dtypes)
+    if dy is not None:
+        with autograd.autocast_off(dy):
+            dx, grads = _gradients(ctx, dy)
+    return dx, grads, *(None,) * 8
+
+
+def _gradients(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx, and a gradient or None for each of the tensors."""
+    need_x, flags = ctx.needs_input_grad[:2]
+    needs = [need for own in packed.needed(flags, ctx.places, len(ctx.alphas)) for need in own]
+    x, *saved = ctx.saved_tensors
+    end = products.SAVED * len(ctx.alphas)
+    tensors, places = packed.pack([saved[:end]])
+    how = ctx.alphas, ctx.activation, ctx.backend, packed.widest(ctx.dtypes), need_x, needs
+    results = iter(mlp_backward(dy, x, saved[end:], tensors, places, *how))
+    dx = next(results) if need_x else None
+    grads = [next(results) if need else None for need in needs]
+    return dx, packed.gradients_of(grads, ctx.places, ctx.dtypes)
+
+
+_library.impl("mlp", _mlp, "CompositeImplicitAutograd")
+_library.impl("mlp_forward", _mlp_forward, "CompositeExplicitAutograd")
+_library.impl("mlp_backward", _mlp_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_kernels::mlp_forward", _fake_forward, lib=_library)
+torch.library.register_fake("lora_kernels::mlp_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("lora_kernels::mlp_forward", _differentiate, setup_context=_save, lib=_library)
+torch.library.register_autograd("lora_kernels::mlp_backward", ops.differentiate_again, lib=_library)
+
+mlp = torch.ops.lora_kernels.mlp.default
+mlp_forward = torch.ops.lora_kernels.mlp_forward.default
+mlp_backward = torch.ops.lora_kernels.mlp_backward.default
+
+
+def _forward_flops(x, tensors, places, noise, noise_down, scalings, *_: Any, **__: Any) -> int:
+    """2 M (K N + r K + r N) of each, of shapes."""
+    return packed.forward_flops(x, tensors, places, len(scalings))
+
+
+def _backward_flops(
+    dy, x, outs, tensors, places, alphas, activation, backend, dtype, need_x: bool, needs: list[bool], **_: Any
+) -> int:  # fmt: skip
+    """Of each: 2 M K N for dW and for what comes before it, and 2 M r (K or N) for each thin product, of shapes."""
+    groups, wanted = packed.unpack(tensors, places, len(alphas), products.SAVED), _by_layer(needs)
+    sizes, total = _sizes(dy, x, outs, groups), 0
+    again, need_dh = not outs and products.reads_outs(need_x, wanted), need_x or any(map(any, wanted[:-1]))
+    for i, ((inner, cols, rank), (need_weight, need_A, need_B, _)) in enumerate(zip(sizes, wanted, strict=True)):
+        is_down = i == len(sizes) - 1
+        total += ops.backward_products(inner, cols, rank, need_dh if is_down else need_x, need_A, need_B)
+        total += inner * cols * need_weight + (inner + rank) * cols * (again and not is_down)
+    return 2 * math.prod(dy[:-1]) * total
