@@ -16,7 +16,9 @@ import lora_kernels
 
 PACKAGE = Path(lora_kernels.__file__).parent
 SMOKE = Path(__file__).parent / "oracles" / "smoke.py"
-SHRINK, MATMUL, WGRAD, DEVICE = (f"kernels/{n}.py" for n in ("shrink", "matmul_expand", "wgrad", "_device"))
+SHRINK, MATMUL, WGRAD, DEVICE, DEVICE_ACTIVATION, ACTIVATION_WGRAD = (
+    f"kernels/{n}.py" for n in ("shrink", "matmul_expand", "wgrad", "_device", "_activation", "activation_wgrad")
+)
 
 # name: (file, text, replacement); the ones in ALWAYS run in every test run
 MUTANTS = {
@@ -25,7 +27,7 @@ MUTANTS = {
     "alpha ignored by the kernel": (SHRINK, "acc * tl.cast(alphas[i], tl.float32)", "acc * 2.0"),
     "keep_scale missing": ("dropout.py", "return _STEPS / kept if kept else 0.0", "return 1.0"),
     "mask missing in dx": ("autograd.py", "(ds, lora_A.t())], keep=keep)", "(ds, lora_A.t())])"),
-    "mask missing in dA": ("autograd.py", "ops.wgrad(ds, x, adapter_dtypes[0], keep,", "ops.wgrad(ds, x, adapter_dtypes[0], None,"),
+    "mask missing in dA": ("autograd.py", ".wgrad(ds, x, adapter_dtypes[0], keep,", ".wgrad(ds, x, adapter_dtypes[0], None,"),
     "mask missing in s": (SHRINK, "kept = tl.where(unpack_bits(bits), x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))", "kept = x"),
     "mask flipped in dx": (MATMUL, "tl.where(unpack_bits(packed.to(tl.int32)), product, 0.0)", "tl.where(unpack_bits(packed.to(tl.int32)), 0.0, product)"),
     "mask on the base product": (MATMUL, "part += tl.where(unpack_bits(packed.to(tl.int32)), product, 0.0)", "part = tl.where(unpack_bits(packed.to(tl.int32)), product + part, 0.0)"),
@@ -34,19 +36,19 @@ MUTANTS = {
     "threshold off by much": ("dropout.py", "return round(p * _STEPS)", "return round((p + 0.01) * _STEPS)"),
     "strides of W swapped": (MATMUL, "for pair in sources) for side in (0, 1) for dim in (0, 1)]", "for pair in sources) for side in (0, 1) for dim in (side, 1 - side)]"),
     "strides of A swapped": (SHRINK, "offs_k[:, None] * strides_ak[i] + offs_r[None, :] * strides_ar[i]", "offs_k[:, None] * strides_ar[i] + offs_r[None, :] * strides_ak[i]"),
-    "output strides swapped in wgrad": (WGRAD, "g.t().strides if right_is_wide else g.strides", "g.strides if right_is_wide else g.t().strides"),
+    "output strides swapped in wgrad": (WGRAD, "(right, left, g.t()) if right_is_wide else (left, right, g)", "(right, left, g) if right_is_wide else (left, right, g.t())"),
     "accumulate missing in matmul": (MATMUL, "acc = tl.dot(p_tile, q_tile, acc, ", "acc = tl.dot(p_tile, q_tile, "),
     "accumulate missing in shrink": (SHRINK, "tl.dot(kept, a, accs[i], ", "tl.dot(kept, a, "),
     "accumulate missing in the parts of s": (SHRINK, "acc += part", "acc = part"),
     "accumulate missing in the parts of g": (WGRAD, "acc += g_part", "acc = g_part"),
-    "accumulate missing in the parts of ds": (WGRAD, "ds += tl.sum(ds_parts, 0)", "ds = tl.sum(ds_parts, 0)"),
+    "accumulate missing in the parts of ds": (WGRAD, "ds += tl.sum(parts, 0)", "ds = tl.sum(parts, 0)"),
     "gradient that is there overwritten": (WGRAD, "acc += tl.load(g_block", "acc = 0 * acc + 2 * tl.load(g_block"),
     "thin product missing in beta1": ("kernels/hybrid.py", "matmul_expand(rest, bias, keep).addmm_", "matmul_expand(rest, bias, keep).zero_().addmm_"),
     "launch settled for other strides": ("kernels/_launch.py", "Facts(t.shape, t.stride(), t.dtype", "Facts(t.shape, t.stride() if t.is_contiguous() else (t.shape[1], 1), t.dtype"),
     "first to arrive adds up": (DEVICE, 'sem="acq_rel") == expected - 1', 'sem="acq_rel") == 0'),
     "counters not reset": (DEVICE, "tl.store(arrivals_ptr, 0)", "tl.store(arrivals_ptr, expected)"),
     "counters shared by g and ds": (WGRAD, "arrivals_ptr + tiles + split", "arrivals_ptr + split"),
-    "alpha missing in ds": (WGRAD, "ds * tl.cast(alpha, tl.float32)", "ds"),
+    "alpha missing in ds": (WGRAD, "ds * tl.cast(alphas[i], tl.float32)", "ds"),
     "seed fixed": (SHRINK, "return draw_seed(x.device, count)", "return draw_seed(x.device, count).fill_(1)"),
     "seed cut to 32 bits": (SHRINK, "tl.load(seed_ptr + drawn)", "tl.load(seed_ptr + drawn) & 0xFFFFFFFF"),
     "same mask in every row": (SHRINK, "keep_bits(seeds[i], counter, thresholds[i])", "keep_bits(seeds[i], counter * 0 + offs_byte[None, :], thresholds[i])"),
@@ -68,7 +70,15 @@ MUTANTS = {
     "alpha of the first adapter for all": (SHRINK, "tl.cast(alphas[i]", "tl.cast(alphas[0]"),
     "parts of s in one place": (SHRINK, "            before += Rs[i]\n        s = ", "        s = "),
     "parts of g in one place": (WGRAD, "            before += Ts[i]\n            #", "            #"),
-    "masked twice in dA": (WGRAD, "kept = tl.where(unpack_bits(packed), wide, tl.zeros((BLOCK_M, BLOCK_W), wide.dtype))", "wide = tl.where(unpack_bits(packed), wide, tl.zeros((BLOCK_M, BLOCK_W), wide.dtype))\n                kept = wide"),
+    "parts of ds in one place": (WGRAD, "ds_parts_ptr + tl.cast(before, tl.int64) * M * (tiles // num_t)", "ds_parts_ptr"),
+    "stale h": (DEVICE_ACTIVATION, "return (value * up).to(gate.dtype), (dh", "return value.to(gate.dtype), (dh"),
+    "du and dg swapped": (ACTIVATION_WGRAD, "zip(before, (DGATE, DUP), strict=False)", "zip(before, (DUP, DGATE), strict=False)"),
+    "slope missing in dg": (DEVICE_ACTIVATION, "(dh * up * slope)", "(dh * up)"),
+    "mask missing in dA of down": (ACTIVATION_WGRAD, "Product(after.ds, dA.t(), after.keep, wide=H)", "Product(after.ds, dA.t(), None, wide=H)"),
+    "h stored by nobody for a split": (SHRINK, "tl.store(h_ptr + offs_m[:, None] * K + offs_k[None, :], x, mask=inside)", "tl.store(h_ptr + offs_m[:, None] * K + offs_k[None, :], x, mask=inside & (offs_k * 0 + split < 1)[None, :])"),
+    "gate and up swapped": ("mlp.py", "activate_shrink(gate, up, activation, rows_of_down", "activate_shrink(up, gate, activation, rows_of_down"),
+    "made again without s": ("mlp.py", "[q.s for q in layers[:-1]], backend)", "[None] * len(layers[:-1]), backend)"),
+    "masked twice in dA": (WGRAD, "kept = tl.where(unpack_bits(packed), kept, tl.zeros((BLOCK_M, BLOCK_W), kept.dtype))", "wide = tl.where(unpack_bits(packed), kept, tl.zeros((BLOCK_M, BLOCK_W), kept.dtype))\n                kept, wides = wide, (wide,)"),
     "gradients of A in the wrong order": ("projections.py", "for own, d_lora_A in zip(owners,", "for own, d_lora_A in zip(owners[::-1],"),
     "saved s overwritten": ("autograd.py", "    return dx, d_lora_A, d_lora_B\n", "    if need_B:\n        s.data.zero_()\n    return dx, d_lora_A, d_lora_B\n"),
 }  # fmt: skip

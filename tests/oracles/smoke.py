@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401  (interpreter, sanitizer)
 import torch
 
-from lora_kernels import dropout, lora_linear, lora_projections, reference
+from lora_kernels import Projection, dropout, lora_linear, lora_mlp, lora_projections, reference
 from lora_kernels.kernels import hybrid, matmul_expand, shrink, shrink_all, wgrad, wgrad_all
 from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
 from oracles import exact, philox
@@ -74,6 +74,39 @@ def block():
     for a, t, g in zip(plain[1:], s, gs, strict=True):
         assert torch.equal(t, 2 * plain[0] @ a.T), "several shrinks in splits"
         assert torch.equal(g, t.T @ plain[0]), "several wgrads in splits"
+
+
+def gated():
+    """A gated MLP of whole numbers, exactly: a mask for each layer, splits, g and u kept and made again."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.randint(-1, 2, shape, generator=generator).float()
+
+    rows, k, hidden, n, r, ps = 40, 12, 150, 20, 3, (0.5, 0.0, 0.5)
+    shapes = (hidden, k), (hidden, k), (n, hidden)
+    layers = [Projection(draw(*shape), draw(r, shape[1]), draw(shape[0], r), None, 2.0, p) for shape, p in zip(shapes, ps)]
+    x, dy = draw(rows, k), draw(rows, n)
+    leaves = [x, *(t for q in layers for t in (q.lora_A, q.lora_B))]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    torch.manual_seed(7)
+    of_gate, of_down = (int(dropout.draw_seed("cpu")) for _ in range(2))
+    masks = philox.keep_mask(of_gate, rows, k, 0.5), None, philox.keep_mask(of_down, rows, hidden, 0.5)
+
+    def layer(x, i):
+        weight, lora_A, lora_B, bias, scaling, p = layers[i]
+        return reference.forward(x, weight.double(), lora_A.double(), lora_B.double(), bias, scaling, masks[i], p)
+
+    g, u = layer(x.double(), 0), layer(x.double(), 1)
+    truth = layer(g.relu().square() * u, 2)
+    expected = torch.autograd.grad(truth, leaves, dy.double())
+    for recompute in (False, True):
+        torch.manual_seed(7)
+        y = lora_mlp(x, *layers, activation="relu2", recompute=recompute, backend="triton")
+        assert torch.equal(y.double(), truth), "y of a gated MLP"
+        for i, (value, exact_one) in enumerate(zip(torch.autograd.grad(y, leaves, dy), expected, strict=True)):
+            assert torch.equal(value, exact_one), f"gradient {i} of a gated MLP"
 
 
 def kernels():
@@ -168,6 +201,7 @@ if __name__ == "__main__":
     for arguments in CASES:
         layer(*arguments)
     block()
+    gated()
     kernels()
     layouts()
     roundings()
