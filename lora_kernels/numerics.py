@@ -15,8 +15,8 @@ inputs; `bounds` computes how far each element may be from that, before anything
     E_dB = g(M)|dy|ᵀ|s| + |dy|ᵀE_s
     E_dbias = g(M) Σ|dy|
 
-Where x or dy are off themselves, by e_x or e_dy (`propagated`), that is their relative error g(·)|x| + e_x or
-g(·)|dy| + e_dy in place of g(·)|x| or g(·)|dy|, and dA and dB take |ds|ᵀe_x_d and e_dyᵀ|s| more.
+Where x or dy are off themselves, by e_x or e_dy (`propagated`), |x| above is |x| + e_x, e_x is added to each g(·)|x|,
+and E_dA has |ds|ᵀe_x_d more; likewise of dy.
 
 Where several projections of one x share a dx, E_dx is the sum of theirs with g of the length of the whole sum.
 
