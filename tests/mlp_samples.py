@@ -15,7 +15,7 @@ ADAPTERS = ("d_lora_A", "d_lora_B", "dbias")
 
 def draw(
     ranks=(5, 5, 5), ps=(0.0, 0.0, 0.0), dtype=torch.float32, device="cpu", *, gated=True, activation="silu",
-    biased=False, adapters=None, batch=(3, 7), sizes=(20, 36, 24), seed=0,
+    biased=False, adapters=None, batch=(3, 5), sizes=(12, 20, 9), seed=0,
 ):  # fmt: skip
     """A problem in which every term matters; a rank of 0 is no adapter."""
     generator = torch.Generator().manual_seed(seed)
