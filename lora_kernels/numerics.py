@@ -8,7 +8,7 @@ inputs; `bounds` computes how far each element may be from that, before anything
     g(n)  (n + 8) · u_acc: a sum of n products, in any order, in the accumulator (fp32, or fp64 for fp64)
 
     E_s  = u|s| + eta + (g(K) + u_d)|x_d||A|ᵀ              s and ds are stored once in the dtype
-    E_ds = u|ds| + eta + g(N)·|scaling dy||B|              u_d = u with dropout: D(x) may be rounded
+    E_ds = u|ds| + eta + g(N)·|scaling dy||B|              u_d = u where D(x) may be rounded
     E_y  = g(K + r)(|x||W|ᵀ + |s||B|ᵀ + |bias|) + E_s|B|ᵀ
     E_dx = g(N + r)(|dy||W| + D(|ds||A|)) + D(E_ds|A|)
     E_dA = (g(M) + u_d)|ds|ᵀ|x_d| + E_dsᵀ|x_d|
@@ -129,7 +129,8 @@ def bounds(problem: Problem, split: bool = False) -> dict[str, Tensor]:
         problem: What is computed.
         split: Whether the base product and the low-rank part may be rounded on their own before they are summed, as
             PyTorch's operators and the hybrids with a library must: one of the two for y and both for dx, so
-            u(max(|x Wᵀ|, |s Bᵀ + bias|) + E) and u(|dy W| + |D(ds A)| + E) more.
+            u(max(|x Wᵀ|, |s Bᵀ + bias|) + E) and u(|dy W| + |D(ds A)| + E) more. And whether D(x) may be rounded,
+            which kernels never do: dropout's factor multiplies their accumulators.
     """
     e, truth = propagated(_as(problem, torch.float64), problem.x.dtype, split=split), exact(problem)
     return {
@@ -163,7 +164,7 @@ def propagated(
         split: See `bounds`.
     """
     u, eta = _UNIT[dtype], _ETA[dtype]
-    u_d = u if q.keep is not None else 0.0
+    u_d = u if q.keep is not None and split else 0.0
     u_acc = min(u, _UNIT[torch.float32])
     w, a, b = q.weight.abs(), q.lora_A.abs(), q.lora_B.abs()
     signed_x, signed_dy, keep = _matrices(q)
