@@ -8,12 +8,15 @@ inputs; `bounds` computes how far each element may be from that, before anything
     g(n)  (n + 8) · u_acc: a sum of n products, in any order, in the accumulator (fp32, or fp64 for fp64)
 
     E_s  = u|s| + eta + (g(K) + u_d)|x_d||A|ᵀ              s and ds are stored once in the dtype
-    E_ds = u|ds| + eta + g(N)·|scaling dy||B|              u_d = u with dropout: D(x) may be rounded
+    E_ds = u|ds| + eta + g(N)·|scaling dy||B|              u_d = u where D(x) may be rounded
     E_y  = g(K + r)(|x||W|ᵀ + |s||B|ᵀ + |bias|) + E_s|B|ᵀ
     E_dx = g(N + r)(|dy||W| + D(|ds||A|)) + D(E_ds|A|)
     E_dA = (g(M) + u_d)|ds|ᵀ|x_d| + E_dsᵀ|x_d|
     E_dB = g(M)|dy|ᵀ|s| + |dy|ᵀE_s
     E_dbias = g(M) Σ|dy|
+
+Where x or dy are off themselves, by e_x or e_dy (`propagated`), |x| above is |x| + e_x, e_x is added to each g(·)|x|,
+and E_dA has |ds|ᵀe_x_d more; likewise of dy.
 
 Where several projections of one x share a dx, E_dx is the sum of theirs with g of the length of the whole sum.
 
@@ -39,14 +42,15 @@ from torch import Tensor
 from lora_kernels import reference
 
 __all__ = [
-    "Finding", "Problem", "bounds", "check", "check_shared_dx", "eager", "exact", "rms", "unit_roundoff",
+    "RULE_2_INHERITED", "RULE_2_SIZE", "Finding", "Problem", "allowed", "bounds", "check", "check_shared_dx", "compare",
+    "eager", "exact", "propagated", "rms", "rounded", "shared_dx", "unit_roundoff",
 ]  # fmt: skip
 
 _UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 _ETA = {torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25, torch.float32: 2.0**-150, torch.float64: 0.0}
 _SLACK = 1.05
-_RULE_2_SIZE = 2048
-_RULE_2_INHERITED = 256
+RULE_2_SIZE = 2048
+RULE_2_INHERITED = 256
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -125,64 +129,93 @@ def bounds(problem: Problem, split: bool = False) -> dict[str, Tensor]:
         problem: What is computed.
         split: Whether the base product and the low-rank part may be rounded on their own before they are summed, as
             PyTorch's operators and the hybrids with a library must: one of the two for y and both for dx, so
-            u(max(|x Wᵀ|, |s Bᵀ + bias|) + E) and u(|dy W| + |D(ds A)| + E) more.
+            u(max(|x Wᵀ|, |s Bᵀ + bias|) + E) and u(|dy W| + |D(ds A)| + E) more. And whether D(x) may be rounded,
+            which kernels never do: dropout's factor multiplies their accumulators.
     """
-    e, truth = _errors(problem), exact(problem)
-    u, eta = _UNIT[problem.x.dtype], _ETA[problem.x.dtype]
-    if split:
-        parts = _parts(problem)
-        e["y"] = e["y"] * (1 + u) + u * parts["y"] + eta
-        e["dx"] = e["dx"] * (1 + u) + u * parts["dx"] + 2 * eta
+    e, truth = propagated(_as(problem, torch.float64), problem.x.dtype, split=split), exact(problem)
     return {
-        name: _allowed(e[name].reshape(truth[name].shape), truth[name], out_dtype)
+        name: allowed(e[name].reshape(truth[name].shape), truth[name], out_dtype)
         for name, out_dtype in problem.output_dtypes().items()
     }
 
 
-def _allowed(error: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
-    return _SLACK * (error + _UNIT[dtype] * (truth.abs() + error) + _ETA[dtype])
+def allowed(error: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
+    """What rule 1 allows an output whose error is `error` before it is rounded to `dtype`."""
+    return _SLACK * rounded(error, truth, dtype)
 
 
-def _errors(problem: Problem, inner: int | None = None) -> dict[str, Tensor]:
-    """E of each output, in float64, as matrices; `inner` terms are summed to dx, N + r of them its own."""
-    dtype, p = problem.x.dtype, problem.dropout_p
+def rounded(error: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
+    """The error of a number with this one, once it is rounded to `dtype`."""
+    return error + _UNIT[dtype] * (truth.abs() + error) + _ETA[dtype]
+
+
+def propagated(
+    q: Problem, dtype: torch.dtype, *, e_x: Tensor | float = 0.0, e_dy: Tensor | float = 0.0, inner: int | None = None,
+    split: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
+    """E of each output before it is rounded, and of the gradient of the weight, in float64, as matrices.
+
+    Args:
+        q: What is computed, in float64.
+        dtype: That s and ds are rounded to.
+        e_x: How far x may be from `q.x`, `[M, in]`: then each |x| above is |x| + e_x, and with g(K) x comes e_x.
+        e_dy: How far dy may be from `q.dy`, `[M, out]`.
+        inner: How many terms are summed to dx, N + r of them its own; None if there are no others.
+        split: See `bounds`.
+    """
     u, eta = _UNIT[dtype], _ETA[dtype]
-    u_d = u if problem.keep is not None else 0.0
+    u_d = u if q.keep is not None and split else 0.0
     u_acc = min(u, _UNIT[torch.float32])
-    exact64 = _as(problem, torch.float64)
-    x, w, a, b, dy = (t.abs() for t in (exact64.x, exact64.weight, exact64.lora_A, exact64.lora_B, exact64.dy))
-    x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    keep = None if problem.keep is None else problem.keep.reshape(x.shape)
-    (rows, k), n, r, scaling = x.shape, w.shape[0], a.shape[0], abs(problem.scaling)
+    w, a, b = q.weight.abs(), q.lora_A.abs(), q.lora_B.abs()
+    signed_x, signed_dy, keep = _matrices(q)
+    x, dy = signed_x.abs() + e_x, signed_dy.abs() + e_dy
+    (rows, k), n, r, scaling = x.shape, w.shape[0], a.shape[0], abs(q.scaling)
 
     def g(terms: int) -> float:
         return (terms + 8) * u_acc
 
-    x_d = reference.dropped(x, keep, p)
-    signed_x_d = reference.dropped(exact64.x.reshape(x.shape), keep, p)
-    s = scaling * (signed_x_d @ exact64.lora_A.T).abs()
-    ds = scaling * (exact64.dy.reshape(dy.shape) @ exact64.lora_B).abs()
-    e_s = u * s + eta + (g(k) + u_d) * scaling * (x_d @ a.T)
-    e_ds = u * ds + eta + g(n) * scaling * (dy @ b)
-    return {
-        "y": g(k + r) * (x @ w.T + s @ b.T + (0 if problem.bias is None else exact64.bias.abs())) + e_s @ b.T,
-        "dx": g(inner or n + r) * (dy @ w + reference.dropped(ds @ a, keep, p)) + reference.dropped(e_ds @ a, keep, p),
-        "d_lora_A": (g(rows) + u_d) * (ds.T @ x_d) + e_ds.T @ x_d,
-        "d_lora_B": g(rows) * (dy.T @ s) + dy.T @ e_s,
-        "dbias": g(rows) * dy.sum(0),
+    def d(t: Tensor) -> Tensor:
+        return reference.dropped(t, keep, q.dropout_p)
+
+    s = scaling * (d(signed_x) @ q.lora_A.T).abs()
+    ds = scaling * (signed_dy @ q.lora_B).abs()
+    e_s = u * s + eta + scaling * (d((g(k) + u_d) * x + e_x) @ a.T)
+    e_ds = u * ds + eta + scaling * ((g(n) * dy + e_dy) @ b)
+    g_y, g_dx, g_m = g(k + r), g(inner or n + r), g(rows)
+    errors = {
+        "y": (g_y * x + e_x) @ w.T + (g_y * s + e_s) @ b.T + (0 if q.bias is None else g_y * q.bias.abs()),
+        "dx": (g_dx * dy + e_dy) @ w + d((g_dx * ds + e_ds) @ a),
+        "d_lora_A": ((g_m + u_d) * ds + e_ds).T @ d(x),
+        "d_lora_B": (g_m * dy + e_dy).T @ s + dy.T @ e_s,
+        "dbias": (g_m * dy + e_dy).sum(0),
+        "dweight": (g_m * dy + e_dy).T @ x,
     }
+    if isinstance(e_x, Tensor):
+        errors["d_lora_A"] += ds.T @ d(e_x)
+        errors["dweight"] += signed_dy.abs().T @ e_x
+    if split:
+        parts = _parts(q)
+        errors["y"] = errors["y"] * (1 + u) + u * parts["y"] + eta
+        errors["dx"] = errors["dx"] * (1 + u) + u * parts["dx"] + 2 * eta
+    return errors
 
 
-def _parts(problem: Problem) -> dict[str, Tensor]:
+def _parts(q: Problem) -> dict[str, Tensor]:
     """What the separate roundings of two parts are relative to: the larger part of y, the sum of those of dx."""
-    q = _as(problem, torch.float64)
-    x, dy = q.x.reshape(-1, q.x.shape[-1]), q.dy.reshape(-1, q.dy.shape[-1])
-    keep = None if q.keep is None else q.keep.reshape(x.shape)
-    base, ds = x @ q.weight.T, abs(q.scaling) * (dy @ q.lora_B).abs()
+    x, dy, keep = _matrices(q)
+    base = x @ q.weight.T
+    y = reference.forward(x, q.weight, q.lora_A, q.lora_B, q.bias, q.scaling, keep, q.dropout_p)
+    ds = abs(q.scaling) * (dy @ q.lora_B).abs()
     return {
-        "y": base.abs().maximum((exact(problem)["y"].reshape(base.shape) - base).abs()),
+        "y": base.abs().maximum((y - base).abs()),
         "dx": (dy @ q.weight).abs() + reference.dropped(ds @ q.lora_A.abs(), keep, q.dropout_p),
     }
+
+
+def _matrices(q: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows of x, dy and the mask."""
+    x, dy = q.x.reshape(-1, q.x.shape[-1]), q.dy.reshape(-1, q.dy.shape[-1])
+    return x, dy, None if q.keep is None else q.keep.reshape(x.shape)
 
 
 def check(
@@ -199,13 +232,13 @@ def check(
     Returns:
         A finding for each output in `actual`, in its order.
     """
-    truth, allowed, dtypes = exact(problem), bounds(problem, split), problem.output_dtypes()
+    truth, limits, dtypes = exact(problem), bounds(problem, split), problem.output_dtypes()
     inherited = problem.lora_A.shape[0] * (problem.x.numel() // max(problem.x.shape[-1], 1))
     findings = []
     for name, tensor in actual.items():
-        few = tensor.numel() < _RULE_2_SIZE or (name.startswith("d_lora") and inherited < _RULE_2_INHERITED)
+        few = tensor.numel() < RULE_2_SIZE or (name.startswith("d_lora") and inherited < RULE_2_INHERITED)
         beside = None if baseline is None else baseline[name]
-        findings.append(_check_one(name, tensor, truth[name], allowed[name], dtypes[name], beside, not few))
+        findings.append(compare(name, tensor, truth[name], limits[name], dtypes[name], beside, not few))
     return findings
 
 
@@ -221,16 +254,24 @@ def check_shared_dx(
         split: Whether each projection's two parts, and each sum of parts, may be rounded on their own.
     """
     dtype = problems[0].x.dtype
-    inner = sum(q.weight.shape[0] + q.lora_A.shape[0] for q in problems)
     truth = sum(exact(q)["dx"] for q in problems)
-    error = sum(_errors(q, inner)["dx"] for q in problems).reshape(truth.shape)
-    if split:
-        parts = sum(_parts(q)["dx"] for q in problems).reshape(truth.shape)
-        roundings = 2 * (2 * len(problems) - 1)
-        error = error + roundings * (_UNIT[dtype] * (parts + error) + _ETA[dtype])
+    error = shared_dx([_as(q, torch.float64) for q in problems], dtype, split=split).reshape(truth.shape)
     beside = None if baselines is None else functools.reduce(operator.add, baselines)
-    enough = actual.numel() >= _RULE_2_SIZE
-    return _check_one("dx", actual, truth, _allowed(error, truth, dtype), dtype, beside, enough)
+    enough = actual.numel() >= RULE_2_SIZE
+    return compare("dx", actual, truth, allowed(error, truth, dtype), dtype, beside, enough)
+
+
+def shared_dx(
+    problems: Sequence[Problem], dtype: torch.dtype, e_dys: Sequence[Tensor | float] | None = None, split: bool = False
+) -> Tensor:
+    """E of the dx of several projections of one x, in float64, as a matrix; see `propagated` and `check_shared_dx`."""
+    inner = sum(q.weight.shape[0] + q.lora_A.shape[0] for q in problems)
+    each = zip(problems, e_dys or [0.0] * len(problems), strict=True)
+    error = sum(propagated(q, dtype, e_dy=e_dy, inner=inner)["dx"] for q, e_dy in each)
+    if split:
+        roundings, parts = 2 * (2 * len(problems) - 1), sum(_parts(q)["dx"] for q in problems)
+        error = error + roundings * (_UNIT[dtype] * (parts + error) + _ETA[dtype])
+    return error
 
 
 def rms(t: Tensor) -> float:
@@ -238,10 +279,11 @@ def rms(t: Tensor) -> float:
     return t.double().square().mean().sqrt().item() if t.numel() else 0.0
 
 
-def _check_one(
-    name: str, actual: Tensor, truth: Tensor, allowed: Tensor, dtype: torch.dtype, baseline: Tensor | None,
+def compare(
+    name: str, actual: Tensor, truth: Tensor, limit: Tensor, dtype: torch.dtype, baseline: Tensor | None,
     rule_2_applies: bool,
 ) -> Finding:  # fmt: skip
+    """Hold one output against its truth, rule 1's limits of its elements and, where it applies, rule 2."""
     if actual.shape != truth.shape or actual.dtype != dtype:
         got, want = (f"{t} {tuple(s)}" for t, s in ((actual.dtype, actual.shape), (dtype, truth.shape)))
         return Finding(name, False, float("inf"), None, None, f"{name} is {got}, expected {want}")
@@ -250,25 +292,25 @@ def _check_one(
     error = (actual.double() - truth).abs()
     if not error.isfinite().all():
         return Finding(name, False, float("inf"), None, None, f"{name} has NaN or inf in {_count(~error.isfinite())}")
-    used = torch.where(error > 0, error / allowed, 0.0)
+    used = torch.where(error > 0, error / limit, 0.0)
     rule_1 = used.max().item()
     messages = []
     if not rule_1 <= 1:
         at = tuple(int(i) for i in (used == used.max()).nonzero()[0])
         messages.append(
             f"{name}{list(at)} is {actual[at].item():.6g}, exactly {truth[at].item():.6g}: error "
-            f"{error[at].item():.3g} of {allowed[at].item():.3g} allowed; beyond the bound in {_count(used > 1)}"
+            f"{error[at].item():.3g} of {limit[at].item():.3g} allowed; beyond the bound in {_count(used > 1)}"
         )
     rule_2 = ratio = None
     if baseline is not None:
         eager_rms = rms(baseline.double() - truth)
         ratio = rms(error) / eager_rms if eager_rms else None
-        if rule_2_applies:
-            limit = 2 * eager_rms + _UNIT[dtype] * rms(truth)
-            rule_2 = rms(error) / limit if limit else (float("inf") if error.any() else 0.0)
+        if rule_2_applies and dtype != torch.float64:  # the truth has the same errors
+            most = 2 * eager_rms + _UNIT[dtype] * rms(truth)
+            rule_2 = rms(error) / most if most else (float("inf") if error.any() else 0.0)
             if not rule_2 <= 1:
                 messages.append(
-                    f"{name} has rms error {rms(error):.3g}, {limit:.3g} allowed beside eager's {eager_rms:.3g}"
+                    f"{name} has rms error {rms(error):.3g}, {most:.3g} allowed beside eager's {eager_rms:.3g}"
                 )
     return Finding(name, not messages, rule_1, rule_2, ratio, "; ".join(messages))
 

@@ -6,14 +6,20 @@
     dB   = dyᵀ (scaling · D(x) Aᵀ)
     dW   = dyᵀ x,    dbias = Σ dy over the rows
 
+    gated MLP    y = down(h),  h = a(gate(x)) · up(x), or a(up(x)) without a gate
+
 Everything the kernels do is checked against these functions, in float64. They are written to be read, not to be
 fast, and share no code with either backend. Shapes: x `[*, in]`, W `[out, in]`, A `[r, in]`, B `[out, r]`,
 dy `[*, out]`; keep is a bool mask of the shape of x, or None.
 
-Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3, arXiv:2106.09685.
+Sources: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3, arXiv:2106.09685; Shazeer 2020,
+arXiv:2002.05202 (SwiGLU, GEGLU); Hendrycks and Gimpel 2016, arXiv:1606.08415 (GELU and its approximation); So et al.
+2021, arXiv:2109.08668 (squared ReLU).
 """
 
+import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +27,8 @@ from torch import Tensor
 from lora_kernels.dropout import PHILOX_ROUNDS, keep_scale, threshold
 
 __all__ = [
+    "Layer",
+    "activated",
     "dropped",
     "forward",
     "grad_bias",
@@ -31,11 +39,38 @@ __all__ = [
     "keep_mask",
     "lora_add",
     "lora_linear",
+    "lora_mlp",
     "lora_projections",
     "philox4x32",
 ]
 
 _MASK32 = 0xFFFFFFFF
+_ACTIVATIONS = {
+    "silu": lambda g: g * torch.sigmoid(g),
+    "gelu": lambda g: g * (1 + torch.erf(g / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda g: g * (1 + torch.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))) / 2,
+    "relu2": lambda g: torch.where(g > 0, g, 0) ** 2,
+}
+
+
+class Layer(Protocol):
+    """A linear layer with or without an adapter, such as a `lora_kernels.Projection`.
+
+    Attributes:
+        weight: W, `[out, in]`.
+        lora_A: A, `[r, in]`, or None.
+        lora_B: B, `[out, r]`, or None.
+        bias: `[out]` or None.
+        scaling: Multiplies the low-rank term.
+        dropout_p: Drop probability.
+    """
+
+    weight: Tensor
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    bias: Tensor | None
+    scaling: float
+    dropout_p: float
 
 
 def philox4x32(seed: int, counter: Tensor, rounds: int = PHILOX_ROUNDS) -> list[Tensor]:
@@ -167,6 +202,40 @@ def lora_projections(
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight.T if bias is None else x @ weight.T + bias
+
+
+def activated(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """Compute h = a(gate) · up, or a(gate) without `up`; a is "silu", "gelu", "gelu_tanh" or "relu2"."""
+    value = _ACTIVATIONS[activation](gate)
+    return value if up is None else value * up
+
+
+def lora_mlp(
+    x: Tensor, gate: Layer | None, up: Layer, down: Layer, *,
+    activation: str = "silu", seeds: Sequence[Tensor | int | None] = (None, None, None),
+) -> Tensor:  # fmt: skip
+    """Compute y = down(a(gate(x)) · up(x)), or down(a(up(x))) without a gate, the same as `lora_kernels.lora_mlp`.
+
+    Args:
+        x: `[*, in]`.
+        gate: The gate's `weight` `[hidden, in]`, `lora_A`, `lora_B`, `bias`, `scaling` and `dropout_p`, or None.
+        up: Likewise, `weight` `[hidden, in]`.
+        down: Likewise, `weight` `[out, hidden]`.
+        activation: a, see `activated`.
+        seeds: Of gate, up and down, each as in `lora_linear`.
+
+    Returns:
+        y, `[*, out]`.
+    """
+    before = [_layer(x, q, seed) for q, seed in zip((gate, up), seeds, strict=False) if q is not None]
+    return _layer(activated(*(*before, None)[:2], activation), down, seeds[2])
+
+
+def _layer(x: Tensor, q: Layer, seed: Tensor | int | None) -> Tensor:
+    return lora_projections(
+        x, [q.weight], [None if q.lora_A is None else (q.lora_A, q.lora_B)], biases=[q.bias], scaling=q.scaling,
+        dropout_p=q.dropout_p, seeds=seed,
+    )[0]  # fmt: skip
 
 
 def lora_add(

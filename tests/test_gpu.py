@@ -4,9 +4,13 @@ import sys
 
 import pytest
 import torch
+from mlp_samples import assert_accurate as assert_mlp_accurate
+from mlp_samples import draw as draw_mlp
+from mlp_samples import run as run_mlp
 from test_projections import assert_accurate, draw
 
-from lora_kernels import LoRALinear, lora_linear, numerics, plan
+from lora_kernels import LoRALinear, lora_linear, lora_projections, lora_qkv, numerics, plan
+from lora_kernels.activations import ACTIVATIONS
 from lora_kernels.cli._cases import make_problem, run_problem, with_mask
 from lora_kernels.kernels import matmul_expand, shrink
 
@@ -67,6 +71,49 @@ def test_projections_of_real_shapes(widths, dtype, p):
     case = tuple((n or 264, 16 if n else 0, p if n else 0.0) for n in widths)
     with plan.forced("fused"):
         assert_accurate(*draw(case, dtype, "cuda", batch=(2048,), k=1032), "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_queries_keys_and_values_are_projections(dtype):
+    case = ((1024, 16, 0.1), (256, 16, 0.1), (256, 16, 0.1))
+    block, problems = draw(case, dtype, "cuda", batch=(2, 300), k=1024)
+    results = []
+    with plan.forced("fused"):
+        assert_accurate(block, problems, "triton")
+        for call in (lora_qkv, lora_projections):
+            torch.manual_seed(1)
+            ys = block.together("triton", call)
+            results.append([*ys, *torch.autograd.grad(ys, block.leaves(), block.dys)])
+    assert all(map(torch.equal, *results))
+
+
+MLPS = {  # rows, in, hidden, out; ranks
+    "a decoder's": dict(batch=(2048,), sizes=(1024, 3584, 1024), ranks=(16, 16, 16)),
+    "odd sizes": dict(batch=(3, 259), sizes=(520, 1001, 336), ranks=(8, 24, 17)),
+    "large ranks": dict(batch=(1000,), sizes=(512, 1536, 512), ranks=(64, 40, 128)),
+    "decode": dict(batch=(3,), sizes=(1024, 2816, 1024), ranks=(16, 8, 16)),
+}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("mlp", MLPS)
+def test_mlps_of_real_shapes(mlp, dtype, p):
+    problem = draw_mlp(**MLPS[mlp], ps=(p,) * 3, dtype=dtype, device="cuda", biased=True)
+    with plan.forced("fused"):
+        assert_mlp_accurate(problem, "triton")
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation, gated):
+    """And recomputing what backward takes gives the same bits."""
+    how = dict(gated=gated, activation=activation, ps=(0.0, 0.0, 0.1), dtype=torch.bfloat16, device="cuda")
+    problem = draw_mlp((16, 16, 16), batch=(512,), sizes=(256, 768, 256), **how)
+    with plan.forced("fused"):
+        assert_mlp_accurate(problem, "triton")
+        kept, made_again = (run_mlp(problem, "triton", recompute) for recompute in (False, True))
+    assert all(torch.equal(kept[name], t) for name, t in made_again.items())
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])

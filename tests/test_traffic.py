@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench import roofline
-from lora_kernels import lora_projections
+from lora_kernels import Projection, lora_mlp, lora_projections
 from lora_kernels.autograd import LoRALinearFunction
 from lora_kernels.cli import _cost, _traffic
 from lora_kernels.kernels import _configs, matmul_expand, shrink, wgrad
@@ -70,6 +70,24 @@ def test_projections_move_what_their_formulas_say(m, k, widths, ranks, p, log):
     check(log, _traffic.block(m, k, widths, ranks, torch.float32, p > 0, sms, tma=False, bias=4))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("m", "k", "hidden", "n", "ranks"),
+    [(20, 24, 40, 17, (5, 5, 5)), (70, 9, 70, 33, (3, 16, 8)), (5, 16, 24, 16, (40, 4, 70)), (150, 8, 20, 8, (4, 6))],
+)
+def test_a_gated_mlp_moves_what_its_formulas_say(m, k, hidden, n, ranks, p, log):
+    *before, down = [
+        Projection(torch.ones(out, inner), torch.ones(r, inner, requires_grad=True),
+                   torch.ones(out, r, requires_grad=True), torch.ones(out), 1.0, p)
+        for r, out, inner in zip(ranks[::-1], (n, hidden, hidden), (hidden, k, k), strict=False)
+    ][::-1]  # fmt: skip
+    x = torch.ones(m, k, requires_grad=True)
+    y = lora_mlp(x, *([None] * (2 - len(before))), *before, down, backend="triton")
+    y.backward(torch.ones_like(y))
+    sms = num_sms(torch.device("cpu"))
+    check(log, _traffic.mlp(m, k, hidden, n, ranks, torch.float32, p > 0, sms, tma=False, bias=4))
+
+
 @pytest.mark.parametrize("k_per_split", [16, 32, 96])
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_a_split_shrink(k_per_split, p, log):
@@ -128,6 +146,20 @@ def test_queries_keys_and_values_in_seven_launches(p):
         _traffic.layer(8192, 4096, n, 16, torch.bfloat16, p > 0, num_sms=132, tma=True) for n in (4096, 1024, 1024)
     ]
     assert sum(moved.total for layer in alone for moved in layer) / MIB > 1.5 * (646.2 + 9 * (p > 0) * mask)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_a_gated_mlp_in_nine_launches(p):
+    """Llama-8B's, M = 8192, r = 16, bf16: g, u and h once each way, dh, dg and du; no more than the plan allows."""
+    launches = _traffic.mlp(8192, 4096, 14336, 4096, (16,) * 3, torch.bfloat16, p > 0, num_sms=132, tma=True)
+    total = sum(moved.total for moved in launches) / MIB
+    assert len(launches) == 9
+    assert total <= 1.05 * 4490
+    x, wide = 8192 * 4096 / MIB, 8192 * 14336 / MIB
+    weights, masks = 3 * 4096 * 14336 / MIB, (p > 0) * (6 * x + 3 * wide) / 16
+    # x thrice, y, dy twice, dx; g and u thrice, h twice, dh twice, dg and du twice
+    assert total == pytest.approx(2 * (7 * x + 14 * wide + 2 * weights + masks), rel=0.003)
+    assert sum(2 * moved.parts for moved in launches) / MIB < 300  # out of L2 for the most part
 
 
 def test_the_wave_that_runs_together_touches_less_than_in_the_usual_order():

@@ -6,7 +6,8 @@ what L2 must deliver. *Parts* of split sums are written once and read back once 
 
     M rows, K in_features, N out_features, R rank; e bytes an element of x and W; n_m, n_k, ... blocks of a tile size
 
-Several adapters of one x give `shrink` and `wgrad` several ranks, and as many masks as there are dropouts.
+Several adapters of one x give `shrink` and `wgrad` several ranks, and as many masks as there are dropouts. Inside an
+MLP the operand that they share is made of two or three, [M, K] each, and what is made may be stored.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import torch
 from lora_kernels.kernels import _configs
 from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
 
-__all__ = ["Moved", "block", "layer", "matmul_expand", "outputs", "shrink", "wgrad"]
+__all__ = ["Moved", "block", "layer", "matmul_expand", "mlp", "outputs", "shrink", "wgrad"]
 
 _PART = 4  # bytes an element of a part: fp32
 
@@ -43,36 +44,57 @@ class Moved:
         return self.total + 2 * self.parts
 
 
-def shrink(m: int, k: int, ranks: int | Sequence[int], e: int, masks: int, config: ShrinkConfig) -> Moved:
-    """Bytes of each s = alpha · D(x) aᵀ for x `[M, K]` and a `[R, K]`, `masks` of them with dropout."""
+def shrink(
+    m: int, k: int, ranks: int | Sequence[int], e: int, masks: int, config: ShrinkConfig, made_of: int = 0
+) -> Moved:
+    """Bytes of each s = alpha · D(x) aᵀ for x `[M, K]` and a `[R, K]`, `masks` of them with dropout.
+
+    With `made_of` operands x is made of as many, by an activation, and stored; then there may be no rank at all.
+    """
     ranks = (ranks,) if isinstance(ranks, int) else ranks
-    n_m, n_r, splits = _blocks(m, config.block_m), _blocks(max(ranks), config.block_r), _blocks(k, config.k_per_split)
-    r = sum(ranks)
-    parts = splits * m * r * _PART if splits > 1 else 0
-    reset = n_m * n_r * 4 if splits > 1 else 0  # the counters, back to 0
-    touched = m * k * e + r * k * e + 8 * masks
-    issued = n_r * m * k * e + n_m * r * k * e + 8 * masks * n_m * n_r * splits
-    return Moved("shrink", touched, issued, m * r * e + reset + masks * m * _blocks(k, 8), parts)
+    widest = max(ranks, default=1)
+    n_m, n_r, splits = _blocks(m, config.block_m), _blocks(widest, config.block_r), _blocks(k, config.k_per_split)
+    r, read = sum(ranks), max(made_of, 1) * m * k * e
+    is_split = splits > 1 and bool(ranks)
+    parts = splits * m * r * _PART if is_split else 0
+    reset = n_m * n_r * 4 if is_split else 0  # the counters, back to 0
+    touched = read + r * k * e + 8 * masks
+    issued = n_r * read + n_m * r * k * e + 8 * masks * n_m * n_r * splits
+    made = m * k * e if made_of else 0
+    return Moved("shrink", touched, issued, m * r * e + made + reset + masks * m * _blocks(k, 8), parts)
 
 
 def wgrad(
     m: int, w: int, thin: int | Sequence[int], e: int, e_g: int, config: WgradConfig, masks: int = 0,
-    shrinks: bool = False,
+    shrinks: bool | Sequence[int] = False, made_of: int = 0,
 ) -> Moved:  # fmt: skip
     """Bytes of each g = wideᵀ thin for wide `[M, W]` and thin `[M, T]`, and of ds = alpha · wide b from the same read.
 
-    `masks` of the products are with a masked wide operand.
+    Args:
+        m: M.
+        w: W.
+        thin: T of each product.
+        e: Bytes an element of the operands.
+        e_g: Bytes an element of g.
+        config: The tile.
+        masks: How many of the products are with a masked wide operand.
+        shrinks: T of each ds; or whether there is one for every product.
+        made_of: Of how many operands an activation makes the wide ones, of which all but one are stored: dg and du.
     """
     thin = (thin,) if isinstance(thin, int) else thin
-    n_w, n_t, splits = _blocks(w, config.block_c), _blocks(max(thin), config.block_r), _blocks(m, config.rows_per_split)
-    t = sum(thin)
-    parts = splits * w * t * _PART if splits > 1 else 0
-    ds_parts = n_w * m * t * _PART if shrinks else 0
-    reset = (n_w * n_t if splits > 1 else 0) * 4 + (splits * 4 if shrinks else 0)
+    shrunk = sum(thin) * shrinks if isinstance(shrinks, bool) else sum(shrinks)
+    widest = max(thin, default=1)
+    n_w, n_t, splits = _blocks(w, config.block_c), _blocks(widest, config.block_r), _blocks(m, config.rows_per_split)
+    t, read = sum(thin), max(made_of, 1) * m * w * e
+    is_split = splits > 1 and bool(thin)
+    parts = splits * w * t * _PART if is_split else 0
+    ds_parts = n_w * m * shrunk * _PART
+    reset = (n_w * n_t if is_split else 0) * 4 + (splits * 4 if shrunk else 0)
     mask = masks * m * _blocks(w, 8)
-    touched = m * w * e + m * t * e + mask + shrinks * w * t * e
-    issued = n_t * (m * w * e + mask) + n_w * m * t * e + shrinks * splits * w * t * e
-    return Moved("wgrad", touched, issued, w * t * e_g + shrinks * m * t * e + reset, parts + ds_parts)
+    touched = read + m * t * e + mask + w * shrunk * e
+    issued = n_t * (read + mask) + n_w * m * t * e + splits * w * shrunk * e
+    made = max(made_of - 1, 0) * m * w * e
+    return Moved("wgrad", touched, issued, w * t * e_g + made + m * shrunk * e + reset, parts + ds_parts)
 
 
 def matmul_expand(
@@ -131,6 +153,42 @@ def block(
         *from_dys,
         matmul_expand(m, k, (*widths, *adapted), e, dx_tile, 0, masks),
         wgrad(m, k, adapted, e, e, g_tile, masks),
+    ]
+
+
+def mlp(
+    m: int, k: int, hidden: int, n: int, ranks: Sequence[int], dtype: torch.dtype, dropout: bool, num_sms: int,
+    tma: bool, bias: int = 0,
+) -> list[Moved]:  # fmt: skip
+    """The launches of a gated MLP, forward and backward; `ranks` of gate, up and down, or of up and down.
+
+    Backward is that of `block` for gate and up, less what is read of dg and du for their ds and dB: at ranks up to 32
+    the pass that makes them gives these too.
+    """
+    e, (*before, r) = dtype.itemsize, ranks
+    gated = len(before) == 2
+
+    def expand(cols: int, inner: int, masked: bool, bias: int) -> Moved:
+        summed = inner if masked else inner + r
+        config = _configs.matmul_config(m, summed, cols, dtype, tma, masked, num_sms)
+        return matmul_expand(m, cols, (inner, r), e, config, bias, masked)
+
+    of_gate_and_up = block(m, k, [hidden] * len(before), before, dtype, dropout, num_sms, tma, bias)
+    s_tile = _configs.shrink_config(m, hidden, r, dtype, dropout, activated=True)
+    fused = [rank for rank in before if _configs.shrink_wgrad_pays(rank)]
+    tile = _configs.wgrad_config(
+        m, hidden, max(ranks), dtype, bool(fused), adapters=len(ranks), masked=dropout, activated=True
+    )
+    apart = [rank for rank in before if rank not in fused]
+    return [
+        *of_gate_and_up[:2],
+        shrink(m, hidden, r, e, dropout, s_tile, 1 + gated),
+        expand(n, hidden, False, bias),
+        *_from_dy(m, n, r, e, e, dtype),
+        expand(hidden, n, dropout, 0),
+        wgrad(m, hidden, (r, *before), e, e, tile, dropout, fused, 2 + gated),
+        *(shrink(m, hidden, rank, e, 0, _configs.shrink_config(m, hidden, rank, dtype)) for rank in apart),
+        *of_gate_and_up[-2:],
     ]
 
 
