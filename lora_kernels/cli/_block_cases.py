@@ -3,8 +3,9 @@
     projections    yᵢ = layerᵢ(x)                              q, k, v
     MLP            y  = down(act(gate(x)) · up(x))             gate, up, down
 
-Projections are held to `numerics.check` each, and their dx to `numerics.check_shared_dx`. Through an activation there
-is no componentwise bound: an MLP is held by `check_mlp` to the rms error of PyTorch's operators.
+Projections are held to `numerics.check` each, and their dx to `numerics.check_shared_dx`. Of an MLP, peers round at
+places of their own, which no bound of each element knows: all are held by `check_mlp` to the rms error of PyTorch's
+operators. `verify` holds this package's to `numerics_mlp.check`.
 """
 
 import functools

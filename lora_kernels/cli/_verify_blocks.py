@@ -6,22 +6,21 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lora_kernels import dropout, eager, reference
+from lora_kernels import dropout, eager, numerics_mlp, reference
 from lora_kernels.blocks import lora_mlp, lora_qkv
 from lora_kernels.cli._block_cases import (
     ACTIVATIONS,
     MLP,
     QKV,
     BlockProblem,
-    check_mlp,
     check_projections,
     leaves_of,
-    outputs,
 )  # fmt: skip
 from lora_kernels.cli._block_judge import find_masks
 from lora_kernels.cli._cases import make_problem, same_bits, storages
 from lora_kernels.dropout import threshold
 from lora_kernels.numerics import Finding
+from lora_kernels.numerics_mlp import MLPProblem
 from lora_kernels.projections import Projection
 
 __all__ = ["BlockCase", "examine", "matrix"]
@@ -119,11 +118,19 @@ def examine(
     if not problem.activation:
         keeps = _masks(problem, case.backend, seed)
         return check_projections(actual, problem, keeps, split=case.backend == "torch"), messages
-    leaves = leaves_of(problem)
     keeps = find_masks(
-        problem, leaves, lambda dys: _run(replace(problem, dys=dys), case.backend, seed)["dx"]
+        problem, leaves_of(problem), lambda dys: _run(replace(problem, dys=dys), case.backend, seed)["dx"]
     )  # fmt: skip
-    return check_mlp(actual, *(outputs(problem, keeps, one) for one in (torch.float64, dtype)), dtype), messages
+    (dy,) = problem.dys
+    mlp = MLPProblem(problem.x, *problem.layers.values(), dy, problem.activation, dict(keeps))
+    named = {_name(name): t for name, t in actual.items()}
+    return numerics_mlp.check(named, mlp, numerics_mlp.eager(mlp), split=case.backend == "torch"), messages
+
+
+def _name(output: str) -> str:
+    """The name that `numerics_mlp` has for an output: gate.d_lora_A for "dA gate"."""
+    kind, _, layer = output.partition(" ")
+    return f"{layer}.d_lora_{kind[1]}" if layer else output
 
 
 def _draw(case: BlockCase, dtype: torch.dtype, device: str, seed: int) -> BlockProblem:

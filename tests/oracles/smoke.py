@@ -85,7 +85,10 @@ def gated():
 
     rows, k, hidden, n, r, ps = 40, 12, 150, 20, 3, (0.5, 0.0, 0.5)
     shapes = (hidden, k), (hidden, k), (n, hidden)
-    layers = [Projection(draw(*shape), draw(r, shape[1]), draw(shape[0], r), None, 2.0, p) for shape, p in zip(shapes, ps)]
+    layers = [
+        Projection(draw(out, inner), draw(r, inner), draw(out, r), None, 2.0, p)
+        for (out, inner), p in zip(shapes, ps, strict=True)
+    ]
     x, dy = draw(rows, k), draw(rows, n)
     leaves = [x, *(t for q in layers for t in (q.lora_A, q.lora_B))]
     for leaf in leaves:
