@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lora_kernels.blocks import lora_mlp, lora_projections
 from lora_kernels.functional import watched
 from lora_kernels.peft.layer import bare, projection
-from lora_kernels.peft.structure import ATTENTION, MLP, Structure, members
+from lora_kernels.peft.structure import ATTENTION, MLP, Part, Structure, members, part
 from lora_kernels.projections import Projection
 
 __all__ = ["block_forward", "changed", "patched_structure"]
@@ -55,9 +55,13 @@ def patched_structure(forward: Callable[..., Any]) -> Structure | None:
 def changed(block: nn.Module, others: Sequence[tuple[str, Any]]) -> str:
     """The name of a part of a gated MLP that is not what it was, or that is listened to; "" if there is none."""
     fields, modules = block.__dict__, block.__dict__["_modules"]
-    for name, kind in others:
+    for name, was in others:
         module = modules.get(name)
-        if not (fields.get(name) is kind if module is None else bare(module, kind)):
+        if module is None:
+            same = fields.get(name) is was
+        else:
+            same = isinstance(was, Part) and bare(module, was.kind) and part(module) == was
+        if not same:
             return name
     return ""
 

@@ -4,8 +4,12 @@
     MLP         down_proj(act(gate_proj(x)) · up_proj(x))    the forward is run with stand-ins for the three layers
 
 An attention's forward does much besides, so that only its three calls are looked at, in the order of its statements:
-each must stand there once, none behind a branch, and nothing else may touch x from the first to the last. Nothing is
-decided by a first call: checkpointing compares what a forward saves with what its second run does.
+each must stand there once, none behind a branch or in a function of its own, and nothing else may touch x or the three
+layers from the first to the last. Nothing is decided by a first call: checkpointing compares what a forward saves with
+what its second run does.
+
+An MLP's forward may do nothing besides, with x and with what it returns not even a look: `lora_mlp` takes its place.
+Whatever of the module it reads is remembered, since a number that is 1 today may be changed tomorrow.
 """
 
 import ast
@@ -15,14 +19,14 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.activations import ACTIVATIONS, activated
 
-__all__ = ["ATTENTION", "MLP", "Structure", "members", "structure"]
+__all__ = ["ATTENTION", "MLP", "Part", "Structure", "members", "part", "structure"]
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -34,6 +38,18 @@ _OTHERS = (  # what is known to be a block of another kind, by the layers it has
 _CHOICES = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
+_NO_MLP = f"it is not down_proj(act(gate_proj(x)) · up_proj(x)) with act one of {', '.join(ACTIVATIONS)}"
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+class Part(NamedTuple):
+    """What a module beside the layers has to stay: of its class, with these numbers and words."""
+
+    kind: type[nn.Module]
+    constants: tuple[tuple[str, Any], ...]
+
+
 @dataclass(frozen=True)
 class Structure:
     """What a block is.
@@ -43,7 +59,8 @@ class Structure:
         layers: Names of the layers that belong together, in the order in which they are computed.
         reason: Why they have to be called one by one; "" where they are not.
         activation: A gated MLP's, in the words of `lora_mlp`.
-        others: What else a gated MLP is made of: each name, and the module's class, or the function itself.
+        others: What else a gated MLP is made of: each name, and the module's `Part`, or the value itself, None where it
+            has none.
     """
 
     kind: str
@@ -71,6 +88,12 @@ def structure(module: nn.Module, forward: Callable[..., Any]) -> Structure | Non
     return None
 
 
+def part(module: nn.Module) -> Part:
+    """A module that stands beside the layers, as it is now."""
+    own = ((name, value) for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE)
+    return Part(type(module), tuple((name, value) for name, value in own if isinstance(value, _PLAIN)))
+
+
 def members(module: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
     """The layers of a block."""
     return [module._modules[name] for name in layers]
@@ -89,7 +112,7 @@ def _attention_reason(forward: Callable[..., Any]) -> str:
     given = [call.args[0] for call in calls if len(call.args) == 1 and not call.keywords]
     if len(given) < len(calls) or len({x.id if isinstance(x, ast.Name) else x for x in given}) > 1:
         return "its forward does not call q_proj, k_proj and v_proj on one input"
-    for statements in _lists(tree):
+    for statements in _lists(tree.body[0]):
         places = [i for i, statement in enumerate(statements) for node in ast.walk(statement) if node in calls]
         between = statements[places[0] : places[-1] + 1] if len(places) == len(calls) else []
         if between and all(isinstance(statement, (ast.Assign, ast.AnnAssign)) for statement in between):
@@ -97,6 +120,8 @@ def _attention_reason(forward: Callable[..., Any]) -> str:
     else:
         return "its forward does not call q_proj, k_proj and v_proj one after another, come what may"
     nodes = [node for statement in between for node in ast.walk(statement)]
+    if sum(isinstance(node, ast.Attribute) and node.attr in ATTENTION for node in nodes) > len(calls):
+        return "its forward does more with q_proj, k_proj and v_proj between them than call them"
     if any(isinstance(node, _CHOICES) for node in nodes):
         return "its forward does not call q_proj, k_proj and v_proj one after another, come what may"
     if sum(isinstance(node, ast.Name) and node.id == given[0].id for node in nodes) > len(given):
@@ -113,62 +138,101 @@ def _is_projection(node: ast.AST) -> bool:
     )  # fmt: skip
 
 
-def _lists(tree: ast.AST) -> Iterator[list[ast.stmt]]:
-    """Every list of statements, the inner ones last."""
-    for node in ast.walk(tree):
-        for field in ("body", "orelse", "finalbody"):
-            statements = getattr(node, field, None)
-            if isinstance(statements, list):
-                yield statements
+def _lists(statement: ast.AST) -> Iterator[list[ast.stmt]]:
+    """Every list of statements, the inner ones last; none of a function or a class inside, which runs by itself."""
+    for field in ("body", "orelse", "finalbody"):
+        statements = getattr(statement, field, None)
+        if isinstance(statements, list):
+            yield statements
+            for inner in statements:
+                if not isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                    yield from _lists(inner)
 
 
 def _gated(module: nn.Module, forward: Callable[..., Any]) -> Structure:
     """What a module with a gate computes, found by running it."""
     rest = {name: child for name, child in module._modules.items() if name not in MLP and child is not None}
-    functions = {name: f for name, f in vars(module).items() if callable(f) and name[0] != "_" and name != "forward"}
-    others = (*((name, type(child)) for name, child in rest.items()), *functions.items())
-    holding = [name for name, child in rest.items() if any(True for _ in (*child.parameters(), *child.buffers()))]
+    holding = [n for n, m in rest.items() if any(True for _ in (*m.children(), *m.parameters(), *m.buffers()))]
     holding += [name for own in (module._parameters, module._buffers) for name, t in own.items() if t is not None]
     if holding:
         return Structure("mlp", MLP, f"it has more than three layers and an activation: {', '.join(holding)}")
+    fields, read = vars(module), set()
     try:
-        found = {_activation(module, forward, rest, training) for training in (True, False)}
+        found = {_activation(module, forward, rest, read, training) for training in (True, False)}
+    except _Touched:
+        return Structure("mlp", MLP, _NO_MLP)
     except Exception as error:  # a stranger's code, with stand-ins in place of its layers
         return Structure("mlp", MLP, f"its forward cannot be followed: {type(error).__name__}: {error}")
     if len(found) > 1 or "" in found:
-        known = ", ".join(ACTIVATIONS)
-        return Structure("mlp", MLP, f"it is not down_proj(act(gate_proj(x)) · up_proj(x)) with act one of {known}")
+        return Structure("mlp", MLP, _NO_MLP)
+    read |= {name for name, f in fields.items() if callable(f) and name[0] != "_" and name != "forward"}
+    read -= {*MLP, *rest, *_OF_EVERY_MODULE, "__dict__"}
+    values = {name: fields.get(name) for name in sorted(read)}
+    for name, value in values.items():
+        if not (isinstance(value, _PLAIN) or callable(value)):
+            return Structure("mlp", MLP, f"its forward reads {name}, which may change")
+    others = (*((name, part(child)) for name, child in rest.items()), *values.items())
     return Structure("mlp", MLP, "", found.pop(), others)
 
 
-@torch.no_grad()
+class _Touched(Exception):
+    """A forward did something with a `_Sealed` tensor."""
+
+
+class _Sealed(Tensor):
+    """A tensor that can be handed on, and not so much as be asked for its shape."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any, **__: Any) -> Any:
+        raise _Touched
+
+
 def _activation(
-    module: nn.Module, forward: Callable[..., Any], rest: dict[str, nn.Module], training: bool
-) -> str:  # fmt: skip
-    """Run a gated MLP with stand-ins for its layers: which activation it has, "" if it computes anything else."""
-    x = torch.zeros(1, 1, 8, dtype=torch.float64, device="cpu")
-    gate = torch.linspace(-60, 60, 481, dtype=x.dtype, device="cpu").view(1, 1, -1)
-    up, y, given = gate.flip(-1) / 7 + 1, torch.zeros_like(x), []
+    module: nn.Module, forward: Callable[..., Any], rest: dict[str, nn.Module], read: set[str], training: bool
+) -> str:
+    """Run a gated MLP with stand-ins for its layers: which activation it has, "" if it computes anything else.
 
-    def stand_in(name: str, result: Tensor) -> Callable[[Tensor], Tensor]:
-        def call(t: Tensor) -> Tensor:
-            given.append((name, t))
-            return result.clone() if name != "down_proj" else result
+    To `read` it adds the names of the module's attributes that were looked up.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        x, y = (torch.empty(0).as_subclass(_Sealed) for _ in range(2))
+        # every pair of a gate and an up, some of them beyond the limits that models set
+        gates = torch.cat([torch.linspace(-60, 60, 241, dtype=torch.float64), torch.tensor([-1e5, -1e3, 1e3, 1e5])])
+        gate, up = torch.cartesian_prod(gates, gates.new_tensor([-1e5, -12, -0.7, 0.9, 8, 1e5])).unbind(1)
+        leaves, given = (gate.requires_grad_(), up.requires_grad_()), []
 
-        return call
+        def stand_in(name: str, result: Tensor) -> Callable[[Tensor], Tensor]:
+            def call(t: Tensor) -> Tensor:
+                given.append((name, t))
+                return result if result is y else result[None, None].clone()
 
-    modules = {name: copy.deepcopy(child).train(training) for name, child in rest.items()}
-    modules |= {name: stand_in(name, result) for name, result in zip(MLP, (gate, up, y), strict=True)}
-    twin = object.__new__(type(module))
-    object.__setattr__(twin, "__dict__", vars(module) | {"training": training, "_modules": modules})
-    if forward(twin, x) is not y or sorted(name for name, _ in given) != sorted(MLP):
-        return ""
-    inputs = dict(given)
-    if not (inputs["gate_proj"] is inputs["up_proj"] is x):
-        return ""
-    h = inputs["down_proj"]
-    matching = (
-        name for name in ACTIVATIONS
-        if h.shape == gate.shape and torch.allclose(h, activated(gate, up, name), rtol=1e-8, atol=1e-8)
-    )  # fmt: skip
-    return next(matching, "")
+            return call
+
+        class Twin(type(module)):
+            def __getattribute__(self, name: str) -> Any:
+                read.add(name)
+                return super().__getattribute__(name)
+
+        modules = {name: copy.deepcopy(child).train(training) for name, child in rest.items()}
+        modules |= {name: stand_in(name, result) for name, result in zip(MLP, (gate, up, y), strict=True)}
+        twin, fields = object.__new__(Twin), vars(module) | {"training": training, "_modules": modules}
+        object.__setattr__(twin, "__dict__", dict(fields))
+        if forward(twin, x) is not y or sorted(name for name, _ in given) != sorted(MLP):
+            return ""
+        after, inputs = object.__getattribute__(twin, "__dict__"), dict(given)
+        if after.keys() != fields.keys() or any(after[name] is not value for name, value in fields.items()):
+            return ""
+        if not (inputs["gate_proj"] is inputs["up_proj"] is x):
+            return ""
+        h = inputs["down_proj"]
+        if h.shape[2:] != gate.shape or not h.requires_grad:
+            return ""
+        made = (h[0, 0], *torch.autograd.grad(h.sum(), leaves, materialize_grads=True))
+        return next((name for name in ACTIVATIONS if _same(made, leaves, name)), "")
+
+
+def _same(made: Sequence[Tensor], leaves: Sequence[Tensor], activation: str) -> bool:
+    """Whether an h and its gradients are those of an activation."""
+    h = activated(*leaves, activation)
+    expected = (h, *torch.autograd.grad(h.sum(), leaves))
+    return all(torch.allclose(t, own, rtol=1e-8, atol=1e-8) for t, own in zip(made, expected, strict=True))
