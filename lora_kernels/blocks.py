@@ -1,7 +1,7 @@
 """Layers that belong together, `lora_projections`, `lora_qkv`, `lora_mlp`: check, autocast, choose a backend, call."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -109,14 +109,21 @@ def lora_mlp(
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return _mlp(x, layers, activation, recompute, backend, [False] * len(layers))
-    cast = [as_autocast(device_type, x, q.weight, q.bias) for q in layers.values()]
-    fits = [fit for *_, fit in cast]
-    layers = {
-        name: q._replace(weight=weight, bias=bias)
-        for (name, q), (_, weight, bias, _) in zip(layers.items(), cast, strict=True)
-    }
+    x, entries, fits = _cast(device_type, x, layers.values())
     with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
-        return _mlp(cast[0][0], layers, activation, recompute, backend, fits)
+        return _mlp(x, dict(zip(layers, entries, strict=True)), activation, recompute, backend, fits)
+
+
+def _cast(
+    device_type: str, x: Tensor, entries: Iterable[Projection]
+) -> tuple[Tensor, list[Projection], list[bool]]:  # fmt: skip
+    """Cast as autocast casts, x once for all; and tell of each whether its adapters may be of another dtype."""
+    cast, fits = [], []
+    for q in entries:
+        x, weight, bias, fit = as_autocast(device_type, x, q.weight, q.bias)
+        cast.append(q._replace(weight=weight, bias=bias))
+        fits.append(fit)
+    return x, cast, fits
 
 
 def _mlp(
@@ -135,7 +142,8 @@ def _mlp(
             gate, up = (*_joined(x, before, backend, [False] * len(before), adapters_fit[:-1]), None)[:2]
             return _alone(activated(gate, up, activation), down, backend, adapters_fit[-1])
 
-        return checkpoint(composed, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else composed(x)
+        again = recompute and torch.is_grad_enabled() and not transforming()  # transforms take no saved-tensor hooks
+        return checkpoint(composed, x, use_reentrant=False) if again else composed(x)
     if watched():
         return mlp_ops.mlp(x, *_arguments([*before, down]), activation, recompute, chosen)
     entries = [q._replace(scaling=float(q.scaling), dropout_p=float(q.dropout_p)) for q in (*before, down)]
@@ -184,10 +192,9 @@ def _projected(
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return _checked(call, x, entries, backend, added, [False] * count)
-    cast = [as_autocast(device_type, x, q.weight, q.bias) for q in entries]
-    entries = [q._replace(weight=weight, bias=bias) for q, (_, weight, bias, _) in zip(entries, cast, strict=True)]
+    x, entries, fits = _cast(device_type, x, entries)
     with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
-        return _checked(call, cast[0][0], entries, backend, added, [fits for *_, fits in cast])
+        return _checked(call, x, entries, backend, added, fits)
 
 
 def _checked(

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mlp_samples import ADAPTERS, BACKENDS, assert_accurate, call, draw, leaves_of, run
+from torch.overrides import TorchFunctionMode
 
-from lora_kernels import Projection, dropout, lora_linear, lora_mlp, plan, reference
+from lora_kernels import Projection, dropout, lora_linear, lora_mlp, lora_projections, plan, reference
 from lora_kernels.activations import ACTIVATIONS
 
 DROPOUTS = (0.3, 0.5, 0.2)
@@ -246,6 +247,42 @@ def test_autocast_is_a_cast_of_all_but_the_adapters(backend, device):
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
         assert gradient.dtype == leaf.dtype == torch.float32
         assert torch.equal(gradient, expected[name].float()), name
+
+
+class Casts(TorchFunctionMode):
+    """Counts casts of tensors of a shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.copies = shape, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        self.copies += function is torch.Tensor.to and args[0].shape == self.shape and result is not args[0]
+        return result
+
+
+def test_autocast_casts_x_once(device):
+    problem = draw(device=device, batch=(7, 2))
+    q = problem.gate
+    with torch.autocast(device, torch.bfloat16):
+        with Casts(problem.x.shape) as casts:
+            call(problem, "torch")
+        assert casts.copies == 1
+        with Casts(problem.x.shape) as casts:
+            lora_projections(problem.x, [q.weight] * 3, [(q.lora_A, q.lora_B)] * 3)
+        assert casts.copies == 1
+
+
+@pytest.mark.small
+def test_transforms_of_a_recomputed_mlp():
+    problem = draw(dtype=torch.float64)
+
+    def of(x):
+        return (call(replace(problem, x=x), "torch", recompute=True) * problem.dy).sum()
+
+    expected = run(problem, "torch", names=("dx",))["dx"]
+    torch.testing.assert_close(torch.func.grad(of)(problem.x), expected)
 
 
 def test_all_dropped_rank_0_and_no_rows(device):
