@@ -108,8 +108,10 @@ def test_the_command_shows_blocks(tmp_path, capsys, monkeypatch):
     assert cli.main(argv) == 0
     qkv, mlp = (line for line in capsys.readouterr().out.splitlines() if line.startswith("torch"))
     assert qkv.split()[2:6] == ["96x160x160+32+32", "r8", "qkv", "0.3"]
-    assert mlp.split()[2:8] == ["96x160x224", "r8", "mlp", "silu", "0.1", "-"]  # there is no rule 1
+    assert mlp.split()[2:7] == ["96x160x224", "r8", "mlp", "silu", "0.1"]
     records = json.loads(file.read_text())["cases"]
+    assert all(0 < record["rule_1"] <= 1 for record in records)
+    assert float(mlp.split()[7]) == pytest.approx(records[1]["rule_1"], abs=0.005)
     assert [record["activation"] for record in records] == ["", "silu"]
     assert records[0]["ranks"] == [8, 3, 5]
     monkeypatch.setattr(eager, "matmul_expand_all", lambda *args, **more: 1 / 0)
