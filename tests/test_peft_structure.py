@@ -204,6 +204,16 @@ def test_what_it_reads_may_change(part, joined):
     torch.testing.assert_close(y, model(x))
 
 
+def test_what_others_add_changes_nothing(joined):
+    """As `fully_shard` marks every module of a model."""
+    model, _ = block(Dropped())
+    patch_peft(model)
+    for module in model.modules():
+        module._managed, module.label = True, "new"
+    model(torch.randn(3, WIDTH))
+    assert joined == ["lora_mlp"]
+
+
 def test_a_hook_inside_the_activation(joined):
     model, one = block(Gated(nn.Sequential(nn.SiLU())))
     (found,) = patch_peft(model).blocks

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lora_kernels.blocks import lora_mlp, lora_projections
 from lora_kernels.functional import watched
 from lora_kernels.peft.layer import bare, projection
-from lora_kernels.peft.structure import ATTENTION, MLP, Part, Structure, members, part
+from lora_kernels.peft.structure import ATTENTION, MLP, Part, Structure, members
 from lora_kernels.projections import Projection
 
 __all__ = ["block_forward", "changed", "patched_structure"]
@@ -60,7 +60,7 @@ def changed(block: nn.Module, others: Sequence[tuple[str, Any]]) -> str:
         if module is None:
             same = fields.get(name) is was
         else:
-            same = isinstance(was, Part) and bare(module, was.kind) and part(module) == was
+            same = isinstance(was, Part) and bare(module, was.kind) and was.still(module)
         if not same:
             return name
     return ""

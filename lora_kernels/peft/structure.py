@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lora_kernels.activations import ACTIVATIONS, activated
 
-__all__ = ["ATTENTION", "MLP", "Part", "Structure", "members", "part", "structure"]
+__all__ = ["ATTENTION", "MLP", "Part", "Structure", "members", "structure"]
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -44,10 +44,15 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class Part(NamedTuple):
-    """What a module beside the layers has to stay: of its class, with these numbers and words."""
+    """What a module beside the layers has to stay: of its class, with these numbers and words; it may get others."""
 
     kind: type[nn.Module]
     constants: tuple[tuple[str, Any], ...]
+
+    def still(self, module: nn.Module) -> bool:
+        """Whether a module of that class is what it was."""
+        fields = module.__dict__
+        return all(fields.get(name) == value for name, value in self.constants)
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def structure(module: nn.Module, forward: Callable[..., Any]) -> Structure | Non
     return None
 
 
-def part(module: nn.Module) -> Part:
+def _part(module: nn.Module) -> Part:
     """A module that stands beside the layers, as it is now."""
     own = ((name, value) for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE)
     return Part(type(module), tuple((name, value) for name, value in own if isinstance(value, _PLAIN)))
@@ -171,7 +176,7 @@ def _gated(module: nn.Module, forward: Callable[..., Any]) -> Structure:
     for name, value in values.items():
         if not (isinstance(value, _PLAIN) or callable(value)):
             return Structure("mlp", MLP, f"its forward reads {name}, which may change")
-    others = (*((name, part(child)) for name, child in rest.items()), *values.items())
+    others = (*((name, _part(child)) for name, child in rest.items()), *values.items())
     return Structure("mlp", MLP, "", found.pop(), others)
 
 
