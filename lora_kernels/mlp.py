@@ -12,8 +12,8 @@ r"""A gated MLP: the products of `autograd` and `projections`, with the activati
                dx, dA_g, dA_u                              as `projections` computes them: 2 launches
 
 Nine launches. Saved for backward: x, g, u, the s and the masks; with `recompute` not even g and u, which are then made
-again of x and the s. dh, dg and du are all that backward holds beside them, two of the three at a time. No input is
-written.
+again of x and the s. Beside them backward holds dh, dg and du, two of the three at a time, and up to rank 32 the fp32
+parts of ds_g and ds_u, one for every 128 columns: at rank 16 in bf16 together half as large as dh. No input is written.
 
 Source: Shazeer 2020, arXiv:2002.05202; Hu et al. 2021, arXiv:2106.09685. Recomputing h in backward: Liger's SwiGLU
 (idea; there g and u are overwritten). No code was taken.

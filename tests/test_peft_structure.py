@@ -204,6 +204,26 @@ def test_what_it_reads_may_change(part, joined):
     torch.testing.assert_close(y, model(x))
 
 
+class Particular(Attention):
+    """Asks what a layer is before it calls it."""
+
+    def forward(self, x):
+        x = x if isinstance(self.q_proj, nn.Module) else 2 * x
+        q = self.q_proj(x)
+        k = self.k_proj(x)
+        v = self.v_proj(x)
+        return torch.cat([q, k, v], -1)
+
+
+def test_a_layer_s_class_is_its_own(joined):
+    stock, _ = block(Particular())
+    patched = copy.deepcopy(stock)
+    patch_peft(patched, backend="torch")
+    x = torch.randn(3, WIDTH)
+    torch.testing.assert_close(patched(x), stock(x))
+    assert joined == ["lora_projections"]
+
+
 def test_what_others_add_changes_nothing(joined):
     """As `fully_shard` marks every module of a model."""
     model, _ = block(Dropped())

@@ -147,6 +147,11 @@ class _Layer:
     def __init__(self, name: str, call: _Call) -> None:
         self._name, self._call = name, call
 
+    @property
+    def __class__(self) -> type[nn.Module]:
+        """The layer's, for a forward that asks with `isinstance`."""
+        return type(self._call.layer(self._name))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) == 1 and not kwargs:
             return self._call.project(self._name, args[0])
