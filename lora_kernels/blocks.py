@@ -130,6 +130,7 @@ def _mlp(
     x: Tensor, layers: dict[str, Projection], activation: str, recompute: bool, backend: str, adapters_fit: list[bool]
 ) -> Tensor:
     """Check each layer; compute all in shared passes, or one after the other."""
+    checks.check_backend("lora_mlp", backend, plan.BACKENDS)
     *before, down = layers.values()
     _check_each("lora_mlp", x, [*list(layers)[:-1]], before, adapters_fit[:-1])
     shape = *x.shape[:-1], before[0].weight.shape[0]
@@ -201,6 +202,7 @@ def _checked(
     call: str, x: Tensor, entries: list[Projection], backend: str, added: Sequence[bool], adapters_fit: list[bool]
 ) -> tuple[Tensor, ...]:
     """Check each projection and compute them."""
+    checks.check_backend(call, backend, plan.BACKENDS)
     _check_each(call, x, [f"projection {i}" for i in range(len(entries))], entries, adapters_fit)
     return _joined(x, entries, backend, added, adapters_fit)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "check_add", "check_call", "check_counts", "check_dtypes", "check_mlp", "check_shard", "check_sharded",
-    "check_transforms", "is_sharded",
+    "check_add", "check_backend", "check_call", "check_counts", "check_dtypes", "check_mlp", "check_shard",
+    "check_sharded", "check_transforms", "is_sharded",
 ]  # fmt: skip
 
 _SUPPORTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -190,6 +190,16 @@ def check_counts(call: str, weights: object, adapters: object, expected: int | N
         if pair is not None and not (isinstance(pair, (list, tuple)) and len(pair) == 2):
             raise TypeError(f"{call}: adapters[{i}] must be (lora_A, lora_B), or None for no adapter.")
     return len(weights)
+
+
+def check_backend(call: str, backend: object, known: tuple[str, ...]) -> None:
+    """Check that there is such a backend, also where a call has nothing for one to do.
+
+    Raises:
+        ValueError: `backend` is none of `known`.
+    """
+    if backend not in known:
+        raise ValueError(f"{call}: backend={backend!r} is not one of: {', '.join(known)}.")
 
 
 def check_mlp(layers: dict[str, object], activation: str, known: tuple[str, ...]) -> None:

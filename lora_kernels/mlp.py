@@ -7,7 +7,7 @@ r"""A gated MLP: the products of `autograd` and `projections`, with the activati
                dh    = dy W_d + keep · (ds A_d)            matmul_expand
                du    = dh · a(g),  dg = dh · u · a'(g)     \
                dA_d  = dsᵀ (keep · h)                       | wgrad: one pass of g, u and dh, in which h is made again;
-               ds_g  = α dg B_g,  dB_g = dgᵀ s_g            | a shrink each for ds_g and ds_u at ranks above 32
+               ds_g  = α dg B_g,  dB_g = dgᵀ s_g            | a shrink each for ds_g and ds_u at ranks above 16
                ds_u  = α du B_u,  dB_u = duᵀ s_u           /
                dx, dA_g, dA_u                              as `projections` computes them: 2 launches
 

@@ -123,5 +123,6 @@ def best(q: Product, gpu: Limits) -> str:
 
 def best_of_several(q: Product, sources: int, gpu: Limits) -> str:
     """The soonest, "fused" or "beta1", of a sum of so many large products, which the library adds one by one."""
-    again = 2 * (sources - 1) * q.rows * q.cols * q.element / gpu.bandwidth + (sources - 1) * _LAUNCH
+    more = sources - 1 - (not q.rank)  # without a thin product there is nothing to add the first to
+    again = more * (2 * q.rows * q.cols * q.element / gpu.bandwidth + _LAUNCH)
     return "beta1" if seconds("beta1", q, gpu) + again < 0.99 * seconds("fused", q, gpu) else "fused"

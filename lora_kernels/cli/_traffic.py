@@ -162,7 +162,7 @@ def mlp(
 ) -> list[Moved]:  # fmt: skip
     """The launches of a gated MLP, forward and backward; `ranks` of gate, up and down, or of up and down.
 
-    Backward is that of `block` for gate and up, less what is read of dg and du for their ds and dB: at ranks up to 32
+    Backward is that of `block` for gate and up, less what is read of dg and du for their ds and dB: at ranks up to 16
     the pass that makes them gives these too.
     """
     e, (*before, r) = dtype.itemsize, ranks
@@ -175,7 +175,7 @@ def mlp(
 
     of_gate_and_up = block(m, k, [hidden] * len(before), before, dtype, dropout, num_sms, tma, bias)
     s_tile = _configs.shrink_config(m, hidden, r, dtype, dropout, activated=True)
-    fused = [rank for rank in before if _configs.shrink_wgrad_pays(rank)]
+    fused = [rank for rank in before if _configs.shrink_wgrad_pays(rank, activated=True)]
     tile = _configs.wgrad_config(
         m, hidden, max(ranks), dtype, bool(fused), adapters=len(ranks), masked=dropout, activated=True
     )

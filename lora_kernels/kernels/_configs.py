@@ -201,7 +201,9 @@ def shrink_config(
     half_k = 64 if crowded else 128
     block_k = _fit(inner, half_k if dtype.itemsize == 2 else 64 if block_r == 16 else 32)
     if adapters > 1:
-        block_k = max(_TINY, block_k // (4 if dropout or (adapters > 2 and block_r == 64) else 2))
+        block_k = max(
+            _TINY, block_k // (8 if dropout and strided else 4 if dropout or (adapters > 2 and block_r == 64) else 2)
+        )
     elif activated:
         block_m, block_k = min(block_m, 32) if dropout else block_m, max(_TINY, block_k // 2)
     k_per_split = _split(inner, block_k, _tiles(rows, rank, block_m, block_r))
@@ -210,35 +212,43 @@ def shrink_config(
     return ShrinkConfig(block_m, block_k, block_r, k_per_split, num_warps=4, num_stages=stages)
 
 
-def shrink_wgrad_pays(rank: int) -> bool:
-    """Whether ds and dB should come from one read of dy: at small ranks, where their parts are small beside it."""
-    return rank <= _SHRINK_WGRAD_RANK
+def shrink_wgrad_pays(rank: int, activated: bool = False) -> bool:
+    """Whether ds and dB should come from one read of dy: at small ranks, where their parts are small beside it.
+
+    Where dy is made by an activation, fewer columns fit a program, so there are more parts: written and read they weigh
+    as much as another read of dy at rank 32 in 16 bit, at rank 16 in fp32.
+    """
+    return rank <= (_SHRINK_WGRAD_RANK // 2 if activated else _SHRINK_WGRAD_RANK)
 
 
 @functools.lru_cache(maxsize=4096)
 def wgrad_config(
     rows: int, wide: int, thin: int, dtype: torch.dtype, shrinks: bool = False, shared: int = SHARED,
-    adapters: int = 1, masked: bool = False, activated: bool = False,
+    adapters: int = 1, masked: bool = False, activated: bool = False, strided: bool = False,
 ) -> WgradConfig:  # fmt: skip
     """The tile for g `[wide, thin]` summed over `rows`, and where the sum is split.
 
     With `shrinks` a program owns more columns, so that there are fewer parts of ds. Several adapters have a sum each
     and, with a mask, a masked tile each: fewer columns. `activated` operands are made of three others, a tile of each.
-    `shared` is a multiprocessor's shared memory in bytes.
+    `strided` ones, which have no element next to another, take an address each. `shared` is a multiprocessor's shared
+    memory in bytes.
     """
     single = dtype.itemsize == 4
-    wide_tile = 256 if shrinks else 64 if adapters > 1 and (masked or thin > 32) else 128
+    wide_tile = (128 if strided else 256) if shrinks else 64 if adapters > 1 and (masked or thin > 32) else 128
     if activated:  # more columns, for fewer parts of ds, as far as three operands leave registers for them
-        wide_tile = 64 if single else 128 if thin <= (32 if shared > _LEAST_SHARED else 16) else 32
+        wide_tile = 128 if single or thin <= (32 if shared > _LEAST_SHARED else 16) else 32
     # 64 columns of masked fp32 and more are rounded to TF32 by Triton 3.6 on sm_100, whatever precision it is told
     block_c = _fit(wide, wide_tile // 4 if single else wide_tile)
     block_r = _fit(thin, 64)
-    block_m = _fit(rows, 32 if single or activated or (adapters > 2 and thin > 32) else 64)
+    # masks, made operands and the sums of many wide adapters leave registers for fewer rows
+    few = single or activated or (adapters > 2 and masked)
+    fewest = (single and activated) or (adapters > 2 and thin > 32 and not masked)
+    block_m = _fit(rows, _TINY if fewest else 32 if few else 64)
     rows_per_split = _split(rows, block_m, _tiles(wide, thin, block_c, block_r))
     # narrow tiles, all of fp32 among them, run many at once; some spill with more
     most = 3 if block_c > 64 and adapters == 1 and not activated else 2
     stages = _stages(most, block_m * (block_c + block_r * adapters) * dtype.itemsize, shared)
-    warps = 8 if activated and (single or block_c > 64) else 4
+    warps = 8 if activated and block_c > 64 else 4
     return WgradConfig(block_m, block_c, block_r, rows_per_split, num_warps=warps, num_stages=stages)
 
 

@@ -4,8 +4,8 @@
     dA = dsᵀ (keep · h)                           of the layer after; h = a(g) · u is made again, not stored
     dsᵢ = alphaᵢ · dgᵢ Bᵢ,  dBᵢ = dgᵢᵀ sᵢ         of the layers before, dgᵢ one of dg and du
 
-It is one launch of the wgrad kernel, with a row for each of the up to three products, and at ranks above 32 a shrink
-for each ds, whose parts weigh as much there as another read.
+It is one launch of the wgrad kernel, with a row for each of the up to three products, and at ranks above 16 a
+shrink for each ds, whose parts weigh as much there as another read.
 """
 
 from torch import Tensor
@@ -49,7 +49,7 @@ def activation_wgrad(
         ds = dB = fused = None
         if one is not None and one.s is not None:
             dB = gate.new_empty(width, one.s.shape[1], dtype=one.out_dtype)
-            if one.lora_B is not None and shrink_wgrad_pays(one.s.shape[1]):
+            if one.lora_B is not None and shrink_wgrad_pays(one.s.shape[1], activated=True):
                 ds = thin_rows(gate, one.s.shape[1])
                 fused = one.lora_B, ds, one.alpha
             products.append(Product(one.s, dB, None, fused, wide=which))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_kernels import plan
+from lora_kernels import checks, plan
 from lora_kernels.peft.layer import stock_forward
 
 __all__ = ["check_backend", "classes", "is_supported", "lora_layer", "multihead_attention"]
@@ -53,8 +53,7 @@ def check_backend(call: str, backend: str) -> None:
     Raises:
         ValueError: Not a backend.
     """
-    if backend not in plan.BACKENDS:
-        raise ValueError(f"{call}: backend={backend!r} is not one of: {', '.join(plan.BACKENDS)}.")
+    checks.check_backend(call, backend, plan.BACKENDS)
 
 
 def _forward(cls: type) -> Callable[..., Any]:
