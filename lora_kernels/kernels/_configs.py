@@ -201,9 +201,8 @@ def shrink_config(
     half_k = 64 if crowded else 128
     block_k = _fit(inner, half_k if dtype.itemsize == 2 else 64 if block_r == 16 else 32)
     if adapters > 1:
-        block_k = max(
-            _TINY, block_k // (8 if dropout and strided else 4 if dropout or (adapters > 2 and block_r == 64) else 2)
-        )
+        wide_sums = adapters > 2 and block_r == 64
+        block_k = max(_TINY, block_k // (8 if dropout and strided else 4 if dropout or wide_sums else 2))
     elif activated:
         block_m, block_k = min(block_m, 32) if dropout else block_m, max(_TINY, block_k // 2)
     k_per_split = _split(inner, block_k, _tiles(rows, rank, block_m, block_r))
