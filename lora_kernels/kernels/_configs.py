@@ -241,7 +241,7 @@ def wgrad_config(
     block_r = _fit(thin, 64)
     # masks, made operands and the sums of many wide adapters leave registers for fewer rows
     few = single or activated or (adapters > 2 and masked)
-    fewest = (single and activated) or (adapters > 2 and thin > 32 and not masked)
+    fewest = single if activated else adapters > 2 and thin > 32 and not masked
     block_m = _fit(rows, _TINY if fewest else 32 if few else 64)
     rows_per_split = _split(rows, block_m, _tiles(wide, thin, block_c, block_r))
     # narrow tiles, all of fp32 among them, run many at once; some spill with more
