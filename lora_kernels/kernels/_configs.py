@@ -235,7 +235,7 @@ def wgrad_config(
     single = dtype.itemsize == 4
     wide_tile = (128 if strided else 256) if shrinks else 64 if adapters > 1 and (masked or thin > 32) else 128
     if activated:  # more columns, for fewer parts of ds, as far as three operands leave registers for them
-        wide_tile = 128 if single or thin <= (32 if shared > _LEAST_SHARED else 16) else 32
+        wide_tile = 128 if single or thin <= (32 if shared > _LEAST_SHARED else 16) else 32 if masked else 64
     # 64 columns of masked fp32 and more are rounded to TF32 by Triton 3.6 on sm_100, whatever precision it is told
     block_c = _fit(wide, wide_tile // 4 if single else wide_tile)
     block_r = _fit(thin, 64)
@@ -247,7 +247,7 @@ def wgrad_config(
     # narrow tiles, all of fp32 among them, run many at once; some spill with more
     most = 3 if block_c > 64 and adapters == 1 and not activated else 2
     stages = _stages(most, block_m * (block_c + block_r * adapters) * dtype.itemsize, shared)
-    warps = 8 if activated and block_c > 64 else 4
+    warps = 8 if activated and block_c >= 64 else 4
     return WgradConfig(block_m, block_c, block_r, rows_per_split, num_warps=warps, num_stages=stages)
 
 
