@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     _level_view.show(console, done, args.full)
     console.print(f"{caption(made_on)}\n{_footnote(settings)}", style="dim", highlight=False)
     if unsteady := _bench_view.unsteady_words(done):
-        console.print(unsteady, style="bold yellow")
+        console.print(unsteady, style="bold yellow", markup=False)
     taken = [t for case in done for row in case["providers"].values() for t in row["seconds"].values()]
     if any((t.get("of_peak") or 0) > 1 for t in taken):
         busy = "A share of peak is above 100 %: the machine was busier when its peak was measured."
