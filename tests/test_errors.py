@@ -66,9 +66,9 @@ FAULTS = {
     "8 sparse": (dict(weight=torch.eye(5, 6).to_sparse()), TypeError, r"weight has layout torch\.sparse_coo\. Use weight\.to_dense"),
     "8 quantized": (dict(weight=quantized), TypeError, r"weight (is quantized|has dtype torch\.qint8)"),
     "8 not a tensor": (dict(x=[[1.0]]), TypeError, r"x must be a torch\.Tensor, got list\."),
-    "9 p above 1": (dict(dropout_p=1.5), ValueError, r"dropout_p must be in \[0, 1\), got 1\.5\."),
-    "9 p below 0": (dict(dropout_p=-0.1), ValueError, r"dropout_p must be in \[0, 1\), got -0\.1\."),
-    "9 p nan": (dict(dropout_p=float("nan")), ValueError, r"dropout_p must be in \[0, 1\), got nan\."),
+    "9 p above 1": (dict(dropout_p=1.5), ValueError, r"dropout_p must be in \[0, 1\], got 1\.5\."),
+    "9 p below 0": (dict(dropout_p=-0.1), ValueError, r"dropout_p must be in \[0, 1\], got -0\.1\."),
+    "9 p nan": (dict(dropout_p=float("nan")), ValueError, r"dropout_p must be in \[0, 1\], got nan\."),
     "10 scaling nan": (dict(scaling=float("nan")), ValueError, r"scaling must be finite, got nan\."),
     "10 scaling inf": (dict(scaling=float("inf")), ValueError, r"scaling must be finite, got inf\."),
     "11 scalar": (

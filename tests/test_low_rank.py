@@ -170,7 +170,7 @@ FAULTS = {
     "kind": (dict(base=[1.0]), TypeError, r"base must be a torch\.Tensor, got list"),
     "dtype": (dict(base=torch.zeros(5, 7, 19, dtype=torch.int32)), TypeError, r"base has dtype torch\.int32"),
     "mix": (dict(lora_A=torch.zeros(5, 33).half()), TypeError, r"x is float32 but lora_A is float16"),
-    "p": (dict(dropout_p=1.5), ValueError, r"dropout_p must be in \[0, 1\), got 1\.5"),
+    "p": (dict(dropout_p=1.5), ValueError, r"dropout_p must be in \[0, 1\], got 1\.5"),
     "scaling": (dict(scaling=float("nan")), ValueError, r"scaling must be finite, got nan"),
     "backend": (dict(backend="cuda"), ValueError, r"backend='cuda' is not one of"),
 }

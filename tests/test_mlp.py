@@ -376,7 +376,7 @@ WRONG = {
     "up's A": (dict(up=GATE._replace(lora_A=T(4, 2))), ValueError, "lora_mlp: up: lora_A is"),
     "down's B": (dict(down=DOWN._replace(lora_B=T(4, 3))), ValueError, "lora_mlp: down: lora_B is"),
     "down's bias": (dict(down=DOWN._replace(bias=T(3))), ValueError, "lora_mlp: down: bias has 3 elements"),
-    "up's dropout": (dict(up=GATE._replace(dropout_p=2.0)), ValueError, r"lora_mlp: up: dropout_p must be in \[0, 1\)"),
+    "up's dropout": (dict(up=GATE._replace(dropout_p=2.0)), ValueError, r"lora_mlp: up: dropout_p must be in \[0, 1\]"),
     "down's dtype": (
         dict(down=DOWN._replace(weight=T(4, 8).half())), TypeError, "lora_mlp: down: x is float32 but weight is float16",
     ),
