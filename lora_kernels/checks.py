@@ -250,9 +250,7 @@ def _check_numbers(scaling: float, dropout_p: float, call: str) -> None:
                 f"{call}: {name} must be a number, got {type(number).__name__} {number!r}. Use float({name})."
             )
     if not (0.0 <= dropout_p <= 1.0):
-        raise ValueError(
-            f"{call}: dropout_p must be in [0, 1], got {dropout_p}. (1 drops the whole low-rank term.)"
-        )
+        raise ValueError(f"{call}: dropout_p must be in [0, 1], got {dropout_p}. (1 drops the whole low-rank term.)")
     if not -math.inf < scaling < math.inf:  # not isfinite, which a compiler cannot trace with a symbol
         raise ValueError(f"{call}: scaling must be finite, got {scaling}.")
 
