@@ -82,6 +82,16 @@ def _spied(monkeypatch, module, *names):
 
 
 @pytest.fixture
+def log():
+    """The launches of a test in the interpreter, each with the bytes that it moved."""
+    from oracles import sanitizer
+
+    sanitizer.state.log = launches = []
+    yield launches
+    sanitizer.state.log = None
+
+
+@pytest.fixture
 def no_peft(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)  # `import peft` raises ImportError
 

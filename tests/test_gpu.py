@@ -66,11 +66,12 @@ def test_descriptors_and_pointers_give_the_same(rows, rank, dtype):
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("widths", [(4096, 1024, 1024), (1000, 520, 0, 336)], ids=str)
-def test_projections_of_real_shapes(widths, dtype, p):
+@pytest.mark.parametrize("form", ["fused", "beta1"])
+def test_projections_of_real_shapes(form, widths, dtype, p):
     """Queries, keys and values; and four of odd sizes, one of them without an adapter."""
     case = tuple((n or 264, 16 if n else 0, p if n else 0.0) for n in widths)
-    with plan.forced("fused"):
-        assert_accurate(*draw(case, dtype, "cuda", batch=(2048,), k=1032), "triton")
+    with plan.forced(form):
+        assert_accurate(*draw(case, dtype, "cuda", batch=(2048,), k=1032), "triton", split=form != "fused")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -98,10 +99,11 @@ MLPS = {  # rows, in, hidden, out; ranks
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("mlp", MLPS)
-def test_mlps_of_real_shapes(mlp, dtype, p):
+@pytest.mark.parametrize("form", ["fused", "beta1"])
+def test_mlps_of_real_shapes(form, mlp, dtype, p):
     problem = draw_mlp(**MLPS[mlp], ps=(p,) * 3, dtype=dtype, device="cuda", biased=True)
-    with plan.forced("fused"):
-        assert_mlp_accurate(problem, "triton")
+    with plan.forced(form):
+        assert_mlp_accurate(problem, "triton", split=form != "fused")
 
 
 @pytest.mark.parametrize("gated", [True, False])

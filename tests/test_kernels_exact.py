@@ -79,7 +79,7 @@ TILES = [
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_matmul_expand_in_every_tile(dtype, tile, tma, device):
     if device == "cuda" and tma and (torch.cuda.get_device_capability() < (9, 0) or dtype == torch.float32):
-        pytest.skip("descriptors need sm_90 and 16-bit operands")
+        pytest.skip("descriptors need sm_90 and 16-bit operands; bf16 runs there, and pointers everywhere")
     case = exact.draw(50, 40, 72, 5)
     t = {name: getattr(case, name).to(device, dtype) for name in ("x", "weight", "lora_A", "lora_B", "dy", "bias")}
     s, _ = shrink(t["x"], t["lora_A"], 1.0)

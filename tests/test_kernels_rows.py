@@ -34,7 +34,7 @@ def mask(rows, cols, device, seed=0):
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_outputs_side_by_side(tile, tma, draw, device):
     if device == "cuda" and tma:
-        pytest.skip("fp32 operands take pointers on a GPU")
+        pytest.skip("fp32 operands take pointers on a GPU; test_gpu.py has 16-bit projections by descriptors")
     x, s, bias = draw(50, 40), draw(50, 20), draw(8, 2)[:, 0]
     ws, bs = [draw(n, 40) for n in (72, 8, 100, 4)], [draw(n, 20) for n in (72, 8, 100, 4)]
     outputs = [
@@ -53,7 +53,7 @@ def test_outputs_side_by_side(tile, tma, draw, device):
 @pytest.mark.parametrize("summed", [1, 2])
 def test_several_masked_products(summed, tile, tma, draw, device):
     if device == "cuda" and tma:
-        pytest.skip("fp32 operands take pointers on a GPU")
+        pytest.skip("fp32 operands take pointers on a GPU; test_gpu.py has 16-bit projections by descriptors")
     sources = [(draw(50, k), draw(72, k)) for k in (24, 33)[:summed]]
     masks = [mask(50, 72, device, seed) for seed in range(3)]
     masked = [(draw(50, k), draw(k, 72).t(), packed) for k, (_, packed) in zip((5, 40, 16), masks, strict=True)]

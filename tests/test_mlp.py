@@ -301,16 +301,6 @@ def test_all_dropped_rank_0_and_no_rows(device):
     assert not empty["up.d_lora_B"].any()
 
 
-@pytest.fixture
-def log():
-    """The launches of a test."""
-    from oracles import sanitizer
-
-    sanitizer.state.log = launches = []
-    yield launches
-    sanitizer.state.log = None
-
-
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter, which a GPU bypasses")
 SHRINK, EXPAND, WGRAD = "_shrink_kernel", "_matmul_expand_kernel", "_wgrad_kernel"
 FORWARD = [SHRINK, EXPAND, SHRINK, EXPAND]
@@ -380,8 +370,12 @@ WRONG = {
     "down's dtype": (
         dict(down=DOWN._replace(weight=T(4, 8).half())), TypeError, "lora_mlp: down: x is float32 but weight is float16",
     ),
-    "x": (dict(x=3), Exception, "x must be a torch.Tensor"),
-    "backend": (dict(backend="cuda"), ValueError, "is not one of"),
+    "x": (dict(x=3), TypeError, "lora_mlp: gate: x must be a torch.Tensor"),
+    "backend": (dict(backend="cuda"), ValueError, "lora_mlp: backend='cuda' is not one of"),
+    "rank": (
+        dict(gate=GATE._replace(lora_A=T(513, 4), lora_B=T(8, 513)), backend="triton"), ValueError,
+        "lora_mlp: rank 513 exceeds 512",
+    ),
 }  # fmt: skip
 
 

@@ -106,9 +106,9 @@ def with_masks(problems, backend, seed=3):
     return filled
 
 
-def assert_accurate(block, problems, backend):
+def assert_accurate(block, problems, backend, split=False):
     own, dx = run(block, lambda: block.together(backend))
-    problems, split = with_masks(problems, backend), backend == "torch"
+    problems, split = with_masks(problems, backend), split or backend == "torch"
     findings = [
         finding
         for q, outputs in zip(problems, own, strict=True)
@@ -152,16 +152,6 @@ def test_the_same_as_each_alone(case, backend, device):
     for one, other in zip(together, alone, strict=True):
         for name in one:
             assert torch.equal(one[name], other[name]), name
-
-
-@pytest.fixture
-def log():
-    """The launches of a test."""
-    from oracles import sanitizer
-
-    sanitizer.state.log = launches = []
-    yield launches
-    sanitizer.state.log = None
 
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter, which a GPU bypasses")
@@ -370,7 +360,12 @@ WRONG = {
     "bias": (dict(biases=[None, T(3), None]), ValueError, "projection 1: bias has 3 elements"),
     "no tensor": (dict(weights=[T(8, 4), "W", T(8, 4)]), TypeError, "projection 1: weight must be a torch.Tensor"),
     "x": (dict(x=3), TypeError, "projection 0: x must be a torch.Tensor"),
-    "backend": (dict(backend="cuda"), ValueError, "is not one of"),
+    "backend": (dict(backend="cuda"), ValueError, "lora_qkv: backend='cuda' is not one of"),
+    "rank": (
+        dict(adapters=[None, (T(513, 4), T(8, 513)), None], backend="triton"),
+        ValueError,
+        "lora_projections: rank 513 exceeds 512",
+    ),
 }
 
 

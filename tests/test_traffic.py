@@ -16,16 +16,6 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the
 MIB = 2**20
 
 
-@pytest.fixture
-def log():
-    """The launches of a test, each with the bytes that it moved."""
-    from oracles import sanitizer
-
-    sanitizer.state.log = launches = []
-    yield launches
-    sanitizer.state.log = None
-
-
 def check(launches, expected):
     assert [f"_{moved.kernel}_kernel" for moved in expected] == [launch.kernel for launch in launches]
     for launch, moved in zip(launches, expected, strict=True):
