@@ -170,7 +170,7 @@ def _fused_backend(x: Tensor, entries: list[Projection], backend: str) -> str | 
     empty = x.numel() == 0 or any(q.weight.numel() == 0 for q in entries)
     if watched():
         return None if empty else plan.overridden(backend)
-    chosen = plan.choose(x.device, x.dtype, max(q.lora_A.shape[0] for q in adapted), empty, backend)
+    chosen = plan.choose(x.device, x.dtype, max(q.lora_A.shape[0] for q in adapted), empty, backend, "lora_mlp")
     small = chosen == "torch" and all(eager.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted)
     return None if small or empty else chosen
 
@@ -246,7 +246,7 @@ def _shared_backend(x: Tensor, entries: list[Projection], backend: str) -> str |
     if watched():
         return plan.overridden(backend)
     widths, rank = [q.weight.shape[0] for q in entries], max(q.lora_A.shape[0] for q in adapted)
-    chosen = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or 0 in widths, backend)
+    chosen = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or 0 in widths, backend, "lora_projections")
     if chosen == "torch" and all(eager.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted):
         return None
     return chosen

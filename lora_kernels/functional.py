@@ -165,14 +165,14 @@ def _checked_add(
         return reference.lora_add(base, x, a, b, scaling=scaling, dropout_p=dropout_p)
     rank = lora_A.shape[0]
     if dropout_p == 1 or rank == 0:
-        plan.choose(x.device, x.dtype, rank, True, backend)  # whether there is such a backend
+        plan.choose(x.device, x.dtype, rank, True, backend, "lora_add")  # whether there is such a backend
         return base + _nothing(lora_A, lora_B).to(base.dtype)
     if watched():
         return add_ops.add(
             base, x, lora_A, lora_B, as_number(scaling), as_number(dropout_p), plan.overridden(backend)
         )  # fmt: skip
     scaling, dropout_p = float(scaling), float(dropout_p)
-    backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or base.numel() == 0, backend)
+    backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or base.numel() == 0, backend, "lora_add")
     args = (base, x, lora_A, lora_B, scaling, dropout_p, backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in args[:4]):
         y = low_rank.LoRAAddFunction.apply(*args)

@@ -59,7 +59,9 @@ class Form(NamedTuple):
     place: int | None = None
 
 
-def choose(device: torch.device, dtype: torch.dtype, rank: int, empty: bool, requested: str) -> str:
+def choose(
+    device: torch.device, dtype: torch.dtype, rank: int, empty: bool, requested: str, call: str = "lora_linear"
+) -> str:
     """The backend for a call.
 
     Args:
@@ -68,6 +70,7 @@ def choose(device: torch.device, dtype: torch.dtype, rank: int, empty: bool, req
         rank: r.
         empty: Whether M, N, K or r is 0: there is nothing to launch, PyTorch has the right answer.
         requested: "auto", "triton" or "torch", as the caller said.
+        call: Whose name errors have.
 
     Raises:
         ValueError: `requested` is none of these, or the rank is too large for "triton".
@@ -76,7 +79,7 @@ def choose(device: torch.device, dtype: torch.dtype, rank: int, empty: bool, req
     """
     if requested == "torch" or (empty and requested in BACKENDS):
         return "torch"
-    return _choose(device, dtype, rank, overridden(requested)).backend
+    return _choose(device, dtype, rank, overridden(requested), call).backend
 
 
 def overridden(backend: str) -> str:
@@ -90,24 +93,24 @@ overridden._dynamo_marked_constant = True
 
 
 @functools.cache
-def _choose(device: torch.device, dtype: torch.dtype, rank: int, requested: str) -> Choice:
+def _choose(device: torch.device, dtype: torch.dtype, rank: int, requested: str, call: str) -> Choice:
     if requested not in BACKENDS:
-        raise ValueError(f"lora_linear: backend={requested!r} is not one of: auto, triton, torch.")
+        raise ValueError(f"{call}: backend={requested!r} is not one of: auto, triton, torch.")
     choice = Choice("torch", "it was asked for") if requested == "torch" else automatic(device, dtype, rank)
     if requested == "auto" and choice.backend == "torch" and device.type == "cuda":
         _log.info('lora_kernels: %s; using backend="torch". Set LORA_KERNELS_BACKEND=torch to silence.', choice.reason)
     if requested == "triton" and choice.backend == "torch":
         if device.type == "cpu" and not interpreting():
-            raise RuntimeError('lora_linear: backend="triton" needs CUDA tensors (x is on cpu).')
+            raise RuntimeError(f'{call}: backend="triton" needs CUDA tensors (x is on cpu).')
         if rank > MAX_RANK:
-            raise ValueError(f'lora_linear: rank {rank} exceeds {MAX_RANK}, the largest tuned; use backend="torch".')
+            raise ValueError(f'{call}: rank {rank} exceeds {MAX_RANK}, the largest tuned; use backend="torch".')
         if dtype not in _KERNEL_DTYPES:
             raise TypeError(
-                f'lora_linear: backend="triton" has no {str(dtype).removeprefix("torch.")}; '
+                f'{call}: backend="triton" has no {str(dtype).removeprefix("torch.")}; '
                 'supported: bfloat16, float16, float32. Use backend="torch".'
             )
         if device.type != "cpu":
-            raise RuntimeError(f'lora_linear: backend="triton" cannot run: {choice.reason}.')
+            raise RuntimeError(f'{call}: backend="triton" cannot run: {choice.reason}.')
         return Choice("triton", "Triton's interpreter was asked for")
     return choice
 
