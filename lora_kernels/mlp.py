@@ -31,7 +31,10 @@ from lora_kernels.activations import After, Before
 from lora_kernels.autograd import autocast_off, rows
 from lora_kernels.projections import Part, Projection
 
-__all__ = ["SAVED", "Layer", "LoRAMLPFunction", "backward", "differentiate", "forward", "reads_outs", "to_save"]
+__all__ = [
+    "SAVED", "Layer", "LoRAMLPFunction", "backward", "by_layer", "differentiate", "forward", "reads_outs",
+    "to_save",
+]  # fmt: skip
 
 _EACH = 4  # weight, lora_A, lora_B, bias
 SAVED = 6  # of a layer: weight, lora_A, lora_B, s, keep, bias
@@ -231,10 +234,10 @@ class LoRAMLPFunction(torch.autograd.Function):
             numbers: scaling and dropout_p of each layer.
             tensors: weight, lora_A, lora_B and bias of gate and up, or of up alone, and of down.
         """
-        groups = zip(_by_layer(tensors), numbers, strict=True)
+        groups = zip(by_layer(tensors), numbers, strict=True)
         *before, down = layers = [Projection(*four, *pair) for four, pair in groups]
         y, outs, shrunk, keeps = forward(x, before, down, activation, backend)
-        need_x, all_needs = ctx.needs_input_grad[0], _by_layer(ctx.needs_input_grad[5:])
+        need_x, all_needs = ctx.needs_input_grad[0], by_layer(ctx.needs_input_grad[5:])
         ctx.save_for_backward(*to_save(x, layers, outs, shrunk, keeps, need_x, all_needs, recompute))
         ctx.numbers = [
             (q.alpha, None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype), needs)
@@ -251,7 +254,8 @@ class LoRAMLPFunction(torch.autograd.Function):
             return _backward(ctx, dy)
 
 
-def _by_layer(flat: Sequence) -> list[Sequence]:
+def by_layer(flat: Sequence) -> list[Sequence]:
+    """What belongs to each layer's weight, lora_A, lora_B and bias, of a flat sequence."""
     return [flat[i : i + _EACH] for i in range(0, len(flat), _EACH)]
 
 

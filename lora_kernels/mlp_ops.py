@@ -99,16 +99,12 @@ def _mlp_backward(
     groups = packed.unpack(tensors, places, len(alphas), products.SAVED)
     numbers = [
         (alpha, (dtype, dtype) if any(t is not None for t in group[1:4]) else None, own)
-        for alpha, group, own in zip(alphas, groups, _by_layer(needs), strict=True)
+        for alpha, group, own in zip(alphas, groups, products.by_layer(needs), strict=True)
     ]
     flat = None if x is None else autograd.rows(x)
     dx, grads = products.differentiate(autograd.rows(dy), flat, groups, outs, numbers, need_x, activation, backend)
     results = [g.contiguous() for g in grads if g is not None]  # as the shapes below say
     return results if dx is None else [dx.contiguous().view(*dy.shape[:-1], dx.shape[1]), *results]
-
-
-def _by_layer(needs: Sequence[bool]) -> list[Sequence[bool]]:
-    return [needs[i : i + packed.GIVEN] for i in range(0, len(needs), packed.GIVEN)]
 
 
 def _sizes(dy, x, outs, groups) -> list[tuple[int, int, int]]:
@@ -141,7 +137,7 @@ def _fake_backward(dy, x, outs, tensors, places, alphas, activation, backend, dt
     shapes = packed.unpack([t.shape for t in tensors], places, len(alphas), products.SAVED)
     sizes = _sizes(dy.shape, None if x is None else x.shape, [t.shape for t in outs], shapes)
     results = [dy.new_empty(*dy.shape[:-1], sizes[0][0])] if need_x else []
-    for (inner, cols, rank), own in zip(sizes, _by_layer(needs), strict=True):
+    for (inner, cols, rank), own in zip(sizes, products.by_layer(needs), strict=True):
         each = ((cols, inner), dy.dtype), ((rank, inner), dtype), ((cols, rank), dtype), ((cols,), dy.dtype)
         results += [dy.new_empty(shape, dtype=kind) for (shape, kind), need in zip(each, own, strict=True) if need]
     return results
@@ -207,7 +203,7 @@ def _backward_flops(
     dy, x, outs, tensors, places, alphas, activation, backend, dtype, need_x: bool, needs: list[bool], **_: Any
 ) -> int:  # fmt: skip
     """Of each: 2 M K N for dW and for what comes before it, and 2 M r (K or N) for each thin product, of shapes."""
-    groups, wanted = packed.unpack(tensors, places, len(alphas), products.SAVED), _by_layer(needs)
+    groups, wanted = packed.unpack(tensors, places, len(alphas), products.SAVED), products.by_layer(needs)
     sizes, total = _sizes(dy, x, outs, groups), 0
     again, need_dh = not outs and products.reads_outs(need_x, wanted), need_x or any(map(any, wanted[:-1]))
     for i, ((inner, cols, rank), (need_weight, need_A, need_B, _)) in enumerate(zip(sizes, wanted, strict=True)):
