@@ -12,6 +12,7 @@ The first two break even where slowdown = e · F / (K · BW), for elements of e 
 at K = 4096 and 2.0 % at 14336 for bf16 with 700 TFLOP/s and 4.8 TB/s. Measured choices override these, see `plan`.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -84,6 +85,7 @@ def limits(capability: tuple[int, int] | None, dtype: torch.dtype, tf32: bool = 
     return Limits(flops * _REACHED, bandwidth, max(_SLOWDOWN[kind], _SLOWDOWN["amd"] if capability is None else 0))
 
 
+@functools.lru_cache(maxsize=4096)
 def allowed(q: Product) -> tuple[str, ...]:
     """The strategies that can compute a product: a padded one cannot mask, a joint one is for dx."""
     barred = {"padded": q.masked, "joint": not q.backward}

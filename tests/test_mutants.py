@@ -44,7 +44,7 @@ MUTANTS = {
     "accumulate missing in the parts of ds": (WGRAD, "ds += tl.sum(parts, 0)", "ds = tl.sum(parts, 0)"),
     "gradient that is there overwritten": (WGRAD, "acc += tl.load(g_block", "acc = 0 * acc + 2 * tl.load(g_block"),
     "thin product missing in beta1": ("kernels/hybrid.py", "matmul_expand(rest, bias, keep).addmm_", "matmul_expand(rest, bias, keep).zero_().addmm_"),
-    "launch settled for other strides": ("kernels/_launch.py", "Facts(t.shape, t.stride(), t.dtype", "Facts(t.shape, t.stride() if t.is_contiguous() else (t.shape[1], 1), t.dtype"),
+    "launch settled for other strides": ("kernels/_launch.py", "(t.shape, t.stride(), t.dtype, not", "(t.shape, t.stride() if t.is_contiguous() else (t.shape[1], 1), t.dtype, not"),
     "first to arrive adds up": (DEVICE, 'sem="acq_rel") == expected - 1', 'sem="acq_rel") == 0'),
     "counters not reset": (DEVICE, "tl.store(arrivals_ptr, 0)", "tl.store(arrivals_ptr, expected)"),
     "counters shared by g and ds": (WGRAD, "arrivals_ptr + tiles + split", "arrivals_ptr + split"),

@@ -43,9 +43,13 @@ class Facts(NamedTuple):
         return unit == 1 and stride >= cols and stride * self.dtype.itemsize % 16 == 0 and self.aligned
 
 
+_tuple = tuple.__new__
+
+
 def facts(t: Tensor | None) -> Facts | None:
     """The facts of a tensor."""
-    return None if t is None else Facts(t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0)
+    # not Facts(...), which takes as long as all that it is given
+    return None if t is None else _tuple(Facts, (t.shape, t.stride(), t.dtype, not t.data_ptr() % 16))
 
 
 class Launch:

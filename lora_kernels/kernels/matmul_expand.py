@@ -43,12 +43,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.kernels import _launch
 from lora_kernels.kernels._configs import MatmulConfig, descriptor_path, matmul_config
+from lora_kernels.kernels._descriptors import Describe, keeps
 from lora_kernels.kernels._device import halves, tile_position, unpack_bits
-from lora_kernels.kernels._launch import Facts, Launch, facts, on_device, precision, thin_rows
+from lora_kernels.kernels._launch import Facts, Launch, facts, on_device, precision
 
 __all__ = ["matmul_expand", "matmul_expand_all"]
 
@@ -242,18 +242,13 @@ def _launch_all(
         _launch.imagined,
     )  # fmt: skip
     ys = [like.new_empty(like.shape[0], cols) for cols in settled.cols]
-    ps, qs, y_args = [p for p, _ in sources], [q for _, q in sources], ys
     if settled.tma:
-        m, n, k = settled.blocks
-        # only thin operands ever have to be copied for a descriptor to read them
-        ps = [_descriptor(_copy(p) if copy else p, m, k) for p, copy in zip(ps, settled.copy_p, strict=True)]
-        if settled.q_rows_are_n:
-            qs = [_descriptor(_copy(q) if copy else q, n, k) for q, copy in zip(qs, settled.copy_q, strict=True)]
-        else:
-            qs = [q.t() for q in qs]
-            qs = [_descriptor(_copy(q) if copy else q, k, n) for q, copy in zip(qs, settled.copy_q, strict=True)]
-        y_args = [_descriptor(y, m, settled.store_n) for y in ys] if settled.store_n else ys
-    absent, no_ys = _NONE[len(sources) : MAX_SOURCES], _NONE[len(ys) : MAX_OUTPUTS]
+        ps = [describe(p) for describe, (p, _) in zip(settled.ps, sources, strict=True)]
+        qs = [describe(q) for describe, (_, q) in zip(settled.qs, sources, strict=True)]
+        y_args = [describe(y) for describe, y in zip(settled.ys, ys, strict=True)] if settled.ys else ys
+    else:
+        ps, qs, y_args = [p for p, _ in sources], [q for _, q in sources], ys
+    absent, no_ys = settled.absent
     masked_args = zip(*masked, strict=True) if masked else _NONE[:3]
     with on_device(like):
         settled.launch(*ps, *absent, *qs, *absent, *y_args, *no_ys, *masked_args, _in_full(biases))
@@ -262,6 +257,8 @@ def _launch_all(
 
 def _in_full(biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
     """A bias for each output, if there is one for any: what stands for one that is not there is never read."""
+    if biases == (None,):
+        return None
     there = [bias.contiguous() for bias in biases if bias is not None]
     if len(there) == len(biases) or not there:
         return tuple(there) or None
@@ -269,16 +266,18 @@ def _in_full(biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
 
 
 class _Settled(NamedTuple):
-    """What is settled about a launch; `store_n` is the width of the slices that descriptors store, 0 for pointers."""
+    """What is settled about a launch; `ys` is empty where pointers store.
+
+    `absent` are the Nones in place of the sources and of the outputs that it has not.
+    """
 
     launch: Launch
     cols: tuple[int, ...]
+    absent: tuple[tuple[None, ...], tuple[None, ...]]
     tma: bool
-    q_rows_are_n: bool
-    copy_p: list[bool]
-    copy_q: list[bool]
-    blocks: tuple[int, int, int]
-    store_n: int
+    ps: list[Describe]
+    qs: list[Describe]
+    ys: list[Describe]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -326,39 +325,12 @@ def _settle(
         ),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(pdl)),
     )  # fmt: skip
-    copy_p = [not p.rows_on_16_bytes() for p, _ in sources]
-    copy_q = [not (q if q_rows_are_n else q.t()).rows_on_16_bytes() for _, q in sources]
-    store_n = config.block_n // config.subtiles if store_tma else 0
-    return _Settled(
-        launch, cols, tma, q_rows_are_n, copy_p, copy_q, (config.block_m, config.block_n, config.block_k), store_n
-    )
-
-
-def _copy(t: Tensor) -> Tensor:
-    """A copy that a descriptor can read."""
-    return thin_rows(t, t.shape[1]).copy_(t)
-
-
-class _Address(NamedTuple):
-    """As much of a tensor as a descriptor asks for; it keeps no memory alive."""
-
-    pointer: int
-    dtype: torch.dtype
-
-    def data_ptr(self) -> int:
-        """The address."""
-        return self.pointer
-
-
-def _descriptor(t: Tensor, block_rows: int, block_cols: int) -> TensorDescriptor:
-    """Describe `t` for TMA in blocks. Descriptors of a GPU's memory are kept: Triton takes long to check new ones."""
-    if t.is_cuda or _launch.imagined:
-        return _describe(_Address(t.data_ptr(), t.dtype), t.shape, t.stride(), block_rows, block_cols)
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), [block_rows, block_cols])
-
-
-@functools.lru_cache(maxsize=4096)
-def _describe(
-    base: _Address, shape: tuple[int, ...], strides: tuple[int, ...], block_rows: int, block_cols: int
-) -> TensorDescriptor:
-    return TensorDescriptor(base, list(shape), list(strides), [block_rows, block_cols])
+    absent = _NONE[len(sources) : MAX_SOURCES], _NONE[len(cols) : MAX_OUTPUTS]
+    if not tma:
+        return _Settled(launch, cols, absent, tma, [], [], [])
+    m, n, k = config.block_m, config.block_n, config.block_k
+    kept, store_block = keeps(device), (m, n // config.subtiles)
+    ps = [Describe(p, (m, k), False, kept) for p, _ in sources]
+    qs = [Describe(q, (n, k), False, kept) if q_rows_are_n else Describe(q.t(), (k, n), True, kept) for _, q in sources]
+    ys = [Describe(Facts((rows, n), (n, 1), dtype, True), store_block, False, kept) for n in cols if store_tma]
+    return _Settled(launch, cols, absent, tma, ps, qs, ys)

@@ -90,6 +90,10 @@ class Activation(NamedTuple):
     dup: Tensor | None
 
 
+_AS_IT_IS = Activation(None, None, None, None, None)
+_NO_SHRINK = (None, None, 1.0)
+
+
 @triton.jit
 def _wgrad_kernel(
     wide_ptr, up_ptr, dh_ptr, dgate_ptr, dup_ptr, thin_ptrs, keep_ptrs, b_ptrs, g_ptrs, g_parts_ptr, ds_ptrs,
@@ -302,18 +306,19 @@ def launch(
         ready: As in `wgrad`.
         config: Tile to use in place of the rule's.
     """
-    a = activation or Activation(None, None, None, None, None)
+    a = activation or _AS_IT_IS
     thins, gs, keeps, shrinks, accumulate, wides = zip(*products, strict=True) if products else ((),) * 6
-    bs, dss, alphas = zip(*(shrink or (None, None, 1.0) for shrink in shrinks), strict=True) if products else ((),) * 3
+    bs, dss, alphas = zip(*[shrink or _NO_SHRINK for shrink in shrinks], strict=True) if products else ((),) * 3
     settled, g_size, ds_size, counted = _settle(
-        tuple([facts(t) for t in (wide, a.up, a.dh)]), tuple(map(facts, thins)), tuple(map(facts, gs)),
+        (facts(wide), facts(a.up), facts(a.dh)), tuple(map(facts, thins)), tuple(map(facts, gs)),
         tuple(map(facts, bs)), tuple(map(facts, dss)), wides, a.name, wide.device,
         tuple([keep is not None for keep in keeps]), accumulate, ready, precision(wide), config, _launch.imagined,
     )  # fmt: skip
     g_parts = wide.new_empty(g_size, dtype=torch.float32) if g_size else None
     ds_parts = wide.new_empty(ds_size, dtype=torch.float32) if ds_size else None
     counters = arrivals(wide.device, counted) if counted else None
-    thins, keeps, bs, gs, dss, alphas = (t or None for t in (thins, keeps, bs, gs, dss, alphas))
+    if not products:
+        thins = keeps = bs = gs = dss = alphas = None
     with on_device(wide):
         settled(
             wide, a.up, a.dh, a.dgate, a.dup, thins, keeps, bs, gs, g_parts, dss, ds_parts, counters, alphas

@@ -1,0 +1,59 @@
+"""What describes operands for TMA: by address where descriptors are kept, of a copy where TMA cannot read a tensor."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from lora_kernels.kernels import _descriptors  # noqa: E402
+from lora_kernels.kernels._descriptors import Describe  # noqa: E402
+from lora_kernels.kernels._launch import facts  # noqa: E402
+
+
+def test_a_kept_descriptor_is_of_the_address_and_holds_no_memory():
+    """One descriptor an address, which a second tensor there shares; another address has its own."""
+    buffer = torch.zeros(2, 16, 64, dtype=torch.bfloat16)
+    first, second = buffer
+    describe = Describe(facts(first), (16, 32), turned=False, keeps=True)
+    made = describe(first)
+    assert describe(first.view_as(first)) is made
+    assert made.base.data_ptr() == first.data_ptr()
+    assert made.base is not first
+    assert (made.shape, made.strides, made.block_shape) == ([16, 64], [64, 1], [16, 32])
+    other = describe(second)
+    assert other is not made
+    assert other.base.data_ptr() == second.data_ptr()
+
+
+def test_kept_descriptors_are_bounded(monkeypatch):
+    """However many addresses an operand takes, only so many descriptors are kept."""
+    monkeypatch.setattr(_descriptors, "_MOST", 4)
+    rows = torch.zeros(11, 16, 64, dtype=torch.bfloat16)
+    describe = Describe(facts(rows[0]), (16, 32), turned=False, keeps=True)
+    for t in rows:
+        assert describe(t).base.data_ptr() == t.data_ptr()
+        assert len(describe.known) <= 4
+
+
+def test_a_transpose_is_described_by_the_tensor_it_is_of():
+    """A stored transpose needs no view: its address and the transposed layout say all."""
+    stored = torch.zeros(64, 16, dtype=torch.bfloat16)
+    q = stored.t()
+    made = Describe(facts(q).t(), (32, 16), turned=True, keeps=True)(q)
+    assert (made.shape, made.strides) == ([64, 16], [16, 1])
+    assert made.base.data_ptr() == stored.data_ptr()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_tma_cannot_read_is_copied(turned):
+    """Rows that are not on 16 bytes: a copy with rows that are, of the values of now and not of the first call."""
+    odd = torch.arange(7 * 5, dtype=torch.float32).view(7, 5).bfloat16()
+    given = odd.t() if turned else odd
+    operand = facts(given).t() if turned else facts(given)
+    describe = Describe(operand, (16, 16), turned, keeps=False)
+    for shift in (0, 100):
+        changed = given + shift
+        made = describe(changed)
+        assert made.strides == [8, 1]
+        assert made.base.data_ptr() % 16 == 0
+        torch.testing.assert_close(made.base, changed.t() if turned else changed, rtol=0, atol=0)
