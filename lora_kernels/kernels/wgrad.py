@@ -335,9 +335,10 @@ def _settle(
     """The launch, the sizes of the parts of g and of ds, and the counters."""
     (rows, width), dtype = made_of[0].shape, made_of[0].dtype
     widths, shrunk = [thin.shape[1] for thin in thins], [b.shape[1] for b in bs if b is not None]
+    strided = all(1 not in t.strides for t in made_of if t) or any(1 not in b.strides for b in bs if b)
     config = config or wgrad_config(
         rows, width, max(widths, default=1), dtype, bool(shrunk), _launch.shared_per_sm(device), len(widths),
-        any(masked), activation is not None, all(1 not in t.strides for t in made_of if t),
+        any(masked), activation is not None, strided,
     )  # fmt: skip
     splits = triton.cdiv(rows, config.rows_per_split)
     blocks = triton.cdiv(width, config.block_c)
