@@ -18,20 +18,28 @@ __all__ = ["ACTIVATIONS", "After", "Before", "activated", "gradients"]
 
 
 class After(NamedTuple):
-    """What dA of the layer after an activation takes: ds `[M, r]`, the dtype of dA, the mask of h or None."""
+    """What dA of the layer after an activation takes: ds `[M, r]`, the dtype of dA, the mask of h or None.
+
+    `into` is a gradient to which dA is added, and which then is not returned, or None.
+    """
 
     ds: Tensor
     out_dtype: torch.dtype
     keep: Tensor | None
+    into: Tensor | None = None
 
 
 class Before(NamedTuple):
-    """What ds and dB of a layer before it take: s `[M, r]`, or None for no dB; B `[W, r]`, or None for no ds."""
+    """What ds and dB of a layer before it take: s `[M, r]`, or None for no dB; B `[W, r]`, or None for no ds.
+
+    `into` is for dB what it is for dA in `After`.
+    """
 
     s: Tensor | None
     lora_B: Tensor | None
     alpha: float
     out_dtype: torch.dtype
+    into: Tensor | None = None
 
 
 class _Activation(NamedTuple):

@@ -201,8 +201,7 @@ class LoRAMLP(_Block):
             are called one by one.
 
     Attributes:
-        gate_proj: The child of that name, and likewise up_proj and down_proj; as in `LoRAQKV`, but that
-            `accumulate_grad` has no effect.
+        gate_proj: The child of that name, and likewise up_proj and down_proj; as in `LoRAQKV`.
         activation: Set freely.
         recompute: Set freely.
 
@@ -273,7 +272,8 @@ class LoRAMLP(_Block):
         entries = self._together()
         if entries is None:
             return self.down_proj(activated(self.gate_proj(x), self.up_proj(x), self.activation))
-        return lora_mlp(x, *entries, activation=self.activation, recompute=self.recompute)
+        added = [getattr(child, "accumulate_grad", False) for child in self._children()]
+        return lora_mlp(x, *entries, activation=self.activation, recompute=self.recompute, accumulate_grad=added)
 
     def extra_repr(self) -> str:
         """What is the block's own."""

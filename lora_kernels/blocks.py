@@ -71,6 +71,7 @@ def lora_qkv(
 def lora_mlp(
     x: Tensor, gate: Projection | None, up: Projection, down: Projection, *,
     activation: str = "silu", recompute: bool = False, backend: str = "auto",
+    accumulate_grad: bool | Sequence[bool] = False,
 ) -> Tensor:  # fmt: skip
     """Apply a gated MLP whose layers may have low-rank adapters.
 
@@ -87,6 +88,7 @@ def lora_mlp(
         recompute: Compute gate(x) and up(x) once more in backward rather than keep them: `2 · hidden` elements a row
             less, for about half of the MLP's forward pass more.
         backend: As in `lora_linear`.
+        accumulate_grad: As in `lora_linear`: one for all layers, or one for each.
 
     Returns:
         y, `[*, out_features]`, as `lora_linear` returns it.
@@ -105,13 +107,16 @@ def lora_mlp(
     """
     layers = {name: q for name, q in (("gate", gate), ("up", up), ("down", down)) if name != "gate" or q is not None}
     checks.check_mlp(layers, activation, ACTIVATIONS)
+    added = accumulate_grad if isinstance(accumulate_grad, (list, tuple)) else [accumulate_grad] * len(layers)
+    if len(added) != len(layers):
+        raise ValueError(f"lora_mlp: accumulate_grad is for {len(added)} layers and there are {len(layers)}.")
     x = arrived(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
-        return _mlp(x, layers, activation, recompute, backend, [False] * len(layers))
+        return _mlp(x, layers, activation, recompute, backend, added, [False] * len(layers))
     x, entries, fits = _cast(device_type, x, layers.values())
     with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
-        return _mlp(x, dict(zip(layers, entries, strict=True)), activation, recompute, backend, fits)
+        return _mlp(x, dict(zip(layers, entries, strict=True)), activation, recompute, backend, added, fits)
 
 
 def _cast(
@@ -127,8 +132,9 @@ def _cast(
 
 
 def _mlp(
-    x: Tensor, layers: dict[str, Projection], activation: str, recompute: bool, backend: str, adapters_fit: list[bool]
-) -> Tensor:
+    x: Tensor, layers: dict[str, Projection], activation: str, recompute: bool, backend: str, added: Sequence[bool],
+    adapters_fit: list[bool],
+) -> Tensor:  # fmt: skip
     """Check each layer; compute all in shared passes, or one after the other."""
     checks.check_backend("lora_mlp", backend, plan.BACKENDS)
     *before, down = layers.values()
@@ -140,8 +146,8 @@ def _mlp(
     if chosen is None:
 
         def composed(x: Tensor) -> Tensor:
-            gate, up = (*_joined(x, before, backend, [False] * len(before), adapters_fit[:-1]), None)[:2]
-            return _alone(activated(gate, up, activation), down, backend, adapters_fit[-1])
+            gate, up = (*_joined(x, before, backend, added[:-1], adapters_fit[:-1]), None)[:2]
+            return _alone(activated(gate, up, activation), down, backend, adapters_fit[-1], bool(added[-1]))
 
         again = recompute and torch.is_grad_enabled() and not transforming()  # transforms take no saved-tensor hooks
         return checkpoint(composed, x, use_reentrant=False) if again else composed(x)
@@ -150,7 +156,7 @@ def _mlp(
     entries = [q._replace(scaling=float(q.scaling), dropout_p=float(q.dropout_p)) for q in (*before, down)]
     tensors = list(itertools.chain.from_iterable(q[:4] for q in entries))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
-        numbers = tuple((q.scaling, q.dropout_p) for q in entries)
+        numbers = tuple((q.scaling, q.dropout_p, bool(into)) for q, into in zip(entries, added, strict=True))
         y = mlp.LoRAMLPFunction.apply(x, chosen, activation, recompute, numbers, *tensors)
     else:
         y, *_ = mlp.forward(x, entries[:-1], entries[-1], activation, chosen)

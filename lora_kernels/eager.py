@@ -257,7 +257,10 @@ def activate_shrink(
 def activation_wgrad(
     gate: Tensor, up: Tensor | None, dh: Tensor, activation: str, after: After | None, *before: Before | None
 ) -> tuple[list[Tensor], Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-    """Compute dg and, with `up`, du; dA of the layer after; ds and dB of the layers before, as far as asked for."""
+    """Compute dg and, with `up`, du; dA of the layer after; ds and dB of the layers before, as far as asked for.
+
+    dA and dB that are added to gradients are not returned.
+    """
     wides, total = [gate.new_empty(gate.shape) for _ in before], None
     results: list[list[Tensor | None]] = [[None, None] for _ in before]
     of_rows = [t for one in before for t in (one.s if one else None,)]
@@ -279,8 +282,9 @@ def activation_wgrad(
         if own:
             result[0] = _joined(own)
         if result[1] is not None:
-            result[1] = result[1].to(one.out_dtype)
-    return wides, None if total is None else total.to(after.out_dtype), [tuple(result) for result in results]
+            result[1] = _delivered(result[1], one.out_dtype, one.into)
+    dA = None if total is None else _delivered(total, after.out_dtype, after.into)
+    return wides, dA, [tuple(result) for result in results]
 
 
 def _delivered(total: Tensor, out_dtype: torch.dtype, into: Tensor | None) -> Tensor | None:

@@ -52,6 +52,7 @@ class Layer(NamedTuple):
         alpha: scaling · keep_scale.
         dtypes: Those that dA and dB come in, None without an adapter.
         needs: Whether the gradients of weight, lora_A, lora_B and bias are needed.
+        into: Gradients to which dA and dB are added, which then are not returned, or None.
     """
 
     weight: Tensor | None
@@ -62,6 +63,7 @@ class Layer(NamedTuple):
     alpha: float
     dtypes: tuple[torch.dtype, torch.dtype] | None
     needs: Sequence[bool]
+    into: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 def forward(
@@ -117,15 +119,15 @@ def backward(
         h, _, _ = ops.activate_shrink(gate, up, activation, [])
         dweight = torch.mm(dy.t(), h) if need_weight else None
         if not need_dh:
-            d_lora_A = ops.wgrad(ds, h, down.dtypes[0], down.keep) if need_A else None
+            d_lora_A = ops.wgrad(ds, h, down.dtypes[0], down.keep, into=down.into[0]) if need_A else None
     grads: list[Tensor | None] = []
     dx = None
     if need_dh:
-        after = After(ds, down.dtypes[0], down.keep) if need_A else None
+        after = After(ds, down.dtypes[0], down.keep, down.into[0]) if need_A else None
         asked = [_asked(q, need_x, dy.dtype) for q in before]
         wides, d_lora_A, made = ops.activation_wgrad(gate, up, dh, activation, after, *asked)
         del dh
-        parts = [Part(wide, *q[:7], q.needs[1]) for wide, q in zip(wides, before, strict=True)]
+        parts = [Part(wide, *q[:7], q.needs[1], q.into) for wide, q in zip(wides, before, strict=True)]
         dx, low_rank = projections.backward(x, parts, need_x, backend, made)
         for wide, q, own in zip(wides, before, low_rank, strict=True):
             of_weight, _, _, of_bias = q.needs
@@ -146,7 +148,7 @@ def differentiate(
         x: `[M, in]`, where it was kept.
         groups: The six of each layer.
         outs: The outputs of gate and up, where they were kept.
-        numbers: alpha, dtypes and needs of each layer, as `Layer` has them.
+        numbers: alpha, dtypes and needs of each layer, as `Layer` has them, and `into` where there is one.
         need_x: Whether dx is needed.
         activation: Its name.
         backend: "triton" or "torch".
@@ -200,7 +202,7 @@ def _through_down(
         return expand([(dy, down.weight.t())]), None, None
     dh, ds, d_lora_B, _ = autograd.from_dy(
         dy, down.weight, down.lora_A, down.lora_B, down.s, down.keep, down.alpha, backend, down.dtypes[1],
-        (need_dh, need_A, need_B),
+        (need_dh, need_A, need_B), down.into[1],
     )  # fmt: skip
     # some forms leave padding between its rows
     return None if dh is None else dh.contiguous(), ds, d_lora_B
@@ -212,7 +214,7 @@ def _asked(q: Layer, need_x: bool, dtype: torch.dtype) -> Before | None:
     if q.dtypes is None or not (need_x or need_A or need_B):
         return None
     lora_B = q.lora_B.to(dtype) if need_x or need_A else None
-    return Before(q.s if need_B else None, lora_B, q.alpha, q.dtypes[1])
+    return Before(q.s if need_B else None, lora_B, q.alpha, q.dtypes[1], q.into[1])
 
 
 class LoRAMLPFunction(torch.autograd.Function):
@@ -221,7 +223,7 @@ class LoRAMLPFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, backend: str, activation: str, recompute: bool,
-        numbers: Sequence[tuple[float, float]], *tensors: Tensor | None,
+        numbers: Sequence[tuple[float, float, bool]], *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """Compute y `[M, out]` and save for backward what the gradients that are needed need.
 
@@ -231,17 +233,20 @@ class LoRAMLPFunction(torch.autograd.Function):
             backend: "triton" or "torch".
             activation: Its name.
             recompute: Whether to keep x in place of the outputs of gate and up.
-            numbers: scaling and dropout_p of each layer.
+            numbers: scaling and dropout_p of each layer, and whether its backward may add to gradients itself.
             tensors: weight, lora_A, lora_B and bias of gate and up, or of up alone, and of down.
         """
         groups = zip(by_layer(tensors), numbers, strict=True)
-        *before, down = layers = [Projection(*four, *pair) for four, pair in groups]
+        *before, down = layers = [Projection(*four, *pair) for four, (*pair, _) in groups]
         y, outs, shrunk, keeps = forward(x, before, down, activation, backend)
         need_x, all_needs = ctx.needs_input_grad[0], by_layer(ctx.needs_input_grad[5:])
         ctx.save_for_backward(*to_save(x, layers, outs, shrunk, keeps, need_x, all_needs, recompute))
         ctx.numbers = [
             (q.alpha, None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype), needs)
             for q, needs in zip(layers, all_needs, strict=True)
+        ]
+        ctx.accumulate = [
+            (q.lora_A, q.lora_B) if added else None for q, (*_, added) in zip(layers, numbers, strict=True)
         ]
         ctx.backend, ctx.activation, ctx.x_shape = backend, activation, x.shape
         return y
@@ -263,7 +268,8 @@ def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
     count, need_x = len(ctx.numbers), ctx.needs_input_grad[0]
     x, *saved = ctx.saved_tensors
     groups, outs = [saved[SAVED * i : SAVED * (i + 1)] for i in range(count)], saved[SAVED * count :]
+    numbers = [(*own, into) for own, into in zip(ctx.numbers, projections.gradients(ctx.accumulate), strict=True)]
     dx, grads = differentiate(
-        rows(dy), None if x is None else rows(x), groups, outs, ctx.numbers, need_x, ctx.activation, ctx.backend
+        rows(dy), None if x is None else rows(x), groups, outs, numbers, need_x, ctx.activation, ctx.backend
     )
     return None if dx is None else dx.view(ctx.x_shape), None, None, None, None, *grads

@@ -27,7 +27,7 @@ from lora_kernels import plan
 from lora_kernels.autograd import autocast_off, gradient, rows
 from lora_kernels.dropout import keep_scale
 
-__all__ = ["LoRAProjectionsFunction", "Part", "Projection", "backward", "expand", "forward", "shrink"]
+__all__ = ["LoRAProjectionsFunction", "Part", "Projection", "backward", "expand", "forward", "gradients", "shrink"]
 
 
 class Projection(NamedTuple):
@@ -225,21 +225,21 @@ def _backward(ctx: FunctionCtx, dys: Sequence[Tensor | None]) -> tuple[Tensor | 
     x, *saved = ctx.saved_tensors
     x = None if x is None else rows(x)  # a copy, where one is needed, comes before the launches that overlap
     there = [i for i, dy in enumerate(dys) if dy is not None]
-    into = _gradients([ctx.accumulate[i] for i in there])
+    into = gradients([ctx.accumulate[i] for i in there])
     parts = [
         Part(rows(dys[i]), *saved[5 * i : 5 * i + 5], ctx.alphas[i], ctx.adapter_dtypes[i], needs[i][1], added)
         for i, added in zip(there, into, strict=True)
     ]
-    dx, gradients = backward(x, parts, need_x, ctx.backend)
+    dx, low_rank = backward(x, parts, need_x, ctx.backend)
     grads: list[Tensor | None] = [None] * 4 * len(dys)
-    for i, part, own in zip(there, parts, gradients, strict=True):
+    for i, part, own in zip(there, parts, low_rank, strict=True):
         need_weight, _, _, need_bias = needs[i]
         dweight = torch.mm(part.dy.t(), x) if need_weight else None
         grads[4 * i : 4 * i + 4] = dweight, *own, part.dy.sum(0) if need_bias else None
     return dx.view(ctx.x_shape) if need_x else None, None, None, *grads
 
 
-def _gradients(adapters: Sequence[tuple[Tensor, Tensor] | None]) -> list[tuple[Tensor | None, Tensor | None]]:
+def gradients(adapters: Sequence[tuple[Tensor, Tensor] | None]) -> list[tuple[Tensor | None, Tensor | None]]:
     """Gradients of these adapters to add to in place; of two that are the same none, since a launch adds to all."""
     found = [(None, None) if pair is None else tuple(map(gradient, pair)) for pair in adapters]
     places = [g.data_ptr() for pair in found for g in pair if g is not None]

@@ -99,7 +99,7 @@ def test_a_call_is_its_children_s(kind, targets, training, calls):
 def test_activations_and_recompute(activation, calls):
     block = make("mlp", activation=activation, recompute=True, bias=False)
     assert_same(outcome(block, whole, x_of()), outcome(block, one_by_one, x_of()))
-    assert calls == [{"activation": activation, "recompute": True}]
+    assert calls == [{"activation": activation, "recompute": True, "accumulate_grad": [False] * 3}]
     assert repr(block).startswith(f"LoRAMLP(\n  activation='{activation}', recompute=True")
 
 

@@ -74,7 +74,7 @@ MUTANTS = {
     "stale h": (DEVICE_ACTIVATION, "return (value * up).to(gate.dtype), (dh", "return value.to(gate.dtype), (dh"),
     "du and dg swapped": (ACTIVATION_WGRAD, "zip(before, (DGATE, DUP), strict=False)", "zip(before, (DUP, DGATE), strict=False)"),
     "slope missing in dg": (DEVICE_ACTIVATION, "(dh * up * slope)", "(dh * up)"),
-    "mask missing in dA of down": (ACTIVATION_WGRAD, "Product(after.ds, dA.t(), after.keep, wide=H)", "Product(after.ds, dA.t(), None, wide=H)"),
+    "mask missing in dA of down": (ACTIVATION_WGRAD, "Product(after.ds, g.t(), after.keep,", "Product(after.ds, g.t(), None,"),
     "h stored by nobody for a split": (SHRINK, "tl.store(h_ptr + offs_m[:, None] * K + offs_k[None, :], x, mask=inside)", "tl.store(h_ptr + offs_m[:, None] * K + offs_k[None, :], x, mask=inside & (offs_k * 0 + split < 1)[None, :])"),
     "gate and up swapped": ("mlp.py", "activate_shrink(gate, up, activation, rows_of_down", "activate_shrink(up, gate, activation, rows_of_down"),
     "made again without s": ("mlp.py", "[q.s for q in layers[:-1]], backend)", "[None] * len(layers[:-1]), backend)"),

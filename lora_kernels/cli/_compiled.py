@@ -242,7 +242,7 @@ def _forward(case: Case) -> tuple[torch.Tensor, ...]:
     x, first = make(case.m, case.k), projection(case.n)
     if case.activation:
         tensors = itertools.chain(first, projection(case.n), projection(case.k, case.n))
-        return (LoRAMLPFunction.apply(x, "triton", case.activation, False, ((2.0, case.p),) * 3, *tensors),)
+        return (LoRAMLPFunction.apply(x, "triton", case.activation, False, ((2.0, case.p, False),) * 3, *tensors),)
     if case.others:
         tensors = itertools.chain(first, *map(projection, case.others))
         return LoRAProjectionsFunction.apply(x, "triton", ((2.0, case.p, False),) * (1 + len(case.others)), *tensors)

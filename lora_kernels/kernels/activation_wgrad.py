@@ -33,7 +33,8 @@ def activation_wgrad(
         *before: For ds and dB of the gate and, if there is one, of the up projection; None for neither.
 
     Returns:
-        dg and, with `up`, du; dA `[r, W]` or None; of each in `before` ds `[M, r]` and dB `[W, r]`, or None.
+        dg and, with `up`, du; dA `[r, W]` or None; of each in `before` ds `[M, r]` and dB `[W, r]`, or None. What was
+        added to a gradient is not returned.
     """
     rows, width = gate.shape
     ranks = [t.shape[1] for one in before if one for t in one[:2] if t is not None]
@@ -42,17 +43,21 @@ def activation_wgrad(
     wides = [gate.new_empty(rows, width) for _ in before[1:]] + [dh if reused else gate.new_empty(rows, width)]
     products, dA = [], None
     if after is not None:
-        dA = gate.new_empty(after.ds.shape[1], width, dtype=after.out_dtype)
-        products.append(Product(after.ds, dA.t(), after.keep, wide=H))
+        if after.into is None:
+            dA = gate.new_empty(after.ds.shape[1], width, dtype=after.out_dtype)
+        g = after.into if dA is None else dA
+        products.append(Product(after.ds, g.t(), after.keep, accumulate=dA is None, wide=H))
     made: list[list[Tensor | None]] = []
     for one, which in zip(before, (DGATE, DUP), strict=False):
         ds = dB = fused = None
         if one is not None and one.s is not None:
-            dB = gate.new_empty(width, one.s.shape[1], dtype=one.out_dtype)
+            if one.into is None:
+                dB = gate.new_empty(width, one.s.shape[1], dtype=one.out_dtype)
             if one.lora_B is not None and shrink_wgrad_pays(one.s.shape[1], activated=True):
                 ds = thin_rows(gate, one.s.shape[1])
                 fused = one.lora_B, ds, one.alpha
-            products.append(Product(one.s, dB, None, fused, wide=which))
+            g = one.into if dB is None else dB
+            products.append(Product(one.s, g, None, fused, accumulate=dB is None, wide=which))
         made.append([ds, dB])
     dup = wides[1] if up is not None else None
     launch(gate, products, Activation(activation, up, dh, wides[0], dup))
