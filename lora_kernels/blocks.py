@@ -138,10 +138,10 @@ def _mlp(
     """Check each layer; compute all in shared passes, or one after the other."""
     checks.check_backend("lora_mlp", backend, plan.BACKENDS)
     *before, down = layers.values()
-    _check_each("lora_mlp", x, [*list(layers)[:-1]], before, adapters_fit[:-1])
+    _check_each("lora_mlp", x, [*list(layers)[:-1]], before, adapters_fit[:-1], [*before, down])
     shape = *x.shape[:-1], before[0].weight.shape[0]
     h = x.new_empty_strided(shape, (0,) * len(shape))  # of its shape in name alone
-    _check_each("lora_mlp", h, ["down"], [down], adapters_fit[-1:])
+    _check_each("lora_mlp", h, ["down"], [down], adapters_fit[-1:], [*before, down])
     chosen = _fused_backend(x, [*before, down], backend)
     if chosen is None:
 
@@ -209,19 +209,24 @@ def _checked(
 ) -> tuple[Tensor, ...]:
     """Check each projection and compute them."""
     checks.check_backend(call, backend, plan.BACKENDS)
-    _check_each(call, x, [f"projection {i}" for i in range(len(entries))], entries, adapters_fit)
+    _check_each(call, x, range(len(entries)), entries, adapters_fit, entries)
     return _joined(x, entries, backend, added, adapters_fit)
 
 
-def _check_each(call: str, x: Tensor, names: list[str], entries: list[Projection], adapters_fit: list[bool]) -> None:
-    for name, q, fits in zip(names, entries, adapters_fit, strict=True):
+def _check_each(
+    call: str, x: Tensor, layers: Sequence[str | int], entries: list[Projection], adapters_fit: list[bool],
+    together: list[Projection],
+) -> None:  # fmt: skip
+    """Check some projections of a call, those that read x; `layers` are their names, or places in the lists."""
+    for layer, q, fits in zip(layers, entries, adapters_fit, strict=True):
+        lora_A, lora_B = _no_adapter(q.weight) if q.lora_A is q.lora_B is None else (q.lora_A, q.lora_B)
         try:
-            lora_A, lora_B = _no_adapter(q.weight) if q.lora_A is q.lora_B is None else (q.lora_A, q.lora_B)
             checks.check_call(x, q.weight, lora_A, lora_B, q.bias, q.scaling, q.dropout_p)
-            if not fits:
-                checks.check_dtypes(x, q.weight, lora_A, lora_B, q.bias)
         except (TypeError, ValueError) as error:
+            name = layer if isinstance(layer, str) else f"projection {layer}"
             raise type(error)(str(error).replace("lora_linear:", f"{call}: {name}:", 1)) from None
+        if not fits:
+            checks.check_dtypes(x, q.weight, lora_A, lora_B, q.bias, call, layer, together)
 
 
 def _joined(

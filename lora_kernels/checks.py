@@ -6,6 +6,8 @@ Each message names the argument, says what it is, what would be right, and, wher
 
 import math
 import numbers
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ _SUPPORTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
 _NUMBERS = (numbers.Real, torch.SymFloat, torch.SymInt)
 _PLAIN = (Tensor, torch.nn.Parameter)
+_IN_LISTS = {
+    "weight": "weights[{}]", "bias": "biases[{}]", "lora_A": "adapters[{}][0]", "lora_B": "adapters[{}][1]",
+}  # fmt: skip
 
 
 def check_call(
@@ -110,22 +115,34 @@ def check_add(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
 
 
 def check_dtypes(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, call: str = "lora_linear"
-) -> None:
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, call: str = "lora_linear",
+    layer: str | int | None = None, together: Sequence[Any] = (),
+) -> None:  # fmt: skip
     """Check the mix of dtypes outside autocast: one dtype throughout, or fp32 adapters over a half base.
+
+    Args:
+        x: Of the call, and so are the next four.
+        weight: Likewise.
+        lora_A: Likewise.
+        lora_B: Likewise.
+        bias: Likewise.
+        call: Its name.
+        layer: Of a call for several layers, which one this is: its name, or its place in the lists.
+        together: The `Projection`s of such a call. Only if their weights agree is it x that has to be cast.
 
     Raises:
         TypeError: The mix is none of these.
     """
     dtype = x.dtype
-    for name, t in (("weight", weight), ("bias", bias)):
+    for part, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.dtype != dtype:
-            raise TypeError(
-                f"lora_linear: x is {_name(x)} but {name} is {_name(t)}. "
-                f"Use torch.autocast, or cast x: x.to({name}.dtype)."
-            )
-    for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
+            name = _argument(part, layer)
+            agree = part == "weight" and all(getattr(q.weight, "dtype", None) == t.dtype for q in together)
+            cast = f"x: x.to({name}.dtype)" if agree else f"{name}: {name}.to(x.dtype)"
+            raise TypeError(f"{call}: x is {_name(x)} but {name} is {_name(t)}. Use torch.autocast, or cast {cast}.")
+    for part, t in (("lora_A", lora_A), ("lora_B", lora_B)):
         if t.dtype != dtype and not (t.dtype == torch.float32 and dtype in _HALF):
+            name = _argument(part, layer)
             raise TypeError(
                 f"{call}: x is {_name(x)} but {name} is {_name(t)}. Adapters must have x's dtype, or be float32 "
                 f"over a float16 or bfloat16 x. Use torch.autocast, or cast: {name}.to(x.dtype)."
@@ -275,6 +292,13 @@ def _check_kind(name: str, t: object, call: str = "lora_linear") -> None:
             f"{call}: {name} is a {kind}, a tensor subclass that the kernels cannot read. "
             f"Pass the dense tensor it stands for."
         )
+
+
+def _argument(part: str, layer: str | int | None) -> str:
+    """What the caller of a call for several layers calls one's weight, bias, lora_A or lora_B."""
+    if layer is None:
+        return part
+    return f"{layer}.{part}" if isinstance(layer, str) else _IN_LISTS[part].format(layer)
 
 
 def _described(t: object) -> str:

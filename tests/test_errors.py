@@ -61,7 +61,7 @@ FAULTS = {
         r"x is float32 but weight is float16\. Use torch\.autocast, or cast x: x\.to\(weight\.dtype\)\.",
     ),
     "7 16-bit adapters over fp32": (dict(lora_A=torch.randn(2, 6).half()), TypeError, r"x is float32 but lora_A is float16\."),
-    "7 bias": (dict(bias=torch.randn(5).double()), TypeError, r"x is float32 but bias is float64"),
+    "7 bias": (dict(bias=torch.randn(5).double()), TypeError, r"x is float32 but bias is float64\..*cast bias: bias\.to\(x\."),
     "8 subclass": (dict(weight=torch.randn(5, 6).as_subclass(Subclass)), TypeError, r"weight is a Subclass, a tensor subclass"),
     "8 sparse": (dict(weight=torch.eye(5, 6).to_sparse()), TypeError, r"weight has layout torch\.sparse_coo\. Use weight\.to_dense"),
     "8 quantized": (dict(weight=quantized), TypeError, r"weight (is quantized|has dtype torch\.qint8)"),

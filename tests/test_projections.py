@@ -355,7 +355,17 @@ WRONG = {
     "no A": (dict(adapters=[None, (None, T(8, 2)), None]), TypeError, "projection 1: lora_A must be a torch.Tensor"),
     "A transposed": (dict(adapters=[None, (T(4, 2), T(8, 2)), None]), ValueError, "projection 1: lora_A is"),
     "another width": (dict(weights=[T(8, 4), T(8, 4), T(8, 5)]), ValueError, "projection 2: x has 4 features"),
-    "dtype": (dict(weights=[T(8, 4), T(8, 4).half(), T(8, 4)]), TypeError, "projection 1: x is float32 but weight"),
+    "dtype": (
+        dict(weights=[T(8, 4), T(8, 4).half(), "W"]), TypeError,
+        r"^lora_qkv: x is float32 but weights\[1\] is float16\..*cast weights\[1\]: weights\[1\]\.to\(x\.dtype\)\.$",
+    ),
+    "bias's dtype": (
+        dict(biases=[None, T(8).half(), None]), TypeError, r"lora_qkv: x is float32 but biases\[1\] is .*cast biases\[1\]:"
+    ),
+    "x's dtype": (dict(x=T(5, 4).half()), TypeError, r"cast x: x\.to\(weights\[0\]\.dtype\)"),
+    "A's dtype": (
+        dict(adapters=[(T(2, 4).half(), T(8, 2)), None, None]), TypeError, r"x is float32 but adapters\[0\]\[0\] is float16"
+    ),
     "dropout": (dict(dropout_p=[0.0, 0.0, 1.5]), ValueError, r"projection 2: dropout_p must be in \[0, 1\]"),
     "bias": (dict(biases=[None, T(3), None]), ValueError, "projection 1: bias has 3 elements"),
     "no tensor": (dict(weights=[T(8, 4), "W", T(8, 4)]), TypeError, "projection 1: weight must be a torch.Tensor"),
@@ -366,7 +376,7 @@ WRONG = {
         ValueError,
         "lora_projections: rank 513 exceeds 512",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", WRONG)
