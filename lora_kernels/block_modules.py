@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.activations import ACTIVATIONS, activated
 from lora_kernels.blocks import lora_mlp, lora_qkv
-from lora_kernels.modules import LoRALinear, check_base, listened_to
+from lora_kernels.modules import LoRALinear, check_base, check_numbers, listened_to
 from lora_kernels.projections import Projection
 
 __all__ = ["LoRAMLP", "LoRAQKV"]
@@ -33,6 +33,7 @@ class _Block(nn.Module):
     def _make(self, shapes: Sequence[tuple[int, int]], targets: Sequence[str], bias: bool, **how: Any) -> None:
         """Make a child of each (in_features, out_features), as a `LoRALinear` if it is among the targets."""
         self._check_targets(targets)
+        check_numbers(type(self).__name__, how["r"], how["lora_alpha"], how["lora_dropout"])
         like = {name: how[name] for name in ("device", "dtype")}
         for name, shape in zip(self.names, shapes, strict=True):
             plain = name not in targets
@@ -40,13 +41,19 @@ class _Block(nn.Module):
             setattr(self, name, child.requires_grad_(False) if plain else child)
 
     @classmethod
-    def _checked(cls, linears: Sequence[nn.Module], targets: Sequence[str]) -> list[str]:
+    def _checked(cls, linears: Sequence[nn.Module], targets: Sequence[str], *numbers: float) -> list[str]:
         """Refuse layers whose place the block cannot take; return what shall have an adapter and has none."""
         cls._check_targets(targets)
+        check_numbers(cls.__name__, *numbers)
         new = [name for name, linear in zip(cls.names, linears, strict=True) if type(linear) is not LoRALinear]
         for name, linear in zip(cls.names, linears, strict=True):
             if name in new:
                 check_base(linear, f"{cls.__name__}.from_linears: {name}")
+        for what, error in (("dtype", TypeError), ("device", ValueError)):
+            found = [str(getattr(linear.weight, what)).removeprefix("torch.") for linear in linears]
+            if len(set(found)) > 1:
+                each = ", ".join(f"{name} {value}" for name, value in zip(cls.names, found, strict=True))
+                raise error(f"{cls.__name__}.from_linears: the layers must have one {what}, got {each}.")
         return [name for name in new if name in targets]
 
     def _take(self, linears: Sequence[nn.Module], adapt: Sequence[str], **how: Any) -> None:
@@ -154,10 +161,11 @@ class LoRAQKV(_Block):
             targets: Which of "q_proj", "k_proj" and "v_proj" get an adapter; the others are kept and frozen.
 
         Raises:
-            TypeError: A layer is neither exactly an `nn.Linear` nor a `LoRALinear`.
-            ValueError: One has hooks; the layers do not read the same x; `targets` names something else.
+            TypeError: A layer is neither exactly an `nn.Linear` nor a `LoRALinear`, or their dtypes differ.
+            ValueError: One has hooks; the layers do not read the same x, or are on several devices; `targets` names
+                something else; a number is not one that `LoRALinear` takes.
         """
-        adapt = cls._checked((q, k, v), targets)
+        adapt = cls._checked((q, k, v), targets, r, lora_alpha, lora_dropout)
         if not q.in_features == k.in_features == v.in_features:
             raise ValueError(
                 f"LoRAQKV.from_linears: q, k and v must take the same number of features, got {q.in_features}, "
@@ -250,10 +258,11 @@ class LoRAMLP(_Block):
             recompute: Compute gate(x) and up(x) again in backward rather than keep them.
 
         Raises:
-            TypeError: A layer is neither exactly an `nn.Linear` nor a `LoRALinear`.
-            ValueError: One has hooks; the shapes do not fit together; `activation` or `targets` name something else.
+            TypeError: A layer is neither exactly an `nn.Linear` nor a `LoRALinear`, or their dtypes differ.
+            ValueError: One has hooks; the shapes do not fit together, or the devices; `activation` or `targets` name
+                something else; a number is not one that `LoRALinear` takes.
         """
-        adapt = cls._checked((gate, up, down), targets)
+        adapt = cls._checked((gate, up, down), targets, r, lora_alpha, lora_dropout)
         if gate.in_features != up.in_features or not gate.out_features == up.out_features == down.in_features:
             shapes = ", ".join(f"{q.in_features} to {q.out_features}" for q in (gate, up, down))
             raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_kernels.functional import lora_linear
 
-__all__ = ["LoRALinear", "check_base", "listened_to"]
+__all__ = ["LoRALinear", "check_base", "check_numbers", "listened_to"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -141,14 +141,7 @@ class LoRALinear(nn.Module):
     def _configure(
         self, in_features: int, out_features: int, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool
     ) -> None:
-        if not isinstance(r, int) or isinstance(r, bool):
-            raise TypeError(f"LoRALinear: r must be an int, got {type(r).__name__} {r!r}.")
-        if r < 1:
-            raise ValueError(f"LoRALinear: r must be at least 1, got {r}.")
-        if not math.isfinite(lora_alpha):
-            raise ValueError(f"LoRALinear: lora_alpha must be finite, got {lora_alpha}.")
-        if not 0.0 <= lora_dropout <= 1.0:
-            raise ValueError(f"LoRALinear: lora_dropout must be in [0, 1], got {lora_dropout}.")
+        check_numbers("LoRALinear", r, lora_alpha, lora_dropout)
         self.in_features, self.out_features, self.r = in_features, out_features, r
         self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
         self.scaling = float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
@@ -176,6 +169,23 @@ class LoRALinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             del destination[prefix + "lora_A"], destination[prefix + "lora_B"]
+
+
+def check_numbers(name: str, r: int, lora_alpha: float, lora_dropout: float) -> None:
+    """Refuse numbers that make no adapter; `name` is the class that was asked for one.
+
+    Raises:
+        TypeError: r is not an int.
+        ValueError: r < 1, `lora_alpha` is not finite, or `lora_dropout` outside [0, 1].
+    """
+    if not isinstance(r, int) or isinstance(r, bool):
+        raise TypeError(f"{name}: r must be an int, got {type(r).__name__} {r!r}.")
+    if r < 1:
+        raise ValueError(f"{name}: r must be at least 1, got {r}.")
+    if not math.isfinite(lora_alpha):
+        raise ValueError(f"{name}: lora_alpha must be finite, got {lora_alpha}.")
+    if not 0.0 <= lora_dropout <= 1.0:
+        raise ValueError(f"{name}: lora_dropout must be in [0, 1], got {lora_dropout}.")
 
 
 def check_base(linear: nn.Module, what: str, way_out: str = "") -> None:

@@ -242,7 +242,15 @@ def test_sharded_parents_and_children(kind, mesh, calls):
 
 
 WRONG = {
-    "rank": (lambda: LoRAQKV(4, 4, r=0), "r must be at least 1"),
+    "rank": (lambda: LoRAQKV(4, 4, r=0), "^LoRAQKV: r must be at least 1, got 0"),
+    "rank of new adapters": (
+        lambda: LoRAMLP.from_linears(*linears("mlp"), r=0),
+        "^LoRAMLP: r must be at least 1, got 0",
+    ),
+    "devices": (
+        lambda: LoRAQKV.from_linears(*linears("qkv")[:2], nn.Linear(H, 8, device="meta")),
+        "LoRAQKV.from_linears: the layers must have one device, got q_proj cpu, k_proj cpu, v_proj meta",
+    ),
     "targets": (lambda: LoRAQKV(4, 4, targets=["o_proj"]), r"targets must name at least one of q_proj, k_proj, v_proj"),
     "no targets": (lambda: LoRAMLP(4, 4, targets=()), r"at least one of gate_proj, up_proj, down_proj, got \(\)"),
     "one string": (lambda: LoRAMLP(4, 4, targets="up_proj"), "got 'up_proj'"),
@@ -276,4 +284,6 @@ def test_nothing_is_changed_by_a_refusal():
     base = linears("qkv")
     with pytest.raises(TypeError, match=r"v_proj is a Bilinear, not exactly an nn\.Linear"):
         LoRAQKV.from_linears(base[0], base[1], nn.Bilinear(4, 4, 4))
+    with pytest.raises(TypeError, match="one dtype, got q_proj float32, k_proj float32, v_proj bfloat16"):
+        LoRAQKV.from_linears(*base[:2], LoRALinear(H, 8, dtype=torch.bfloat16))
     assert all(q.requires_grad for layer in base for q in layer.parameters())
