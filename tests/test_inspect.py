@@ -203,6 +203,14 @@ def test_a_broken_budget_is_the_exit_status(inspected, tmp_path):
     assert inspected([good, bad], "--kernel", "shrink")[0] == 0
 
 
+def test_a_pipe_cuts_nothing(inspected):
+    constants = WGRAD | dict(HAS_KEEP=True, HAS_SHRINK=True, ACCUMULATE=(True,) * 3, ROWS=3, ACTIVATION="gelu_tanh")
+    shown = inspected([kernel("wgrad", constants, STRIDED, mma={"HGMMA.64x16x16.F32.BF16": 8, "HMMA.16816": 1})])[1]
+    (row,) = [line for line in shown.splitlines() if "shrinks adds gelu_tanh 3 rows strided" in line]
+    assert "HGMMA.64x16x16.F32.BF16+" in row
+    assert row.split()[-1] == "ok"
+
+
 def test_the_command_renews_and_holds_stored_budgets(inspected, tmp_path):
     options = ("--budgets", str(tmp_path))
     assert "only the rules were held" in inspected([kernel("shrink", SHRINK)], *options)[1]

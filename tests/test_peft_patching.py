@@ -204,6 +204,20 @@ def test_accelerated_nests_and_survives_errors(x):
     assert "not patched" in explain(model, x).layers[0].reason
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_explain_shows_the_end_of_long_names(terminal, capsys, monkeypatch):
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "dumb")  # of 80 columns
+    prefix = "a" * 50
+    explain(nn.ModuleDict({prefix: tiny()}))
+    text = capsys.readouterr().out
+    assert "…" not in text
+    assert (f"{prefix}.base_model.model.lin " in text) != terminal
+    assert "lin " in text
+    assert max(map(len, text.splitlines())) == 80 or not terminal
+
+
 def test_explain_prints_a_table(capsys, x):
     model = tiny()
     model.add_adapter("second", config(target_modules=["head"], use_dora=True))

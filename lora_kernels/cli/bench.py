@@ -35,11 +35,11 @@ from lora_kernels.cli._bench_case import Settings
 from lora_kernels.cli._kernel_case import LAUNCHES
 from lora_kernels.cli._machine import caption, check_file, machine, write_json
 from lora_kernels.cli._presets import MODELS, PRESETS, PROJECTIONS, Dims, Shape, parse_shape
+from lora_kernels.console import on_stdout
 
 __all__ = ["add_arguments", "run"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_WIDTH = 150  # of a table that goes into a file or a pipe
 _CACHE_WORDS = {
     "flush": "overwritten before each call", "rotate": "operands in turn from up to 64 copies of them",
     "warm": "as the call before left it",
@@ -98,13 +98,11 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, RuntimeError, TypeError) as error:
         print(f"lora-kernels bench: {error}", file=sys.stderr)
         return 2
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = on_stdout()
     done, skipped = _run_all(args, settings, cases)
     made_on = machine()
     _level_view.show(console, done, args.full)
-    console.print(f"{caption(made_on)}\n{_footnote(settings)}", style="dim", highlight=False)
+    console.print(f"{caption(made_on)}\n{_footnote(settings)}", style="dim")
     if unsteady := _bench_view.unsteady_words(done):
         console.print(unsteady, style="bold yellow", markup=False)
     taken = [t for case in done for row in case["providers"].values() for t in row["seconds"].values()]

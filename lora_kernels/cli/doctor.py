@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lora_kernels import cache, plan, tuned
 from lora_kernels.cli import _machine
+from lora_kernels.console import on_stdout
 
 __all__ = ["add_arguments", "run"]
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 0 unless a setting makes every call fail."""
-    console = Console(highlight=False)
+    console = on_stdout()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made_on = _machine.machine()
     routes = {name: _route(device, dtype) for name, dtype in _DTYPES.items()}

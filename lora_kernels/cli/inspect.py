@@ -23,11 +23,11 @@ from rich.table import Table
 from lora_kernels.cli import _machine
 from lora_kernels.cli._compiled import CASES, DTYPES, QUICK, Case, Kernel, compile_case, problem
 from lora_kernels.cli._stored import budget_file, regressions, renew
+from lora_kernels.console import on_stdout
 
 __all__ = ["add_arguments", "run"]
 
 _ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
-_WIDTH = 150  # where there is no terminal to ask
 _WIDE = 132  # columns that a terminal must have for the whole table
 _LEGEND = """\
 Flags: rows: adapters of one x; in, masks, out: products, masked ones, results; where a launch has more than a layer's.
@@ -51,9 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile and read; 0 if every budget holds, 1 if one is broken, 2 if nothing can be compiled."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDTH)
+    console = on_stdout()
     wrong = problem() or _unfit(args)
     if wrong:
         console.print(f"lora-kernels inspect: {wrong}", style="red")

@@ -32,11 +32,11 @@ from lora_kernels.cli._bench_case import Settings
 from lora_kernels.cli._machine import caption, machine, write_json
 from lora_kernels.cli._presets import PRESETS, Shape, parse_shape, with_rows
 from lora_kernels.cli._tune_case import Time
+from lora_kernels.console import on_stdout
 
 __all__ = ["add_arguments", "run", "tune"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_WIDTH = 150  # of a table that goes into a file or a pipe
 _DASH = "-"
 
 Case = tuple[Shape, int, float, tuple[str, ...]]  # and the passes that no case before it has
@@ -70,9 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Tune; 0 if it was stored, 1 if a form computed something wrong or storing failed, 2 if it cannot run as asked."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDTH)
+    console = on_stdout()
     if args.show or args.clear:
         return _show(console, args) if args.show else _clear(console)
     if not torch.cuda.is_available():

@@ -31,6 +31,7 @@ from lora_kernels import numerics, plan, strategy
 from lora_kernels.cli import _machine, _verify_blocks
 from lora_kernels.cli._cases import make_problem, run_problem, same_bits, storages, with_mask
 from lora_kernels.cli._verify_blocks import BlockCase
+from lora_kernels.console import on_stdout
 from lora_kernels.numerics import Finding, Problem
 
 __all__ = ["Case", "Result", "add_arguments", "lay_out", "run"]
@@ -94,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run every case that the filters leave; 0 if all pass, 1 if any fails, 2 if nothing could be run."""
-    console, start = Console(highlight=False), time.perf_counter()
+    console, start = on_stdout(), time.perf_counter()
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)

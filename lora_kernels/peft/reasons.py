@@ -121,21 +121,23 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     Raises:
         ImportError: PEFT is not installed.
     """
-    from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
+
+    from lora_kernels.console import on_stdout
 
     found = _observed(model, args, kwargs) if args or kwargs else report(model)
-    table = Table("layer", "class", "computed", "reason", title=str(found).splitlines()[0], title_justify="left")
+    console, first = on_stdout(), Column("layer", overflow="fold")  # it is the end of a name that tells layers apart
+    table = Table(first, "class", "computed", "reason", title=str(found).splitlines()[0], title_justify="left")
     colours = {"fused": "green", "low-rank": "cyan", "stock": "yellow"}
     for layer in found.layers:
         table.add_row(layer.name, layer.kind, f"[{colours[layer.form]}]{layer.form}[/]", layer.reason)
-    Console().print(table)
+    console.print(table)
     if found.blocks:
-        table = Table("block", "kind", "computed", "reason")
+        table = Table(Column("block", overflow="fold"), "kind", "computed", "reason")
         for block in found.blocks:
             colour = "green" if block.form == "joined" else "yellow"
             table.add_row(block.name, block.kind, f"[{colour}]{block.form}[/]", block.reason)
-        Console().print(table)
+        console.print(table)
     return found
 
 
