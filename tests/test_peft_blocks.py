@@ -172,7 +172,8 @@ def test_nothing_else_changes_and_all_is_undone(joined):
     assert patch_peft(model) == report
     assert before == {name: type(module) for name, module in model.named_modules()}
     report = patch_peft(model, blocks=False)
-    assert {one.reason for one in report.blocks} == {UNPATCHED}
+    assert {one.reason for one in report.blocks} == {"left alone: patch_peft was called with blocks=False"}
+    assert explain(model) == explain(copy.deepcopy(model)) == report
     assert all(type(model.get_submodule(one.name)) is kinds[one.name] for one in report.blocks)
     assert patch_peft(model).count("joined") == 2
     assert unpatch_peft(model) == 7

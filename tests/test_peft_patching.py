@@ -204,6 +204,17 @@ def test_accelerated_nests_and_survives_errors(x):
     assert "not patched" in explain(model, x).layers[0].reason
 
 
+def test_explain_says_that_there_is_nothing_to_explain(capsys):
+    assert explain(nn.Linear(3, 3)).layers == ()
+    assert capsys.readouterr().out.startswith("The model has no PEFT LoRA layers:")
+
+
+@pytest.mark.parametrize("call", [explain, patch_peft, unpatch_peft])
+def test_what_is_no_module_is_refused(call):
+    with pytest.raises(TypeError, match=rf"{call.__name__}: model must be a torch\.nn\.Module, got NoneType\."):
+        call(None)
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_explain_shows_the_end_of_long_names(terminal, capsys, monkeypatch):
     if terminal:

@@ -10,7 +10,7 @@ from torch import nn
 from lora_kernels import checks, plan
 from lora_kernels.peft.layer import stock_forward
 
-__all__ = ["check_backend", "classes", "is_supported", "lora_layer", "multihead_attention"]
+__all__ = ["check_backend", "check_model", "classes", "is_supported", "lora_layer", "multihead_attention"]
 
 # Read from PEFT 0.19 to 0.21: where they differ (cast, clone, when the sum is rounded) it is within one rounding.
 _CLASSES = (
@@ -45,6 +45,16 @@ def classes() -> tuple[type[nn.Module], ...]:
 def is_supported(cls: type) -> bool:
     """Whether a class computes with the forward of a known one, its own or inherited."""
     return any(_forward(cls) is _forward(other) for other in classes())
+
+
+def check_model(call: str, model: nn.Module) -> None:
+    """Refuse what holds no layers.
+
+    Raises:
+        TypeError: Not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{call}: model must be a torch.nn.Module, got {type(model).__name__}.")
 
 
 def check_backend(call: str, backend: str) -> None:

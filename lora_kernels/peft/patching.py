@@ -48,7 +48,8 @@ def patch_peft(model: nn.Module, backend: str = "auto", blocks: bool = True) -> 
         TypeError: `model` is not a module.
         ValueError: It has no LoRA layers, or `backend` is unknown.
     """
-    _check(model, backend)
+    known.check_model("patch_peft", model)
+    known.check_backend("patch_peft", backend)
     layers = [module for module in model.modules() if isinstance(module, known.lora_layer())]
     if not layers:
         raise ValueError(
@@ -58,7 +59,7 @@ def patch_peft(model: nn.Module, backend: str = "auto", blocks: bool = True) -> 
     for layer in layers:
         cls = _stock_class(type(layer))
         if cls is not None and known.is_supported(cls):
-            _give_class(layer, _patched_class(cls, backend))
+            _give_class(layer, _patched_class(cls, backend, alone=not blocks))
     for block in (module for module in model.modules() if not isinstance(module, known.lora_layer())):
         cls = _stock_class(type(block))
         found = structure(block, cls.forward) if blocks and cls is not None else None
@@ -79,8 +80,10 @@ def unpatch_peft(model: nn.Module) -> int:
         How many layers were patched.
 
     Raises:
+        TypeError: `model` is not a module.
         RuntimeError: A class was derived from after it was patched (`fully_shard` does that).
     """
+    known.check_model("unpatch_peft", model)
     count = 0
     for name, module in model.named_modules():
         if not isinstance(module, _Patched):
@@ -149,7 +152,9 @@ class _Patched:
 
 
 @functools.cache
-def _patched_class(cls: type[nn.Module], backend: str, block: Structure | None = None) -> type[nn.Module]:
+def _patched_class(
+    cls: type[nn.Module], backend: str, block: Structure | None = None, alone: bool = False
+) -> type[nn.Module]:
     stock = stock_forward(cls.forward)
     body = {
         "forward": block_forward(cls, stock, block, backend) if block else accelerated_forward(stock, backend),
@@ -157,6 +162,7 @@ def _patched_class(cls: type[nn.Module], backend: str, block: Structure | None =
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "_lora_kernels_class": cls,
+        "_lora_kernels_alone": alone,  # that a layer's block was to be left alone, for the report
     }
     return type(cls.__name__, (_Patched, cls), body)
 
@@ -175,9 +181,3 @@ def _stock_class(cls: type) -> type[nn.Module] | None:
     if not issubclass(cls, _Patched):
         return cls
     return vars(cls).get("_lora_kernels_class")
-
-
-def _check(model: nn.Module, backend: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"patch_peft: model must be a torch.nn.Module, got {type(model).__name__}.")
-    known.check_backend("patch_peft", backend)

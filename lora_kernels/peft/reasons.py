@@ -23,6 +23,7 @@ __all__ = ["BLOCK_FORMS", "FORMS", "BlockReport", "LayerReport", "Report", "expl
 BLOCK_FORMS = {"joined": "layers that belong together in one call", "per layer": "each layer as it is computed"}
 FORMS = {"fused": "base and low-rank in one pass", "low-rank": "the low-rank term alone", "stock": "PEFT's own forward"}
 _STATE = {"_disable_adapters", "merged_adapters", "_active_adapter", "lora_variant", "cast_input_dtype_enabled"}
+_UNPATCHED = "not patched: call patch_peft(model), again for layers added later"
 _SHARDED = " while the layer is not called; explain(model, inputs) looks inside a call"
 
 
@@ -120,13 +121,19 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
 
     Raises:
         ImportError: PEFT is not installed.
+        TypeError: `model` is not a module.
     """
+    known.check_model("explain", model)
     from rich.table import Column, Table
 
     from lora_kernels.console import on_stdout
 
     found = _observed(model, args, kwargs) if args or kwargs else report(model)
-    console, first = on_stdout(), Column("layer", overflow="fold")  # it is the end of a name that tells layers apart
+    console = on_stdout()
+    if not found.layers:
+        console.print("The model has no PEFT LoRA layers: get_peft_model(model, LoraConfig(...)) puts them in.")
+        return found
+    first = Column("layer", overflow="fold")  # it is the end of a name that tells layers apart
     table = Table(first, "class", "computed", "reason", title=str(found).splitlines()[0], title_justify="left")
     colours = {"fused": "green", "low-rank": "cyan", "stock": "yellow"}
     for layer in found.layers:
@@ -168,7 +175,7 @@ def _forward_reason(module: nn.Module) -> str:
     if forward is not None and rules.stock_forward(forward) is not forward:
         return ""
     if forward is cls.forward:
-        return "not patched: call patch_peft(model), again for layers added later"
+        return _UNPATCHED
     return "its forward is replaced on the instance (X-LoRA, or a hook from before)"
 
 
@@ -273,6 +280,10 @@ def _block_reports(
     found = []
     for name, module, block in _blocks(model):
         reason = block.reason or _forward_reason(module)
+        if reason == _UNPATCHED and any(
+            getattr(type(child), "_lora_kernels_alone", False) for child in members(module, block.layers)
+        ):
+            reason = "left alone: patch_peft was called with blocks=False"
         if not reason and (part := changed(module, block.others)):
             reason = f"{part} has a hook, or is not what it was when the model was patched"
         for own, child in zip(block.layers, members(module, block.layers), strict=True):
