@@ -1,9 +1,9 @@
 """Fused LoRA for PyTorch: y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias, forward and backward.
 
-`patch_peft` makes a PEFT model fast in place; `lora_linear` is the function, `lora_qkv` and `lora_projections` the same
-for several projections of one x, `lora_mlp` for a gated MLP; `LoRALinear`, `LoRAQKV` and `LoRAMLP` are the modules,
-with `swap_linear`, `save_adapter`, `load_adapter` and `merge_and_unload` for models made of them; `reference` is the
-same in plain PyTorch.
+`patch_peft` makes a PEFT model fast in place, `explain` says what became of each layer; `lora_linear` is the function,
+`lora_qkv` and `lora_projections` the same for several projections of one x, `lora_mlp` for a gated MLP; `LoRALinear`,
+`LoRAQKV` and `LoRAMLP` are the modules, with `swap_linear`, `save_adapter`, `load_adapter` and `merge_and_unload` for
+models made of them; `reference` is the same in plain PyTorch.
 """
 
 from typing import Any
@@ -16,7 +16,9 @@ from lora_kernels.functional import lora_linear
 from lora_kernels.modules import LoRALinear
 from lora_kernels.projections import Projection
 
-_FROM_PEFT = ("load_adapter", "merge_and_unload", "patch_peft", "save_adapter", "swap_linear", "unpatch_peft")
+_FROM_PEFT = (
+    "explain", "load_adapter", "merge_and_unload", "patch_peft", "save_adapter", "swap_linear", "unpatch_peft",
+)  # fmt: skip
 
 __all__ = [
     "LoRALinear", "LoRAMLP", "LoRAQKV", "Projection", "__version__", "lora_linear", "lora_mlp", "lora_projections",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import lora_kernels
+import lora_kernels.peft
 
 PACKAGE = Path(lora_kernels.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -37,6 +37,11 @@ def test_import_is_quiet(probe, tmp_path):
     script = QUIET_IMPORT.format(probe=probe, path=str(tmp_path / "probe"))
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (run.returncode != 0) == probe, run.stderr[-2000:]
+
+
+def test_names_that_are_loaded_late_are_those_of_the_peft_package():
+    assert {"patch_peft", "explain"} <= set(lora_kernels._FROM_PEFT) <= set(lora_kernels.peft.__all__)
+    assert all(getattr(lora_kernels, name) is getattr(lora_kernels.peft, name) for name in lora_kernels._FROM_PEFT)
 
 
 def modules_named(node):
