@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "After", "Before", "activated", "gradients"]
+__all__ = ["ACTIVATIONS", "After", "Before", "activated", "gradients", "meant"]
 
 
 class After(NamedTuple):
@@ -57,6 +57,20 @@ _ACTIVATIONS = {
     "relu2": _Activation(lambda g: F.relu(g).square(), lambda dy, g: dy * F.relu(g) * 2),
 }
 ACTIVATIONS = tuple(_ACTIVATIONS)
+_OTHER_NAMES = {  # transformers' names and classes, in lower case
+    "swish": "silu", "gelu_python": "gelu", "geluactivation": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelutanh": "gelu_tanh", "newgeluactivation": "gelu_tanh",
+    "fastgeluactivation": "gelu_tanh", "relusquaredactivation": "relu2",
+}  # fmt: skip
+
+
+def meant(activation: object) -> str:
+    """The one of `ACTIVATIONS` that another name, a function or a module stands for; "" where there is no telling."""
+    name = activation if isinstance(activation, str) else getattr(activation, "__name__", type(activation).__name__)
+    if getattr(activation, "approximate", "none") == "tanh":  # nn.GELU(approximate="tanh")
+        name = "gelu_tanh"
+    name = _OTHER_NAMES.get(name.lower(), name.lower())
+    return name if name in ACTIVATIONS else ""
 
 
 def activated(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:

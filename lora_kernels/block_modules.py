@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from lora_kernels.activations import ACTIVATIONS, activated
+from lora_kernels.activations import activated
 from lora_kernels.blocks import lora_mlp, lora_qkv
+from lora_kernels.checks import check_activation
 from lora_kernels.modules import LoRALinear, check_base, check_numbers, listened_to
 from lora_kernels.projections import Projection
 
@@ -216,6 +217,7 @@ class LoRAMLP(_Block):
     Shapes: x and y `[*, hidden_size]`.
 
     Raises:
+        TypeError: `activation` is not a string.
         ValueError: As `LoRALinear`; `activation` is none of these; `targets` names none of the children, or something
             else.
     """
@@ -289,8 +291,7 @@ class LoRAMLP(_Block):
         return f"activation={self.activation!r}" + (", recompute=True" if self.recompute else "")
 
     def _configure(self, activation: str, recompute: bool) -> None:
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"LoRAMLP: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
+        check_activation("LoRAMLP", activation)
         self.activation, self.recompute = activation, recompute
 
 

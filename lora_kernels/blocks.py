@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import checks, eager, mlp, mlp_ops, plan, projection_ops, projections
-from lora_kernels.activations import ACTIVATIONS, activated
+from lora_kernels.activations import activated
 from lora_kernels.functional import arrived, as_autocast, as_number, compute, transforming, watched
 from lora_kernels.projections import Projection
 
@@ -106,7 +106,7 @@ def lora_mlp(
     Source: Shazeer 2020, arXiv:2002.05202 (SwiGLU, GEGLU); So et al. 2021, arXiv:2109.08668 (squared ReLU).
     """
     layers = {name: q for name, q in (("gate", gate), ("up", up), ("down", down)) if name != "gate" or q is not None}
-    checks.check_mlp(layers, activation, ACTIVATIONS)
+    checks.check_mlp(layers, activation)
     added = accumulate_grad if isinstance(accumulate_grad, (list, tuple)) else [accumulate_grad] * len(layers)
     if len(added) != len(layers):
         raise ValueError(f"lora_mlp: accumulate_grad is for {len(added)} layers and there are {len(layers)}.")

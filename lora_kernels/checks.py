@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels.activations import ACTIVATIONS, meant
+
 __all__ = [
-    "check_add", "check_backend", "check_call", "check_counts", "check_dtypes", "check_mlp", "check_shard",
-    "check_sharded", "check_transforms", "is_sharded",
+    "check_activation", "check_add", "check_backend", "check_call", "check_counts", "check_dtypes", "check_mlp",
+    "check_shard", "check_sharded", "check_transforms", "is_sharded",
 ]  # fmt: skip
 
 _SUPPORTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -219,15 +221,30 @@ def check_backend(call: str, backend: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"{call}: backend={backend!r} is not one of: {', '.join(known)}.")
 
 
-def check_mlp(layers: dict[str, object], activation: str, known: tuple[str, ...]) -> None:
+def check_activation(call: str, activation: object) -> None:
+    """Check that an activation is one of ours, by name.
+
+    Raises:
+        TypeError: It is not a string.
+        ValueError: It is another.
+    """
+    if isinstance(activation, str) and activation in ACTIVATIONS:
+        return
+    known, name = ", ".join(ACTIVATIONS), meant(activation)
+    hint = f' Use "{name}".' if name else ""
+    if isinstance(activation, str):
+        raise ValueError(f"{call}: activation={activation!r} is not one of: {known}.{hint}")
+    raise TypeError(f"{call}: activation must be a string, one of: {known}; got {type(activation).__name__}.{hint}")
+
+
+def check_mlp(layers: dict[str, object], activation: str) -> None:
     """Check that the layers of `lora_mlp` are projections that fit each other, and that the activation is known.
 
     Raises:
-        TypeError: A layer is not a `Projection`.
-        ValueError: The widths of two layers differ, or `activation` is none of `known`.
+        TypeError: A layer is not a `Projection`, or `activation` not a string.
+        ValueError: The widths of two layers differ, or `activation` is none of ours.
     """
-    if activation not in known:
-        raise ValueError(f"lora_mlp: activation={activation!r} is not one of: {', '.join(known)}.")
+    check_activation("lora_mlp", activation)
     for name, q in layers.items():
         if not hasattr(q, "_replace") or not hasattr(q, "lora_A"):
             raise TypeError(

@@ -254,7 +254,7 @@ WRONG = {
     "targets": (lambda: LoRAQKV(4, 4, targets=["o_proj"]), r"targets must name at least one of q_proj, k_proj, v_proj"),
     "no targets": (lambda: LoRAMLP(4, 4, targets=()), r"at least one of gate_proj, up_proj, down_proj, got \(\)"),
     "one string": (lambda: LoRAMLP(4, 4, targets="up_proj"), "got 'up_proj'"),
-    "activation": (lambda: LoRAMLP(4, 4, activation="tanh"), "activation must be one of silu, gelu.*got 'tanh'"),
+    "activation": (lambda: LoRAMLP(4, 4, activation="tanh"), "^LoRAMLP: activation='tanh' is not one of: silu, gelu"),
     "widths": (
         lambda: LoRAQKV.from_linears(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(5, 4)),
         "must take the same number of features, got 4, 4 and 5",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_kernels import LoRALinear, lora_linear, plan
+from lora_kernels import LoRALinear, LoRAMLP, Projection, lora_linear, lora_mlp, plan
 
 CPU = torch.device("cpu")
 
@@ -179,6 +179,28 @@ def test_the_environment_overrides_auto(fresh_plan, monkeypatch):
     monkeypatch.setenv("LORA_KERNELS_BACKEND", "triton")
     assert plan.choose(CPU, torch.float32, 8, False, "auto") == "triton"
     assert plan.choose(CPU, torch.float32, 8, False, "torch") == "torch"
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ("swish", "activation='swish' is not one of: silu, gelu, gelu_tanh, relu2\\. Use \"silu\"\\.$"),
+        ("SiLU", 'Use "silu"'),
+        ("gelu_pytorch_tanh", 'Use "gelu_tanh"'),
+        ("gelu_new", 'Use "gelu_tanh"'),
+        ("relu", "relu2\\.$"),  # which is not its square
+        (torch.nn.SiLU(), 'activation must be a string, one of: silu, .*; got SiLU\\. Use "silu"\\.$'),
+        (torch.nn.GELU(approximate="tanh"), 'got GELU. Use "gelu_tanh"'),
+        (torch.nn.functional.silu, 'got function. Use "silu"'),
+        (None, "got NoneType\\.$"),
+    ],
+)
+@pytest.mark.parametrize("call", [lora_mlp, LoRAMLP])
+def test_activations_by_other_names(given, text, call):
+    layer = Projection(torch.ones(3, 3))
+    args = (3, 3) if call is LoRAMLP else (torch.ones(2, 3), layer, layer, layer)
+    with pytest.raises(ValueError if isinstance(given, str) else TypeError, match=f"^{call.__name__}: .*{text}"):
+        call(*args, activation=given)
 
 
 @pytest.mark.parametrize(
