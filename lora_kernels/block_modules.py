@@ -68,10 +68,12 @@ class _Block(nn.Module):
 
     @classmethod
     def _check_targets(cls, targets: Sequence[str]) -> None:
-        if isinstance(targets, str) or not targets or not set(targets) <= set(cls.names):
-            raise ValueError(
-                f"{cls.__name__}: targets must name at least one of {', '.join(cls.names)}, got {targets!r}."
-            )
+        known = ", ".join(cls.names)
+        if isinstance(targets, str) or not targets:
+            raise ValueError(f"{cls.__name__}: targets must be a list of at least one of {known}, got {targets!r}.")
+        if wrong := [name for name in targets if name not in cls.names]:
+            bad = ", ".join(map(repr, wrong))
+            raise ValueError(f"{cls.__name__}: targets has {bad}, which is none of its layers: {known}.")
 
     def _children(self) -> list[nn.Module]:
         return [getattr(self, name) for name in self.names]

@@ -251,8 +251,11 @@ WRONG = {
         lambda: LoRAQKV.from_linears(*linears("qkv")[:2], nn.Linear(H, 8, device="meta")),
         "LoRAQKV.from_linears: the layers must have one device, got q_proj cpu, k_proj cpu, v_proj meta",
     ),
-    "targets": (lambda: LoRAQKV(4, 4, targets=["o_proj"]), r"targets must name at least one of q_proj, k_proj, v_proj"),
-    "no targets": (lambda: LoRAMLP(4, 4, targets=()), r"at least one of gate_proj, up_proj, down_proj, got \(\)"),
+    "targets": (
+        lambda: LoRAQKV(4, 4, targets=["q_proj", "o_proj"]),
+        "^LoRAQKV: targets has 'o_proj', which is none of its layers: q_proj, k_proj, v_proj\\.$",
+    ),
+    "no targets": (lambda: LoRAMLP(4, 4, targets=()), r"a list of at least one of gate_proj, .*, down_proj, got \(\)"),
     "one string": (lambda: LoRAMLP(4, 4, targets="up_proj"), "got 'up_proj'"),
     "activation": (lambda: LoRAMLP(4, 4, activation="tanh"), "^LoRAMLP: activation='tanh' is not one of: silu, gelu"),
     "widths": (
