@@ -66,12 +66,13 @@ def check_call(
         )
     if lora_A.shape[1] != in_features:
         raise ValueError(
-            f"lora_linear: lora_A is {_shape(lora_A)} but must be (r, {in_features}) to match x. "
-            "Did you pass lora_A transposed?"
+            f"lora_linear: lora_A is {_shape(lora_A)} but must be (r, {in_features}) to match x."
+            + (_swapped(lora_A, lora_B, in_features, out_features) or " Did you pass lora_A transposed?")
         )
     if lora_B.shape != (out_features, rank):
         raise ValueError(
             f"lora_linear: lora_B is {_shape(lora_B)} but must be ({out_features}, {rank}): out_features x rank."
+            + _swapped(lora_A, lora_B, in_features, out_features)
         )
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(
@@ -105,8 +106,8 @@ def check_add(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
         )
     if lora_A.dim() != 2 or lora_A.shape[1] != x.shape[-1]:
         raise ValueError(
-            f"lora_add: lora_A is {_shape(lora_A)} but must be (r, {x.shape[-1]}) to match x. "
-            "Did you pass lora_A transposed?"
+            f"lora_add: lora_A is {_shape(lora_A)} but must be (r, {x.shape[-1]}) to match x."
+            + (_swapped(lora_A, lora_B, x.shape[-1], base.shape[-1]) or " Did you pass lora_A transposed?")
         )
     if lora_B.shape != (base.shape[-1], lora_A.shape[0]):
         raise ValueError(
@@ -309,6 +310,12 @@ def _check_kind(name: str, t: object, call: str = "lora_linear") -> None:
             f"{call}: {name} is a {kind}, a tensor subclass that the kernels cannot read. "
             f"Pass the dense tensor it stands for."
         )
+
+
+def _swapped(lora_A: Tensor, lora_B: Tensor, in_features: int, out_features: int) -> str:
+    """What to say of adapters that do not fit and, exchanged, would; "" of others."""
+    fit = lora_B.shape[1:] == (in_features,) and lora_A.shape == (out_features, lora_B.shape[0])
+    return " lora_A and lora_B seem to be swapped: exchanged, they would fit." if fit else ""
 
 
 def _argument(part: str, layer: str | int | None) -> str:

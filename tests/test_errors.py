@@ -42,8 +42,16 @@ FAULTS = {
         dict(lora_A=torch.randn(6, 2)), ValueError,
         r"lora_A is \(6, 2\) but must be \(r, 6\) to match x\. Did you pass lora_A transposed\?",
     ),
+    "2 swapped": (
+        dict(lora_A=torch.randn(5, 2), lora_B=torch.randn(2, 6)), ValueError,
+        r"lora_A is \(5, 2\) but must be \(r, 6\) to match x\. lora_A and lora_B seem to be swapped: exchanged, they would fit\.$",
+    ),
+    "3 swapped, of rank in_features": (
+        dict(lora_A=torch.randn(5, 6), lora_B=torch.randn(6, 6)), ValueError,
+        r"lora_B is \(6, 6\) but must be \(5, 5\): out_features x rank\. lora_A and lora_B seem to be swapped",
+    ),
     "3 lora_B transposed": (
-        dict(lora_B=torch.randn(2, 5)), ValueError, r"lora_B is \(2, 5\) but must be \(5, 2\): out_features x rank\."
+        dict(lora_B=torch.randn(2, 5)), ValueError, r"lora_B is \(2, 5\) but must be \(5, 2\): out_features x rank\.$"
     ),
     "3 lora_B of another rank": (dict(lora_B=torch.randn(5, 3)), ValueError, r"lora_B is \(5, 3\) but must be \(5, 2\)"),
     "4 bias": (dict(bias=torch.randn(4)), ValueError, r"bias has 4 elements, weight has 5 output features\."),

@@ -165,6 +165,11 @@ FAULTS = {
     "base": (dict(base=torch.zeros(5, 6, 19)), ValueError, r"base must be .* got \(5, 6, 19\) for x of \(5, 7, 33\)"),
     "x": (dict(x=torch.zeros(5, 7, 32)), ValueError, r"lora_A is \(5, 33\) but must be \(r, 32\) to match x"),
     "lora_A": (dict(lora_A=torch.zeros(33, 5)), ValueError, r"Did you pass lora_A transposed\?"),
+    "swapped": (
+        dict(lora_A=torch.zeros(19, 5), lora_B=torch.zeros(5, 33)),
+        ValueError,
+        r"lora_A and lora_B seem to be swapped",
+    ),
     "lora_B": (dict(lora_B=torch.zeros(5, 19)), ValueError, r"lora_B is \(5, 19\) but must be \(19, 5\): out_features"),
     "device": (dict(lora_B=torch.zeros(19, 5, device="meta")), ValueError, r"x is on cpu, lora_B on meta"),
     "kind": (dict(base=[1.0]), TypeError, r"base must be a torch\.Tensor, got list"),
