@@ -130,7 +130,7 @@ def test_the_named_models_are_those_of_llama():
 def test_without_peft_it_says_what_to_install(capsys):
     assert bench.run(arguments("--model", "tiny")) == 2
     said = capsys.readouterr().err
-    assert "--model tiny needs transformers and PEFT: pip install 'lora-kernels[peft]'" in said
+    assert "--model tiny needs transformers and PEFT: pip install 'peft>=0.19' brings both" in said
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,18 @@ def test_commands_exist():
     assert named <= set(cli._COMMANDS)
 
 
+def test_what_is_to_be_installed_is_what_the_project_asks_for():
+    """And this package from a checkout, for no index has it."""
+    project = (ROOT / "pyproject.toml").read_text()
+    words = "".join(path.read_text() for path in (*PAGES, *(ROOT / "lora_kernels").rglob("*.py")))
+    named = set(re.findall(r"pip install (?:-e )?'([^']+)'", words))
+    assert {"peft>=0.19", ".[peft]"} <= named
+    for requirement in named:
+        extras = re.fullmatch(r"\.\[(.+)\]", requirement)
+        wanted = [f"\n{extra} = [" for extra in extras[1].split(",")] if extras else [f'"{requirement}"']
+        assert all(one in project for one in wanted), f"pip install '{requirement}'"
+
+
 def test_the_accuracy_rules_in_the_docs_are_the_rules_in_the_code():
     assert "65536" in (ROOT / "docs" / "math.md").read_text()
     assert reference.keep_mask(3, 2, 9, 0.5).shape == (2, 9)

@@ -16,7 +16,7 @@ __all__ = ["missing", "plot"]
 def missing() -> str:
     """Why there can be no plot, or ""."""
     if importlib.util.find_spec("matplotlib") is None:
-        return "pictures need matplotlib, which the extra `bench` brings: pip install 'lora-kernels[bench]'"
+        return "pictures need matplotlib: pip install 'matplotlib>=3.8'"
     return ""
 
 

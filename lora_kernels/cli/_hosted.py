@@ -56,5 +56,5 @@ def missing() -> str:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            return f"needs transformers and PEFT: pip install 'lora-kernels[peft]' brings both ({error})"
+            return f"needs transformers and PEFT: pip install 'peft>=0.19' brings both ({error})"
     return ""

@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--minutes", type=float, help="begin no case after this many minutes")
     how.add_argument("--quick", action="store_true", help="one tiny shape, 3 rounds: only to see that it works")
     parser.add_argument("--full", action="store_true", help="a table for each case, however many")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the times over the floor's (needs the extra `bench`)")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the times over the floor's (needs matplotlib)")
 
 
 def run(args: argparse.Namespace) -> int:

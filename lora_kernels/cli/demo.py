@@ -160,7 +160,7 @@ class _Demo:
         if _demo_chart.draw_png(self.curves, self.out / "losses.png", self.steps, caption):
             self._say(f"The same as a picture: {self.out / 'losses.png'}")
         else:
-            self._say("For a picture as well, install matplotlib: pip install 'lora-kernels[bench]'")
+            self._say("For a picture as well, install matplotlib: pip install 'matplotlib>=3.8'")
 
     def _save_and_reload(self) -> None:
         self._heading("Save the adapter, reload it")

@@ -80,7 +80,7 @@ def _hardware(made_on: dict[str, Any]) -> list[tuple[str, str]]:
             ("GPU", f"{gpu['name']}, compute capability {capability}, {gpu['sms']} SMs, {memory}"),
             ("driver", gpu["driver"] or "unknown (nvidia-smi does not say)"),
         ]
-    peft = made_on["peft"] or "not installed; optional: pip install 'lora-kernels[peft]'"
+    peft = made_on["peft"] or "not installed; optional: pip install 'peft>=0.19'"
     return [
         *rows,
         ("CPU", f"{cpu['model'] or 'unknown'}, {cpu['threads']} threads"),
