@@ -76,7 +76,10 @@ def lora_mlp(
     """Apply a gated MLP whose layers may have low-rank adapters.
 
     y = down(a(gate(x)) · up(x)), or down(a(up(x))) without a gate. Each layer is computed as `lora_linear` computes it,
-    with a dropout mask of its own.
+    with a dropout mask of its own. An MLP of two layers, such as GPT-2's or one with squared ReLU, has no gate:
+
+        up, down = Projection(w_up, a_up, b_up), Projection(w_down, a_down, b_down)
+        y = lora_mlp(x, None, up, down, activation="gelu_tanh")
 
     Args:
         x: Activations, `[*, in_features]`; as in `lora_linear`.

@@ -1,6 +1,7 @@
 """README and docs tell the truth: their Python blocks run, their files exist, their commands are the ones there are."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_kernels import cli, lora_linear, reference
+from lora_kernels import Projection, cli, lora_linear, lora_mlp, reference
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -63,6 +64,15 @@ def test_python_blocks_run(name, capsys, tmp_path, monkeypatch):
     if "optimizer" in names:
         trained = [p for group in names["optimizer"].param_groups for p in group["params"]]
         assert any(p.grad is not None and p.grad.any() for p in trained)
+
+
+def test_the_example_of_an_mlp_without_a_gate_runs():
+    (code,) = re.findall(r"^        up, down = .*?(?=\n\n)", lora_mlp.__doc__, flags=re.M | re.S)
+    shapes = dict(x=(5, 12), w_up=(9, 12), a_up=(2, 12), b_up=(9, 2), w_down=(12, 9), a_down=(2, 9), b_down=(12, 2))
+    names = {name: torch.randn(shape) for name, shape in shapes.items()}
+    exec(textwrap.dedent(code), {"Projection": Projection, "lora_mlp": lora_mlp} | names, done := {})
+    up, down = (names[f"w_{name}"] + names[f"b_{name}"] @ names[f"a_{name}"] for name in ("up", "down"))
+    torch.testing.assert_close(done["y"], F.gelu(names["x"] @ up.T, approximate="tanh") @ down.T, rtol=1e-4, atol=1e-4)
 
 
 def test_links_lead_somewhere():
