@@ -25,6 +25,7 @@ Rule 2's yardstick is `eager`: PyTorch's operators, the activation and the produ
 M·r >= 256 for every output and the smallest r: all of them inherit the errors of some s or ds.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -36,7 +37,7 @@ from lora_kernels import numerics, reference
 from lora_kernels.numerics import Finding, Problem
 from lora_kernels.reference import Layer
 
-__all__ = ["MLPProblem", "bounds", "check", "eager", "exact"]
+__all__ = ["ACTIVATIONS", "MLPProblem", "bounds", "check", "eager", "exact"]
 
 _UNBOUNDED = 1e300
 _DERIVATIVES = {  # bounds of |a'|, |a"| and |a'''|, found on a fine grid and rounded up
@@ -45,10 +46,11 @@ _DERIVATIVES = {  # bounds of |a'|, |a"| and |a'''|, found on a fine grid and ro
     "gelu_tanh": (1.13, 0.8, 0.78),
     "relu2": (_UNBOUNDED, 2.0, _UNBOUNDED),  # a" jumps at 0
 }
-_EAGER = {
+# PyTorch's own, and not those of `lora_kernels.activations`: what is checked is not asked what is right
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
-    "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "relu2": lambda g: F.relu(g).square(),
 }
 _GRADIENTS = {"lora_A": "d_lora_A", "lora_B": "d_lora_B", "bias": "dbias", "weight": "dweight"}
@@ -100,7 +102,7 @@ def eager(problem: MLPProblem) -> dict[str, Tensor]:
     """The outputs by PyTorch's operators in the problem's own dtype: the yardstick of rule 2."""
 
     def activated(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
-        value = _EAGER[activation](gate)
+        value = ACTIVATIONS[activation](gate)
         return value if up is None else value * up
 
     outputs, _ = _run(problem, problem.x.dtype, activated)

@@ -7,8 +7,9 @@ import torch
 
 from lora_kernels import cli, eager
 from lora_kernels.cli import _verify_blocks, verify
-from lora_kernels.cli._block_cases import ACTIVATIONS, check_projections
+from lora_kernels.cli._block_cases import check_projections
 from lora_kernels.cli._verify_blocks import BlockCase, examine, matrix
+from lora_kernels.numerics_mlp import ACTIVATIONS
 
 CPU = torch.device("cpu")
 SMALL = dict(m=17, k=24, ranks=(8, 8, 8))

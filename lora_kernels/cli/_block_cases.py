@@ -8,7 +8,6 @@ places of their own, which no bound of each element knows: all are held by `chec
 operators. `verify` holds this package's to `numerics_mlp.check`.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -18,23 +17,15 @@ from torch import Tensor
 
 from lora_kernels import numerics, reference
 from lora_kernels.numerics import Finding, Problem
+from lora_kernels.numerics_mlp import ACTIVATIONS
 from lora_kernels.projections import Projection
 
 __all__ = [
-    "ACTIVATIONS", "MLP", "QKV", "BlockProblem", "Keeps", "check_mlp", "check_projections", "compose", "leaves_of",
-    "outputs",
+    "MLP", "QKV", "BlockProblem", "Keeps", "check_mlp", "check_projections", "compose", "leaves_of", "outputs",
 ]  # fmt: skip
 
 QKV, MLP = ("q", "k", "v"), ("gate", "up", "down")
 Keeps = Mapping[str, Tensor]  # layer to its dropout mask, bool of its input's shape
-
-# once more, and not those of `lora_kernels.blocks`: what is checked is not asked what is right
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "relu2": lambda t: F.relu(t).square(),
-}
 
 
 @dataclass(frozen=True)
@@ -45,7 +36,7 @@ class BlockProblem:
         x: `[M, in]`. Its dtype is the one computed in.
         layers: Name to weight, adapter, scaling and dropout; of an MLP gate, up and down.
         dys: One for each output.
-        activation: One of `ACTIVATIONS`; "" for projections of x.
+        activation: One of `numerics_mlp.ACTIVATIONS`; "" for projections of x.
     """
 
     x: Tensor

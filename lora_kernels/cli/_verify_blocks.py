@@ -9,7 +9,6 @@ from torch import Tensor
 from lora_kernels import dropout, eager, numerics_mlp, reference
 from lora_kernels.blocks import lora_mlp, lora_qkv
 from lora_kernels.cli._block_cases import (
-    ACTIVATIONS,
     MLP,
     QKV,
     BlockProblem,
@@ -20,7 +19,7 @@ from lora_kernels.cli._block_judge import find_masks
 from lora_kernels.cli._cases import make_problem, same_bits, storages
 from lora_kernels.dropout import threshold
 from lora_kernels.numerics import Finding
-from lora_kernels.numerics_mlp import MLPProblem
+from lora_kernels.numerics_mlp import ACTIVATIONS, MLPProblem
 from lora_kernels.projections import Projection
 
 __all__ = ["BlockCase", "examine", "matrix"]
