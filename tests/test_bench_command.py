@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 
@@ -19,7 +20,7 @@ from lora_kernels.cli._presets import PRESETS, Shape
 def test_the_command_writes_what_it_shows(tmp_path, capsys):
     file = tmp_path / "b.json"
     assert bench.run(arguments("--shape", "32x48x40", "--r", 4, 8, "--p", 0, 0.1, "--json", file)) == 0
-    shown = capsys.readouterr().out
+    shown, progress = capsys.readouterr()
     written = json.loads(file.read_text())
     assert written["command"] == "bench"
     assert written["complete"] is True
@@ -33,6 +34,9 @@ def test_the_command_writes_what_it_shows(tmp_path, capsys):
         ours = case["providers"]["ours"]
         assert ours["peak_bytes"] >= ours["saved_bytes"] + 32 * 40 * 4  # what backward needs, and y
     assert shown.count("32x48x40") == 4
+    assert [line.rsplit(" in ", 1)[0] for line in progress.splitlines()] == [
+        f"{i} of 4: layer 32x48x40 r={r} p={p}: done" for i, (r, p) in enumerate(itertools.product((4, 8), (0, 0.1)), 1)
+    ]
     assert f"{written['speedups']['peft']['geometric_mean']:.3f}x" in shown
     assert f"torch {torch.__version__}" in shown
     busy = any(

@@ -131,17 +131,20 @@ def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) ->
             if args.minutes is not None and time.monotonic() - began > args.minutes * 60:
                 skipped.append({"shape": str(shape), "r": r, "p": p, "why": "out of time"})
                 continue
-            at = [sum(steps[:i])]
+            at, start, name = [sum(steps[:i])], time.monotonic(), f"{shape} r={r} p={p:g}"
 
-            def tick(doing: str, at: list[int] = at, name: str = f"{shape} r={r} p={p:g}") -> None:
+            def tick(doing: str, at: list[int] = at, name: str = name) -> None:
                 at[0] += 1
                 advance_to(at[0], f"{name}: {doing}")
 
+            outcome = "done"
             try:
                 done += _levels.run(level, shape, r, p, settings, tick)
             except torch.OutOfMemoryError:
-                skipped.append({"shape": str(shape), "r": r, "p": p, "why": "out of memory"})
-            advance_to(sum(steps[: i + 1]), "")
+                outcome = "out of memory"
+                skipped.append({"shape": str(shape), "r": r, "p": p, "why": outcome})
+            took = f"{time.monotonic() - start:.1f} s"
+            advance_to(sum(steps[: i + 1]), "", f"{i + 1} of {len(cases)}: {level} {name}: {outcome} in {took}")
             _write(args, settings, done, skipped, complete=False)
     _write(args, settings, done, skipped, complete=not skipped)
     return done, skipped
@@ -263,14 +266,20 @@ def _footnote(settings: Settings) -> str:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[int, str], None]]:
-    """A bar on stderr, gone when done; what it yields takes the steps done and what is being done."""
+def _progress(total: int) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, gone when done; what it yields takes the steps done, what is being done, and what has ended.
+
+    Where stderr is no terminal, a line for each of the latter in place of the bar.
+    """
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
 
-        def advance_to(done: int, doing: str) -> None:
+        def advance_to(done: int, doing: str, ended: str = "") -> None:
             bar.update(task, completed=done, description=doing)
+            if ended and not console.is_terminal:
+                print(ended, file=sys.stderr, flush=True)
 
         yield advance_to
 
