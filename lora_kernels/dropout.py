@@ -24,8 +24,8 @@ _STEPS = 1 << 16
 
 
 def threshold(p: float) -> int:
-    """The 16-bit threshold below which an element is dropped; `p` is resolved to 1/65536."""
-    return round(p * _STEPS)
+    """The 16-bit threshold below which an element is dropped; `p` is resolved to 1/65536, and below 1 stays there."""
+    return round(p * _STEPS) if p == 1 else min(round(p * _STEPS), _STEPS - 1)
 
 
 def keep_scale(p: float) -> float:

@@ -33,7 +33,7 @@ MUTANTS = {
     "mask on the base product": (MATMUL, "part += tl.where(unpack_bits(packed.to(tl.int32)), product, 0.0)", "part = tl.where(unpack_bits(packed.to(tl.int32)), product + part, 0.0)"),
     "mask with the wrong pitch": (MATMUL, "row_bytes = tl.cdiv(N, 8)", "row_bytes = tl.cdiv(N, 8) - 1"),
     "mask bits reversed": (DEVICE, "shifts = tl.arange(0, 8)", "shifts = 7 - tl.arange(0, 8)"),
-    "threshold off by much": ("dropout.py", "return round(p * _STEPS)", "return round((p + 0.01) * _STEPS)"),
+    "threshold off by much": ("dropout.py", "min(round(p * _STEPS)", "min(round((p + 0.01) * _STEPS)"),
     "strides of W swapped": (MATMUL, "for pair in sources) for side in (0, 1) for dim in (0, 1)]", "for pair in sources) for side in (0, 1) for dim in (side, 1 - side)]"),
     "strides of A swapped": (SHRINK, "offs_k[:, None] * strides_ak[i] + offs_r[None, :] * strides_ar[i]", "offs_k[:, None] * strides_ar[i] + offs_r[None, :] * strides_ak[i]"),
     "output strides swapped in wgrad": (WGRAD, "(right, left, g.t()) if right_is_wide else (left, right, g)", "(right, left, g) if right_is_wide else (left, right, g.t())"),

@@ -12,7 +12,7 @@ from oracles import philox, sanitizer
 from lora_kernels import dropout, numerics, reference
 from lora_kernels.cli._cases import make_problem, with_mask
 from lora_kernels.kernels import matmul_expand
-from lora_kernels.kernels._device import keep_bits
+from lora_kernels.kernels._device import _kept_halves, keep_bits
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="is about Triton's interpreter, which a GPU bypasses"
@@ -44,7 +44,12 @@ def _draw(counter_ptr, bits_ptr, seed_ptr, threshold, BLOCK: tl.constexpr):
 
 @pytest.fixture(autouse=True)
 def outputs_of_planted_kernels(monkeypatch):
-    for kernel, output in (("_cast", "y_ptr"), ("_read_own_output", "y_ptr"), ("_draw", "bits_ptr")):
+    for kernel, output in (
+        ("_cast", "y_ptr"),
+        ("_read_own_output", "y_ptr"),
+        ("_draw", "bits_ptr"),
+        ("_compare", "flags_ptr"),
+    ):
         monkeypatch.setitem(sanitizer.OUTPUTS, kernel, {output})
 
 
@@ -105,6 +110,31 @@ def test_counters_and_seeds_of_the_kernel_have_64_bits(device):
         expected = [philox.keep_mask(seed, 1, 8, 0.4, first_byte=int(c))[0] for c in counters.cpu()]
         got = np.unpackbits(bits.cpu().numpy()[:, None], axis=1, bitorder="little").astype(bool)
         assert np.array_equal(got, torch.stack(expected).numpy())
+
+
+@triton.jit
+def _compare(words_ptr, flags_ptr, threshold, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    t = tl.cast(threshold, tl.uint32)
+    flags = _kept_halves(tl.load(words_ptr + offs).to(tl.uint32), t | (t << 16))
+    tl.store(flags_ptr + offs, flags.to(tl.int64))
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 2, 6554, 32767, 32768, 32769, 65534, 65535])
+def test_both_halves_of_a_word_are_compared_with_any_threshold(threshold, device):
+    """Every 16-bit number in either half, beside another one in the other."""
+    low = torch.arange(1 << 16)
+    for high in (low, low.flip(0), torch.zeros_like(low), low * 0 + 65535, low * 0 + max(threshold - 1, 0)):
+        flags = torch.zeros(1 << 16, dtype=torch.int64, device=device)
+        _compare[(16,)]((low | high << 16).to(device), flags, threshold, BLOCK=4096)
+        expected = (low >= threshold).long() << 15 | (high >= threshold).long() << 31
+        assert torch.equal(flags.cpu(), expected)
+
+
+def test_the_threshold_keeps_something_of_any_p_below_1():
+    """From where 16 bits end on, the smallest share they have is kept; only p = 1 keeps nothing."""
+    assert [dropout.threshold(p) for p in (0.0, 0.5, 1 - 2**-16, 1 - 2**-20, 1.0)] == [0, 32768, 65535, 65535, 65536]
+    assert [dropout.keep_scale(p) for p in (0.0, 0.5, 1 - 2**-20, 1.0)] == [1.0, 2.0, 65536.0, 0.0]
 
 
 def changed(t, value):
