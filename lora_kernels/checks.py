@@ -99,7 +99,7 @@ def check_add(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
             )
         if t.device != x.device:
             raise ValueError(f"lora_add: all tensors must be on one device; x is on {x.device}, {name} on {t.device}.")
-    if x.dim() == 0 or base.shape[:-1] != x.shape[:-1]:
+    if x.dim() == 0 or base.dim() == 0 or base.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"lora_add: base must be (…, out_features) with the leading dims of x, (…, in_features); "
             f"got {_shape(base)} for x of {_shape(x)}."
