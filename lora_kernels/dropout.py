@@ -30,6 +30,8 @@ def threshold(p: float) -> int:
 
 def keep_scale(p: float) -> float:
     """What a kept element is multiplied by: 1 / P(keep); 0 when nothing is kept (p = 1)."""
+    if p == 0:  # on the path of every call
+        return 1.0
     kept = _STEPS - threshold(p)
     return _STEPS / kept if kept else 0.0
 

@@ -166,11 +166,12 @@ def test_several_projections_are_among_the_cases():
     assert {case.p > 0 for case in blocks} == {True, False}
     assert {case.dtype for case in blocks} >= {"bf16", "fp32"}
     assert any(case.others for case in QUICK)
+    assert any(case.activation for case in QUICK)
     assert str(blocks[0]) == "8192x4096x4096+1024+1024 r=16 bf16 p=0.1"
     mlps = [case for case in CASES if case.activation]
     assert {case.activation for case in mlps} == {"silu", "gelu", "gelu_tanh", "relu2"}
     assert {case.p > 0 for case in mlps} == {True, False}
-    assert str(mlps[0]) == "8192x4096x14336 r=16 bf16 p=0 mlp silu"
+    assert str(mlps[0]) == "8192x4096x14336 r=16 bf16 p=0.1 mlp silu"
 
 
 # the command

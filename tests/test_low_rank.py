@@ -163,7 +163,11 @@ def test_transforms_fake_tensors_and_compile():
 
 FAULTS = {
     "base": (dict(base=torch.zeros(5, 6, 19)), ValueError, r"base must be .* got \(5, 6, 19\) for x of \(5, 7, 33\)"),
-    "scalar base": (dict(base=torch.zeros(()), x=torch.zeros(33)), ValueError, r"base must be .* got \(\) for x of \(33,\)"),
+    "scalar base": (
+        dict(base=torch.zeros(()), x=torch.zeros(33)),
+        ValueError,
+        r"base must be .* got \(\) for x of \(33,\)",
+    ),
     "x": (dict(x=torch.zeros(5, 7, 32)), ValueError, r"lora_A is \(5, 33\) but must be \(r, 32\) to match x"),
     "lora_A": (dict(lora_A=torch.zeros(33, 5)), ValueError, r"Did you pass lora_A transposed\?"),
     "swapped": (

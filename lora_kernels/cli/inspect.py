@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", choices=_ARCHES, nargs="+", default=_ARCHES, help="only for these (default: all)")
     parser.add_argument("--kernel", choices=("shrink", "matmul_expand", "wgrad"), help="only this kernel")
     parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
-    parser.add_argument("--quick", action="store_true", help="a few shapes for every kernel, without activations")
+    parser.add_argument("--quick", action="store_true", help="a few shapes for every kernel")
     parser.add_argument("--jobs", type=int, metavar="N", help="compile in so many processes (default: one a core)")
     parser.add_argument(
         "--budgets", metavar="FOLDER", help="hold registers, shared memory and loops to the file of this Triton in it"
