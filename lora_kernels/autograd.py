@@ -10,8 +10,9 @@ r"""LoRA's forward and backward as six products over three contractions, and the
 The contractions come from a backend (`plan.contractions`); this file knows none of them. Dropout's factor
 `keep_scale` rides in the two shrinks with the scaling, on their accumulators, so everything else sees a 0/1 mask.
 Saved for backward: x, W, A and B as they were given, s (M·r elements) and, with dropout, the mask; and of these only
-what the gradients that were asked for need. Adapters wider than x are rounded to its dtype in each pass: for few rows
-the rounded copies would be more than all else that is saved. No input is ever written.
+what the gradients that were asked for need. fp32 adapters over a 16-bit x are rounded to its dtype as they are read,
+and where that cannot be, in a copy of the pass: for few rows copies would be more than all else that is saved. No input
+is ever written.
 """
 
 import contextlib
@@ -25,7 +26,17 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from lora_kernels import plan
 from lora_kernels.dropout import keep_scale
 
-__all__ = ["LoRALinearFunction", "autocast_off", "backward", "forward", "from_dy", "gradient", "rows", "save"]
+__all__ = [
+    "LoRALinearFunction",
+    "autocast_off",
+    "backward",
+    "forward",
+    "from_dy",
+    "gradient",
+    "readable",
+    "rows",
+    "save",
+]
 
 _NOTHING = contextlib.nullcontext()
 
@@ -39,7 +50,7 @@ def forward(
     `noise` decides the mask; drawn here when there is none.
     """
     ops, flat = plan.contractions(backend), rows(x)
-    s, keep = ops.shrink(flat, _as(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p, noise=noise)
+    s, keep = ops.shrink(flat, readable(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p, noise=noise)
     _, expand = plan.expander(backend, flat, weight.shape[0], lora_A.shape[0], masked=False, backward=False)
     y = expand([(flat, weight), (s, _as(lora_B, x.dtype))], bias)
     return y, s, keep  # no view of y: autograd lets nobody write to a view that a Function returns
@@ -75,7 +86,7 @@ def from_dy(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, str | None]:  # fmt: skip
     """Compute what `backward` computes without x: dx, ds, dB, and the form that dx took. `needed`: dx, ds, dB."""
     (need_x, need_ds, need_B), ops = needed, plan.contractions(backend)
-    lora_A, lora_B = (None if t is None else _as(t, dy.dtype) for t in (lora_A, lora_B))
+    lora_A, lora_B = (None if t is None else readable(t, dy.dtype) for t in (lora_A, lora_B))
     dx = d_lora_B = how = expand = ds = None
     if need_x:
         how, expand = plan.expander(backend, dy, weight.shape[1], lora_B.shape[1], keep is not None, True)
@@ -86,6 +97,7 @@ def from_dy(
     elif need_x or need_ds:
         ds, _ = ops.shrink(dy, lora_B.t(), alpha)
     if need_x and how != "joint":
+        lora_A = _as(lora_A, dy.dtype) if keep is None else lora_A
         dx = expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
     if need_B and (how == "joint" or ds is None):
         d_lora_B = ops.wgrad(dy, s, dtype_B, into=into)
@@ -169,6 +181,11 @@ def gradient(adapter: Tensor | None) -> Tensor | None:
         return None
     torch.autograd.graph.increment_version(grad)
     return grad
+
+
+def readable(adapter: Tensor, dtype: torch.dtype) -> Tensor:
+    """An adapter that contractions in `dtype` can read: of that, or in fp32, which they round as they read it."""
+    return adapter if adapter.dtype in (dtype, torch.float32) else adapter.to(dtype)
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:

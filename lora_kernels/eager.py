@@ -147,7 +147,7 @@ def shrink_all(
     masks = sum(p > 0 for _, _, p in rows)
     drawn = iter(noise.view(masks, -1)) if noise is not None and masks else itertools.repeat(None)
     keeps = [draw_mask(x.shape, p, x.device, next(drawn)) if p > 0 else None for _, _, p in rows]
-    factors = [(_wide(a).t(), alpha) for a, alpha, _ in rows]
+    factors = [(_wide(a.to(x.dtype)).t(), alpha) for a, alpha, _ in rows]
     parts = [[] for _ in rows]
     for x_m, *keeps_m in _blocks(x, *keeps):
         wide_m = _wide(x_m)
@@ -180,6 +180,7 @@ def matmul_expand_all(
 def _matmul_expand(
     sources: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None, masked: Sequence[tuple[Tensor, Tensor, Tensor]]
 ) -> Tensor:
+    masked = [(p, q.to(p.dtype), keep) for p, q, keep in masked]
     if not sources:
         (p, q, keep), *masked = masked
         y = torch.mm(p, q.t()).mul_(keep)
@@ -234,7 +235,7 @@ def shrink_wgrad(
     dy: Tensor, s: Tensor, lora_B: Tensor, alpha: float, out_dtype: torch.dtype, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Compute ds = alpha · dy B, `[M, r]`, and dB = dyᵀ s, `[out, r]`, in `out_dtype`, or add it to `into`."""
-    parts, total, right = [], None, _wide(lora_B)
+    parts, total, right = [], None, _wide(lora_B.to(dy.dtype))
     # sᵀ dy: libraries are up to five times slower at a tall, thin result; for few rows its transposition takes longer
     flipped = dy.shape[0] > 2 * s.shape[1]
     for dy_m, s_m in _blocks(dy, s):
@@ -265,7 +266,7 @@ def activation_wgrad(
     results: list[list[Tensor | None]] = [[None, None] for _ in before]
     of_rows = [t for one in before for t in (one.s if one else None,)]
     ds, keep = (after.ds, after.keep) if after else (None, None)
-    rights = [_wide(one.lora_B) if one and one.lora_B is not None else None for one in before]
+    rights = [_wide(one.lora_B.to(gate.dtype)) if one and one.lora_B is not None else None for one in before]
     parts: list[list[Tensor]] = [[] for _ in before]
     for gate_m, up_m, dh_m, ds_m, keep_m, *rest in _blocks(gate, up, dh, ds, keep, *wides, *of_rows):
         h_m, made = gradients(gate_m, up_m, dh_m, activation)

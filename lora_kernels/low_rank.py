@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lora_kernels import plan
-from lora_kernels.autograd import autocast_off, rows
+from lora_kernels.autograd import autocast_off, readable, rows
 from lora_kernels.dropout import keep_scale
 
 __all__ = ["LoRAAddFunction", "backward", "forward", "save"]
@@ -34,8 +34,9 @@ def forward(
     `noise` decides the mask; drawn here when there is none.
     """
     flat, flat_base = rows(x), rows(base)
-    lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    lora_A = readable(lora_A, x.dtype)
     s, keep = plan.contractions(backend).shrink(flat, lora_A, scaling * keep_scale(dropout_p), dropout_p, noise=noise)
+    lora_B = lora_B.to(x.dtype)
     if base.dtype == x.dtype:
         y = torch.addmm(flat_base, s, lora_B.t())
     else:  # summed in the wider of the two and rounded once, as PyTorch promotes
@@ -55,7 +56,7 @@ def backward(
     (need_x, need_A, need_B), ops = needed, plan.contractions(backend)
     dx = d_lora_A = d_lora_B = ds = None
     if need_x or need_A:
-        lora_B = lora_B.to(dy.dtype)
+        lora_B = readable(lora_B, dy.dtype)
         if need_B:
             ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, alpha, adapter_dtypes[1])
         else:
@@ -63,8 +64,10 @@ def backward(
     elif need_B:
         d_lora_B = ops.wgrad(dy, s, adapter_dtypes[1])
     if need_x:
-        lora_A = lora_A.to(dy.dtype)
-        dx = torch.mm(ds, lora_A) if keep is None else ops.matmul_expand([(ds, lora_A.t())], keep=keep)
+        if keep is None:
+            dx = torch.mm(ds, lora_A.to(dy.dtype))
+        else:
+            dx = ops.matmul_expand([(ds, readable(lora_A, dy.dtype).t())], keep=keep)
     if need_A:
         d_lora_A = ops.wgrad(ds, x, adapter_dtypes[0], keep)
     return dx, d_lora_A, d_lora_B

@@ -28,7 +28,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lora_kernels import autograd, plan, projections
 from lora_kernels.activations import After, Before
-from lora_kernels.autograd import autocast_off, rows
+from lora_kernels.autograd import autocast_off, readable, rows
 from lora_kernels.projections import Part, Projection
 
 __all__ = [
@@ -85,7 +85,7 @@ def forward(
         y; the outputs of `before`, `[M, hidden]`; s and the mask of each layer, None where there is none.
     """
     outs, shrunk, keeps = projections.forward(x, before, backend, noise[0])
-    rows_of_down = [] if down.lora_A is None else [(down.lora_A.to(x.dtype), down.alpha, down.dropout_p)]
+    rows_of_down = [] if down.lora_A is None else [(readable(down.lora_A, x.dtype), down.alpha, down.dropout_p)]
     gate, up = (*outs, None)[:2]
     h, s, keep = plan.contractions(backend).activate_shrink(gate, up, activation, rows_of_down, noise=noise[1])
     sources = [(h, down.weight), *((one, down.lora_B.to(x.dtype)) for one in s)]
@@ -213,7 +213,7 @@ def _asked(q: Layer, need_x: bool, dtype: torch.dtype) -> Before | None:
     _, need_A, need_B, _ = q.needs
     if q.dtypes is None or not (need_x or need_A or need_B):
         return None
-    lora_B = q.lora_B.to(dtype) if need_x or need_A else None
+    lora_B = readable(q.lora_B, dtype) if need_x or need_A else None
     return Before(q.s if need_B else None, lora_B, q.alpha, q.dtypes[1], q.into[1])
 
 

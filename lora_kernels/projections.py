@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lora_kernels import plan
-from lora_kernels.autograd import autocast_off, gradient, rows
+from lora_kernels.autograd import autocast_off, gradient, readable, rows
 from lora_kernels.dropout import keep_scale
 
 __all__ = ["LoRAProjectionsFunction", "Part", "Projection", "backward", "expand", "forward", "gradients", "shrink"]
@@ -115,7 +115,7 @@ def shrink(
     adapted = [q for q in projections if q.lora_A is not None]
     if not adapted:
         return [None] * len(projections), [None] * len(projections)
-    operands = [(q.lora_A.to(x.dtype), q.alpha, q.dropout_p) for q in adapted]
+    operands = [(readable(q.lora_A, x.dtype), q.alpha, q.dropout_p) for q in adapted]
     of_adapted = zip(*plan.contractions(backend).shrink_all(x, operands, noise=noise), strict=True)
     low_rank = [(None, None) if q.lora_A is None else next(of_adapted) for q in projections]
     return [s for s, _ in low_rank], [keep for _, keep in low_rank]
@@ -141,11 +141,10 @@ def backward(
         if need_x:
             summed.append((dy, weight.t()))
         if need_x and ds is not None:
-            product = (ds, lora_A.to(dy.dtype).t())
             if keep is None:
-                thin.append(product)
+                thin.append((ds, lora_A.to(dy.dtype).t()))
             else:
-                masked.append((*product, keep))
+                masked.append((ds, readable(lora_A, dy.dtype).t(), keep))
     dx = how = None
     if need_x:
         inner, cols = sum(dy.shape[1] for dy, _ in summed), summed[0][1].shape[0]
@@ -166,7 +165,7 @@ def _ds_and_dB(part: Part, backend: str) -> tuple[Tensor | None, Tensor | None]:
     ops = plan.contractions(backend)
     if lora_B is None:
         return None, None if s is None else ops.wgrad(dy, s, dtypes[1], into=into)
-    lora_B = lora_B.to(dy.dtype)
+    lora_B = readable(lora_B, dy.dtype)
     if s is None:
         return ops.shrink(dy, lora_B.t(), alpha)[0], None
     return ops.shrink_wgrad(dy, s, lora_B, alpha, dtypes[1], into)

@@ -36,6 +36,7 @@ class Case:
         place: Which of the shipped tiles they take; None for the rule's, as are places past the last.
         others: out_features of further projections of the same x, of the same rank.
         activation: Of a gated MLP, whose gate and up have n out_features and whose down has k; "" for no MLP.
+        fp32_adapters: Whether A and B are in fp32, whatever x is in.
     """
 
     m: int
@@ -52,9 +53,10 @@ class Case:
     place: int | None = None
     others: tuple[int, ...] = ()
     activation: str = ""
+    fp32_adapters: bool = False
 
     def __str__(self) -> str:
-        words = [word for word in ("bias", "strided", "tf32", "accumulate") if getattr(self, word)]
+        words = _words(self, "bias", "strided", "tf32", "accumulate", "fp32_adapters")
         tile = [] if self.place is None else [f"tile {self.place}"]
         widths = "+".join(map(str, (self.n, *self.others)))
         mlp = [f"mlp {self.activation}"] if self.activation else []
@@ -91,6 +93,11 @@ CASES = (  # every tile of every path, and every flag
     *(Case(*_MLP, 16, activation=activation) for activation in ("silu", "gelu", "gelu_tanh", "relu2")),
     *(Case(*_SMALL, 16, "fp32", p=p, activation="silu") for p in (0.0, 0.1)),
     Case(*_SMALL, 16, p=0.1, strided=True, activation="silu"),
+    # PEFT's default
+    *(Case(*_LARGE, r, p=p, fp32_adapters=True) for r in (16, 64) for p in (0.0, 0.1)),
+    *(Case(16, 4096, 4096, r, fp32_adapters=True) for r in (16, 64)),
+    *(Case(*_LARGE, 16, p=p, others=_QKV, fp32_adapters=True) for p in (0.0, 0.1)),
+    *(Case(*_MLP, 16, p=p, activation="silu", fp32_adapters=True) for p in (0.0, 0.1)),
 )  # fmt: skip
 
 
@@ -142,11 +149,17 @@ class Kernel:
         counts = ((self.constants.get(flag, 0), word, usual) for flag, (word, usual) in _COUNTS.items())
         words += [f"{n} {word}" for n, word, usual in counts if n > usual]
         tf32 = self.constants.get("PRECISION") == "tf32"
-        return " ".join([*words, *(["tf32"] if tf32 else []), *(["strided"] if self.case.strided else [])])
+        words += ["tf32"] if tf32 else []
+        return " ".join([*words, *_words(self.case, "strided", "fp32_adapters")])
 
     def __str__(self) -> str:
         made = f"{self.num_warps} warps {self.num_stages} stages"
         return f"{self.arch} {self.name} {self.case.dtype} {self.tile} {made} {self.flags}".rstrip()
+
+
+def _words(case: Case, *flags: str) -> list[str]:
+    """Which of these flags of a case are set, in words."""
+    return [flag.replace("_", " ") for flag in flags if getattr(case, flag)]
 
 
 def _on(flag: Any) -> bool:
@@ -229,15 +242,14 @@ def _forward(case: Case) -> tuple[torch.Tensor, ...]:
     from lora_kernels.mlp import LoRAMLPFunction
     from lora_kernels.projections import LoRAProjectionsFunction
 
-    def make(*shape: int, grad: bool = True) -> torch.Tensor:
-        dtype = DTYPES[case.dtype]
+    def make(*shape: int, grad: bool = True, dtype: torch.dtype = DTYPES[case.dtype]) -> torch.Tensor:
         if case.strided:  # no element next to the other, and nothing on 16 bytes
             return torch.empty(*shape[:-1], 2 * shape[-1] + 3, dtype=dtype)[..., 1:-2:2].requires_grad_(grad)
         return torch.empty(shape, dtype=dtype, requires_grad=grad)
 
     def projection(n: int, k: int = case.k) -> tuple[torch.Tensor | None, ...]:
-        bias = make(n, grad=False) if case.bias else None
-        return make(n, k, grad=False), make(case.r, k), make(n, case.r), bias
+        bias, own = make(n, grad=False) if case.bias else None, DTYPES["fp32" if case.fp32_adapters else case.dtype]
+        return make(n, k, grad=False), make(case.r, k, dtype=own), make(n, case.r, dtype=own), bias
 
     x, first = make(case.m, case.k), projection(case.n)
     if case.activation:

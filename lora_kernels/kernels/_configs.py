@@ -179,7 +179,7 @@ def _clocks(config: MatmulConfig, rows: int, cols: int, num_sms: int) -> float:
 @functools.lru_cache(maxsize=4096)
 def shrink_config(
     rows: int, inner: int, rank: int, dtype: torch.dtype, dropout: bool = False, strided: bool = False,
-    shared: int = SHARED, adapters: int = 1, activated: bool = False,
+    shared: int = SHARED, adapters: int = 1, activated: bool = False, adapter_itemsize: int = 0,
 ) -> ShrinkConfig:  # fmt: skip
     """The tile for s `[rows, rank]` summed over `inner`, and where the sum is split: where rows are too few.
 
@@ -193,6 +193,7 @@ def shrink_config(
         shared: Bytes of shared memory of a multiprocessor.
         adapters: How many; several have a tile of A each, and with dropout a masked tile of x each, at a time.
         activated: Whether x is made of two operands by an activation, which costs registers and a tile more.
+        adapter_itemsize: Bytes an element of A, where it is wider than x.
     """
     block_m = _fit(rows, 32 if dtype.itemsize == 4 else 64)  # 64 rows of fp32 with dropout spill
     block_r = _fit(rank, 64 if adapters < 4 else 32)
@@ -207,7 +208,8 @@ def shrink_config(
         block_m, block_k = min(block_m, 32) if dropout else block_m, max(_TINY, block_k // 2)
     k_per_split = _split(inner, block_k, _tiles(rows, rank, block_m, block_r))
     room = shared // 2 if block_r <= 32 else shared  # two programs hide the latency of each other's loads
-    stages = _stages(4, block_k * (block_m * (1 + activated) + block_r * adapters) * dtype.itemsize, room)
+    of_x, of_a = dtype.itemsize, max(dtype.itemsize, adapter_itemsize)
+    stages = _stages(4, block_k * (block_m * (1 + activated) * of_x + block_r * adapters * of_a), room)
     return ShrinkConfig(block_m, block_k, block_r, k_per_split, num_warps=4, num_stages=stages)
 
 

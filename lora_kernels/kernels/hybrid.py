@@ -78,11 +78,11 @@ def joint(
     The rows of dx are those of the product, r and a few elements apart, unless there is a mask. ds is rounded before
     and after it is scaled.
     """
-    both = torch.mm(dy, _side_by_side([weight, lora_B]))
+    both = torch.mm(dy, _side_by_side([weight, lora_B.to(dy.dtype)]))
     (_, inner), rank = weight.shape, lora_B.shape[1]
     dx, ds = both[:, :inner], both[:, inner : inner + rank] * alpha
     if keep is None:
-        return dx.addmm_(ds, lora_A), ds
+        return dx.addmm_(ds, lora_A.to(dy.dtype)), ds
     return matmul_expand([(ds, lora_A.t())], None, keep).add_(dx), ds
 
 

@@ -3,7 +3,7 @@
     y[m, n] = Σᵢ Σₖ pᵢ[m, k] qᵢ[n, k] + Σⱼ keepⱼ[m, n] Σₖ pⱼ[m, k] qⱼ[n, k] + bias[n]
 
     pᵢ     [M, Kᵢ]         any strides   bf16, fp16 or fp32
-    qᵢ     [N, Kᵢ]         any strides   dtype of p
+    qᵢ     [N, Kᵢ]         any strides   dtype of p; of a masked product also fp32, rounded to it as it is read
     bias   [N]             any stride    any of the dtypes, or none
     keepⱼ  [M, ceil(N/8)]  bit-packed: masks a product before it is added
     y      [M, N]          contiguous    dtype of p, rounded once
@@ -172,7 +172,7 @@ def _matmul_expand_kernel(
                         offs_r = tl.cast(r, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
                         p_tile = _load(p, offs_m[:, None], M, stride_pm, offs_r[None, :], K, stride_pk)
                         q_tile = _load(q, offs_r[:, None], K, stride_qk, offs_n[None, :], N, stride_qn)
-                        product = tl.dot(p_tile, q_tile, product, input_precision=PRECISION)
+                        product = tl.dot(p_tile, q_tile.to(p_tile.dtype), product, input_precision=PRECISION)
                     row_bytes = tl.cdiv(N, 8)
                     offs_byte = tl.cast((n0 + i * SLICE) // 8, tl.int64) + tl.arange(0, SLICE // 8)
                     packed = _load(keep, offs_m[:, None], M, row_bytes, offs_byte[None, :], row_bytes, 1)
@@ -236,6 +236,8 @@ def _launch_all(
 ) -> list[Tensor]:  # fmt: skip
     """`matmul_expand_all` with the sources of all outputs in a row, `counts` of each."""
     like = (sources or masked)[0][0]
+    if len({q.dtype for _, q, _ in masked}) > 1:  # a choice of pointers has one type
+        masked = [(p, q.to(like.dtype), keep) for p, q, keep in masked]
     settled = _settle(
         tuple([(facts(p), facts(q)) for p, q in sources]), counts, tuple([bias is not None for bias in biases]),
         tuple([(facts(p), facts(q)) for p, q, _ in masked]), wide, like.device, config, tma, precision(like),

@@ -3,7 +3,7 @@
     sᵢ[m, r] = alphaᵢ · Σₖ keepᵢ[m, k] x[m, k] aᵢ[r, k]
 
     x      [M, K]          any strides   bf16, fp16 or fp32
-    aᵢ     [Rᵢ, K]         any strides   dtype of x
+    aᵢ     [Rᵢ, K]         any strides   dtype of x, or fp32: rounded to it as it is read
     sᵢ     [M, Rᵢ]         columns of one buffer, each on 16 bytes, dtype of x: rounded once, after alpha
     keepᵢ  [M, ceil(K/8)]  bit-packed, written where there is dropout: the rule is in `lora_kernels.dropout`
     alphaᵢ float           multiplies the fp32 accumulator; a run-time number
@@ -108,7 +108,7 @@ def _shrink_kernel(
             a = tl.load(
                 a_ptrs[i] + offs_k[:, None] * strides_ak[i] + offs_r[None, :] * strides_ar[i],
                 mask=mask_k[:, None] & (offs_r < Rs[i])[None, :], other=0.0,
-            )  # fmt: skip
+            ).to(x.dtype)  # fmt: skip
             kept = x
             if keep_ptrs[i] is not None:
                 offs_byte = k * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
@@ -240,8 +240,9 @@ def _settle(
     (rows, inner), ranks, masks = x.shape, tuple(a.shape[0] for a in operands), sum(p > 0 for p in ps)
     widest, strided = max(ranks, default=1), any(1 not in t.strides for t in (x, up) if t is not None)
     config = config or shrink_config(
-        rows, inner, widest, x.dtype, masks > 0, strided, _launch.shared_per_sm(device), len(ranks), bool(activation)
-    )
+        rows, inner, widest, x.dtype, masks > 0, strided, _launch.shared_per_sm(device), len(ranks), bool(activation),
+        max((a.dtype.itemsize for a in operands), default=0),
+    )  # fmt: skip
     blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(widest, config.block_r)
     splits = triton.cdiv(inner, config.k_per_split)
     stride_sm = sum(_launch.thin_pitch(rank, x.dtype) for rank in ranks)

@@ -8,7 +8,8 @@
     keep   [M, ceil(D/8)]  bit-packed, as `shrink` writes it, or none
     g      [C, D]          contiguous, in the dtype asked for, straight from the fp32 sums; or a gradient that is there
                            already, any strides, to which the sums are added
-    b      [W, T]          any strides   dtype of left; W and T are the widths of the wide and of the thin operand
+    b      [W, T]          any strides   dtype of left, or fp32: rounded to it as it is read; W and T are the widths of
+                                         the wide and of the thin operand
     ds     [M, T]          rows padded to 16 bytes, dtype of left
 
     gradient   left         right          g                 shrinks
@@ -132,7 +133,7 @@ def _wgrad_kernel(
                     b_ptrs[i] + offs_w[:, None] * strides_bw[i] + offs_t[None, :] * strides_bt[i],
                     mask=mask_w[:, None] & (offs_t < Ts[i])[None, :], other=0.0,
                 )  # fmt: skip
-                bs = bs + (b,)
+                bs = bs + (b.to(wide_ptr.dtype.element_ty),)
             else:
                 bs = bs + (0,)
 
