@@ -201,14 +201,14 @@ def shrink_config(
     crowded = dropout and adapters == 1 and (strided or block_r == 64)
     half_k = 64 if crowded else 128
     block_k = _fit(inner, half_k if dtype.itemsize == 2 else 64 if block_r == 16 else 32)
+    of_x, of_a = dtype.itemsize, max(dtype.itemsize, adapter_itemsize)
     if adapters > 1:
-        wide_sums = adapters > 2 and block_r == 64
-        block_k = max(_TINY, block_k // (8 if dropout and strided else 4 if dropout or wide_sums else 2))
+        wide = adapters > 2 and block_r * of_a >= 128  # their sums, and rows of A on their way to 16 bits
+        block_k = max(_TINY, block_k // (8 if dropout and (strided or wide) else 4 if dropout or wide else 2))
     elif activated:
         block_m, block_k = min(block_m, 32) if dropout else block_m, max(_TINY, block_k // 2)
     k_per_split = _split(inner, block_k, _tiles(rows, rank, block_m, block_r))
     room = shared // 2 if block_r <= 32 else shared  # two programs hide the latency of each other's loads
-    of_x, of_a = dtype.itemsize, max(dtype.itemsize, adapter_itemsize)
     stages = _stages(4, block_k * (block_m * (1 + activated) * of_x + block_r * adapters * of_a), room)
     return ShrinkConfig(block_m, block_k, block_r, k_per_split, num_warps=4, num_stages=stages)
 
