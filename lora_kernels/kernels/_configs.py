@@ -225,14 +225,14 @@ def shrink_wgrad_pays(rank: int, activated: bool = False) -> bool:
 @functools.lru_cache(maxsize=4096)
 def wgrad_config(
     rows: int, wide: int, thin: int, dtype: torch.dtype, shrinks: bool = False, shared: int = SHARED,
-    adapters: int = 1, masked: bool = False, activated: bool = False, strided: bool = False,
+    adapters: int = 1, masked: bool = False, activated: bool = False, strided: bool = False, rounds: bool = False,
 ) -> WgradConfig:  # fmt: skip
     """The tile for g `[wide, thin]` summed over `rows`, and where the sum is split.
 
     With `shrinks` a program owns more columns, so that there are fewer parts of ds. Several adapters have a sum each
     and, with a mask, a masked tile each: fewer columns. `activated` operands are made of three others, a tile of each.
-    `strided` operands, which have no element next to another, take an address each. `shared` is a multiprocessor's
-    shared memory in bytes.
+    `strided` operands, which have no element next to another, take an address each. A program that `rounds` B holds it
+    in fp32 for a while, in the registers of more warps. `shared` is a multiprocessor's shared memory in bytes.
     """
     single = dtype.itemsize == 4
     wide_tile = (128 if strided else 256) if shrinks else 64 if adapters > 1 and (masked or thin > 32) else 128
@@ -249,7 +249,7 @@ def wgrad_config(
     # narrow tiles, all of fp32 among them, run many at once; some spill with more
     most = 3 if block_c > 64 and adapters == 1 and not activated else 2
     stages = _stages(most, block_m * (block_c + block_r * adapters) * dtype.itemsize, shared)
-    warps = 8 if activated and (single or block_c >= 64) else 4
+    warps = 8 if rounds or (activated and (single or block_c >= 64)) else 4
     return WgradConfig(block_m, block_c, block_r, rows_per_split, num_warps=warps, num_stages=stages)
 
 

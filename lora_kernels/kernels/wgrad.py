@@ -339,7 +339,7 @@ def _settle(
     strided = all(1 not in t.strides for t in made_of if t) or any(1 not in b.strides for b in bs if b)
     config = config or wgrad_config(
         rows, width, max(widths, default=1), dtype, bool(shrunk), _launch.shared_per_sm(device), len(widths),
-        any(masked), activation is not None, strided,
+        any(masked), activation is not None, strided, any(b.dtype != dtype for b in bs if b),
     )  # fmt: skip
     splits = triton.cdiv(rows, config.rows_per_split)
     blocks = triton.cdiv(width, config.block_c)
