@@ -204,7 +204,8 @@ def shrink_config(
     of_x, of_a = dtype.itemsize, max(dtype.itemsize, adapter_itemsize)
     if adapters > 1:
         wide = adapters > 2 and block_r * of_a >= 128  # their sums, and rows of A on their way to 16 bits
-        block_k = max(_TINY, block_k // (8 if dropout and (strided or wide) else 4 if dropout or wide else 2))
+        crowded = (dropout and strided) or (wide and (dropout or of_a > of_x))
+        block_k = max(_TINY, block_k // (8 if crowded else 4 if dropout or wide else 2))
     elif activated:
         block_m, block_k = min(block_m, 32) if dropout else block_m, max(_TINY, block_k // 2)
     k_per_split = _split(inner, block_k, _tiles(rows, rank, block_m, block_r))
@@ -235,7 +236,11 @@ def wgrad_config(
     in fp32 for a while, in the registers of more warps. `shared` is a multiprocessor's shared memory in bytes.
     """
     single = dtype.itemsize == 4
-    wide_tile = (128 if strided else 256) if shrinks else 64 if adapters > 1 and (masked or thin > 32) else 128
+    small = shared < SHARED
+    if shrinks:
+        wide_tile = 128 if strided or (rounds and shared <= _LEAST_SHARED) else 256
+    else:
+        wide_tile = 64 if adapters > 1 and (masked or adapters * _fit(thin, 64) > 64) else 128
     if activated:  # more columns, for fewer parts of ds, as far as three operands leave registers for them
         wide_tile = 128 if single or thin <= (32 if shared > _LEAST_SHARED else 16) else 32 if masked else 64
     # 64 columns of masked fp32 and more are rounded to TF32 by Triton 3.6 on sm_100, whatever precision it is told
@@ -243,13 +248,13 @@ def wgrad_config(
     block_r = _fit(thin, 64)
     # masks, made operands and the sums of many wide adapters leave registers for fewer rows
     few = single or activated or (adapters > 2 and masked)
-    fewest = single if activated else adapters > 2 and thin > 32 and not masked
+    fewest = single if activated else adapters > 2 and thin > (16 if masked and small else 32) and (small or not masked)
     block_m = _fit(rows, _TINY if fewest else 32 if few else 64)
     rows_per_split = _split(rows, block_m, _tiles(wide, thin, block_c, block_r))
     # narrow tiles, all of fp32 among them, run many at once; some spill with more
-    most = 3 if block_c > 64 and adapters == 1 and not activated else 2
+    most = 3 if block_c > 64 and adapters == 1 and not activated and (shrinks or not small) else 2
     stages = _stages(most, block_m * (block_c + block_r * adapters) * dtype.itemsize, shared)
-    warps = 8 if rounds or (activated and (single or block_c >= 64)) else 4
+    warps = 8 if (rounds and block_r > 16) or (activated and (single or block_c >= 64)) else 4
     return WgradConfig(block_m, block_c, block_r, rows_per_split, num_warps=warps, num_stages=stages)
 
 

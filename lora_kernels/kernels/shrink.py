@@ -105,10 +105,6 @@ def _shrink_kernel(
             tl.store(h_ptr + offs_m[:, None] * K + offs_k[None, :], x, mask=inside)
         sums = ()
         for i in tl.static_range(ROWS):
-            a = tl.load(
-                a_ptrs[i] + offs_k[:, None] * strides_ak[i] + offs_r[None, :] * strides_ar[i],
-                mask=mask_k[:, None] & (offs_r < Rs[i])[None, :], other=0.0,
-            ).to(x.dtype)  # fmt: skip
             kept = x
             if keep_ptrs[i] is not None:
                 offs_byte = k * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
@@ -117,6 +113,10 @@ def _shrink_kernel(
                 inside = mask_m[:, None] & (offs_byte < written_bytes)[None, :]
                 tl.store(keep_ptrs[i] + counter, bits.to(tl.uint8), mask=inside)
                 kept = tl.where(unpack_bits(bits), x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))
+            a = tl.load(
+                a_ptrs[i] + offs_k[:, None] * strides_ak[i] + offs_r[None, :] * strides_ar[i],
+                mask=mask_k[:, None] & (offs_r < Rs[i])[None, :], other=0.0,
+            ).to(x.dtype)  # fmt: skip
             sums = sums + (tl.dot(kept, a, accs[i], input_precision=PRECISION),)
         accs = sums
 
