@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-
-from lora_kernels.kernels import _descriptors  # noqa: E402
-from lora_kernels.kernels._descriptors import Describe  # noqa: E402
-from lora_kernels.kernels._launch import facts  # noqa: E402
+from lora_kernels.kernels import _descriptors
+from lora_kernels.kernels._descriptors import Describe
+from lora_kernels.kernels._launch import facts
 
 
 def test_a_kept_descriptor_is_of_the_address_and_holds_no_memory():

@@ -91,15 +91,16 @@ def layer(m, k, n, r, dtype, p=0.0, bias=False, strided=False, adapters=None):
 
 
 def block(m, k, widths, ranks, dtype, p=0.0, bias=False, adapters=None):
-    """Several projections of one x; rank 0 is no adapter."""
+    """Several projections of one x; rank 0 is no adapter. `adapters`: one dtype, or one for each."""
+    owns = adapters if isinstance(adapters, tuple) else (adapters or dtype,) * len(widths)
 
     def make(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype).requires_grad_()
 
     tensors = [
-        (make(n, k).detach(), make(r, k, dtype=adapters or dtype) if r else None,
-         make(n, r, dtype=adapters or dtype) if r else None, make(n).detach() if bias and i else None)
-        for i, (n, r) in enumerate(zip(widths, ranks, strict=True))
+        (make(n, k).detach(), make(r, k, dtype=own) if r else None, make(n, r, dtype=own) if r else None,
+         make(n).detach() if bias and i else None)
+        for i, (n, r, own) in enumerate(zip(widths, ranks, owns, strict=True))
     ]  # fmt: skip
     numbers = tuple((2.0, each, False) for each in (p if isinstance(p, tuple) else (p,) * len(widths)))
     ys = LoRAProjectionsFunction.apply(make(m, k), "triton", numbers, *(t for four in tensors for t in four))
@@ -167,6 +168,7 @@ def layers():
     block(33, 40, (48, 41), (3, 0), fp16, p=0.1)
     for ps in ((0.1, 0.0), (0.0, 0.1)):  # not the same kernels
         block(33, 40, (48, 48), (8, 8), fp16, ps)
+    block(33, 40, (48, 48), (8, 8), bf16, 0.1, adapters=(fp32, bf16))  # no pointer to choose is of two types
     with plan.forced("beta1"):  # the thin products alone
         layer(512, 256, 384, 16, bf16, bias=True)
         layer(512, 256, 384, 16, bf16, p=0.1)
