@@ -50,9 +50,10 @@ def forward(
     `noise` decides the mask; drawn here when there is none.
     """
     ops, flat = plan.contractions(backend), rows(x)
+    lora_B = _as(lora_B, x.dtype)  # copies come before the launches, which overlap
     s, keep = ops.shrink(flat, readable(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p, noise=noise)
     _, expand = plan.expander(backend, flat, weight.shape[0], lora_A.shape[0], masked=False, backward=False)
-    y = expand([(flat, weight), (s, _as(lora_B, x.dtype))], bias)
+    y = expand([(flat, weight), (s, lora_B)], bias)
     return y, s, keep  # no view of y: autograd lets nobody write to a view that a Function returns
 
 
@@ -90,6 +91,7 @@ def from_dy(
     dx = d_lora_B = how = expand = ds = None
     if need_x:
         how, expand = plan.expander(backend, dy, weight.shape[1], lora_B.shape[1], keep is not None, True)
+        lora_A = _as(lora_A, dy.dtype) if keep is None else lora_A  # before the launches, too
     if how == "joint":
         dx, ds = expand(dy, weight, lora_A, lora_B, alpha, keep)
     elif need_B and (need_x or need_ds):
@@ -97,7 +99,6 @@ def from_dy(
     elif need_x or need_ds:
         ds, _ = ops.shrink(dy, lora_B.t(), alpha)
     if need_x and how != "joint":
-        lora_A = _as(lora_A, dy.dtype) if keep is None else lora_A
         dx = expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
     if need_B and (how == "joint" or ds is None):
         d_lora_B = ops.wgrad(dy, s, dtype_B, into=into)

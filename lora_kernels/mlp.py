@@ -84,11 +84,12 @@ def forward(
     Returns:
         y; the outputs of `before`, `[M, hidden]`; s and the mask of each layer, None where there is none.
     """
+    lora_B = None if down.lora_B is None else down.lora_B.to(x.dtype)  # before the launches, which overlap
     outs, shrunk, keeps = projections.forward(x, before, backend, noise[0])
     rows_of_down = [] if down.lora_A is None else [(readable(down.lora_A, x.dtype), down.alpha, down.dropout_p)]
     gate, up = (*outs, None)[:2]
     h, s, keep = plan.contractions(backend).activate_shrink(gate, up, activation, rows_of_down, noise=noise[1])
-    sources = [(h, down.weight), *((one, down.lora_B.to(x.dtype)) for one in s)]
+    sources = [(h, down.weight), *((one, lora_B) for one in s)]
     rank = s[0].shape[1] if s else 0
     _, expand = plan.expander(backend, h, down.weight.shape[0], rank, masked=False, backward=False)
     return expand(sources, down.bias), outs, [*shrunk, *(s or [None])], [*keeps, *(keep or [None])]

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ __all__ = [
     "interpreting",
     "overridden",
     "rule",
+    "stacks",
 ]
 
 BACKENDS = ("auto", "triton", "torch")
@@ -216,6 +217,15 @@ def _several(device: torch.device, dtype: torch.dtype, product: Product, sources
         return Form("fused")
     gpu = strategy.limits(contractions("triton").capability(device), dtype, tf32)
     return Form(strategy.best_of_several(product, sources, gpu))
+
+
+def stacks(backend: str, dy: Tensor, adapters: Sequence[Tensor]) -> bool:
+    """Whether the thin products of several A `[r, K]` in one dx should be one; operators gain nothing by it."""
+    if backend == "torch" or not adapters:
+        return False
+    ranks, dtype = tuple(a.shape[0] for a in adapters), dy.dtype
+    copied = any(a.dtype != dtype for a in adapters)
+    return strategy.stacks(dy.shape[0], adapters[0].shape[1], ranks, dtype.itemsize, copied)
 
 
 def fuses(backend: str, x: Tensor, weight: Tensor, rank: int, masked: bool) -> bool:

@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["NAMES", "Limits", "Product", "allowed", "best", "best_of_several", "limits", "seconds"]
+__all__ = ["NAMES", "Limits", "Product", "allowed", "best", "best_of_several", "limits", "seconds", "stacks"]
 
 NAMES = ("fused", "beta1", "padded", "joint")
 _LAUNCH = 2e-6  # seconds between two launches: an assumption
 _ONE_READ_RANK = 32  # up to it ds and dB come from one read of dy in any case; a test holds it to the kernels' own rule
 _K_STEP = 64
+_STACKED = 1 << 24  # elements of a sum for which a K step takes as long as a small launch: 3 us on an H100
 
 
 class Limits(NamedTuple):
@@ -128,3 +129,15 @@ def best_of_several(q: Product, sources: int, gpu: Limits) -> str:
     more = sources - 1 - (not q.rank)  # without a thin product there is nothing to add the first to
     again = more * (2 * q.rows * q.cols * q.element / gpu.bandwidth + _LAUNCH)
     return "beta1" if seconds("beta1", q, gpu) + again < 0.99 * seconds("fused", q, gpu) else "fused"
+
+
+def stacks(rows: int, cols: int, ranks: tuple[int, ...], element: int, copied: bool) -> bool:
+    """Whether thin products `[rows, r]` x `[r, cols]` of one sum should be one product, of operands side by side.
+
+    Each is padded to whole K steps, so together they take fewer. The price is a launch that copies the right sides,
+    unless they are `copied` anyhow. Ranks that do not fill 16 bytes, of `element` each, would leave gaps.
+    """
+    if max(ranks, default=0) > _ONE_READ_RANK or any(r * element % 16 for r in ranks):
+        return False
+    saved = sum(-(-r // _K_STEP) for r in ranks) - -(-sum(ranks) // _K_STEP)
+    return saved > 0 and (copied or rows * cols * saved >= _STACKED)

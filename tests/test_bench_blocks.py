@@ -43,7 +43,7 @@ LLAMA = {
     ("block", "formula", "dropout", "mib", "launches"),
     [
         ("qkv", "peft", False, 3174, 38), ("qkv", "peft", True, 4134, 44), ("qkv", "unsloth", False, 2248, 30),
-        ("qkv", "lorafusion", True, 2126, 32), ("qkv", "ours", False, 646, 7), ("qkv", "frozen", False, 1056, 8),
+        ("qkv", "lorafusion", True, 2126, 32), ("qkv", "ours", False, 647, 8), ("qkv", "ours", True, 682, 7), ("qkv", "frozen", False, 1056, 8),
         ("qkv", "floor", True, 416, 2),
         ("mlp", "peft", False, 12970, 42), ("mlp", "peft", True, 14730, 48), ("mlp", "unsloth", False, 8813, 32),
         ("mlp", "lorafusion", True, 8024, 36), ("mlp", "ours", False, 4265, 9), ("mlp", "floor", False, 3168, 4),
@@ -58,10 +58,16 @@ def test_bytes_of_llama_8b_s_blocks(block, formula, dropout, mib, launches):
 @pytest.mark.parametrize("block", LLAMA)
 def test_dropout_costs_a_bit_an_element_each_of_three_times(block):
     b = LLAMA[block]()
-    plain, dropped = (_block_cost.COSTS["ours"](b, dropout).total for dropout in (False, True))
-    assert dropped - plain == 3 * sum(z.m * z.k // 8 for z in b.layers)
-    wide = _block_cost.COSTS["ours"](LLAMA[block](4), False)
-    assert wide.launches == 7 + 12 if block == "qkv" else 9 + 12  # a cast of each A and B, each way
+    plain, dropped = (_block_cost.COSTS["ours"](b, dropout) for dropout in (False, True))
+    of_A = 2 * sum(z.a for z in b.layers) if block == "qkv" else 0  # copied side by side without dropout
+    assert dropped.total - plain.total == 3 * sum(z.m * z.k // 8 for z in b.layers) - of_A
+
+
+@pytest.mark.parametrize("block", LLAMA)
+def test_fp32_adapters_cost_a_copy_of_each_B_and_without_dropout_of_each_A(block):
+    launches = {"qkv": 7, "mlp": 9}[block]
+    for dropout, copies in ((False, 6), (True, 3)):
+        assert _block_cost.COSTS["ours"](LLAMA[block](4), dropout).launches == launches + copies
 
 
 @pytest.mark.parametrize("r", [5, 16, 64])
@@ -70,8 +76,10 @@ def test_the_model_of_projections_agrees_with_the_kernels(r, p):
     widths = (2048, 512, 256)
     launches = _traffic.block(4096, 2048, widths, (r,) * 3, torch.bfloat16, p > 0, num_sms=132, tma=True)
     modelled = _block_cost.COSTS["ours"](_block_cost.projections(4096, 2048, widths, r), p > 0)
-    assert modelled.launches == len(launches)
-    assert modelled.total == pytest.approx(sum(moved.total for moved in launches), rel=1e-4)  # but seeds and counters
+    copies = [2 * 2 * 3 * r * 2048] if r == 16 and not p else []  # of all A side by side, by PyTorch
+    assert modelled.launches == len(launches) + len(copies)
+    moved = sum(copies) + sum(one.total for one in launches)
+    assert modelled.total == pytest.approx(moved, rel=1e-4)  # but seeds and counters
 
 
 def test_flops_are_those_of_the_layers():

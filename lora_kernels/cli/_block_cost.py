@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lora_kernels import strategy
 from lora_kernels.cli import _cost
 from lora_kernels.cli._cost import Cost, Size
 
@@ -95,22 +96,26 @@ def _ours(b: Block, dropout: bool) -> Cost:
     """
     z, down = b.inputs, b.down
     bits = sum(one.bits for one in z) if dropout else 0
-    casts = tuple(itertools.chain.from_iterable(_cost.casts(one) for one in b.layers))
-    low_rank = sum(one.s + one.a for one in z)
+    s_bytes, a_bytes, wide_a = sum(one.s for one in z), sum(one.a for one in z), sum(one.wide.a for one in z)
+    copies_of_B = tuple(itertools.chain.from_iterable(_cost.copy_of_B(one) for one in b.layers))
+    copies_of_A = tuple(itertools.chain.from_iterable(_cost.copy_of_A(one, dropout) for one in b.layers))
+    stacks = strategy.stacks(z[0].m, z[0].k, tuple(one.r for one in z), z[0].element, bool(copies_of_A))
+    if stacks and down is None and not dropout and not copies_of_A:
+        copies_of_A = (2 * a_bytes,)  # side by side, for one product in dx in place of several
     y = b.x + sum(one.w + one.y + one.s + one.b for one in z)
-    dx = b.x + sum(one.w + one.y for one in z) + low_rank + bits
-    d_a = b.x + sum(one.s + one.wide.a for one in z) + bits
-    s = b.x + low_rank + bits
+    dx = b.x + sum(one.w + one.y for one in z) + s_bytes + (wide_a if dropout else a_bytes) + bits
+    d_a = b.x + s_bytes + wide_a + bits
+    s = b.x + wide_a + s_bytes + bits
     if down is None:
         from_dys = tuple(itertools.chain.from_iterable(_cost.from_dy(one, one.wide.b) for one in z))
-        return Cost((*casts, s, y), (*casts, *from_dys, dx, d_a))
+        return Cost((*copies_of_B, s, y), (*copies_of_A, *from_dys, dx, d_a))
     h, down_bits = b.h, down.bits if dropout else 0
-    s_down = 3 * h + down.a + down.s + down_bits
-    dh = down.base + down.s + down.a + down_bits
-    through = 5 * h + down.s + down.wide.a + down_bits + sum(2 * one.s + one.b + one.wide.b for one in z)
+    s_down = 3 * h + down.wide.a + down.s + down_bits
+    dh = down.base + down.s + (down.wide.a if dropout else down.a) + down_bits
+    through = 5 * h + down.s + down.wide.a + down_bits + sum(2 * one.s + 2 * one.wide.b for one in z)
     return Cost(
-        (*casts, s, y, s_down, down.base + down.s + down.b),
-        (*casts, *_cost.from_dy(down, down.wide.b), dh, through, dx, d_a),
+        (*copies_of_B, s, y, s_down, down.base + down.s + down.b),
+        (*copies_of_A, *_cost.from_dy(down, down.wide.b), dh, through, dx, d_a),
     )
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 __all__ = [
-    "COSTS", "ONE_READ_RANK", "Cost", "Size", "casts", "floor", "flops", "from_dy", "lorafusion", "split_minimum",
-    "unsloth",
+    "COSTS", "ONE_READ_RANK", "Cost", "Size", "copy_of_A", "copy_of_B", "floor", "flops", "from_dy", "lorafusion",
+    "split_minimum", "unsloth",
 ]  # fmt: skip
 
 ONE_READ_RANK = 32  # up to it the kernels take ds and dB from one read of dy; a test holds it to their own rule
@@ -182,24 +182,29 @@ def _split(z: Size, dropout: bool) -> Cost:
     )
 
 
-def from_dy(z: Size, d_b: int) -> tuple[int, ...]:
-    """Ds and dB: one read of dy at small ranks, two at others."""
+def from_dy(z: Size, b: int) -> tuple[int, ...]:
+    """Ds and dB: one read of dy at small ranks, two at others; B and dB take `b` bytes."""
     one_read = z.r <= ONE_READ_RANK
-    return (z.y + z.b + z.s + z.s + d_b,) if one_read else (z.y + z.b + z.s, z.y + z.s + d_b)
+    return (z.y + b + z.s + z.s + b,) if one_read else (z.y + b + z.s, z.y + z.s + b)
 
 
-def casts(z: Size) -> tuple[int, ...]:
-    """A and B rounded to x's dtype, once a pass."""
-    return (z.wide.a + z.a, z.wide.b + z.b) if z.mixed else ()
+def copy_of_A(z: Size, dropout: bool) -> tuple[int, ...]:
+    """A rounded to x's dtype for dx; with dropout it is rounded as it is read, as everywhere else."""
+    return (z.wide.a + z.a,) if z.mixed and not dropout else ()
+
+
+def copy_of_B(z: Size) -> tuple[int, ...]:
+    """B rounded to x's dtype for y."""
+    return (z.wide.b + z.b,) if z.mixed else ()
 
 
 def _kernels(z: Size, dropout: bool) -> Cost:
     """This package's kernels as they are launched: shrink, expand; ds with dB from one read of dy, expand, wgrad."""
-    bits, d_a, d_b = z.bits if dropout else 0, z.wide.a, z.wide.b
-    expands = z.base + z.s + z.b, z.base + z.s + z.a + bits
+    bits, wide_a, wide_b = z.bits if dropout else 0, z.wide.a, z.wide.b
+    expands = z.base + z.s + z.b, z.base + z.s + (wide_a if dropout else z.a) + bits
     return Cost(
-        (*casts(z), z.x + z.a + z.s + bits, expands[0]),
-        (*casts(z), *from_dy(z, d_b), expands[1], z.s + z.x + d_a + bits),
+        (*copy_of_B(z), z.x + wide_a + z.s + bits, expands[0]),
+        (*copy_of_A(z, dropout), *from_dy(z, wide_b), expands[1], z.s + z.x + wide_a + bits),
         expands,
     )
 
@@ -208,11 +213,12 @@ def _operators(z: Size, dropout: bool) -> Cost:
     """This package's torch backend: the mask is kept, the dropped copy of x is made twice."""
     drop_x = (2 * z.x + z.mask,) if dropout else ()
     draw = (z.mask,) if dropout else ()
+    casts = (z.wide.a + z.a, z.wide.b + z.b) if z.mixed else ()  # once a pass
     into_dx = (z.s + z.a + z.x, 2 * z.x + z.mask, 3 * z.x) if dropout else (z.s + z.a + 2 * z.x,)
     return Cost(
-        (*casts(z), *draw, *drop_x, z.x + z.a + z.s, z.base, z.s + z.b + 2 * z.y),
+        (*casts, *draw, *drop_x, z.x + z.a + z.s, z.base, z.s + z.b + 2 * z.y),
         (
-            *casts(z), z.y + z.b + z.s, z.base, *into_dx, *drop_x,
+            *casts, z.y + z.b + z.s, z.base, *into_dx, *drop_x,
             z.s + z.x + z.wide.a, z.y + z.s + z.wide.b,
         ),
         (z.base, z.base),

@@ -4,6 +4,8 @@ At small ranks it is one launch of the wgrad kernel, whose tiles of dy serve bot
 parts of ds weigh as much as a second read of dy, and it is two launches.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,17 +14,33 @@ from lora_kernels.kernels._launch import thin_rows
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.kernels.wgrad import wgrad
 
-__all__ = ["shrink_wgrad"]
+__all__ = ["shrink_wgrad", "stack"]
 
 
 def shrink_wgrad(
-    dy: Tensor, s: Tensor, lora_B: Tensor, alpha: float, out_dtype: torch.dtype, into: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+    dy: Tensor, s: Tensor, lora_B: Tensor, alpha: float, out_dtype: torch.dtype, into: Tensor | None = None,
+    ds: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute ds = alpha · dy B, `[M, r]`, in the dtype of dy, and dB = dyᵀ s, `[out, r]`, in `out_dtype`.
 
-    With `into`, dB is added to that and None stands in its place.
+    With `into`, dB is added to that and None stands in its place. `ds`, of `stack`, is where ds goes.
     """
     if not shrink_wgrad_pays(s.shape[1]):
         return shrink(dy, lora_B.t(), alpha)[0], wgrad(dy, s, out_dtype, into=into)
-    ds = thin_rows(dy, s.shape[1])
+    ds = thin_rows(dy, s.shape[1]) if ds is None else ds
     return ds, wgrad(dy, s, out_dtype, into=into, shrink=(lora_B, ds, alpha))
+
+
+def stack(dy: Tensor, adapters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Make room for the ds of several adapters side by side, and copy their A so: for dx += ds A of all in one product.
+
+    Args:
+        dy: `[M, *]`.
+        adapters: A `[rᵢ, K]` of each, in dtypes of their own, of ranks that fill 16 bytes in that of dy.
+
+    Returns:
+        ds `[M, Σrᵢ]` in the dtype of dy; its columns `[M, rᵢ]`, for `shrink_wgrad` to fill; all A `[Σrᵢ, K]`.
+    """
+    ranks = [a.shape[0] for a in adapters]
+    ds, lora_A = dy.new_empty(dy.shape[0], sum(ranks)), dy.new_empty(sum(ranks), adapters[0].shape[1])
+    return ds, list(ds.split(ranks, 1)), torch.cat(adapters, out=lora_A)
