@@ -74,8 +74,8 @@ def test_only_where_ds_and_dB_come_together_and_nothing_is_dropped(device, monke
 
     monkeypatch.setattr(strategy, "_STACKED", 0)
     monkeypatch.setattr(kernels, "stack", stack)
+    taken, _ = draw(STACKED, torch.float32, device)
     with pytest.raises(AssertionError, match="should not"):
-        taken, _ = draw(STACKED, torch.float32, device)
         run(taken, lambda: taken.together("triton"))
     dropped, _ = draw((*STACKED[:2], (16, 16, 0.5)), torch.float32, device)
     run(dropped, lambda: dropped.together("triton"))

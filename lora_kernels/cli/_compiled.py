@@ -86,9 +86,8 @@ CASES = (  # every tile of every path, and every flag
     Case(*_SMALL, 16, "fp32", p=0.1, strided=True),
     # queries, keys and values; gate and up
     Case(*_LARGE, 16, others=_QKV), Case(*_LARGE, 16, bias=True, others=_QKV), Case(*_LARGE, 64, others=_QKV),
-    Case(*_LARGE, 64, p=0.1, others=_QKV),
-    Case(16, 4096, 4096, 16, p=0.1, others=_QKV), Case(*_SMALL, 16, "fp32", p=0.1, others=(256, 256)),
-    Case(*_SMALL, 16, p=0.1, strided=True, others=(256, 256)),
+    Case(*_LARGE, 64, p=0.1, others=_QKV), *(Case(16, 4096, 4096, 16, p=p, others=_QKV) for p in (0.0, 0.1)),
+    Case(*_SMALL, 16, "fp32", p=0.1, others=(256, 256)), Case(*_SMALL, 16, p=0.1, strided=True, others=(256, 256)),
     *(Case(8192, 4096, 14336, 16, p=p, others=(14336,)) for p in (0.0, 0.1)),
     Case(*_MLP, 64, activation="silu"),
     *(Case(*_MLP, 16, activation=activation) for activation in ("silu", "gelu", "gelu_tanh", "relu2")),
