@@ -24,13 +24,17 @@ def test_a_kept_descriptor_is_of_the_address_and_holds_no_memory():
 
 
 def test_kept_descriptors_are_bounded(monkeypatch):
-    """However many addresses an operand takes, only so many descriptors are kept."""
+    """However many addresses operands take, only so many descriptors are kept, of all operands together."""
     monkeypatch.setattr(_descriptors, "_MOST", 4)
+    monkeypatch.setattr(_descriptors, "_kept", 4)
     rows = torch.zeros(11, 16, 64, dtype=torch.bfloat16)
-    describe = Describe(facts(rows[0]), (16, 32), turned=False, keeps=True)
+    operands = [Describe(facts(rows[0]), (16, 32), turned=False, keeps=True) for _ in range(2)]
+    most = 0
     for t in rows:
-        assert describe(t).base.data_ptr() == t.data_ptr()
-        assert len(describe.known) <= 4
+        for describe in operands:
+            assert describe(t).base.data_ptr() == t.data_ptr()
+            most = max(most, sum(len(one.known) for one in operands))
+    assert most == 4
 
 
 def test_a_transpose_is_described_by_the_tensor_it_is_of():
@@ -40,6 +44,15 @@ def test_a_transpose_is_described_by_the_tensor_it_is_of():
     made = Describe(facts(q).t(), (32, 16), turned=True, keeps=True)(q)
     assert (made.shape, made.strides) == ([64, 16], [16, 1])
     assert made.base.data_ptr() == stored.data_ptr()
+
+
+def test_a_copy_lives_as_long_as_its_descriptor():
+    """Nobody else holds it: were it freed before the launch, the allocator would give its memory to the next one."""
+    odd = torch.ones(7, 5, dtype=torch.bfloat16)
+    describe = Describe(facts(odd), (16, 16), turned=False, keeps=True)
+    made = [describe(odd), describe(2 * odd)]
+    assert [one.base[0, 0].item() for one in made] == [1, 2]
+    assert not describe.known
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -74,9 +74,10 @@ def test_projections_of_real_shapes(form, widths, dtype, p):
         assert_accurate(*draw(case, dtype, "cuda", batch=(2048,), k=1032), "triton", split=form != "fused")
 
 
+@pytest.mark.parametrize("r", [16, 4])  # of rank 4 TMA cannot read the B, so each launch has copies of several
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_queries_keys_and_values_are_projections(dtype):
-    case = ((1024, 16, 0.1), (256, 16, 0.1), (256, 16, 0.1))
+def test_queries_keys_and_values_are_projections(dtype, r):
+    case = ((1024, r, 0.1), (256, r, 0.1), (256, r, 0.1))
     block, problems = draw(case, dtype, "cuda", batch=(2, 300), k=1024)
     results = []
     with plan.forced("fused"):
@@ -92,6 +93,7 @@ MLPS = {  # rows, in, hidden, out; ranks
     "a decoder's": dict(batch=(2048,), sizes=(1024, 3584, 1024), ranks=(16, 16, 16)),
     "odd sizes": dict(batch=(3, 259), sizes=(520, 1001, 336), ranks=(8, 24, 17)),
     "large ranks": dict(batch=(1000,), sizes=(512, 1536, 512), ranks=(64, 40, 128)),
+    "copies for TMA": dict(batch=(1000,), sizes=(512, 1536, 512), ranks=(4, 12, 4)),
     "decode": dict(batch=(3,), sizes=(1024, 2816, 1024), ranks=(16, 8, 16)),
 }
 

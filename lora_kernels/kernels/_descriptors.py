@@ -1,5 +1,6 @@
 """TMA descriptors of the operands of a settled launch, kept by address: Triton takes long to check new ones."""
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,9 @@ from lora_kernels.kernels._launch import Facts, thin_pitch, thin_rows
 
 __all__ = ["Describe", "keeps"]
 
-_MOST = 4096  # descriptors kept of an operand, whose address is new with every allocation
+_MOST = 8192  # descriptors kept in all: activations lie elsewhere with every allocation
+_operands: "weakref.WeakSet[Describe]" = weakref.WeakSet()
+_kept = 0
 
 
 class _Address(NamedTuple):
@@ -40,21 +43,31 @@ class Describe:
         strides = (thin_pitch(operand.shape[1], operand.dtype), 1) if self.copied else operand.strides
         self.layout = list(operand.shape), list(strides), list(block)
         self.known: dict[int, TensorDescriptor] = {}
+        _operands.add(self)
 
     def __call__(self, t: Tensor) -> TensorDescriptor:
         """Describe a tensor with the facts that were settled."""
         if self.copied:  # only thin operands ever have to be
             t = t.t() if self.turned else t
             t = thin_rows(t, t.shape[1]).copy_(t)
-        if not self.keeps:
+        if self.copied or not self.keeps:  # whoever launches holds a copy by this: nobody else does
             return TensorDescriptor(t, *self.layout)
         pointer = t.data_ptr()
         found = self.known.get(pointer)
         if found is None:
-            if len(self.known) >= _MOST:
-                self.known.clear()
+            _make_room()
             found = self.known[pointer] = TensorDescriptor(_Address(pointer, t.dtype), *self.layout)
         return found
+
+
+def _make_room() -> None:
+    """Count one more, and start anew where there are too many: launches of other shapes have operands of their own."""
+    global _kept
+    if _kept >= _MOST:
+        _kept = 0
+        for operand in list(_operands):
+            operand.known.clear()
+    _kept += 1
 
 
 def keeps(device: torch.device) -> bool:
