@@ -1,11 +1,11 @@
 """The dropout rule: the few numbers that the kernels and the reference must agree on.
 
 Dropout acts on the input of the low-rank path only. Element `(m, k)` of an `[M, K]` input belongs to
-byte `j = m * ceil(K / 8) + k // 8` of a packed mask and to bit `k % 8` of that byte. One call of
-Philox4x32-10 with the seed as key and `j` as counter gives four 32-bit words, that is eight 16-bit
-halves, low half first; half `k % 8` decides the element:
+byte `j = 4 * m * ceil(K / 32) + k // 8` of a packed mask and to bit `k % 8` of that byte: rows are whole
+words of 32 bits, lowest byte first. One call of Philox4x32-10 with the seed as key and `j` as counter gives
+four 32-bit words, that is eight 16-bit halves, low half first; half `k % 8` decides the element:
 
-    keep(m, k)  <=>  half >= threshold(p),      threshold(p) = round(p * 65536)
+    keep(m, k)  <=>  half >= threshold(p),      threshold(p) = round(p * 65536), at most 65535 below p = 1
 
 so one call decides eight elements and fills exactly one byte of the mask. Kept elements are scaled by
 `keep_scale(p) = 65536 / (65536 - threshold(p))`, the exact inverse of the probability of being kept, so the

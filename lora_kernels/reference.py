@@ -95,7 +95,7 @@ def philox4x32(seed: int, counter: Tensor, rounds: int = PHILOX_ROUNDS) -> list[
 def keep_mask(seed: Tensor | int, rows: int, cols: int, p: float) -> Tensor:
     """The kernels' dropout mask for an input of `[rows, cols]`: bool, True where the element is kept."""
     device = seed.device if isinstance(seed, Tensor) else "cpu"
-    row_bytes = -(-cols // 8)
+    row_bytes = 4 * -(-cols // 32)
     counter = torch.arange(rows * row_bytes, dtype=torch.int64, device=device)
     words = torch.stack(philox4x32(int(seed), counter), dim=-1)  # [bytes, 4]
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [bytes, 4, 2]: low half first

@@ -86,7 +86,7 @@ def test_an_element_may_be_off_by_its_sum_and_its_roundings(ulps, fused, ok):
 
 
 def test_a_packed_mask_unpacks_to_the_bool_one():
-    packed = torch.tensor([[0b10000001, 0b1]], dtype=torch.uint8)
+    packed = torch.tensor([[0b110000001]], dtype=torch.int32)
     assert _kernel_case.unpacked(packed, 10).tolist() == [[True, *[False] * 6, True, True, False]]
 
 

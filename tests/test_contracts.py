@@ -212,7 +212,7 @@ def test_nan_stays_in_its_row(backend, device):
 
 
 @pytest.mark.parametrize(
-    ("backend", "p", "extra"), [("torch", 0, 0), ("triton", 0, 0), ("torch", 0.5, 1), ("triton", 0.5, 1 / 8)]
+    ("backend", "p", "extra"), [("torch", 0, 0), ("triton", 0, 0), ("torch", 0.5, 1), ("triton", 0.5, 2 * 4 / 48)]
 )
 def test_saved_for_backward_is_s_and_the_mask(backend, p, extra, device):
     t = draw(device, batch=(64,), k=48, n=40, r=8)

@@ -142,7 +142,7 @@ def test_offsets_beyond_32_bits(spread):
         return near, virtual(rows, strides[0], cols, strides[1]).copy_(near)
 
     (x, far_x), (w, far_w), (a, far_a) = draw(5, 19), draw(4, 19), draw(3, 19)
-    keep = torch.full((5, 1), 0b0101, dtype=torch.uint8)
+    keep = torch.full((5, 1), 0b0101, dtype=torch.int32)
     assert torch.equal(shrink(far_x, far_a, 1.0)[0], x @ a.T)
     assert torch.equal(matmul_expand([(far_x, far_w), (far_x, far_w)]), 2 * x @ w.T)
     assert torch.equal(matmul_expand([(x, w), (far_x, far_w)], keep=keep), x @ w.T * torch.tensor([2, 1, 2, 1]))

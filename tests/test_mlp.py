@@ -214,7 +214,7 @@ def test_saved_for_backward(recompute, device):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         call(problem, "triton", recompute)
-    thin = [64 * 16 * 2, 64 * 8 * 2, 64 * 48 // 8, 64 * 80 // 8]  # s of gate and up, of down, masks of x and of h
+    thin = [64 * 16 * 2, 64 * 8 * 2, 64 * 2 * 4, 64 * 3 * 4]  # s of gate and up, of down, masks of x and of h
     wide = [] if recompute else [64 * 80 * 2] * 2
     assert sorted(saved.values()) == sorted([*thin, *wide])
 

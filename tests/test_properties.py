@@ -90,7 +90,7 @@ def test_matmul_expand_adds_what_it_is_given(rows, cols, inner, masked, biased, 
         sources.append((laid_out(p.to(DEVICE, dtype), p_layout), laid_out(q.to(DEVICE, dtype), q_layout)))
     bias = integers(generator, cols) if biased else None
     y = matmul_expand(
-        sources, None if bias is None else bias.to(DEVICE, dtype), packed(keep) if masked else None, tile, tma
+        sources, None if bias is None else bias.to(DEVICE, dtype), philox.packed(keep).to(DEVICE) if masked else None, tile, tma
     )  # fmt: skip
     assert torch.equal(y.cpu().long(), truth + (0 if bias is None else bias))
 
@@ -110,7 +110,7 @@ def test_shrink_and_its_mask_do_not_depend_on_the_tile(rows, k, r, x_layout, a_l
     torch.manual_seed(seed)
     s, bits = shrink(laid_out(x.float().to(DEVICE), x_layout), laid_out(a.float().to(DEVICE), a_layout), 4.0, p, tile)
     assert torch.equal(s.cpu().long(), 4 * (x * keep) @ a.T)
-    assert bits is None if p == 0 else torch.equal(bits.cpu(), packed(whole).cpu())
+    assert bits is None if p == 0 else torch.equal(bits.cpu(), philox.packed(whole))
 
 
 @examples
@@ -126,7 +126,7 @@ def test_wgrad_sums_all_rows_in_any_split(rows, wide, thin, l_layout, r_layout, 
     keep = torch.rand(right.shape, generator=generator) < 0.5
     g = wgrad(
         laid_out(left.float().to(DEVICE), l_layout), laid_out(right.float().to(DEVICE), r_layout), torch.float32,
-        packed(keep) if masked else None, config=tile,
+        philox.packed(keep).to(DEVICE) if masked else None, config=tile,
     )  # fmt: skip
     assert torch.equal(g.cpu().long(), left.T @ (right * keep if masked else right))
 
@@ -145,13 +145,6 @@ def test_floats_stay_within_rule_1(shape, dtype, p, scaling, bias, seed):
         assume(scale < 2000)  # s must fit float16
     findings = numerics.check(run_problem(problem, "triton", seed), problem)
     assert all(f.ok for f in findings), [f.message for f in findings if not f.ok]
-
-
-def packed(keep):
-    """Eight columns a byte, lowest bit first."""
-    padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -keep.shape[1] % 8))
-    weights = 2 ** torch.arange(8)
-    return (padded.view(keep.shape[0], -1, 8) * weights).sum(-1).to(torch.uint8).to(DEVICE)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "offset"])

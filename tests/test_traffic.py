@@ -99,7 +99,7 @@ def test_a_split_wgrad(rows_per_split, shrinks, log):
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_matmul_of_many_tiles(masked, tma, log):
     config = MatmulConfig(16, 32, 16, 2, 2, 4, 2)
-    keep = torch.full((50, 9), 255, dtype=torch.uint8) if masked else None
+    keep = torch.full((50, 3), -1, dtype=torch.int32) if masked else None
     sources = [(torch.ones(50, k), torch.ones(68, k)) for k in (36, 8)]
     matmul_expand(sources, torch.ones(68), keep, config=config, tma=tma)
     check(log, [_traffic.matmul_expand(50, 68, (36, 8), 4, config, 4, masked)])

@@ -213,9 +213,9 @@ class _SplitGraph(torch.autograd.Function):
 
 
 def _packed(keep: Tensor) -> Tensor:
-    """Pack a bool mask `[M, K]` into `[M, ceil(K/8)]` bytes, bit i of a byte for the i-th of its eight elements."""
-    words = F.pad(keep, (0, -keep.shape[1] % 8)).view(torch.int64)
-    return (_compiled_gather() if keep.is_cuda else _gather_bits)(words)
+    """Pack a bool mask `[M, K]` into `[M, ceil(K/32)]` words, bit i of a word for the i-th of its 32 elements."""
+    words = F.pad(keep, (0, -keep.shape[1] % 32)).view(torch.int64)
+    return (_compiled_gather() if keep.is_cuda else _gather_bits)(words).view(torch.int32)
 
 
 def _gather_bits(words: Tensor) -> Tensor:

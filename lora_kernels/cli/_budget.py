@@ -116,8 +116,11 @@ def _streams(kernel: "Kernel") -> Iterator[str]:
     large = rows * wide
     small = (rows if kernel.name == "wgrad" else wide) * thin
     narrowest = min(128, 16 * small // threads)
-    found = {width: count for width, count in loop.loads.items() if width < narrowest and width > 8}
+    words = 32 if kernel.name == "wgrad" and _masks(kernel) else 0  # what a mask comes in
+    found = {width: count for width, count in loop.loads.items() if width < narrowest and width != words}
     if found:
         yield f"loads {found} (bits: count) in the K loop, narrower than {narrowest} bits"
+    if loop.async_copies < sum(loop.loads.values()):  # which a step would have to wait for
+        yield f"loads by {sum(loop.loads.values())} instructions in the K loop and ahead of it by {loop.async_copies}"
     if loop.loads.get(128, 0) < 2 * large // 16 // threads:
         yield f"loads the wide tile in fewer than 128 bits a thread: {loop.loads}"

@@ -76,7 +76,7 @@ class Size:
     @property
     def bits(self) -> int:
         """A dropout mask of a bit an element."""
-        return self.m * -(-self.k // 8)
+        return self.m * 4 * -(-self.k // 32)
 
     @property
     def base(self) -> int:

@@ -150,9 +150,9 @@ def launches(problem: Problem, backend: str, seed: int = 2) -> dict[str, Launch]
 
 def unpacked(keep: Tensor, cols: int) -> Tensor:
     """A mask as bool `[M, cols]`, whichever backend drew it."""
-    if keep.shape[1] == cols:  # a byte an element, 0 or 1; or one element, in the lowest bit
-        return (keep & 1).bool()
-    bits = keep[..., None] >> torch.arange(8, dtype=torch.uint8, device=keep.device) & 1
+    if keep.dtype != torch.int32:  # a byte an element, 0 or 1
+        return keep.bool()
+    bits = keep[..., None] >> torch.arange(32, dtype=torch.int32, device=keep.device) & 1
     return bits.flatten(-2)[:, :cols].bool()
 
 

@@ -90,9 +90,10 @@ def wgrad(
     parts = splits * w * t * _PART if is_split else 0
     ds_parts = n_w * m * shrunk * _PART
     reset = (n_w * n_t if is_split else 0) * 4 + (splits * 4 if shrunk else 0)
-    mask = masks * m * _blocks(w, 8)
+    mask = masks * m * 4 * _words(w)
     touched = read + m * t * e + mask + w * shrunk * e
-    issued = n_t * (read + mask) + n_w * m * t * e + splits * w * shrunk * e
+    mask_issued = masks * m * 4 * _words(w, config.block_c, config.block_c)
+    issued = n_t * (read + mask_issued) + n_w * m * t * e + splits * w * shrunk * e
     made = max(made_of - 1, 0) * m * w * e
     return Moved("wgrad", touched, issued, w * t * e_g + made + m * shrunk * e + reset, parts + ds_parts)
 
@@ -112,12 +113,16 @@ def matmul_expand(
         masks: How many of the last products are masked.
     """
     n_m, n_n = _blocks(m, config.block_m), _blocks(n, config.block_n)
-    mask = masks * m * _blocks(n, 8)
+    mask = masks * m * 4 * _words(n)
     touched = sum((m + n) * k * e for k in inner) + n * bias + mask
     # a masked product takes its thin operand anew for every slice of the tile's columns
     rereads = [n_n] * (len(inner) - masks) + [n_n * config.subtiles] * masks
     issued = sum((reads * m + n_m * n) * k * e for reads, k in zip(rereads, inner, strict=True))
-    return Moved("matmul_expand", touched, issued + n_m * n * bias + mask, m * n * e)
+    # and its mask for each of its K steps
+    block_r = max(16, min(32, 1 << (max(inner[len(inner) - masks :], default=1) - 1).bit_length()))
+    steps = sum(_blocks(k, block_r) for k in inner[len(inner) - masks :])
+    issued += n_m * n * bias + steps * m * 4 * _words(n, config.block_n, config.block_n // config.subtiles)
+    return Moved("matmul_expand", touched, issued, m * n * e)
 
 
 def outputs(
@@ -223,6 +228,11 @@ def _from_dy(m: int, n: int, r: int, e: int, e_g: int, dtype: torch.dtype) -> li
 def _wgrad(m: int, features: int, r: int, e: int, e_g: int, dtype: torch.dtype, keep: bool) -> Moved:
     wide, thin = (features, r) if keep or features >= r else (r, features)
     return wgrad(m, wide, thin, e, e_g, _configs.wgrad_config(m, wide, thin, dtype), keep)
+
+
+def _words(cols: int, tile: int = 32, span: int = 32) -> int:
+    """Words of a row of a packed mask; in tiles read by spans of so many columns, one for each half word as well."""
+    return _blocks(cols, min(tile, 32)) * (min(tile, 32) // min(span, 32))
 
 
 def _blocks(size: int, block: int) -> int:

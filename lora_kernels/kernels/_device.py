@@ -9,7 +9,7 @@ import triton.language as tl
 
 from lora_kernels.dropout import PHILOX_ROUNDS
 
-__all__ = ["halves", "keep_bits", "last_to_arrive", "tile_position", "unpack_bits"]
+__all__ = ["halves", "keep_bits", "kept", "last_to_arrive", "load_kept", "tile_position", "unpack_bits"]
 
 _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 
@@ -40,7 +40,7 @@ def last_to_arrive(arrivals_ptr, expected):
 
 @triton.jit
 def keep_bits(seed, counter, threshold):
-    """Draw a byte of eight keep bits for each int64 counter; the rule is in `lora_kernels.dropout`.
+    """Draw a byte of eight keep bits for each int64 counter, by a threshold of 16 bits; see `lora_kernels.dropout`.
 
     Drawing costs a shrink as much as reading x, so instructions count: Philox is written out here with one wide
     product where Triton's own has two narrow ones, and two halves are compared at a time.
@@ -76,11 +76,30 @@ def _kept_halves(word, both):
 
 
 @triton.jit
-def unpack_bits(packed):
-    """Spread bytes [ROWS, COLS] (int32) to booleans [ROWS, 8 COLS], lowest bit first."""
-    shifts = tl.arange(0, 8)[None, None, :]
-    bits = (packed[:, :, None] >> shifts) & 1
-    return tl.reshape(bits, (packed.shape[0], packed.shape[1] * 8)) != 0
+def unpack_bits(packed, EACH: tl.constexpr):
+    """Spread the lowest EACH bits of integers [ROWS, COLS] to booleans [ROWS, EACH COLS], lowest first."""
+    chosen = 1 << tl.arange(0, EACH)
+    bits = packed[:, :, None] & chosen[None, None, :]
+    return tl.reshape(bits, (packed.shape[0], packed.shape[1] * EACH)) != 0
+
+
+@triton.jit
+def load_kept(keep_ptr, offs_m, M, first, cols, SPAN: tl.constexpr):
+    """Load the keep bits of SPAN columns from `first` on, as `kept` takes them: few enough to load well ahead.
+
+    They come in words of 32 bits, because Triton loads no byte ahead of the step of a loop that needs it.
+    """
+    row_words = tl.cdiv(cols, 32)
+    offs_word = first // 32 + tl.arange(0, SPAN // 32 if SPAN > 32 else 1)
+    mask = (offs_m < M)[:, None] & (offs_word < row_words)[None, :]
+    words = tl.load(keep_ptr + offs_m[:, None] * row_words + offs_word[None, :], mask=mask, other=0)
+    return words >> (first % 32).to(tl.int32) if SPAN < 32 else words
+
+
+@triton.jit
+def kept(words, SPAN: tl.constexpr):
+    """Whether each element of SPAN columns is kept, [ROWS, SPAN], by what `load_kept` gave."""
+    return unpack_bits(words, SPAN if SPAN < 32 else 32)
 
 
 @triton.jit

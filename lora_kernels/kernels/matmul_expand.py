@@ -5,7 +5,7 @@
     pᵢ     [M, Kᵢ]         any strides   bf16, fp16 or fp32
     qᵢ     [N, Kᵢ]         any strides   dtype of p; of a masked product also fp32, rounded to it as it is read
     bias   [N]             any stride    any of the dtypes, or none
-    keepⱼ  [M, ceil(N/8)]  bit-packed: masks a product before it is added
+    keepⱼ  [M, ceil(N/32)] bit-packed, int32: masks a product before it is added
     y      [M, N]          contiguous    dtype of p, rounded once
 
 The K loop walks a short list of sources; nothing is concatenated and no product but a masked one has an accumulator
@@ -47,7 +47,7 @@ from torch import Tensor
 from lora_kernels.kernels import _launch
 from lora_kernels.kernels._configs import MatmulConfig, descriptor_path, matmul_config
 from lora_kernels.kernels._descriptors import Describe, keeps
-from lora_kernels.kernels._device import halves, tile_position, unpack_bits
+from lora_kernels.kernels._device import halves, kept, load_kept, tile_position
 from lora_kernels.kernels._launch import Facts, Launch, facts, on_device, precision
 
 __all__ = ["matmul_expand", "matmul_expand_all"]
@@ -85,7 +85,12 @@ def _matmul_expand_kernel(
         firsts = firsts + (steps,)
         steps += tl.cdiv(Ks[i], BLOCK_K)
     firsts = firsts + (steps,)
+    masked_firsts, masked_steps = (), 0
+    for j in tl.static_range(NUM_MASKED):
+        masked_firsts = masked_firsts + (masked_steps,)
+        masked_steps += tl.cdiv(masked_Ks[j], BLOCK_R)
 
+    SLICE: tl.constexpr = BLOCK_N // SUBTILES
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=False):
         pid_m, pid_n = tile_position(tile, num_m, num_n, GROUP_M)
         y, N, begin, end = ys[0], Ns[0], 0, firsts[ENDS[0]]
@@ -109,6 +114,11 @@ def _matmul_expand_kernel(
         offs_m = tl.cast(m0, tl.int64) + tl.arange(0, BLOCK_M)
         offs_n = tl.cast(n0, tl.int64) + tl.arange(0, BLOCK_N)
 
+        if NUM_MASKED > 0:  # the first are on their way while the K loop runs
+            masked = _masked_tiles(
+                0, n0, M, N, offs_m, masked_ps, masked_qs, keep_ptrs, masked_Ks, masked_firsts,
+                strides_mpm, strides_mpk, strides_mqn, strides_mqk, NUM_MASKED, SLICE, BLOCK_R,
+            )  # fmt: skip
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if NUM_SOURCES > 0:  # none where a library adds the others
             # Triton 3.6 serialises wgmma over a trip count that might be 0
@@ -140,7 +150,6 @@ def _matmul_expand_kernel(
                 acc = tl.dot(p_tile, q_tile, acc, input_precision=PRECISION)
 
         # one column slice after the other: the masked product needs a second accumulator, and a whole one spills
-        SLICE: tl.constexpr = BLOCK_N // SUBTILES
         if SUBTILES == 1:
             slices = (acc,)
         elif SUBTILES == 2:
@@ -150,33 +159,20 @@ def _matmul_expand_kernel(
             slices = halves(left) + halves(right)
         for i in tl.static_range(SUBTILES):
             part = slices[i]
-            offs_n = tl.cast(n0 + i * SLICE, tl.int64) + tl.arange(0, SLICE)
             if NUM_MASKED > 0:
-                for j in range(NUM_MASKED):  # not unrolled: the operands of all at a time spill
-                    p, q, keep, K = masked_ps[0], masked_qs[0], keep_ptrs[0], masked_Ks[0]
-                    stride_pm, stride_pk = strides_mpm[0], strides_mpk[0]
-                    stride_qn, stride_qk = strides_mqn[0], strides_mqk[0]
-                    for o in tl.static_range(1, NUM_MASKED):
-                        there = j >= o
-                        if there:
-                            p = masked_ps[o]
-                            q = masked_qs[o]
-                            keep = keep_ptrs[o]
-                        K = tl.where(there, masked_Ks[o], K)
-                        stride_pm = tl.where(there, strides_mpm[o], stride_pm)
-                        stride_pk = tl.where(there, strides_mpk[o], stride_pk)
-                        stride_qn = tl.where(there, strides_mqn[o], stride_qn)
-                        stride_qk = tl.where(there, strides_mqk[o], stride_qk)
-                    product = tl.zeros((BLOCK_M, SLICE), tl.float32)
-                    for r in range(tl.maximum(tl.cdiv(K, BLOCK_R), 1)):
-                        offs_r = tl.cast(r, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-                        p_tile = _load(p, offs_m[:, None], M, stride_pm, offs_r[None, :], K, stride_pk)
-                        q_tile = _load(q, offs_r[:, None], K, stride_qk, offs_n[None, :], N, stride_qn)
-                        product = tl.dot(p_tile, q_tile.to(p_tile.dtype), product, input_precision=PRECISION)
-                    row_bytes = tl.cdiv(N, 8)
-                    offs_byte = tl.cast((n0 + i * SLICE) // 8, tl.int64) + tl.arange(0, SLICE // 8)
-                    packed = _load(keep, offs_m[:, None], M, row_bytes, offs_byte[None, :], row_bytes, 1)
-                    part += tl.where(unpack_bits(packed.to(tl.int32)), product, 0.0)
+                for step in tl.range(masked_steps, num_stages=1):  # pipelined here, and by shared memory not at all
+                    p_tile, q_tile, keep = masked
+                    ends = step + 1 == masked_steps
+                    after = n0 + tl.where(ends, i + 1, i) * SLICE
+                    more = after < n0 + BLOCK_N
+                    masked = _masked_tiles(
+                        tl.where(ends, 0, step + 1), after, tl.where(more, M, 0), N, offs_m,
+                        masked_ps, masked_qs, keep_ptrs, masked_Ks, masked_firsts,
+                        strides_mpm, strides_mpk, strides_mqn, strides_mqk, NUM_MASKED, SLICE, BLOCK_R,
+                    )  # fmt: skip
+                    product = tl.dot(p_tile, q_tile.to(p_tile.dtype), input_precision=PRECISION)
+                    part += tl.where(kept(keep, SLICE), product, 0.0)
+            offs_n = tl.cast(n0 + i * SLICE, tl.int64) + tl.arange(0, SLICE)
             if HAS_BIAS:
                 bias = tl.load(bias_ptr + offs_n, mask=offs_n < biased_N, other=0.0)
                 part += bias.to(tl.float32)[None, :]
@@ -185,6 +181,33 @@ def _matmul_expand_kernel(
             else:
                 y_ptrs = y + offs_m[:, None] * N + offs_n[None, :]
                 tl.store(y_ptrs, part.to(y.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit
+def _masked_tiles(
+    step, n0, M, N, offs_m, ps, qs, keep_ptrs, Ks, firsts, strides_pm, strides_pk, strides_qn, strides_qk,
+    NUM_MASKED: tl.constexpr, SLICE: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Load p, q and the words of the mask for a step of the masked products, of the columns from n0 on; 0 beyond."""
+    p, q, keep, first, K = ps[0], qs[0], keep_ptrs[0], 0, Ks[0]
+    stride_pm, stride_pk, stride_qn, stride_qk = strides_pm[0], strides_pk[0], strides_qn[0], strides_qk[0]
+    for j in tl.static_range(1, NUM_MASKED):
+        there = step >= firsts[j]
+        if there:
+            p = ps[j]
+            q = qs[j]
+            keep = keep_ptrs[j]
+        first = tl.where(there, firsts[j], first)
+        K = tl.where(there, Ks[j], K)
+        stride_pm = tl.where(there, strides_pm[j], stride_pm)
+        stride_pk = tl.where(there, strides_pk[j], stride_pk)
+        stride_qn = tl.where(there, strides_qn[j], stride_qn)
+        stride_qk = tl.where(there, strides_qk[j], stride_qk)
+    n0 = tl.cast(n0, tl.int64)
+    offs_n, offs_r = n0 + tl.arange(0, SLICE), tl.cast(step - first, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    p_tile = _load(p, offs_m[:, None], M, stride_pm, offs_r[None, :], K, stride_pk)
+    q_tile = _load(q, offs_r[:, None], K, stride_qk, offs_n[None, :], tl.where(M > 0, N, 0), stride_qn)
+    return p_tile, q_tile, load_kept(keep, offs_m, M, n0, N, SLICE)
 
 
 @triton.jit
@@ -203,7 +226,7 @@ def matmul_expand(
         sources: Pairs (p `[M, Kᵢ]`, q `[N, Kᵢ]`), the largest first; eight at most, and one more if `keep` masks it,
             which may be the only one.
         bias: `[N]` or None.
-        keep: Packed mask `[M, ceil(N/8)]` of the last product, or None.
+        keep: Packed mask `[M, ceil(N/32)]` of the last product, or None.
         config: Tile to use in place of the rule's, or its place among `matmul_configs`.
         tma: Force descriptors on or off; by default they are used where they can be.
     """
@@ -306,7 +329,8 @@ def _settle(
         config = matmul_config(
             rows, max(inner), sum(cols), dtype, tma, crowded, sms, precision == "tf32", place=config, strided=strided
         )
-    rank = max((p.shape[1] for p, _ in masked), default=0)
+    ranks = [p.shape[1] for p, _ in masked]
+    block_r = max(16, min(32, triton.next_power_of_2(max(ranks, default=0))))
     store_tma = tma and all(n * dtype.itemsize % 16 == 0 for n in cols)
     strides = [tuple(0 if tma else pair[side].strides[dim] for pair in sources) for side in (0, 1) for dim in (0, 1)]
     masked_strides = [tuple(pair[side].strides[dim] for pair in masked) or None for side in (0, 1) for dim in (0, 1)]
@@ -320,10 +344,10 @@ def _settle(
             *(stride or None for stride in strides), *masked_strides,
         ),
         dict(
-            NUM_OUTPUTS=len(cols), NUM_SOURCES=len(sources), NUM_MASKED=len(masked), ENDS=ends, USE_TMA=tma,
-            Q_ROWS_ARE_N=q_rows_are_n, STORE_TMA=store_tma, HAS_BIAS=any(biased), PDL=pdl,
+            NUM_OUTPUTS=len(cols), NUM_SOURCES=len(sources), NUM_MASKED=len(masked), ENDS=ends,
+            USE_TMA=tma, Q_ROWS_ARE_N=q_rows_are_n, STORE_TMA=store_tma, HAS_BIAS=any(biased), PDL=pdl,
             PRECISION=precision, SUBTILES=config.subtiles, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k, BLOCK_R=max(16, min(32, triton.next_power_of_2(rank))), GROUP_M=config.group_m,
+            BLOCK_K=config.block_k, BLOCK_R=block_r, GROUP_M=config.group_m,
         ),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(pdl)),
     )  # fmt: skip
@@ -331,8 +355,11 @@ def _settle(
     if not tma:
         return _Settled(launch, cols, absent, tma, [], [], [])
     m, n, k = config.block_m, config.block_n, config.block_k
-    kept, store_block = keeps(device), (m, n // config.subtiles)
-    ps = [Describe(p, (m, k), False, kept) for p, _ in sources]
-    qs = [Describe(q, (n, k), False, kept) if q_rows_are_n else Describe(q.t(), (k, n), True, kept) for _, q in sources]
-    ys = [Describe(Facts((rows, n), (n, 1), dtype, True), store_block, False, kept) for n in cols if store_tma]
+    lasting, store_block = keeps(device), (m, n // config.subtiles)
+    ps = [Describe(p, (m, k), False, lasting) for p, _ in sources]
+    qs = [
+        Describe(q, (n, k), False, lasting) if q_rows_are_n else Describe(q.t(), (k, n), True, lasting)
+        for _, q in sources
+    ]
+    ys = [Describe(Facts((rows, n), (n, 1), dtype, True), store_block, False, lasting) for n in cols if store_tma]
     return _Settled(launch, cols, absent, tma, ps, qs, ys)

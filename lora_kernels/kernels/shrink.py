@@ -5,7 +5,7 @@
     x      [M, K]          any strides   bf16, fp16 or fp32
     aᵢ     [Rᵢ, K]         any strides   dtype of x, or fp32: rounded to it as it is read
     sᵢ     [M, Rᵢ]         columns of one buffer, each on 16 bytes, dtype of x: rounded once, after alpha
-    keepᵢ  [M, ceil(K/8)]  bit-packed, written where there is dropout: the rule is in `lora_kernels.dropout`
+    keepᵢ  [M, ceil(K/32)]  bit-packed, int32, written where there is dropout: the rule is in `lora_kernels.dropout`
     alphaᵢ float           multiplies the fp32 accumulator; a run-time number
 
 One kernel, two call sites. Only the roles differ; strides carry the transpose.
@@ -73,8 +73,8 @@ def _shrink_kernel(
     offs_r = pid_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m = offs_m < M
     if HAS_DROPOUT:
-        row_bytes = tl.cdiv(K, 8)
-        written_bytes = tl.where(pid_r == 0, row_bytes, 0)  # by one program a row block
+        row_bytes = tl.cdiv(K, 32) * 4
+        written_bytes = tl.where(pid_r == 0, tl.cdiv(K, 8), 0)  # by one program a row block
 
     accs, seeds, drawn = (), (), 0
     for i in tl.static_range(ROWS):
@@ -111,8 +111,8 @@ def _shrink_kernel(
                 counter = offs_m[:, None] * row_bytes + offs_byte[None, :]
                 bits = keep_bits(seeds[i], counter, thresholds[i])
                 inside = mask_m[:, None] & (offs_byte < written_bytes)[None, :]
-                tl.store(keep_ptrs[i] + counter, bits.to(tl.uint8), mask=inside)
-                kept = tl.where(unpack_bits(bits), x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))
+                tl.store(keep_ptrs[i].to(tl.pointer_type(tl.uint8)) + counter, bits.to(tl.uint8), mask=inside)
+                kept = tl.where(unpack_bits(bits, 8), x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))
             a = tl.load(
                 a_ptrs[i] + offs_k[:, None] * strides_ak[i] + offs_r[None, :] * strides_ar[i],
                 mask=mask_k[:, None] & (offs_r < Rs[i])[None, :], other=0.0,
@@ -153,7 +153,7 @@ def draw_noise(x: Tensor, count: int = 1) -> Tensor:
 
 
 def outputs(x: Tensor, rank: int, dropout_p: float) -> tuple[Tensor, Tensor | None]:
-    """Allocate what `shrink` returns: s `[M, R]`, and with dropout the packed mask `[M, ceil(K/8)]`."""
+    """Allocate what `shrink` returns: s `[M, R]`, and with dropout the packed mask `[M, ceil(K/32)]`."""
     return thin_rows(x, rank), _mask(x) if dropout_p > 0 else None
 
 
@@ -161,7 +161,7 @@ def shrink(
     x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0, config: ShrinkConfig | None = None,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Compute s `[M, R]`; with `dropout_p` > 0 draw a seed and return the packed mask `[M, ceil(K/8)]` as well.
+    """Compute s `[M, R]`; with `dropout_p` > 0 draw a seed and return the packed mask `[M, ceil(K/32)]` as well.
 
     With `noise`, a seed from an earlier `draw_noise(x)`, nothing is drawn: a pure function.
     """
@@ -181,7 +181,7 @@ def shrink_all(
         noise: Seeds from an earlier `draw_noise(x, count)`, one for each row with dropout; drawn here without it.
 
     Returns:
-        Each s `[M, Rᵢ]`, side by side in one buffer, and each packed mask `[M, ceil(K/8)]`, None without dropout.
+        Each s `[M, Rᵢ]`, side by side in one buffer, and each packed mask `[M, ceil(K/32)]`, None without dropout.
     """
     return _launch_all(x, *zip(*rows, strict=True), config, noise)
 
@@ -228,7 +228,8 @@ def _launch_all(
 
 
 def _mask(x: Tensor) -> Tensor:
-    return torch.empty(x.shape[0], -(-x.shape[1] // 8), dtype=torch.uint8, device=x.device)
+    allocate = torch.zeros if x.shape[1] % 32 else torch.empty  # bits of no element are 0, and seldom there
+    return allocate(x.shape[0], -(-x.shape[1] // 32), dtype=torch.int32, device=x.device)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -237,6 +238,8 @@ def _settle(
     precision: str, activation: str | None, config: ShrinkConfig | None, imagined: object,
 ) -> tuple[Launch, tuple[int, ...], int, int, int]:  # fmt: skip
     """The launch, the ranks, how many masks, the size of the parts of split sums, and the blocks of s."""
+    if max(ps, default=0) >= 1:
+        raise ValueError(f"shrink: dropout_p must be below 1 but is {max(ps)}; nothing of x would be left to read.")
     (rows, inner), ranks, masks = x.shape, tuple(a.shape[0] for a in operands), sum(p > 0 for p in ps)
     widest, strided = max(ranks, default=1), any(1 not in t.strides for t in (x, up) if t is not None)
     config = config or shrink_config(

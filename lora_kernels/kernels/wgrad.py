@@ -5,7 +5,7 @@
 
     left   [M, C]          any strides   bf16, fp16 or fp32
     right  [M, D]          any strides   dtype of left
-    keep   [M, ceil(D/8)]  bit-packed, as `shrink` writes it, or none
+    keep   [M, ceil(D/32)]  bit-packed, int32, as `shrink` writes it, or none
     g      [C, D]          contiguous, in the dtype asked for, straight from the fp32 sums; or a gradient that is there
                            already, any strides, to which the sums are added
     b      [W, T]          any strides   dtype of left, or fp32: rounded to it as it is read; W and T are the widths of
@@ -51,7 +51,7 @@ from torch import Tensor
 from lora_kernels.kernels import _launch
 from lora_kernels.kernels._activation import activation_gradient
 from lora_kernels.kernels._configs import WgradConfig, wgrad_config
-from lora_kernels.kernels._device import last_to_arrive, unpack_bits
+from lora_kernels.kernels._device import kept, last_to_arrive, load_kept
 from lora_kernels.kernels._launch import Facts, Launch, arrivals, facts, on_device, precision
 
 __all__ = ["DGATE", "DUP", "Activation", "H", "Product", "Row", "Shrink", "launch", "wgrad", "wgrad_all"]
@@ -67,7 +67,7 @@ class Product(NamedTuple):
     Attributes:
         thin: `[M, T]`.
         g: `[W, T]`, any strides; written.
-        keep: Packed mask `[M, ceil(W/8)]` of the wide operand, or None.
+        keep: Packed mask `[M, ceil(W/32)]` of the wide operand, or None.
         shrink: b, ds and alpha, to compute ds = alpha · wide b as well; T at most a tile wide.
         accumulate: Whether to add to what `g` holds.
         wide: Which of the operands that an activation makes is the wide one.
@@ -121,10 +121,6 @@ def _wgrad_kernel(
     offs_w = block * BLOCK_W + tl.arange(0, BLOCK_W)
     offs_t = pid_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_w = offs_w < W
-    if HAS_KEEP:
-        row_bytes = tl.cdiv(W, 8)
-        offs_byte = block * (BLOCK_W // 8) + tl.arange(0, BLOCK_W // 8)
-        mask_byte = offs_byte < row_bytes
     if HAS_SHRINK:
         bs = ()
         for i in tl.static_range(ROWS):
@@ -169,14 +165,11 @@ def _wgrad_kernel(
                 thin_ptrs[i] + offs_m[:, None] * strides_tm[i] + offs_t[None, :] * strides_tt[i],
                 mask=mask_m[:, None] & (offs_t < Ts[i])[None, :], other=0.0,
             )  # fmt: skip
-            kept = wides[WIDE[i]]
+            right = wides[WIDE[i]]
             if keep_ptrs[i] is not None:
-                packed = tl.load(
-                    keep_ptrs[i] + offs_m[:, None] * row_bytes + offs_byte[None, :],
-                    mask=mask_m[:, None] & mask_byte[None, :], other=0,
-                ).to(tl.int32)  # fmt: skip
-                kept = tl.where(unpack_bits(packed), kept, tl.zeros((BLOCK_M, BLOCK_W), kept.dtype))
-            sums = sums + (tl.dot(tl.trans(kept), thin, accs[i], input_precision=PRECISION),)
+                words = load_kept(keep_ptrs[i], offs_m, M, block * BLOCK_W, W, BLOCK_W)
+                right = tl.where(kept(words, BLOCK_W), right, tl.zeros((BLOCK_M, BLOCK_W), right.dtype))
+            sums = sums + (tl.dot(tl.trans(right), thin, accs[i], input_precision=PRECISION),)
             if b_ptrs[i] is not None:
                 part = tl.dot(wides[WIDE[i]], bs[i], input_precision=PRECISION)
                 ds_parts = ds_parts_ptr + tl.cast(before, tl.int64) * M * (tiles // num_t)
@@ -253,7 +246,7 @@ def wgrad(
         left: `[M, C]`.
         right: `[M, D]`.
         out_dtype: Dtype of g.
-        keep: Packed mask `[M, ceil(D/8)]` of `right`, or None.
+        keep: Packed mask `[M, ceil(D/32)]` of `right`, or None.
         into: A tensor `[C, D]` to which g is added; then nothing is returned.
         ready: Whether the launch before this one is a `matmul_expand` and wrote neither `left`, `right` nor `keep`,
             so that they may be read while it still runs.
@@ -275,7 +268,7 @@ def wgrad_all(
     """Compute gᵢ = leftᵢᵀ (right · keepᵢ), `[Cᵢ, D]`, for several left operands, in one read of `right`.
 
     Args:
-        rows: For each its left `[M, Cᵢ]`, the dtype of g, and the packed mask `[M, ceil(D/8)]` of `right` or None.
+        rows: For each its left `[M, Cᵢ]`, the dtype of g, and the packed mask `[M, ceil(D/32)]` of `right` or None.
         right: `[M, D]`, the wide operand.
         ready: As in `wgrad`.
         config: Tile to use in place of the rule's.

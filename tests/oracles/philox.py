@@ -23,7 +23,7 @@ def philox4x32(key: tuple[int, int], counter: tuple[np.ndarray, ...], rounds: in
 
 def keep_mask(seed: int, rows: int, cols: int, p: float, first_byte: int = 0) -> torch.Tensor:
     """The mask of an `[rows, cols]` input: one counter a byte, eight 16-bit halves a counter, low half first."""
-    row_bytes = (cols + 7) // 8
+    row_bytes = (cols + 31) // 32 * 4
     j = np.arange(rows * row_bytes, dtype=np.uint64) + np.uint64(first_byte)
     zero = np.zeros_like(j)
     words = philox4x32((seed & 0xFFFFFFFF, seed >> 32), (j & np.uint64(0xFFFFFFFF), j >> np.uint64(32), zero, zero))
@@ -31,3 +31,15 @@ def keep_mask(seed: int, rows: int, cols: int, p: float, first_byte: int = 0) ->
     for i, word in enumerate(words):
         halves[:, 2 * i], halves[:, 2 * i + 1] = word & np.uint64(0xFFFF), word >> np.uint64(16)
     return torch.from_numpy((halves >= round(p * 65536)).reshape(rows, row_bytes * 8)[:, :cols].copy())
+
+
+def packed(keep: torch.Tensor) -> torch.Tensor:
+    """A mask `[rows, cols]` as the kernels store it: int32 words `[rows, ceil(cols / 32)]`, lowest bit first."""
+    padded = np.pad(keep.cpu().numpy(), ((0, 0), (0, -keep.shape[1] % 32)))
+    return torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view(np.int32)).to(keep.device)
+
+
+def unpacked(words: torch.Tensor, cols: int) -> torch.Tensor:
+    """The mask `[rows, cols]` of such words."""
+    bits = np.unpackbits(words.cpu().numpy().view(np.uint8), axis=1, bitorder="little")
+    return torch.from_numpy(bits[:, :cols].astype(bool)).to(words.device)

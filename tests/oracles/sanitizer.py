@@ -21,6 +21,7 @@ OUTPUTS = {
 }
 PARTS = {"parts_ptr", "g_parts_ptr", "ds_parts_ptr"}
 COUNTERS = "arrivals_ptr"
+MASKS = "keep_ptrs"
 
 
 class MemoryFault(AssertionError):
@@ -160,11 +161,16 @@ def _tensors(value: object) -> list[torch.Tensor]:
 
 def _logical(arguments: dict[str, object], names: Iterable[str]) -> np.ndarray:
     """The address of every element of these arguments, sorted."""
-    addresses = [_addresses(t) for name in names for t in _tensors(arguments.get(name))]
+    addresses = [_addresses(t, name, arguments) for name in names for t in _tensors(arguments.get(name))]
     return np.unique(np.concatenate(addresses)) if addresses else np.zeros(0, np.int64)
 
 
-def _addresses(t: torch.Tensor) -> np.ndarray:
+def _addresses(t: torch.Tensor, name: str = "", arguments: dict[str, object] | None = None) -> np.ndarray:
+    if (
+        name == MASKS and "K" in arguments
+    ):  # the shrink's: of words, written byte by byte, of which those of no element are not
+        rows = t.data_ptr() + np.arange(t.shape[0], dtype=np.int64) * t.stride(0) * t.element_size()
+        return np.add.outer(rows, np.arange(-(-arguments["K"] // 8))).reshape(-1)
     addresses = np.zeros(1, np.int64) + t.data_ptr()
     for size, stride in zip(t.shape, t.stride(), strict=True):
         addresses = np.add.outer(addresses, np.arange(size, dtype=np.int64) * stride * t.element_size()).reshape(-1)

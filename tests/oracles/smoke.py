@@ -162,7 +162,7 @@ def layouts():
     for strides in ((715_827_900, 1), (1, 226_050_911)):
         near = torch.randint(-2, 3, (4, 10), generator=torch.Generator().manual_seed(0)).float()
         far = virtual(4, strides[0], 10, strides[1]).copy_(near)
-        keep = torch.full((4, 1), 0b0110, dtype=torch.uint8)
+        keep = torch.full((4, 1), 0b0110, dtype=torch.int32)
         assert torch.equal(shrink(far, far, 1.0)[0], near @ near.T), "shrink far away"
         assert torch.equal(wgrad(far, far, torch.float32), near.T @ near), "wgrad far away"
         y = matmul_expand([(far, far), (near, near), (far, far)], keep=keep)
