@@ -68,7 +68,7 @@ MUTANTS = {
     "sources of the first output for all": (MATMUL, "begin = tl.where(pid_n >= before, firsts[ENDS[o - 1]], begin)", "begin = 0"),
     "columns of the first output for all": (MATMUL, "block_n = tl.where(pid_n >= before, pid_n - before, block_n)", "block_n = pid_n"),
     "bias of the first output for all": (MATMUL, "bias_ptr = bias_ptrs[o]", "bias_ptr = bias_ptrs[0]"),
-    "mask of the first product for all": (MATMUL, "keep = keep_ptrs[o]", "keep = keep_ptrs[0]"),
+    "mask of the first product for all": (MATMUL, "keep = keep_ptrs[j]", "keep = keep_ptrs[0]"),
     "mask of the first adapter for all": (SHRINK, "seed_ptr + drawn", "seed_ptr"),
     "alpha of the first adapter for all": (SHRINK, "tl.cast(alphas[i]", "tl.cast(alphas[0]"),
     "parts of s in one place": (SHRINK, "            before += Rs[i]\n        s = ", "        s = "),
@@ -81,7 +81,7 @@ MUTANTS = {
     "h stored by nobody for a split": (SHRINK, "tl.store(h_ptr + offs_m[:, None] * K + offs_k[None, :], x, mask=inside)", "tl.store(h_ptr + offs_m[:, None] * K + offs_k[None, :], x, mask=inside & (offs_k * 0 + split < 1)[None, :])"),
     "gate and up swapped": ("mlp.py", "activate_shrink(gate, up, activation, rows_of_down", "activate_shrink(up, gate, activation, rows_of_down"),
     "made again without s": ("mlp.py", "[q.s for q in layers[:-1]], backend)", "[None] * len(layers[:-1]), backend)"),
-    "masked twice in dA": (WGRAD, "kept = tl.where(unpack_bits(packed), kept, tl.zeros((BLOCK_M, BLOCK_W), kept.dtype))", "wide = tl.where(unpack_bits(packed), kept, tl.zeros((BLOCK_M, BLOCK_W), kept.dtype))\n                kept, wides = wide, (wide,)"),
+    "masked twice in dA": (WGRAD, "right = tl.where(kept(words, BLOCK_W), right, tl.zeros((BLOCK_M, BLOCK_W), right.dtype))", "right = tl.where(kept(words, BLOCK_W), right, tl.zeros((BLOCK_M, BLOCK_W), right.dtype))\n                wides = (right,)"),
     "gradients of A in the wrong order": ("projections.py", "for own, d_lora_A in zip(owners,", "for own, d_lora_A in zip(owners[::-1],"),
     "saved s overwritten": ("autograd.py", "    return dx, d_lora_A, d_lora_B\n", "    if need_B:\n        s.data.zero_()\n    return dx, d_lora_A, d_lora_B\n"),
 }  # fmt: skip

@@ -120,6 +120,10 @@ def kernels():
     for tma in (False, True):
         y = matmul_expand([(x, w), (s, b)], bias, config=MatmulConfig(16, 64, 16, 2, 4, 4, 2), tma=tma)
         assert torch.equal(y.double(), case.truth()["y"].double()), f"matmul_expand, tma={tma}"
+    keep = torch.rand(50, 72, generator=torch.Generator().manual_seed(0)) < 0.5
+    tile = MatmulConfig(16, 64, 16, 2, 4, 4, 2)
+    y = matmul_expand([(x, w), (s, b)], None, philox.packed(keep), config=tile)
+    assert torch.equal(y, x @ w.T + keep * (s @ b.T)), "a masked product in slices"
     y = hybrid.beta1([(x, w), (s, b)], bias)
     assert torch.equal(y.double(), case.truth()["y"].double()), "beta1"
     for k_per_split in (16, 32, 64):
