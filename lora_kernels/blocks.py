@@ -16,6 +16,7 @@ from lora_kernels.projections import Projection
 __all__ = ["lora_mlp", "lora_projections", "lora_qkv"]
 
 _AT_ONCE = 4  # projections of one launch
+_QKV = ("q", "k", "v")
 
 
 def lora_projections(
@@ -225,11 +226,17 @@ def _check_each(
         lora_A, lora_B = _no_adapter(q.weight) if q.lora_A is q.lora_B is None else (q.lora_A, q.lora_B)
         try:
             checks.check_call(x, q.weight, lora_A, lora_B, q.bias, q.scaling, q.dropout_p)
+            if not fits:
+                checks.check_dtypes(x, q.weight, lora_A, lora_B, q.bias, layer=layer, together=together)
         except (TypeError, ValueError) as error:
-            name = layer if isinstance(layer, str) else f"projection {layer}"
-            raise type(error)(str(error).replace("lora_linear:", f"{call}: {name}:", 1)) from None
-        if not fits:
-            checks.check_dtypes(x, q.weight, lora_A, lora_B, q.bias, call, layer, together)
+            raise type(error)(str(error).replace("lora_linear:", f"{call}: {_named(call, layer)}:", 1)) from None
+
+
+def _named(call: str, layer: str | int) -> str:
+    """What a message calls one projection of a call, whose arguments it names by their places in the lists."""
+    if isinstance(layer, str):
+        return layer
+    return _QKV[layer] if call == "lora_qkv" else f"projection {layer}"
 
 
 def _joined(

@@ -369,11 +369,11 @@ WRONG = {
     "up's dropout": (dict(up=GATE._replace(dropout_p=2.0)), ValueError, r"lora_mlp: up: dropout_p must be in \[0, 1\]"),
     "down's dtype": (
         dict(down=DOWN._replace(weight=T(4, 8).half())), TypeError,
-        r"^lora_mlp: x is float32 but down\.weight is float16\..*cast down\.weight: down\.weight\.to\(x\.dtype\)\.$",
+        r"^lora_mlp: down: x is float32 but down\.weight is float16\..*cast down\.weight: down\.weight\.to\(x\.dtype\)\.$",
     ),
     "x's dtype": (
         dict(x=T(5, 4).half()), TypeError,
-        r"^lora_mlp: x is float16 but gate\.weight is float32\..*cast x: x\.to\(gate\.weight\.dtype\)\.$",
+        r"^lora_mlp: gate: x is float16 but gate\.weight is float32\..*cast x: x\.to\(gate\.weight\.dtype\)\.$",
     ),
     "x": (dict(x=3), TypeError, "lora_mlp: gate: x must be a torch.Tensor"),
     "backend": (dict(backend="cuda"), ValueError, "lora_mlp: backend='cuda' is not one of"),

@@ -352,24 +352,24 @@ WRONG = {
         TypeError,
         r"adapters\[1\] must be \(lora_A, lora_B\)",
     ),
-    "no A": (dict(adapters=[None, (None, T(8, 2)), None]), TypeError, "projection 1: lora_A must be a torch.Tensor"),
-    "A transposed": (dict(adapters=[None, (T(4, 2), T(8, 2)), None]), ValueError, "projection 1: lora_A is"),
-    "another width": (dict(weights=[T(8, 4), T(8, 4), T(8, 5)]), ValueError, "projection 2: x has 4 features"),
+    "no A": (dict(adapters=[None, (None, T(8, 2)), None]), TypeError, "lora_qkv: k: lora_A must be a torch.Tensor"),
+    "A transposed": (dict(adapters=[None, (T(4, 2), T(8, 2)), None]), ValueError, "lora_qkv: k: lora_A is"),
+    "another width": (dict(weights=[T(8, 4), T(8, 4), T(8, 5)]), ValueError, "lora_qkv: v: x has 4 features"),
     "dtype": (
         dict(weights=[T(8, 4), T(8, 4).half(), "W"]), TypeError,
-        r"^lora_qkv: x is float32 but weights\[1\] is float16\..*cast weights\[1\]: weights\[1\]\.to\(x\.dtype\)\.$",
+        r"^lora_qkv: k: x is float32 but weights\[1\] is float16\..*cast weights\[1\]: weights\[1\]\.to\(x\.dtype\)\.$",
     ),
     "bias's dtype": (
-        dict(biases=[None, T(8).half(), None]), TypeError, r"lora_qkv: x is float32 but biases\[1\] is .*cast biases\[1\]:"
+        dict(biases=[None, T(8).half(), None]), TypeError, r"lora_qkv: k: x is float32 but biases\[1\] is .*cast biases\[1\]:"
     ),
     "x's dtype": (dict(x=T(5, 4).half()), TypeError, r"cast x: x\.to\(weights\[0\]\.dtype\)"),
     "A's dtype": (
         dict(adapters=[(T(2, 4).half(), T(8, 2)), None, None]), TypeError, r"x is float32 but adapters\[0\]\[0\] is float16"
     ),
-    "dropout": (dict(dropout_p=[0.0, 0.0, 1.5]), ValueError, r"projection 2: dropout_p must be in \[0, 1\]"),
-    "bias": (dict(biases=[None, T(3), None]), ValueError, "projection 1: bias has 3 elements"),
-    "no tensor": (dict(weights=[T(8, 4), "W", T(8, 4)]), TypeError, "projection 1: weight must be a torch.Tensor"),
-    "x": (dict(x=3), TypeError, "projection 0: x must be a torch.Tensor"),
+    "dropout": (dict(dropout_p=[0.0, 0.0, 1.5]), ValueError, r"lora_qkv: v: dropout_p must be in \[0, 1\]"),
+    "bias": (dict(biases=[None, T(3), None]), ValueError, "lora_qkv: k: bias has 3 elements"),
+    "no tensor": (dict(weights=[T(8, 4), "W", T(8, 4)]), TypeError, "lora_qkv: k: weight must be a torch.Tensor"),
+    "x": (dict(x=3), TypeError, "lora_qkv: q: x must be a torch.Tensor"),
     "backend": (dict(backend="cuda"), ValueError, "lora_qkv: backend='cuda' is not one of"),
     "rank": (
         dict(adapters=[None, (T(513, 4), T(8, 513)), None], backend="triton"),
@@ -386,3 +386,10 @@ def test_errors_name_the_projection(wrong):
     given = dict(x=T(5, 4), weights=[T(8, 4)] * 3, adapters=[pair] * 3) | changes
     with pytest.raises(error, match=message):
         lora_qkv(given.pop("x"), given.pop("weights"), given.pop("adapters"), **given)
+
+
+def test_a_projection_without_a_name_is_named_by_its_place():
+    with pytest.raises(ValueError, match=r"^lora_projections: projection 1: x has 4 features"):
+        lora_projections(T(5, 4), [T(8, 4), T(8, 5)], [None, None])
+    with pytest.raises(TypeError, match=r"^lora_projections: projection 1: x is float32 but weights\[1\] is float16"):
+        lora_projections(T(5, 4), [T(8, 4), T(8, 4).half()], [None, None])
