@@ -50,11 +50,10 @@ class _Block(nn.Module):
         for name, linear in zip(cls.names, linears, strict=True):
             if name in new:
                 check_base(linear, f"{cls.__name__}.from_linears: {name}")
-        for what, error in (("dtype", TypeError), ("device", ValueError)):
-            found = [str(getattr(linear.weight, what)).removeprefix("torch.") for linear in linears]
-            if len(set(found)) > 1:
-                each = ", ".join(f"{name} {value}" for name, value in zip(cls.names, found, strict=True))
-                raise error(f"{cls.__name__}.from_linears: the layers must have one {what}, got {each}.")
+        devices = [linear.weight.device for linear in linears]  # several dtypes are fine: autocast makes them one
+        if len(set(devices)) > 1:
+            each = ", ".join(f"{name} {device}" for name, device in zip(cls.names, devices, strict=True))
+            raise ValueError(f"{cls.__name__}.from_linears: the layers must have one device, got {each}.")
         return [name for name in new if name in targets]
 
     def _take(self, linears: Sequence[nn.Module], adapt: Sequence[str], **how: Any) -> None:
@@ -152,6 +151,8 @@ class LoRAQKV(_Block):
     ) -> "LoRAQKV":  # fmt: skip
         """Wrap existing layers: share their weights and biases, copy nothing, freeze all.
 
+        Layers of several dtypes take calls under `torch.autocast` alone.
+
         Args:
             q: The layer of the queries, an `nn.Linear`, or a `LoRALinear`, which is kept as it is.
             k: That of the keys.
@@ -164,7 +165,7 @@ class LoRAQKV(_Block):
             targets: Which of "q_proj", "k_proj" and "v_proj" get an adapter; the others are kept and frozen.
 
         Raises:
-            TypeError: A layer is neither exactly an `nn.Linear` nor a `LoRALinear`, or their dtypes differ.
+            TypeError: A layer is neither exactly an `nn.Linear` nor a `LoRALinear`.
             ValueError: One has hooks; the layers do not read the same x, or are on several devices; `targets` names
                 something else; a number is not one that `LoRALinear` takes.
         """
@@ -248,6 +249,8 @@ class LoRAMLP(_Block):
     ) -> "LoRAMLP":  # fmt: skip
         """Wrap existing layers: share their weights and biases, copy nothing, freeze all.
 
+        Layers of several dtypes take calls under `torch.autocast` alone.
+
         Args:
             gate: The layer before the activation, an `nn.Linear`, or a `LoRALinear`, which is kept as it is.
             up: The layer that it is multiplied with, likewise, of the same shape.
@@ -262,7 +265,7 @@ class LoRAMLP(_Block):
             recompute: Compute gate(x) and up(x) again in backward rather than keep them.
 
         Raises:
-            TypeError: A layer is neither exactly an `nn.Linear` nor a `LoRALinear`, or their dtypes differ.
+            TypeError: A layer is neither exactly an `nn.Linear` nor a `LoRALinear`.
             ValueError: One has hooks; the shapes do not fit together, or the devices; `activation` or `targets` name
                 something else; a number is not one that `LoRALinear` takes.
         """

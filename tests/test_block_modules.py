@@ -120,6 +120,28 @@ def test_from_linears_shares_freezes_and_starts_as_the_base(kind):
     torch.testing.assert_close(whole(block, x), one_by_one(block, x), rtol=0.02, atol=0.02)  # rounded less often
 
 
+MIXED = {
+    "qkv": r"lora_qkv: v: x is float32 but weights\[2\] is bfloat16\. Use torch\.autocast, or cast weights\[2\]",
+    "mlp": r"lora_mlp: down: x is float32 but down\.weight is bfloat16\. Use torch\.autocast, or cast down\.weight",
+}
+
+
+@kinds
+def test_layers_of_several_dtypes_are_for_autocast(kind, calls):
+    """Which makes one of them; a call without it says which layer is at fault, and what to do."""
+    base = linears(kind)
+    block = (LoRAQKV if kind == "qkv" else LoRAMLP).from_linears(*base[:2], base[2].bfloat16(), r=2)
+    assert [child.lora_A.dtype for child in block.children()] == [torch.float32] * 2 + [torch.bfloat16]
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = (outcome(block, run, x_of()) for run in (whole, one_by_one))
+    assert len(calls) == 1
+    for value, exact in zip(got, expected, strict=True):
+        assert value.dtype == exact.dtype
+        torch.testing.assert_close(value, exact, rtol=0.05, atol=0.05 * exact.abs().max().item())
+    with pytest.raises(TypeError, match=f"^{MIXED[kind]}"):
+        block(x_of())
+
+
 @kinds
 def test_state_dict_copies_and_merging(kind):
     block, x = make(kind, lora_dropout=0.5).eval(), x_of()
@@ -287,6 +309,6 @@ def test_nothing_is_changed_by_a_refusal():
     base = linears("qkv")
     with pytest.raises(TypeError, match=r"v_proj is a Bilinear, not exactly an nn\.Linear"):
         LoRAQKV.from_linears(base[0], base[1], nn.Bilinear(4, 4, 4))
-    with pytest.raises(TypeError, match="one dtype, got q_proj float32, k_proj float32, v_proj bfloat16"):
-        LoRAQKV.from_linears(*base[:2], LoRALinear(H, 8, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="one device, got q_proj cpu, k_proj cpu, v_proj meta"):
+        LoRAQKV.from_linears(*base[:2], LoRALinear(H, 8, device="meta"))
     assert all(q.requires_grad for layer in base for q in layer.parameters())
