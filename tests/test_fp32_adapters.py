@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from lora_kernels import lora_linear, plan
+from lora_kernels import Projection, lora_linear, lora_mlp, lora_qkv, plan
+from lora_kernels.functional import lora_add
+from lora_kernels.kernels import hybrid
 
 BACKENDS = ["triton", "torch"]
 HALF = [torch.bfloat16, torch.float16]
@@ -51,26 +53,88 @@ def test_masked_products_round_what_they_read(backend, dtype, mixed, device):
     same(ops.matmul_expand_all(sums, given), ops.matmul_expand_all(sums, rounded))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_a_call_copies_only_what_descriptors_read(p, device, monkeypatch):
-    """A in forward, B in backward, and A there as well with dropout, come to the kernels as they were given."""
-    ops, seen = plan.contractions("triton"), []
-    for name in ("shrink", "shrink_wgrad"):
-        call = getattr(ops, name)
-        place = 1 if name == "shrink" else 2
+WIDE, NARROW = torch.float32, torch.bfloat16
+THIN = {  # what a contraction reads of adapters
+    "shrink": lambda x, a, *_, **__: [a],
+    "shrink_all": lambda x, rows, **_: [a for a, *_ in rows],
+    "activate_shrink": lambda gate, up, activation, rows, **_: [a for a, *_ in rows],
+    "shrink_wgrad": lambda dy, s, b, *_: [b],
+    "activation_wgrad": lambda gate, up, dh, activation, after, *before: [one.lora_B for one in before],
+    "matmul_expand": lambda sources, *_, **__: [q for p, q in sources if R in q.shape],
+    "matmul_expand_all": lambda outputs, masked=(), *_, **__: (
+        [q for sources, _ in outputs for p, q in sources if R in q.shape] + [q for _, q, _ in masked]
+    ),
+}
+M, K, N, R = 20, 33, 17, 4
 
-        def spy(*args, call=call, place=place, **how):
-            seen.append(args[place].dtype)
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The dtypes that adapters have in each contraction, in order; contractions of one kind in a row count as one."""
+    ops, found = plan.contractions("triton"), []
+    for name, thin in THIN.items():
+        call = getattr(ops, name)
+
+        def spy(*args, name=name, thin=thin, call=call, **how):
+            one = (name, {t.dtype for t in thin(*args, **how)})
+            if found[-1:] != [one]:
+                found.append(one)
             return call(*args, **how)
 
         monkeypatch.setattr(ops, name, spy)
-    x = drawn(20, 33, dtype=torch.bfloat16, device=device).requires_grad_()
-    weight = drawn(17, 33, dtype=torch.bfloat16, device=device)
-    a, b = drawn(4, 33, device=device).requires_grad_(), drawn(17, 4, device=device).requires_grad_()
+    monkeypatch.setitem(hybrid._STRATEGIES, "fused", ops.matmul_expand)
     with plan.forced("fused"):
-        lora_linear(x, weight, a, b, dropout_p=p, backend="triton").sum().backward()
-    assert seen == [torch.float32, torch.float32]
-    assert a.grad.dtype == b.grad.dtype == torch.float32
+        yield found
+
+
+def layer(x, pair, weight, p):
+    return lora_linear(x, weight(N, K), *pair(N, K), dropout_p=p, backend="triton")
+
+
+def several(x, pair, weight, p):
+    widths = N, 9, 9
+    ys = lora_qkv(x, [weight(n, K) for n in widths], [pair(n, K) for n in widths], dropout_p=p, backend="triton")
+    return torch.cat(ys, 1)
+
+
+def mlp(x, pair, weight, p):
+    layers = [Projection(weight(*shape), *pair(*shape), dropout_p=p) for shape in ((N, K), (N, K), (9, N))]
+    return lora_mlp(x, *layers, backend="triton")
+
+
+def add(x, pair, weight, p):
+    return lora_add(x @ weight(N, K).t(), x, *pair(N, K), dropout_p=p, backend="triton")
+
+
+def contractions_of(call, into_dx):
+    """What a call should show: B is copied for y, and A for dx (`into_dx`) where no mask is in the way."""
+    wide, narrow = {WIDE}, {NARROW}
+    down = [("shrink_wgrad", wide), ("matmul_expand", into_dx)]
+    if call is layer:
+        return [("shrink", wide), ("matmul_expand", narrow), *down]
+    if call is add:  # y, and dx without a mask, are PyTorch's products
+        return [("shrink", wide), *down[: 1 + (into_dx == wide)]]
+    inward = [("shrink_all", wide), ("matmul_expand_all", narrow)]
+    dx = ("matmul_expand_all", into_dx)
+    if call is several:
+        return [*inward, ("shrink_wgrad", wide), dx]
+    return [*inward, ("activate_shrink", wide), ("matmul_expand", narrow), *down, ("activation_wgrad", wide), dx]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("call", [layer, several, mlp, add])
+def test_a_call_copies_only_what_descriptors_read(call, p, seen, device):
+    """A in forward, B in backward, and A there as well with dropout, come to the kernels as they were given."""
+    adapters = []
+
+    def pair(n, k):
+        adapters.extend(drawn(*shape, device=device).requires_grad_() for shape in ((R, k), (n, R)))
+        return adapters[-2:]
+
+    x = drawn(M, K, dtype=NARROW, device=device).requires_grad_()
+    call(x, pair, lambda n, k: drawn(n, k, dtype=NARROW, device=device), p).sum().backward()
+    assert seen == contractions_of(call, {WIDE if p else NARROW})
+    assert all(t.grad.dtype == WIDE for t in adapters)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
