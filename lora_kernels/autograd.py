@@ -124,9 +124,10 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in its parameter's dtype."""
+        into = tuple(map(gradient, ctx.accumulate))
         with autocast_off(dy):
             # the guard against a second differentiation takes as long as three small operators: only where one may come
-            return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+            return _backward_once(ctx, into, dy) if torch.is_grad_enabled() else _backward(ctx, into, dy)
 
 
 def save(
@@ -155,13 +156,15 @@ def autocast_off(dy: Tensor) -> contextlib.AbstractContextManager:
     return _NOTHING
 
 
-def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: FunctionCtx, into: tuple[Tensor | None, Tensor | None], dy: Tensor
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
     need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
     dy, x = rows(dy), None if x is None else rows(x)
     dx, d_lora_A, d_lora_B = backward(
         dy, x, weight, lora_A, lora_B, s, keep, ctx.alpha, ctx.backend, ctx.adapter_dtypes,
-        (need_x, need_A, need_B), tuple(gradient(adapter) for adapter in ctx.accumulate),
+        (need_x, need_A, need_B), into,
     )  # fmt: skip
     dweight = torch.mm(dy.t(), x) if need_weight else None
     dbias = dy.sum(0) if need_bias else None
@@ -174,9 +177,15 @@ _backward_once = once_differentiable(_backward)
 
 
 def gradient(adapter: Tensor | None) -> Tensor | None:
-    """The gradient to add to in place, where the engine would do no more than add: a plain one, and nobody listens."""
-    grad = None if adapter is None or not adapter.is_leaf else adapter.grad
+    """The gradient to add to in place, where the engine would do no more than that: a plain one, and nobody listens.
+
+    None in grad mode, where backward is differentiated and the engine adds out of place. `once_differentiable` hides
+    that mode from what it wraps: call this outside.
+    """
+    grad = None if adapter is None or not adapter.is_leaf or torch.is_grad_enabled() else adapter.grad
     if grad is None or grad.layout is not torch.strided:
+        return None
+    if torch._debug_has_internal_overlap(grad) == 1:  # elements in one place, which the engine refuses to write to
         return None
     if adapter._backward_hooks or getattr(adapter, "_post_accumulate_grad_hooks", None):
         return None

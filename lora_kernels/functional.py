@@ -37,7 +37,8 @@ def lora_linear(
             run it and PyTorch otherwise; the environment variable LORA_KERNELS_BACKEND overrides "auto".
         accumulate_grad: Let backward add the gradients of `lora_A` and `lora_B` to their `.grad` itself, where there is
             one and no hook listens: a launch and a pass less for each when gradients are accumulated. Only for
-            `y.backward()`: `torch.autograd.grad` would see none, and gradients would be added all the same.
+            `y.backward()`: `torch.autograd.grad` would see none, and gradients would be added all the same. Without
+            effect where the engine would not add in place, as with `create_graph=True`.
         dropout_shard: (i, n) where x is the i-th of n equal shards of the features: the generator is drawn from for all
             n, and the i-th gets its mask. Ranks that were seeded alike drop independent elements and stay alike.
 

@@ -253,11 +253,11 @@ class LoRAMLPFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in its tensor's dtype."""
+        into = projections.gradients(ctx.accumulate)
         with autocast_off(dy):
-            return _backward(ctx, dy)
+            return _backward(ctx, into, dy)
 
 
 def by_layer(flat: Sequence) -> list[Sequence]:
@@ -265,11 +265,14 @@ def by_layer(flat: Sequence) -> list[Sequence]:
     return [flat[i : i + _EACH] for i in range(0, len(flat), _EACH)]
 
 
-def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+@once_differentiable
+def _backward(
+    ctx: FunctionCtx, into: Sequence[tuple[Tensor | None, Tensor | None]], dy: Tensor
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     count, need_x = len(ctx.numbers), ctx.needs_input_grad[0]
     x, *saved = ctx.saved_tensors
     groups, outs = [saved[SAVED * i : SAVED * (i + 1)] for i in range(count)], saved[SAVED * count :]
-    numbers = [(*own, into) for own, into in zip(ctx.numbers, projections.gradients(ctx.accumulate), strict=True)]
+    numbers = [(*own, added) for own, added in zip(ctx.numbers, into, strict=True)]
     dx, grads = differentiate(
         rows(dy), None if x is None else rows(x), groups, outs, numbers, need_x, ctx.activation, ctx.backend
     )

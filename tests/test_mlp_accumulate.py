@@ -57,6 +57,24 @@ def test_adds_without_what_comes_before(backend, device):
         torch.testing.assert_close(found[name], gradient)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True:UserWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_graph_of_backward_gets_gradients_of_its_own(backend, device):
+    """With create_graph=True the engine adds out of place, and what stood in .grad stays as it was."""
+    problem, leaves = leaves_of(draw(device=device))
+    layers = problem.gate, problem.up, problem.down
+    y = lora_mlp(problem.x, *layers, activation=problem.activation, backend=backend, accumulate_grad=True)
+    expected = torch.autograd.grad(y, list(leaves.values()), problem.dy, retain_graph=True, create_graph=True)
+    for leaf in leaves.values():
+        leaf.grad = torch.ones_like(leaf)
+    first = [leaf.grad for leaf in leaves.values()]
+    y.backward(problem.dy, create_graph=True)
+    for leaf, gradient, before in zip(leaves.values(), expected, first, strict=True):
+        assert torch.equal(before, torch.ones_like(leaf))
+        torch.testing.assert_close(leaf.grad, gradient + 1)
+        leaf.grad = None  # holds the graph, which holds the leaf
+
+
 def test_small_calls_on_a_cpu_add_as_well():
     """Composed of operators, whose Functions add."""
     problem = draw()

@@ -209,3 +209,28 @@ class TestAccumulateGrad:
         expected = (b.sum(0)[:, None] * x.sum(0)).detach() * (3 if kind == "hook" else 1) + 1
         torch.testing.assert_close(a.grad, expected, rtol=1e-4, atol=1e-3)
         assert len(seen) == ("hook" in kind)
+
+    @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True:UserWarning")
+    @pytest.mark.parametrize("backend", ["triton", "torch"])
+    def test_adds_out_of_place_where_the_engine_does(self, backend, device):
+        """With create_graph=True, whose gradients may be differentiated again: what stood in .grad stays as it was."""
+        x, w = torch.randn(8, 16, device=device), torch.randn(24, 16, device=device)
+        a, b = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((4, 16), (24, 4)))
+        y = lora_linear(x, w, a, b, backend=backend, accumulate_grad=True).sum()
+        expected = torch.autograd.grad(y, (a, b), create_graph=True)
+        a.grad, b.grad = first = torch.ones_like(a), torch.ones_like(b)
+        y.backward(create_graph=True)
+        for t, gradient, before in zip((a, b), expected, first, strict=True):
+            assert torch.equal(before, torch.ones_like(t))
+            torch.testing.assert_close(t.grad, gradient + 1)
+            t.grad = None  # holds the graph, which holds t
+
+    @pytest.mark.parametrize("backend", ["triton", "torch"])
+    def test_a_gradient_that_overlaps_itself_is_refused_by_the_engine(self, backend, device):
+        x, w = torch.randn(8, 16, device=device), torch.randn(24, 16, device=device)
+        a, b = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((4, 16), (24, 4)))
+        a.grad = torch.zeros(1, 1, device=device).expand_as(a)
+        y = lora_linear(x, w, a, b, backend=backend, accumulate_grad=True)
+        with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
+            y.sum().backward()
+        assert not a.grad.any()
