@@ -7,6 +7,7 @@ Computed in fp32 at least and rounded once each. The kernels have their own, `lo
 Sources: Shazeer 2020, arXiv:2002.05202 (SwiGLU, GEGLU); So et al. 2021, arXiv:2109.08668 (squared ReLU).
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -59,16 +60,19 @@ _ACTIVATIONS = {
 ACTIVATIONS = tuple(_ACTIVATIONS)
 _OTHER_NAMES = {  # transformers' names and classes, in lower case
     "swish": "silu", "gelu_python": "gelu", "geluactivation": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelutanh": "gelu_tanh", "newgeluactivation": "gelu_tanh",
-    "fastgeluactivation": "gelu_tanh", "relusquaredactivation": "relu2",
+    "gelu_python_tanh": "gelu_tanh", "gelutanh": "gelu_tanh", "gelu_new": "gelu_tanh", "newgeluactivation": "gelu_tanh",
+    "gelu_fast": "gelu_tanh", "fastgeluactivation": "gelu_tanh", "gelu_accurate": "gelu_tanh",
+    "accurategeluactivation": "gelu_tanh", "relusquaredactivation": "relu2",
 }  # fmt: skip
 
 
 def meant(activation: object) -> str:
     """The one of `ACTIVATIONS` that another name, a function or a module stands for; "" where there is no telling."""
+    approximate = getattr(activation, "approximate", "none")  # of nn.GELU
+    if isinstance(activation, functools.partial):  # of F.gelu
+        activation, approximate = activation.func, activation.keywords.get("approximate", "none")
     name = activation if isinstance(activation, str) else getattr(activation, "__name__", type(activation).__name__)
-    if getattr(activation, "approximate", "none") == "tanh":  # nn.GELU(approximate="tanh")
-        name = "gelu_tanh"
+    name = "gelu_tanh" if approximate == "tanh" else name
     name = _OTHER_NAMES.get(name.lower(), name.lower())
     return name if name in ACTIVATIONS else ""
 

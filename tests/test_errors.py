@@ -1,5 +1,6 @@
 """Bad input: the fault's own words, before anything is computed or launched."""
 
+import functools
 import logging
 
 import pytest
@@ -196,10 +197,13 @@ def test_the_environment_overrides_auto(fresh_plan, monkeypatch):
         ("SiLU", 'Use "silu"'),
         ("gelu_pytorch_tanh", 'Use "gelu_tanh"'),
         ("gelu_new", 'Use "gelu_tanh"'),
+        ("gelu_accurate", 'Use "gelu_tanh"'),
         ("relu", "relu2\\.$"),  # which is not its square
         (torch.nn.SiLU(), 'activation must be a string, one of: silu, .*; got SiLU\\. Use "silu"\\.$'),
         (torch.nn.GELU(approximate="tanh"), 'got GELU. Use "gelu_tanh"'),
         (torch.nn.functional.silu, 'got function. Use "silu"'),
+        (functools.partial(torch.nn.functional.gelu, approximate="tanh"), 'got partial. Use "gelu_tanh"'),
+        (functools.partial(torch.nn.functional.gelu), 'got partial. Use "gelu"'),
         (None, "got NoneType\\.$"),
     ],
 )
