@@ -112,7 +112,7 @@ def check_add(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
     if lora_B.shape != (base.shape[-1], lora_A.shape[0]):
         raise ValueError(
             f"lora_add: lora_B is {_shape(lora_B)} but must be ({base.shape[-1]}, {lora_A.shape[0]}): "
-            "out_features x rank."
+            "out_features x rank." + _swapped(lora_A, lora_B, x.shape[-1], base.shape[-1])
         )
     _check_numbers(scaling, dropout_p, "lora_add")
 

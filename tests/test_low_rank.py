@@ -175,6 +175,11 @@ FAULTS = {
         ValueError,
         r"lora_A and lora_B seem to be swapped",
     ),
+    "swapped, of rank in_features": (
+        dict(lora_A=torch.zeros(19, 33), lora_B=torch.zeros(33, 33)),
+        ValueError,
+        r"lora_B is \(33, 33\) but must be \(19, 19\): out_features x rank\. lora_A and lora_B seem to be swapped",
+    ),
     "lora_B": (dict(lora_B=torch.zeros(5, 19)), ValueError, r"lora_B is \(5, 19\) but must be \(19, 5\): out_features"),
     "device": (dict(lora_B=torch.zeros(19, 5, device="meta")), ValueError, r"x is on cpu, lora_B on meta"),
     "kind": (dict(base=[1.0]), TypeError, r"base must be a torch\.Tensor, got list"),
