@@ -287,6 +287,7 @@ class LoRAMLP(_Block):
         """Compute y from x."""
         entries = self._together()
         if entries is None:
+            check_activation("LoRAMLP", self.activation)
             return self.down_proj(activated(self.gate_proj(x), self.up_proj(x), self.activation))
         added = [getattr(child, "accumulate_grad", False) for child in self._children()]
         return lora_mlp(x, *entries, activation=self.activation, recompute=self.recompute, accumulate_grad=added)

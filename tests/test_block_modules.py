@@ -228,6 +228,17 @@ def test_a_child_that_is_listened_to_is_called(kind, listen, calls):
     assert not calls
 
 
+@pytest.mark.parametrize("listened", [True, False])
+def test_an_activation_that_was_set_is_checked_at_the_call(listened):
+    block, heard = make("mlp"), []
+    if listened:
+        pre(block.gate_proj, heard)
+    block.activation = "swish"
+    with pytest.raises(ValueError, match=r"activation='swish' is not one of: silu, .*Use \"silu\""):
+        block(x_of())
+    assert not heard
+
+
 @kinds
 def test_it_compiles_to_one_graph(kind, monkeypatch):
     # the tests' own, which poisons memory, is nothing that a compiler could trace
