@@ -127,6 +127,7 @@ class LoRAQKV(_Block):
     Shapes: x `[*, hidden_size]`; q `[*, q_features]`, k and v `[*, kv_features]`.
 
     Raises:
+        TypeError: As `LoRALinear`.
         ValueError: As `LoRALinear`; `targets` names none of the children, or something else.
     """
 
@@ -165,9 +166,9 @@ class LoRAQKV(_Block):
             targets: Which of "q_proj", "k_proj" and "v_proj" get an adapter; the others are kept and frozen.
 
         Raises:
-            TypeError: A layer is neither exactly an `nn.Linear` nor a `LoRALinear`.
+            TypeError: A layer is neither exactly an `nn.Linear` nor a `LoRALinear`; a number, as `LoRALinear`.
             ValueError: One has hooks; the layers do not read the same x, or are on several devices; `targets` names
-                something else; a number is not one that `LoRALinear` takes.
+                something else; a number, as `LoRALinear`.
         """
         adapt = cls._checked((q, k, v), targets, r, lora_alpha, lora_dropout)
         if not q.in_features == k.in_features == v.in_features:
@@ -220,7 +221,7 @@ class LoRAMLP(_Block):
     Shapes: x and y `[*, hidden_size]`.
 
     Raises:
-        TypeError: `activation` is not a string.
+        TypeError: As `LoRALinear`; `activation` is not a string.
         ValueError: As `LoRALinear`; `activation` is none of these; `targets` names none of the children, or something
             else.
     """
@@ -265,9 +266,10 @@ class LoRAMLP(_Block):
             recompute: Compute gate(x) and up(x) again in backward rather than keep them.
 
         Raises:
-            TypeError: A layer is neither exactly an `nn.Linear` nor a `LoRALinear`.
+            TypeError: A layer is neither exactly an `nn.Linear` nor a `LoRALinear`; `activation` is not a string; a
+                number, as `LoRALinear`.
             ValueError: One has hooks; the shapes do not fit together, or the devices; `activation` or `targets` name
-                something else; a number is not one that `LoRALinear` takes.
+                something else; a number, as `LoRALinear`.
         """
         adapt = cls._checked((gate, up, down), targets, r, lora_alpha, lora_dropout)
         if gate.in_features != up.in_features or not gate.out_features == up.out_features == down.in_features:

@@ -16,7 +16,7 @@ from lora_kernels.activations import ACTIVATIONS, meant
 
 __all__ = [
     "check_activation", "check_add", "check_backend", "check_call", "check_counts", "check_dtypes", "check_mlp",
-    "check_shard", "check_sharded", "check_transforms", "is_sharded",
+    "check_number", "check_shard", "check_sharded", "check_transforms", "is_sharded",
 ]  # fmt: skip
 
 _SUPPORTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -266,6 +266,17 @@ def check_mlp(layers: dict[str, object], activation: str) -> None:
             )
 
 
+def check_number(call: str, name: str, number: object) -> None:
+    """Check that an argument is a number.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if type(number) is not float and not isinstance(number, _NUMBERS):
+        hint = "" if number is None else f" Use float({name})."
+        raise TypeError(f"{call}: {name} must be a number, got {type(number).__name__} {number!r}.{hint}")
+
+
 def check_transforms(backend: str) -> None:
     """Refuse `torch.func` transforms and forward-mode AD unless the call asked for plain PyTorch.
 
@@ -279,11 +290,8 @@ def check_transforms(backend: str) -> None:
 
 
 def _check_numbers(scaling: float, dropout_p: float, call: str) -> None:
-    for name, number in (("scaling", scaling), ("dropout_p", dropout_p)):
-        if type(number) is not float and not isinstance(number, _NUMBERS):
-            raise TypeError(
-                f"{call}: {name} must be a number, got {type(number).__name__} {number!r}. Use float({name})."
-            )
+    check_number(call, "scaling", scaling)
+    check_number(call, "dropout_p", dropout_p)
     if not (0.0 <= dropout_p <= 1.0):
         raise ValueError(f"{call}: dropout_p must be in [0, 1], got {dropout_p}. (1 drops the whole low-rank term.)")
     if not -math.inf < scaling < math.inf:  # not isfinite, which a compiler cannot trace with a symbol

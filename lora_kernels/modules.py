@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_kernels.checks import check_number
 from lora_kernels.functional import lora_linear
 
 __all__ = ["LoRALinear", "check_base", "check_numbers", "listened_to"]
@@ -43,7 +44,8 @@ class LoRALinear(nn.Module):
     A merged layer's state dict is a plain linear layer's (`weight`, `bias`).
 
     Raises:
-        ValueError: r < 1, or `lora_dropout` outside [0, 1].
+        TypeError: r is not an int; `lora_alpha` or `lora_dropout` is not a number.
+        ValueError: r < 1, `lora_alpha` is not finite, or `lora_dropout` outside [0, 1].
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class LoRALinear(nn.Module):
             dtype: Dtype of the adapters; the base's if None. float32 over a 16-bit base is PEFT's default.
 
         Raises:
-            TypeError: `linear` is not exactly an `nn.Linear` (a subclass may compute something else).
-            ValueError: `linear` has hooks, which would no longer run.
+            TypeError: `linear` is not exactly an `nn.Linear` (a subclass may compute something else); a number, as
+                `LoRALinear`.
+            ValueError: `linear` has hooks, or a forward of its own, which would no longer run; a number, as
+                `LoRALinear`.
         """
         check_base(linear, "LoRALinear.from_linear: linear")
         self = cls.__new__(cls)
@@ -175,13 +179,15 @@ def check_numbers(name: str, r: int, lora_alpha: float, lora_dropout: float) -> 
     """Refuse numbers that make no adapter; `name` is the class that was asked for one.
 
     Raises:
-        TypeError: r is not an int.
+        TypeError: r is not an int, or another is not a number.
         ValueError: r < 1, `lora_alpha` is not finite, or `lora_dropout` outside [0, 1].
     """
     if not isinstance(r, int) or isinstance(r, bool):
         raise TypeError(f"{name}: r must be an int, got {type(r).__name__} {r!r}.")
     if r < 1:
         raise ValueError(f"{name}: r must be at least 1, got {r}.")
+    check_number(name, "lora_alpha", lora_alpha)
+    check_number(name, "lora_dropout", lora_dropout)
     if not math.isfinite(lora_alpha):
         raise ValueError(f"{name}: lora_alpha must be finite, got {lora_alpha}.")
     if not 0.0 <= lora_dropout <= 1.0:

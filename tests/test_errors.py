@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_kernels import LoRALinear, LoRAMLP, Projection, lora_linear, lora_mlp, plan
+from lora_kernels import LoRALinear, LoRAMLP, LoRAQKV, Projection, lora_linear, lora_mlp, plan
 
 CPU = torch.device("cpu")
 
@@ -213,6 +213,35 @@ def test_activations_by_other_names(given, text, call):
     args = (3, 3) if call is LoRAMLP else (torch.ones(2, 3), layer, layer, layer)
     with pytest.raises(ValueError if isinstance(given, str) else TypeError, match=f"^{call.__name__}: .*{text}"):
         call(*args, activation=given)
+
+
+def linears():
+    return [torch.nn.Linear(4, 4) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (dict(r="8"), r"r must be an int, got str '8'\.$"),
+        (dict(r=8.0), r"r must be an int, got float 8\.0\.$"),
+        (dict(lora_alpha="16"), r"lora_alpha must be a number, got str '16'\. Use float\(lora_alpha\)\.$"),
+        (dict(lora_dropout=None), r"lora_dropout must be a number, got NoneType None\.$"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [
+        ("LoRALinear", lambda **given: LoRALinear(4, 4, **given)),
+        ("LoRALinear", lambda **given: LoRALinear.from_linear(torch.nn.Linear(4, 4), **given)),
+        ("LoRAMLP", lambda **given: LoRAMLP(4, 4, **given)),
+        ("LoRAMLP", lambda **given: LoRAMLP.from_linears(*linears(), **given)),
+        ("LoRAQKV", lambda **given: LoRAQKV(4, 4, **given)),
+        ("LoRAQKV", lambda **given: LoRAQKV.from_linears(*linears(), **given)),
+    ],
+)
+def test_what_is_no_number_is_named(name, build, given, text):
+    with pytest.raises(TypeError, match=f"^{name}: {text}"):
+        build(**given)
 
 
 @pytest.mark.parametrize(
