@@ -111,6 +111,7 @@ def lora_mlp(
     """
     layers = {name: q for name, q in (("gate", gate), ("up", up), ("down", down)) if name != "gate" or q is not None}
     checks.check_mlp(layers, activation)
+    checks.check_flag("lora_mlp", "accumulate_grad", accumulate_grad, "layer")
     added = accumulate_grad if isinstance(accumulate_grad, (list, tuple)) else [accumulate_grad] * len(layers)
     if len(added) != len(layers):
         raise ValueError(f"lora_mlp: accumulate_grad is for {len(added)} layers and there are {len(layers)}.")
@@ -151,7 +152,7 @@ def _mlp(
 
         def composed(x: Tensor) -> Tensor:
             gate, up = (*_joined(x, before, backend, added[:-1], adapters_fit[:-1]), None)[:2]
-            return _alone(activated(gate, up, activation), down, backend, adapters_fit[-1], bool(added[-1]))
+            return _alone(activated(gate, up, activation), down, backend, adapters_fit[-1], added[-1])
 
         again = recompute and torch.is_grad_enabled() and not transforming()  # transforms take no saved-tensor hooks
         return checkpoint(composed, x, use_reentrant=False) if again else composed(x)
@@ -160,7 +161,7 @@ def _mlp(
     entries = [q._replace(scaling=float(q.scaling), dropout_p=float(q.dropout_p)) for q in (*before, down)]
     tensors = list(itertools.chain.from_iterable(q[:4] for q in entries))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
-        numbers = tuple((q.scaling, q.dropout_p, bool(into)) for q, into in zip(entries, added, strict=True))
+        numbers = tuple((q.scaling, q.dropout_p, into) for q, into in zip(entries, added, strict=True))
         y = mlp.LoRAMLPFunction.apply(x, chosen, activation, recompute, numbers, *tensors)
     else:
         y, *_ = mlp.forward(x, entries[:-1], entries[-1], activation, chosen)
@@ -194,6 +195,7 @@ def _projected(
     each = {"biases": biases, "scaling": scaling, "dropout_p": dropout_p, "accumulate_grad": accumulate_grad}
     lists = {name: value for name, value in each.items() if isinstance(value, (list, tuple))}
     count = checks.check_counts(call, weights, adapters, expected, **lists)
+    checks.check_flag(call, "accumulate_grad", accumulate_grad, "projection")
     *numbers, added = (lists.get(name, (each[name],) * count) for name in each)
     entries = [
         Projection(weight, *(pair or (None, None)), *rest)
@@ -249,11 +251,9 @@ def _joined(
         joining = [i for i, q in enumerate(entries) if q.lora_A is None or (q.lora_A.shape[0] and q.dropout_p < 1)]
         for first in range(0, len(joining), _AT_ONCE):
             places = joining[first : first + _AT_ONCE]
-            computed = _together(x, [entries[i] for i in places], chosen, [bool(added[i]) for i in places])
+            computed = _together(x, [entries[i] for i in places], chosen, [added[i] for i in places])
             ys.update(zip(places, computed, strict=True))
-    return tuple(
-        ys[i] if i in ys else _alone(x, q, backend, adapters_fit[i], bool(added[i])) for i, q in enumerate(entries)
-    )
+    return tuple(ys[i] if i in ys else _alone(x, q, backend, adapters_fit[i], added[i]) for i, q in enumerate(entries))
 
 
 def _shared_backend(x: Tensor, entries: list[Projection], backend: str) -> str | None:

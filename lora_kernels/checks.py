@@ -15,8 +15,8 @@ from torch import Tensor
 from lora_kernels.activations import ACTIVATIONS, meant
 
 __all__ = [
-    "check_activation", "check_add", "check_backend", "check_call", "check_counts", "check_dtypes", "check_mlp",
-    "check_number", "check_shard", "check_sharded", "check_transforms", "is_sharded",
+    "check_activation", "check_add", "check_backend", "check_call", "check_counts", "check_dtypes", "check_flag",
+    "check_mlp", "check_number", "check_shard", "check_sharded", "check_transforms", "is_sharded",
 ]  # fmt: skip
 
 _SUPPORTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -34,7 +34,7 @@ def check_call(
     """Check kinds, shapes, devices and numbers of one call.
 
     Raises:
-        TypeError: An argument is not a plain dense tensor or has a dtype that is not supported.
+        TypeError: A tensor is not a plain dense one or has a dtype that is not supported; a number is none.
         ValueError: A shape, a device, `scaling` or `dropout_p` does not fit.
     """
     tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
@@ -87,7 +87,7 @@ def check_add(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
     """Check kinds, shapes, devices and numbers of one call of `lora_add`.
 
     Raises:
-        TypeError: An argument is not a plain dense tensor or has a dtype that is not supported.
+        TypeError: A tensor is not a plain dense one or has a dtype that is not supported; a number is none.
         ValueError: A shape, a device, `scaling` or `dropout_p` does not fit.
     """
     for name, t in (("base", base), ("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
@@ -220,6 +220,20 @@ def check_backend(call: str, backend: object, known: tuple[str, ...]) -> None:
     """
     if backend not in known:
         raise ValueError(f"{call}: backend={backend!r} is not one of: {', '.join(known)}.")
+
+
+def check_flag(call: str, name: str, flag: object, each: str = "") -> None:
+    """Check that an argument is True or False, or, with `each`, the word for what there are several of, a list of such.
+
+    Raises:
+        TypeError: It is not.
+    """
+    flags, listed = (flag, True) if each and isinstance(flag, (list, tuple)) else ((flag,), False)
+    for i, one in enumerate(flags):
+        if type(one) is not bool:
+            found = f"{name}[{i}]" if listed else name
+            right = f"True or False, or a list of one for each {each}" if each and not listed else "True or False"
+            raise TypeError(f"{call}: {found} must be {right}, got {type(one).__name__}.")
 
 
 def check_activation(call: str, activation: object) -> None:

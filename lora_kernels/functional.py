@@ -46,7 +46,8 @@ def lora_linear(
         y, `[*, out_features]`, contiguous, in x's dtype, or autocast's inside `torch.autocast`.
 
     Raises:
-        TypeError: A dtype, a mix of dtypes, or a kind of tensor that is not supported.
+        TypeError: A dtype, a mix of dtypes, or a kind of tensor that is not supported; `scaling` or `dropout_p` that is
+            no number, `accumulate_grad` that is neither True nor False.
         ValueError: Shapes, devices, `scaling`, `dropout_p` or `backend` that do not fit.
         RuntimeError: backend="triton" where it cannot run, a `torch.func` transform or forward-mode AD, or, from
             backward, a second differentiation (use `lora_kernels.reference.lora_linear` for that; small calls on a CPU
@@ -75,6 +76,8 @@ def compute(
 ) -> Tensor:  # fmt: skip
     """Check, choose a backend, and call it; `adapters_fit` where autocast makes up for their dtypes."""
     checks.check_call(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    if type(accumulate_grad) is not bool:
+        checks.check_flag("lora_linear", "accumulate_grad", accumulate_grad)
     if not adapters_fit:
         checks.check_dtypes(x, weight, lora_A, lora_B, bias)
     if dropout_shard != (0, 1):

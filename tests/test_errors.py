@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_kernels import LoRALinear, LoRAMLP, LoRAQKV, Projection, lora_linear, lora_mlp, plan
+from lora_kernels import LoRALinear, LoRAMLP, LoRAQKV, Projection, lora_linear, lora_mlp, lora_qkv, plan
 
 CPU = torch.device("cpu")
 
@@ -213,6 +213,28 @@ def test_activations_by_other_names(given, text, call):
     args = (3, 3) if call is LoRAMLP else (torch.ones(2, 3), layer, layer, layer)
     with pytest.raises(ValueError if isinstance(given, str) else TypeError, match=f"^{call.__name__}: .*{text}"):
         call(*args, activation=given)
+
+
+MLP = [Projection(torch.ones(6, 6))] * 3
+QKV = [torch.ones(6, 6)] * 3, [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "text"),
+    [
+        (lora_linear, "yes", "accumulate_grad must be True or False, got str"),
+        (lora_linear, torch.tensor(True), "accumulate_grad must be True or False, got Tensor"),
+        (lora_linear, [True], "accumulate_grad must be True or False, got list"),
+        (lora_mlp, "yes", "accumulate_grad must be True or False, or a list of one for each layer, got str"),
+        (lora_mlp, [True, False, 1], r"accumulate_grad\[2\] must be True or False, got int"),
+        (lora_qkv, torch.ones(3), "accumulate_grad must be True or False, or a list of one for each projection, got Tensor"),
+        (lora_qkv, (True, None, False), r"accumulate_grad\[1\] must be True or False, got NoneType"),
+    ],
+)  # fmt: skip
+def test_flags_are_true_or_false(function, given, text):
+    args = {lora_linear: (tensors()["weight"], tensors()["lora_A"], tensors()["lora_B"]), lora_mlp: MLP, lora_qkv: QKV}
+    with pytest.raises(TypeError, match=rf"^{function.__name__}: {text}\.$"):
+        function(torch.randn(3, 6), *args[function], accumulate_grad=given)
 
 
 def linears():
