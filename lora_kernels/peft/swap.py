@@ -46,7 +46,7 @@ def swap_linear(
         The names of the layers that were swapped.
 
     Raises:
-        TypeError: A targeted layer is not exactly an `nn.Linear`, or its weight is sharded.
+        TypeError: A targeted layer is not exactly an `nn.Linear`, or its weight is sharded; or a number is none.
         ValueError: Nothing is targeted, a targeted layer has hooks or is wrapped itself, or a number is out of range.
     """
     names = select(model, target_modules, exclude_modules)
@@ -71,7 +71,7 @@ def swap_named(
     """Do what `swap_linear` does to the layers of exactly these names, each with its rank and its alpha.
 
     Raises:
-        TypeError: One of them is not exactly an `nn.Linear`, or its weight is sharded.
+        TypeError: One of them is not exactly an `nn.Linear`, or its weight is sharded; or a number is none.
         ValueError: One of them has hooks, or is wrapped itself; or a number is out of range.
     """
     modules = dict(named_modules(model))
