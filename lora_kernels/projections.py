@@ -251,11 +251,11 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in its tensor's dtype."""
+        into = gradients([None if dy is None else pair for dy, pair in zip(dys, ctx.accumulate, strict=True)])
         with autocast_off(next(dy for dy in dys if dy is not None)):
-            return _backward(ctx, dys)
+            return _backward(ctx, into, *dys)
 
 
 def _by_projection(flat: Sequence[bool]) -> list[Sequence[bool]]:
@@ -263,15 +263,17 @@ def _by_projection(flat: Sequence[bool]) -> list[Sequence[bool]]:
     return [flat[i : i + 4] for i in range(3, len(flat), 4)]
 
 
-def _backward(ctx: FunctionCtx, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+@once_differentiable
+def _backward(
+    ctx: FunctionCtx, into: Sequence[tuple[Tensor | None, Tensor | None]], *dys: Tensor | None
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     need_x, needs = ctx.needs_input_grad[0], _by_projection(ctx.needs_input_grad)
     x, *saved = ctx.saved_tensors
     x = None if x is None else rows(x)  # a copy, where one is needed, comes before the launches that overlap
     there = [i for i, dy in enumerate(dys) if dy is not None]
-    into = gradients([ctx.accumulate[i] for i in there])
     parts = [
-        Part(rows(dys[i]), *saved[5 * i : 5 * i + 5], ctx.alphas[i], ctx.adapter_dtypes[i], needs[i][1], added)
-        for i, added in zip(there, into, strict=True)
+        Part(rows(dys[i]), *saved[5 * i : 5 * i + 5], ctx.alphas[i], ctx.adapter_dtypes[i], needs[i][1], into[i])
+        for i in there
     ]
     dx, low_rank = backward(x, parts, need_x, ctx.backend)
     grads: list[Tensor | None] = [None] * 4 * len(dys)

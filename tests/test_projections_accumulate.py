@@ -47,3 +47,20 @@ def test_a_gradient_that_two_projections_share_is_left_to_autograd(device):
     torch.autograd.backward(ys, block.dys)
     for t, gradient in zip(block.adapters[0], expected, strict=True):
         torch.testing.assert_close(t.grad, 1 + gradient)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True:UserWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_graph_of_backward_gets_gradients_of_its_own(backend, device):
+    """With create_graph=True the engine adds out of place, and what stood in .grad stays as it was."""
+    block, _ = draw(CASES["two"], torch.float32, device)
+    ys = block.together(backend, functools.partial(lora_projections, accumulate_grad=True))
+    expected = torch.autograd.grad(ys, block.leaves(), block.dys, create_graph=True)
+    for leaf in block.leaves():
+        leaf.grad = torch.ones_like(leaf)
+    first = [leaf.grad for leaf in block.leaves()]
+    torch.autograd.backward(ys, block.dys, create_graph=True)
+    for leaf, gradient, before in zip(block.leaves(), expected, first, strict=True):
+        assert torch.equal(before, torch.ones_like(leaf))
+        torch.testing.assert_close(leaf.grad, gradient + 1)
+        leaf.grad = None  # holds the graph, which holds the leaf
