@@ -48,14 +48,16 @@ GOOD = [
     kernel("shrink", SHRINK | dict(BLOCK_M=16), mma={"HMMA.16816": 8}),
     kernel("shrink", SHRINK, STRIDED, loop_loads={16: 80}),
     kernel("wgrad", WGRAD, loop_loads={128: 9}),
-    kernel("wgrad", WGRAD | dict(HAS_KEEP=True), loop_loads={128: 9, 8: 8}, loop_waits=4),
+    kernel("wgrad", WGRAD | dict(HAS_KEEP=True), loop_loads={128: 9, 32: 2}, loop_async_copies=11, loop_waits=4),
     kernel("wgrad", WGRAD | dict(HAS_SHRINK=True), loop_waits=2, loop_arrives=2),
     kernel("wgrad", WGRAD | dict(BLOCK_M=16), loop_loads={128: 2, 32: 1}),  # 32 bits a thread are all there is
 ]
 
 SEVERAL = {  # kernels of several projections, and what tells them from a layer's
     "3 rows": kernel("shrink", SHRINK | dict(ROWS=3), loop_waits=3, loop_arrives=3),
-    "masked 2 rows": kernel("wgrad", WGRAD | dict(HAS_KEEP=True, ROWS=2), loop_loads={128: 9, 8: 8}, loop_waits=4),
+    "masked 2 rows": kernel(
+        "wgrad", WGRAD | dict(HAS_KEEP=True, ROWS=2), loop_loads={128: 9, 32: 2}, loop_async_copies=11, loop_waits=4
+    ),
     "tma 6 in 3 out": kernel("matmul_expand", MATMUL | dict(NUM_SOURCES=6, NUM_OUTPUTS=3), loop_instructions=119),
     "tma masked 3 in 3 masks": kernel("matmul_expand", MATMUL | dict(NUM_SOURCES=3, NUM_MASKED=3)),
     "shrinks silu 3 rows": kernel(
@@ -100,6 +102,8 @@ BAD = [
     (kernel("shrink", SHRINK, loop_loads={128: 8, 64: 4}), "loads {64: 4} (bits: count) in the K loop"),
     (kernel("shrink", SHRINK, loop_loads={128: 7}), "loads the wide tile in fewer than 128 bits"),
     (kernel("wgrad", WGRAD, loop_loads={128: 8, 32: 4}), "narrower than 128 bits"),
+    (kernel("wgrad", WGRAD | dict(HAS_KEEP=True), loop_loads={128: 9, 8: 8}, loop_async_copies=17), "narrower than"),
+    (kernel("wgrad", WGRAD | dict(HAS_KEEP=True), loop_loads={128: 9, 32: 2}, loop_async_copies=9), "of these 9 ahead"),
 ]
 
 

@@ -120,7 +120,7 @@ def _streams(kernel: "Kernel") -> Iterator[str]:
     found = {width: count for width, count in loop.loads.items() if width < narrowest and width != words}
     if found:
         yield f"loads {found} (bits: count) in the K loop, narrower than {narrowest} bits"
-    if loop.async_copies < sum(loop.loads.values()):  # which a step would have to wait for
-        yield f"loads by {sum(loop.loads.values())} instructions in the K loop and ahead of it by {loop.async_copies}"
+    if words and loop.async_copies < sum(loop.loads.values()):  # the masks of each step would be waited for in turn
+        yield f"loads {sum(loop.loads.values())} times in the K loop, of these {loop.async_copies} ahead"
     if loop.loads.get(128, 0) < 2 * large // 16 // threads:
         yield f"loads the wide tile in fewer than 128 bits a thread: {loop.loads}"

@@ -246,10 +246,12 @@ def wgrad_config(
     # 64 columns of masked fp32 and more are rounded to TF32 by Triton 3.6 on sm_100, whatever precision it is told
     block_c = _fit(wide, wide_tile // 4 if single else wide_tile)
     block_r = _fit(thin, 64)
-    # masks, made operands and the sums of many wide adapters leave registers for fewer rows
+    # masks, made operands and the sums of many wide adapters leave registers for fewer rows, and so do addresses
     few = single or activated or (adapters > 2 and masked)
-    fewest = single if activated else adapters > 2 and thin > (16 if masked and small else 32) and (small or not masked)
-    block_m = _fit(rows, _TINY if fewest else 32 if few else 64)
+    wide_sums = adapters > 2 and thin > (16 if masked and small else 32) and (small or not masked)
+    fewest = single if activated else wide_sums
+    addressed = strided and masked and adapters > 1 and shared <= _LEAST_SHARED
+    block_m = _fit(rows, (_TINY if fewest else 32 if few else 64) // (2 if addressed else 1))
     rows_per_split = _split(rows, block_m, _tiles(wide, thin, block_c, block_r))
     # narrow tiles, all of fp32 among them, run many at once; some spill with more
     most = 3 if block_c > 64 and adapters == 1 and not activated and (shrinks or not small) else 2

@@ -76,11 +76,10 @@ def _kept_halves(word, both):
 
 
 @triton.jit
-def unpack_bits(packed, EACH: tl.constexpr):
-    """Spread the lowest EACH bits of integers [ROWS, COLS] to booleans [ROWS, EACH COLS], lowest first."""
-    chosen = 1 << tl.arange(0, EACH)
-    bits = packed[:, :, None] & chosen[None, None, :]
-    return tl.reshape(bits, (packed.shape[0], packed.shape[1] * EACH)) != 0
+def unpack_bits(packed):
+    """Spread the lowest byte of integers [ROWS, COLS] to booleans [ROWS, 8 COLS], lowest bit first."""
+    bits = packed[:, :, None] & (1 << tl.arange(0, 8))[None, None, :]
+    return tl.reshape(bits, (packed.shape[0], packed.shape[1] * 8)) != 0
 
 
 @triton.jit
@@ -99,7 +98,9 @@ def load_kept(keep_ptr, offs_m, M, first, cols, SPAN: tl.constexpr):
 @triton.jit
 def kept(words, SPAN: tl.constexpr):
     """Whether each element of SPAN columns is kept, [ROWS, SPAN], by what `load_kept` gave."""
-    return unpack_bits(words, SPAN if SPAN < 32 else 32)
+    BYTES: tl.constexpr = SPAN // 8 if SPAN < 32 else 4  # of a word: each thread unpacks one or two of them
+    parts = words[:, :, None] >> (8 * tl.arange(0, BYTES))[None, None, :]
+    return unpack_bits(tl.reshape(parts, (words.shape[0], words.shape[1] * BYTES)))
 
 
 @triton.jit

@@ -112,7 +112,7 @@ def _shrink_kernel(
                 bits = keep_bits(seeds[i], counter, thresholds[i])
                 inside = mask_m[:, None] & (offs_byte < written_bytes)[None, :]
                 tl.store(keep_ptrs[i].to(tl.pointer_type(tl.uint8)) + counter, bits.to(tl.uint8), mask=inside)
-                kept = tl.where(unpack_bits(bits, 8), x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))
+                kept = tl.where(unpack_bits(bits), x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))
             a = tl.load(
                 a_ptrs[i] + offs_k[:, None] * strides_ak[i] + offs_r[None, :] * strides_ar[i],
                 mask=mask_k[:, None] & (offs_r < Rs[i])[None, :], other=0.0,
