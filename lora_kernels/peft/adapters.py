@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.modules import LoRALinear
+from lora_kernels.peft import known
 from lora_kernels.peft.swap import lora_layers, named_modules, pattern_value, select, swap_named
 
 __all__ = ["load_adapter", "save_adapter"]
@@ -93,11 +94,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
 
     Raises:
         FileNotFoundError: A file is not there.
-        ValueError: A pickle file, a configuration that is beyond plain LoRA, a key that is missing, left over, without
-            PEFT's prefix, or of another shape, a number that is none; the message names it.
+        ValueError: A model with PEFT LoRA layers, a pickle file, a configuration that is beyond plain LoRA, a key that
+            is missing, left over, without PEFT's prefix, or of another shape, a number that is none; the message names
+            it.
         TypeError: An adapter, or a weight that is to get one, is not a plain tensor.
         RuntimeError: A layer is merged.
     """
+    known.check_not_peft("load_adapter", model)
     folder = Path(folder)
     tensors, config = _read(folder)
     modules, present = dict(named_modules(model)), dict(lora_layers(model))

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import nn
 from lora_kernels import checks, plan
 from lora_kernels.peft.layer import stock_forward
 
-__all__ = ["check_backend", "check_model", "classes", "is_supported", "lora_layer", "multihead_attention"]
+__all__ = [
+    "check_backend", "check_model", "check_not_peft", "classes", "is_supported", "lora_layer", "multihead_attention",
+]  # fmt: skip
 
 # Read from PEFT 0.19 to 0.21: where they differ (cast, clone, when the sum is rounded) it is within one rounding.
 _CLASSES = (
@@ -55,6 +58,22 @@ def check_model(call: str, model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{call}: model must be a torch.nn.Module, got {type(model).__name__}.")
+
+
+def check_not_peft(call: str, model: nn.Module) -> None:
+    """Refuse a model with PEFT's LoRA layers, whose parts are linear layers as well; PEFT is not imported for it.
+
+    Raises:
+        ValueError: It has one; the message names it.
+    """
+    module = sys.modules.get("peft.tuners.lora.layer")  # not imported so far, there is no layer of its making
+    kind = module.LoraLayer if module else ()
+    name = next((name for name, layer in model.named_modules() if isinstance(layer, kind)), None)
+    if name is not None:
+        raise ValueError(
+            f"{call}: the model has PEFT LoRA layers ({name or 'it is one'}), in whose parts no others are put. "
+            "To make those fast as they are: lora_kernels.patch_peft(model)."
+        )
 
 
 def check_backend(call: str, backend: str) -> None:

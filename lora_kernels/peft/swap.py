@@ -10,6 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lora_kernels.checks import is_sharded
 from lora_kernels.modules import LoRALinear, check_base
+from lora_kernels.peft import known
 
 __all__ = [
     "lora_layers", "merge_and_unload", "named_modules", "pattern_value", "select", "swap_linear", "swap_named",
@@ -47,8 +48,10 @@ def swap_linear(
 
     Raises:
         TypeError: A targeted layer is not exactly an `nn.Linear`, or its weight is sharded; or a number is none.
-        ValueError: Nothing is targeted, a targeted layer has hooks or is wrapped itself, or a number is out of range.
+        ValueError: The model has PEFT LoRA layers, nothing is targeted, a targeted layer has hooks or is wrapped
+            itself, or a number is out of range.
     """
+    known.check_not_peft("swap_linear", model)
     names = select(model, target_modules, exclude_modules)
     if not names:
         ends = sorted({name.rpartition(".")[2] for name in _linears(model)})
