@@ -1,8 +1,16 @@
-"""Where tables are printed: stdout, where a file or a pipe cuts no column of them."""
+"""What is printed on stdout: tables that lose nothing, in a file or a pipe nor on a narrow terminal."""
 
-from rich.console import Console
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
-__all__ = ["on_stdout"]
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement, measure_renderables
+from rich.table import Column, Table
+
+__all__ = ["SplitTable", "on_stdout"]
 
 _UNBOUNDED = 10_000  # columns: a table takes as many as it needs
 
@@ -10,4 +18,73 @@ _UNBOUNDED = 10_000  # columns: a table takes as many as it needs
 def on_stdout() -> Console:
     """A console as wide as the terminal or the notebook; where there is neither, as wide as what is printed."""
     console = Console(highlight=False)
-    return console if console.is_terminal or console.is_jupyter else Console(highlight=False, width=_UNBOUNDED)
+    return console if console.is_terminal or console.is_jupyter else _Piped(highlight=False, width=_UNBOUNDED)
+
+
+class _Piped(Console):
+    """A console that leaves out the blanks that fill up the last cells of lines."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as any console does."""
+        with self.capture() as printed:
+            super().print(*objects, **options)
+        print(re.sub(r" +(?=\n)", "", printed.get()), end="", file=self.file, flush=True)
+
+
+class SplitTable(Table):
+    """A table that on too narrow a screen comes as several, one under the other, each with the names of its rows.
+
+    There, headings of columns that may wrap do so between words, and numbers stay whole.
+
+    Args:
+        *columns: As of `rich.table.Table`.
+        names: How many of the columns, from the first, say what a row is.
+        **look: As of `rich.table.Table`, over the look that tables have here.
+    """
+
+    def __init__(self, *columns: Column | str, names: int = 1, **look: Any) -> None:
+        usual = dict(box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
+        self._look = usual | look
+        super().__init__(*columns, **self._look)
+        self._names = names
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render the whole, or part after part."""
+        unbounded = options.update(width=_UNBOUNDED)
+        if Measurement.get(console, unbounded, self).maximum <= options.max_width:
+            yield from super().__rich_console__(console, options)
+            return
+        for i, part in enumerate(self._parts(console, unbounded, options.max_width)):
+            if i and not self.show_edge:  # an edge is a blank line
+                yield ""
+            yield part
+
+    def _parts(self, console: Console, unbounded: ConsoleOptions, width: int) -> Iterator[Table]:
+        def fits(columns: list[Column]) -> bool:
+            return Measurement.get(console, unbounded, self._part(columns)).maximum <= width
+
+        columns = [_narrowed(console, unbounded, column) for column in self.columns]
+        names, begins = columns[: self._names], True
+        shown = names
+        for column in [*columns[self._names :], None]:
+            if shown is not names and (column is None or not fits([*shown, column])):
+                if not fits(shown):  # one column is too many: the names are what gives way
+                    shown = [replace(name, width=None) for name in names] + shown[self._names :]
+                part = self._part(shown, None if begins else "")
+                for row, *cells in zip(self.rows, *(column.cells for column in shown), strict=True):
+                    part.add_row(*cells, style=row.style, end_section=row.end_section)
+                yield part
+                shown, begins = names, False
+            if column is not None:
+                shown = [*shown, column]
+
+    def _part(self, columns: list[Column], title: str | None = None) -> Table:
+        """A table of these columns, without rows; the title is this table's own if None."""
+        look = self._look | {"padding": 0, "title": self.title if title is None else title}
+        return Table(*(column.copy() for column in columns), **look)
+
+
+def _narrowed(console: Console, unbounded: ConsoleOptions, column: Column) -> Column:
+    """A column as narrow as what is in it allows."""
+    size = measure_renderables(console, unbounded, [column.header, *column.cells])
+    return replace(column, width=size.maximum if column.no_wrap else size.minimum, no_wrap=False, overflow="fold")

@@ -67,8 +67,8 @@ def sample_model(level="decoder"):
     }  # fmt: skip
 
 
-def printed(renderable):
-    console = Console(width=150, file=open("/dev/null", "w"), record=True)  # noqa: SIM115
+def printed(renderable, width=150):
+    console = Console(width=width, file=open("/dev/null", "w"), record=True)  # noqa: SIM115
     console.print(renderable)
     console.file.close()
     return console.export_text()

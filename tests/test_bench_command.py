@@ -10,7 +10,7 @@ import pytest
 import torch
 from bench_samples import arguments, broken, printed, sample_case, sample_launch, sample_model
 
-from lora_kernels.cli import _bench_plot, _bench_view, bench
+from lora_kernels.cli import _bench_plot, _bench_view, _level_view, bench
 from lora_kernels.cli._baselines import PROVIDERS
 from lora_kernels.cli._machine import write_json
 from lora_kernels.cli._presets import PRESETS, Shape
@@ -164,10 +164,15 @@ def test_host_time_is_shown_where_it_was_taken():
     assert " 123 " in printed(_bench_view.case_table(case))
 
 
-def test_a_narrow_screen_gets_two_tables():
-    wide, narrow = (printed(_bench_view.case_table(sample_case(), width)) for width in (150, 80))
-    assert wide.count("lora_kernels [triton]") == 1
-    assert narrow.count("lora_kernels [triton]") == 2
+@pytest.mark.parametrize(("width", "parts"), [(60, 2), (80, 2), (150, 1)])
+def test_no_width_costs_a_number(width, parts):
+    for table in (
+        _bench_view.case_table(sample_case()), _level_view.kernel_table([sample_launch()]),
+        _level_view.model_table(sample_model("model")),
+    ):  # fmt: skip
+        wide, narrow = ({word.strip("─") for word in printed(table, w).split()} for w in (150, width))
+        assert wide == narrow
+    assert printed(_bench_view.case_table(sample_case()), width).count("lora_kernels [triton]") == parts
 
 
 def test_a_sweep_is_a_row_a_case():

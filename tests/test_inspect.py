@@ -227,16 +227,20 @@ def test_the_command_renews_and_holds_stored_budgets(inspected, tmp_path):
     assert f"--budgets {tmp_path} --renew" in shown.replace("\n", "")
 
 
-@pytest.mark.parametrize("width", [80, 120, 150])
-def test_the_table_fits(width):
+@pytest.mark.parametrize(("width", "tables"), [(80, 3), (120, 2), (160, 1)])
+def test_the_table_fits(width, tables):
     console = inspect.Console(width=width, highlight=False)
-    table = inspect._table("sm_90", [*GOOD, *(bad for bad, _ in BAD)], wide=width >= inspect._WIDE)
+    table = inspect._table("sm_90", [*GOOD, *(bad for bad, _ in BAD)])
     with console.capture() as captured:
         console.print(table)
     lines = captured.get().splitlines()
     assert max(map(len, lines)) <= width
     assert "…" not in captured.get()
-    assert len(lines) == 4 + len(GOOD) + len(BAD) + 2  # a line a kernel: title, header, and two gaps between kernels
+    # a line a kernel: two of the title, and for each table its header, two gaps between kernels, and one to the next
+    assert len(lines) == 2 + tables * (2 + len(GOOD) + len(BAD) + 2 + 1) - 1
+    words = captured.get().split()
+    assert words.count("ok") == len(GOOD) + len(BAD)  # those of BAD are not held to their budgets here
+    assert set(words) >= {"regs", "spills", "smem", "TMA", "loads", "stores"}
 
 
 @pytest.mark.parametrize(

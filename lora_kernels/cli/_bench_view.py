@@ -3,10 +3,11 @@
 import math
 from typing import Any
 
-from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
+
+from lora_kernels.console import SplitTable
 
 __all__ = [
     "SPEEDUPS", "case_table", "labels_of", "last_pass", "median_ms", "mib", "overview", "pass_name", "quotient",
@@ -18,7 +19,6 @@ _PASS_NAMES = {"forward": "forward", "backward": "backward", "both": "forward + 
 _OF_LEVEL = {("kernel", "forward"): "one launch", ("model", "both"): "training step"}
 _DASH = "-"
 _UNSTEADY = 0.5  # of the median
-_WIDE = 132  # columns of the widest table
 _SWEEP_RATIOS = ("ours / floor", "PEFT / ours", "saved: ours / PEFT")
 _SWEEP_COLUMNS = (
     "frozen",
@@ -107,39 +107,29 @@ def overview(cases: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return lines
 
 
-def case_table(case: dict[str, Any], width: int = _WIDE) -> Group:
-    """All there is to say of one case, a provider a row; what was not timed says why underneath.
-
-    On a screen narrower than the whole table, rates and memory get a table of their own.
-    """
+def case_table(case: dict[str, Any]) -> Group:
+    """All there is to say of one case, a provider a row; what was not timed says why underneath."""
     rows = list(case["providers"].values())
     passes = [which for which in ("forward", "backward", "both") if any(which in row["seconds"] for row in rows)]
-    times = [(f"{which} ms", [with_spread(row["seconds"].get(which)) for row in rows]) for which in passes]
-    rates: list = []
+    columns = [(f"{which} ms", [with_spread(row["seconds"].get(which)) for row in rows]) for which in passes]
     if passes:
         ratios = [_ratios(row["seconds"].get(passes[-1])) for row in rows]
-        first, *rates = zip(("/ floor", "TFLOP/s", "of peak"), zip(*ratios, strict=True), strict=True)
-        times.append(first)
+        columns += zip(("/ floor", "TFLOP/s", "of peak"), zip(*ratios, strict=True), strict=True)
         hosts = [row["seconds"].get(passes[-1], {}).get("host_median") for row in rows]
         if any(host is not None for host in hosts):
-            rates.append(("host us", [_DASH if host is None else f"{host * 1e6:.0f}" for host in hosts]))
-    rest = [
-        *rates,
+            columns.append(("host us", [_DASH if host is None else f"{host * 1e6:.0f}" for host in hosts]))
+    columns += [
         ("moved* MiB", [mib(_moved(row)) for row in rows]),
         ("saved MiB", [mib(row.get("saved_bytes")) for row in rows]),
         ("peak MiB", [mib(row["peak_bytes"]) if row.get("peak_bytes") is not None else "n/a" for row in rows]),
     ]
-    tables = []
-    for columns in [times + rest] if width >= _WIDE else filter(None, (times, rest)):
-        title = None if tables else case_title(case)
-        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
-        table.add_column("", no_wrap=True)
-        for heading, _ in columns:
-            table.add_column(heading, justify="right", no_wrap=True)
-        for i, (name, row) in enumerate(case["providers"].items()):
-            cells = (column[i] for _, column in columns)
-            table.add_row(Text(row["label"]), *cells, style="bold" if name == "ours" else "")
-        tables.append(table)
+    table = SplitTable(title=case_title(case))
+    table.add_column("", no_wrap=True)
+    for heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for i, (name, row) in enumerate(case["providers"].items()):
+        cells = (column[i] for _, column in columns)
+        table.add_row(Text(row["label"]), *cells, style="bold" if name == "ours" else "")
     if "floor_bytes" in case:
         least = f"{mib(case['floor_bytes'])} if frozen and each large tensor once a pass"
     else:
@@ -147,7 +137,7 @@ def case_table(case: dict[str, Any], width: int = _WIDE) -> Group:
     work = sum(case["flops"].values()) / 1e9
     note = f"  * by arithmetic, forward + backward, each launch moving its operands once: {least}; {work:.4g} GFLOP"
     reasons = [Text(f"  {row['label']}: {row['reason']}", style="yellow") for row in rows if row["reason"]]
-    return Group(*tables, Text(note, style="dim"), *reasons)
+    return Group(table, Text(note, style="dim"), *reasons)
 
 
 def _moved(row: dict[str, Any]) -> int | None:
@@ -159,13 +149,10 @@ def sweep_table(cases: list[dict[str, Any]]) -> Group:
     which = last_pass(cases)
     names = [n for n in _SWEEP_COLUMNS if any(median_ms(case, n, which) is not None for case in cases)]
     labels = labels_of(cases)
-    table = Table(
-        title=f"{pass_name(cases)}, ms", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold",
-        padding=(0, 1, 0, 0),
-    )  # fmt: skip
+    table = SplitTable(title=f"{pass_name(cases)}, ms", names=3)
     for heading in ("rows x in x out", "r", "p", *(labels[n] for n in names), *_SWEEP_RATIOS):
         is_shape = heading.startswith("rows")
-        table.add_column(Text(heading), justify="left" if is_shape else "right", no_wrap=is_shape, overflow="fold")
+        table.add_column(Text(heading), justify="left" if is_shape else "right", no_wrap=is_shape)
     reasons: dict[str, None] = {}
     for case in cases:
         found = {name: median_ms(case, name, which) for name in names}

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from rich import box
 from rich.console import Console, Group
-from rich.table import Table
 from rich.text import Text
 
 from lora_kernels.cli._bench_view import case_table, median_ms, mib, quotient, show_speedups, sweep_table, with_spread
 from lora_kernels.cli._presets import PROJECTIONS
+from lora_kernels.console import SplitTable
 
 __all__ = [
     "KERNEL_HEADING", "SHAPED", "kernel_row", "kernel_table", "model_table", "model_title", "passes_of", "show",
@@ -43,7 +42,7 @@ def kernel_row(case: dict[str, Any]) -> list[str]:
 
 def kernel_table(cases: list[dict[str, Any]]) -> Group:
     """A launch a row."""
-    table = _table("single launches, beside PyTorch's operators for the same work")
+    table = SplitTable(title="single launches, beside PyTorch's operators for the same work", names=5)
     for i, heading in enumerate(KERNEL_HEADING):
         table.add_column(heading, justify="left" if i < 3 else "right", no_wrap=True)
     for case in cases:
@@ -79,7 +78,7 @@ def model_table(case: dict[str, Any]) -> Group:
     """A provider a row."""
     passes = passes_of(case)
     last = list(passes)[-1:]
-    table = _table(model_title(case))
+    table = SplitTable(title=model_title(case))
     table.add_column("", no_wrap=True)
     for heading in (*(f"{name} ms" for name in passes.values()), "/ floor", "tokens/s", "saved MiB", "peak MiB"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -105,12 +104,8 @@ def show(console: Console, cases: list[dict[str, Any]], full: bool) -> None:
             console.print(sweep_table(of_level))
         else:
             for case in of_level:
-                console.print(case_table(case, console.width) if level in SHAPED else model_table(case))
+                console.print(case_table(case) if level in SHAPED else model_table(case))
     show_speedups(console, cases)
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
 
 
 def _reasons(cases: list[dict[str, Any]]) -> list[Text]:

@@ -15,7 +15,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -23,12 +22,11 @@ from rich.table import Table
 from lora_kernels.cli import _machine
 from lora_kernels.cli._compiled import CASES, DTYPES, QUICK, Case, Kernel, compile_case, problem
 from lora_kernels.cli._stored import budget_file, regressions, renew
-from lora_kernels.console import on_stdout
+from lora_kernels.console import SplitTable, on_stdout
 
 __all__ = ["add_arguments", "run"]
 
 _ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
-_WIDE = 132  # columns that a terminal must have for the whole table
 _LEGEND = """\
 Flags: rows: adapters of one x; in, masks, out: products, masked ones, results; where a launch has more than a layer's.
 /SM: programs that a multiprocessor holds. K loop: instructions, and waits (w) for the tensor cores; -: none uses them.
@@ -58,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     kernels = [kernel for kernel in _compile(args) if args.kernel in (None, kernel.name)]
     for arch in args.arch:
-        console.print(_table(arch, [kernel for kernel in kernels if kernel.arch == arch], console.width >= _WIDE))
+        console.print(_table(arch, [kernel for kernel in kernels if kernel.arch == arch]))
     console.print(_LEGEND, style="dim")
     bad = [f"{kernel}: {'; '.join(kernel.broken)}" for kernel in kernels if kernel.broken]
     triton = _machine.version_of("triton")
@@ -135,41 +133,39 @@ def _hold(console: Console, kernels: list[Kernel], args: argparse.Namespace, tri
     return over
 
 
-# header, how it is justified, a kernel's cell, and whether it is only for wide terminals
-_COLUMNS: tuple[tuple[str, str, Callable[[Kernel], Any], bool], ...] = (
-    ("dtype", "left", lambda k: k.case.dtype, False),
-    ("pass", "left", lambda k: "bwd" if k.backward else "fwd", True),
-    ("tile", "left", lambda k: k.tile, False),
-    ("flags", "left", lambda k: k.flags, False),
-    ("warps", "right", lambda k: k.num_warps, True),
-    ("stages", "right", lambda k: k.num_stages, True),
-    ("regs", "right", lambda k: k.facts.registers, False),
-    ("spills", "right", lambda k: k.facts.spills or "-", True),
-    ("smem", "right", lambda k: f"{k.facts.shared / 1024:.0f}K", False),
-    ("/SM", "right", lambda k: k.facts.per_sm, False),
-    ("tensor cores", "left", lambda k: _first(k.facts.mma), True),
-    ("TMA", "right", lambda k: k.facts.tma_loads or "-", True),
-    ("K loop", "right", lambda k: _loop(k), False),
-    ("loads", "left", lambda k: _first(k.facts.loads), False),
-    ("stores", "left", lambda k: _first(k.facts.stores), True),
-    ("", "left", lambda k: "[red]BAD[/red]" if k.broken else "ok", False),
+# header, how it is justified, and a kernel's cell
+_COLUMNS: tuple[tuple[str, str, Callable[[Kernel], Any]], ...] = (
+    ("dtype", "left", lambda k: k.case.dtype),
+    ("pass", "left", lambda k: "bwd" if k.backward else "fwd"),
+    ("tile", "left", lambda k: k.tile),
+    ("flags", "left", lambda k: k.flags),
+    ("warps", "right", lambda k: k.num_warps),
+    ("stages", "right", lambda k: k.num_stages),
+    ("regs", "right", lambda k: k.facts.registers),
+    ("spills", "right", lambda k: k.facts.spills or "-"),
+    ("smem", "right", lambda k: f"{k.facts.shared / 1024:.0f}K"),
+    ("/SM", "right", lambda k: k.facts.per_sm),
+    ("tensor cores", "left", lambda k: _first(k.facts.mma)),
+    ("TMA", "right", lambda k: k.facts.tma_loads or "-"),
+    ("K loop", "right", lambda k: _loop(k)),
+    ("loads", "left", lambda k: _first(k.facts.loads)),
+    ("stores", "left", lambda k: _first(k.facts.stores)),
+    ("", "left", lambda k: "[red]BAD[/red]" if k.broken else "ok"),
 )
+_NAMES = 5  # with the kernel's: those that tell one row from another
 
 
-def _table(arch: str, kernels: list[Kernel], wide: bool) -> Table:
-    table = Table(
-        title=f"\n{arch}", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, int(wide), 0, 0)
-    )
-    columns = [column for column in _COLUMNS if wide or not column[3]]
+def _table(arch: str, kernels: list[Kernel]) -> Table:
+    table = SplitTable(title=f"\n{arch}", title_style="table.title", show_edge=False, names=_NAMES)
     table.add_column("kernel", no_wrap=True)
-    for header, justify, _, _ in columns:
+    for header, justify, _ in _COLUMNS:
         table.add_column(header, justify=justify, no_wrap=True)
     above = None
     for kernel in sorted(kernels, key=lambda k: (k.name, k.case.dtype, k.case.strided, k.sides, k.flags, k.backward)):
         if above not in (None, kernel.name):
             table.add_section()
         name = kernel.name if kernel.name != above else ""
-        table.add_row(name, *(str(cell(kernel)) for _, _, cell, _ in columns))
+        table.add_row(name, *(str(cell(kernel)) for _, _, cell in _COLUMNS))
         above = kernel.name
     return table
 

@@ -20,7 +20,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -32,7 +31,7 @@ from lora_kernels.cli._bench_case import Settings
 from lora_kernels.cli._machine import caption, machine, write_json
 from lora_kernels.cli._presets import PRESETS, Shape, parse_shape, with_rows
 from lora_kernels.cli._tune_case import Time
-from lora_kernels.console import on_stdout
+from lora_kernels.console import SplitTable, on_stdout
 
 __all__ = ["add_arguments", "run", "tune"]
 
@@ -204,9 +203,10 @@ def _ms(form: dict[str, Any] | None) -> str:
 
 
 def _table(*headings: str, numbers: tuple[str, ...] = ()) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = SplitTable(pad_edge=False, padding=(0, 1))
     for heading in headings:
-        table.add_column(heading, justify="right" if heading in numbers else "left", overflow="fold")
+        is_number = heading in numbers
+        table.add_column(heading, justify="right" if is_number else "left", no_wrap=is_number)
     return table
 
 
