@@ -1,5 +1,6 @@
 """The benchmark as its user sees it: the command, its tables, its plot, its JSON."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -43,6 +44,15 @@ def test_the_command_writes_what_it_shows(tmp_path, capsys):
         t["of_peak"] > 1 for c in written["cases"] for r in c["providers"].values() for t in r["seconds"].values()
     )
     assert ("above 100 %" in shown) == busy
+
+
+@pytest.mark.usefixtures("no_peft")
+def test_the_bar_says_which_case_of_how_many(monkeypatch):
+    told = []
+    monkeypatch.setattr(bench, "_progress", lambda total: contextlib.nullcontext(lambda *say: told.append(say[1])))
+    assert bench.run(arguments("--shape", "8x8x8", "--m", 8, 16, "--providers", "ours")) == 0
+    assert "1 of 2: layer 8x8x8 r=16 p=0: checking ours" in told
+    assert "2 of 2: layer 16x8x8 r=16 p=0: timing" in told
 
 
 @pytest.mark.usefixtures("no_peft")

@@ -8,13 +8,14 @@ steps of a small model (model). With --model those are of transformers' Llama wi
 --block times what belongs together: q, k and v of one input (qkv), the gated MLP (mlp), a decoder layer (layer).
 
   lora-kernels bench                                              a preset that fits this machine
-  lora-kernels bench --preset lorafusion --m 2048 8192            a published sweep, two of its row counts
   lora-kernels bench --preset cpu-sweep --no-compile              a sweep for a CPU: 10 shapes, 2 ranks, dropout or none
+  lora-kernels bench --block qkv --shape 512x512x512+128+128      your own: out_features of q, k and v
+On a GPU; on a CPU these take long, and say so:
+  lora-kernels bench --preset lorafusion --m 2048 8192            a published sweep, two of its row counts
   lora-kernels bench --shape 8192x4096x4096 --r 16 --p 0 0.1      your own: rows x in_features x out_features
   lora-kernels bench --level model --m 4096                       training steps, 4096 tokens each
   lora-kernels bench --model llama-1b --layers 4 --p 0.1          those of a PEFT model, stock against patched
   lora-kernels bench --block qkv mlp layer --preset llama-8b      blocks, without dropout and with 0.1
-  lora-kernels bench --block qkv --shape 512x512x512+128+128      your own: out_features of q, k and v
 """
 
 import argparse
@@ -30,7 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lora_kernels import plan
-from lora_kernels.cli import _bench_plot, _bench_view, _hosted, _level_view, _levels, _timing
+from lora_kernels.cli import _bench_plot, _bench_view, _estimate, _hosted, _level_view, _levels, _timing
 from lora_kernels.cli._bench_case import Settings
 from lora_kernels.cli._kernel_case import LAUNCHES
 from lora_kernels.cli._machine import caption, check_file, machine, write_json
@@ -98,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, RuntimeError, TypeError) as error:
         print(f"lora-kernels bench: {error}", file=sys.stderr)
         return 2
+    if long := _estimate.warning(cases, settings, args.minutes):
+        print(long, file=sys.stderr, flush=True)
     console = on_stdout()
     done, skipped = _run_all(args, settings, cases)
     made_on = machine()
@@ -131,11 +134,12 @@ def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) ->
             if args.minutes is not None and time.monotonic() - began > args.minutes * 60:
                 skipped.append({"shape": str(shape), "r": r, "p": p, "why": "out of time"})
                 continue
-            at, start, name = [sum(steps[:i])], time.monotonic(), f"{shape} r={r} p={p:g}"
+            at, start = [sum(steps[:i])], time.monotonic()
+            which = f"{i + 1} of {len(cases)}: {level} {shape} r={r} p={p:g}"
 
-            def tick(doing: str, at: list[int] = at, name: str = name) -> None:
+            def tick(doing: str, at: list[int] = at, which: str = which) -> None:
                 at[0] += 1
-                advance_to(at[0], f"{name}: {doing}")
+                advance_to(at[0], f"{which}: {doing}")
 
             outcome = "done"
             try:
@@ -144,7 +148,7 @@ def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) ->
                 outcome = "out of memory"
                 skipped.append({"shape": str(shape), "r": r, "p": p, "why": outcome})
             took = f"{time.monotonic() - start:.1f} s"
-            advance_to(sum(steps[: i + 1]), "", f"{i + 1} of {len(cases)}: {level} {name}: {outcome} in {took}")
+            advance_to(sum(steps[: i + 1]), "", f"{which}: {outcome} in {took}")
             _write(args, settings, done, skipped, complete=False)
     _write(args, settings, done, skipped, complete=not skipped)
     return done, skipped
