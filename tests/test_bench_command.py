@@ -84,6 +84,30 @@ def test_out_of_time_is_said(tmp_path, capsys):
     assert "75 of 75 cases were not run" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("finished", [0, 2])
+def test_ctrl_c_keeps_what_was_measured(finished, monkeypatch, tmp_path, capsys):
+    ran = []
+
+    def interrupted(*given):
+        if len(ran) == finished:
+            raise KeyboardInterrupt
+        ran.append(given)
+        return [sample_case()]
+
+    monkeypatch.setattr(bench._levels, "run", interrupted)
+    file = tmp_path / "b.json"
+    assert bench.run(arguments("--shape", "8x8x8", "--r", 1, 2, 3, "--json", file)) == 130
+    shown = capsys.readouterr().out
+    assert f"\nInterrupted after {finished} of 3 cases.\n" in shown
+    assert shown.count("1 x 2 x 3 (q, o)") == finished
+    written = json.loads(file.read_text())
+    assert written["complete"] is False
+    assert len(written["cases"]) == finished
+    assert [(case["r"], case["why"]) for case in written["skipped"]] == [
+        (r, "interrupted") for r in range(finished + 1, 4)
+    ]
+
+
 def test_what_cannot_be_asked_for_is_refused(monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     in_a_file = tmp_path / "file" / "x"

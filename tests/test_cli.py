@@ -214,6 +214,16 @@ def test_command_line_lists_its_commands():
 
 
 @pytest.mark.parametrize("name", cli._COMMANDS)
+def test_ctrl_c_is_a_line_and_an_exit_status(name, monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module(f"lora_kernels.cli.{name}"), "run", interrupted)
+    assert cli.main([name]) == 130
+    assert capsys.readouterr().err == f"lora-kernels {name}: interrupted\n"
+
+
+@pytest.mark.parametrize("name", cli._COMMANDS)
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(name, monkeypatch, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     module = importlib.import_module(f"lora_kernels.cli.{name}")

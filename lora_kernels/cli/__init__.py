@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import sys
 
 __all__ = ["main"]
 
@@ -33,4 +34,8 @@ def main(argv: list[str] | None = None) -> int:
             importlib.import_module("lora_kernels.cli._machine").check_file("--json", args.json)
         except ValueError as error:
             parser.error(str(error))
-    return args.run(args)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print(f"lora-kernels {args.command}: interrupted", file=sys.stderr)
+        return 130  # as a shell has it

@@ -45,6 +45,7 @@ _CACHE_WORDS = {
     "flush": "overwritten before each call", "rotate": "operands in turn from up to 64 copies of them",
     "warm": "as the call before left it",
 }  # fmt: skip
+_INTERRUPTED = "interrupted"
 
 Case = tuple[str, Shape | Dims, int, float]  # level, what is timed, rank, drop probability
 
@@ -92,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark; 0 if this package's results were right, 1 if not, 2 if it cannot run as asked."""
+    """Run the benchmark; 0 if this package's results were right, 1 if not, 2 if it cannot run so, 130 on Ctrl-C."""
     try:
         cases = _cases(args)  # the cheap questions first
         settings = _settings(args, {level for level, *_ in cases})
@@ -112,13 +113,16 @@ def run(args: argparse.Namespace) -> int:
     if any((t.get("of_peak") or 0) > 1 for t in taken):
         busy = "A share of peak is above 100 %: the machine was busier when its peak was measured."
         console.print(busy, style="yellow")
-    if skipped:
+    interrupted = any(case["why"] == _INTERRUPTED for case in skipped)
+    if interrupted:
+        console.print(f"Interrupted after {len(cases) - len(skipped)} of {len(cases)} cases.", style="bold yellow")
+    elif skipped:
         why = ", ".join(dict.fromkeys(case["why"] for case in skipped))
         console.print(f"{len(skipped)} of {len(cases)} cases were not run: {why}", style="yellow")
     if args.plot and done:
         _bench_plot.plot(done, caption(made_on), args.plot)
     wrong = [case for case in done for name in ("ours", "ours_fp32") if case["providers"].get(name, {}).get("reason")]
-    return 1 if wrong else 0
+    return 130 if interrupted else 1 if wrong else 0
 
 
 def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) -> tuple[list, list]:
@@ -147,6 +151,10 @@ def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) ->
             except torch.OutOfMemoryError:
                 outcome = "out of memory"
                 skipped.append({"shape": str(shape), "r": r, "p": p, "why": outcome})
+            except KeyboardInterrupt:
+                left = [{"shape": str(shape), "r": r, "p": p} for _, shape, r, p in cases[i:]]
+                skipped += [case | {"why": _INTERRUPTED} for case in left]
+                break
             took = f"{time.monotonic() - start:.1f} s"
             advance_to(sum(steps[: i + 1]), "", f"{which}: {outcome} in {took}")
             _write(args, settings, done, skipped, complete=False)
