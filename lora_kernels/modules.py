@@ -202,6 +202,10 @@ def check_base(linear: nn.Module, what: str, way_out: str = "") -> None:
         ValueError: `linear` has hooks, or a forward of its own, which would no longer run.
     """
     if type(linear) is not nn.Linear:
+        way_out = way_out or (
+            "; give its weight and bias to a plain nn.Linear if that computes the same, or leave it and add the "
+            "low-rank term to its result with lora_kernels.functional.lora_add"
+        )
         raise TypeError(f"{what} is a {type(linear).__name__}, not exactly an nn.Linear{way_out}.")
     lost = listened_to(linear)
     if lost:
