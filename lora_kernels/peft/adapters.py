@@ -94,6 +94,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
 
     Raises:
         FileNotFoundError: A file is not there.
+        NotADirectoryError: `folder` is a file.
         ValueError: A model with PEFT LoRA layers, a pickle file, a configuration that is beyond plain LoRA, a key that
             is missing, left over, without PEFT's prefix, or of another shape, a number that is none; the message names
             it.
@@ -141,6 +142,10 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     if folder.suffix in _PICKLES and not folder.is_dir():
         raise ValueError(_pickle_text(folder))
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"load_adapter: {folder} is a file; pass the folder it lies in: {str(folder.parent)!r}."
+        )
     path = folder / _TENSORS
     if not path.is_file():
         for pickle in sorted(folder.glob("adapter_model.*")):

@@ -45,11 +45,13 @@ def patch_peft(model: nn.Module, backend: str = "auto", blocks: bool = True) -> 
 
     Raises:
         ImportError: PEFT is not installed.
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or `blocks` not a bool.
         ValueError: It has no LoRA layers, or `backend` is unknown.
     """
     known.check_model("patch_peft", model)
     known.check_backend("patch_peft", backend)
+    if not isinstance(blocks, bool):
+        raise TypeError(f"patch_peft: blocks must be True or False, got {blocks!r}.")
     layers = [module for module in model.modules() if isinstance(module, known.lora_layer())]
     if not layers:
         raise ValueError(

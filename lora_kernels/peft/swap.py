@@ -1,7 +1,7 @@
 """Put `LoRALinear` layers into a model, and take them out again, in PEFT's words."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  
 
 
 def swap_linear(
-    model: nn.Module, target_modules: str | Sequence[str], r: int = 8, lora_alpha: float = 8, *,
-    lora_dropout: float = 0.0, exclude_modules: str | Sequence[str] | None = None,
+    model: nn.Module, target_modules: str | Collection[str], r: int = 8, lora_alpha: float = 8, *,
+    lora_dropout: float = 0.0, exclude_modules: str | Collection[str] | None = None,
     rank_pattern: Mapping[str, int] | None = None, alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False, autocast_adapter_dtype: bool = True,
 ) -> list[str]:  # fmt: skip
@@ -32,7 +32,7 @@ def swap_linear(
 
     Args:
         model: Its parameters stop requiring grad, but for adapters that it has already; those of the new ones do.
-        target_modules: Names, each matching a layer of that name or of a name that ends in "." and it; or a regular
+        target_modules: Names, each matching layers of that name or of names that end in "." and it; or a regular
             expression that a full name has to match; or "all-linear" for every linear layer but the output embeddings.
         r: Rank.
         lora_alpha: Numerator of the scaling.
@@ -47,18 +47,16 @@ def swap_linear(
         The names of the layers that were swapped.
 
     Raises:
-        TypeError: A targeted layer is not exactly an `nn.Linear`, or its weight is sharded; or a number is none.
-        ValueError: The model has PEFT LoRA layers, nothing is targeted, a targeted layer has hooks or is wrapped
-            itself, or a number is out of range.
+        TypeError: `target_modules` are not names, a targeted layer is not exactly an `nn.Linear`, or its weight is
+            sharded; or a number is none.
+        ValueError: The model has PEFT LoRA layers or is a linear layer itself, nothing is targeted, a name matches no
+            layer, a targeted layer has hooks or is wrapped itself, or a number is out of range.
     """
     known.check_not_peft("swap_linear", model)
+    _check_targets(model, target_modules)
     names = select(model, target_modules, exclude_modules)
     if not names:
-        ends = sorted({name.rpartition(".")[2] for name in _linears(model)})
-        raise ValueError(
-            f"swap_linear: target_modules={target_modules!r} matches no linear layer of {type(model).__name__}. "
-            f"Its linear layers end in: {', '.join(ends) or 'none'}."
-        )
+        raise ValueError(_no_match(model, f"target_modules={target_modules!r}", target_modules))
     swap_named(
         model, {name: pattern_value(rank_pattern, name, r) for name in names},
         {name: pattern_value(alpha_pattern, name, lora_alpha) for name in names},
@@ -161,7 +159,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def select(
-    model: nn.Module, target_modules: str | Sequence[str], exclude_modules: str | Sequence[str] | None = None,
+    model: nn.Module, target_modules: str | Collection[str], exclude_modules: str | Collection[str] | None = None,
     layers_to_transform: int | Sequence[int] | None = None, layers_pattern: str | Sequence[str] | None = None,
 ) -> list[str]:  # fmt: skip
     """Names of the linear layers (`nn.Linear` or `LoRALinear`) that PEFT would target; see `swap_linear`."""
@@ -187,10 +185,43 @@ def pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) ->
     return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
-def _matches(target: str | Sequence[str], name: str) -> bool:
+def _matches(target: str | Collection[str], name: str) -> bool:
     if isinstance(target, str):
         return re.fullmatch(target, name) is not None
     return any(name == end or name.endswith(f".{end}") for end in target)
+
+
+def _check_targets(model: nn.Module, target_modules: object) -> None:
+    """Refuse what cannot target layers of a model, and names that target none of its linear layers."""
+    if hasattr(target_modules, "target_modules"):
+        raise TypeError(
+            f"swap_linear: target_modules is a {type(target_modules).__name__}. Pass its fields: swap_linear(model, "
+            "config.target_modules, r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout)."
+        )
+    if isinstance(target_modules, str):
+        return
+    if not isinstance(target_modules, Collection) or not all(isinstance(end, str) for end in target_modules):
+        raise TypeError(
+            f'swap_linear: target_modules must be names, a regular expression or "{_ALL_LINEAR}", '
+            f"got {target_modules!r}."
+        )
+    linears = _linears(model)
+    strangers = [end for end in target_modules if not any(_matches([end], name) for name in linears)]
+    if strangers:
+        raise ValueError(_no_match(model, f"{', '.join(map(repr, strangers))} of target_modules", *strangers))
+
+
+def _no_match(model: nn.Module, what: str, *targets: object) -> str:
+    """What to say where `targets`, called `what`, match no linear layer."""
+    if isinstance(unwrapped(model), nn.Linear):
+        return "swap_linear: the model is a linear layer itself; use LoRALinear.from_linear(layer, r=...)."
+    meant = any(re.sub("[-_ ]", "", str(target)).lower() == "alllinear" for target in targets)
+    hint = f' For all of them pass target_modules="{_ALL_LINEAR}".' if meant else ""
+    ends = sorted({name.rpartition(".")[2] for name in _linears(model)})
+    return (
+        f"swap_linear: no linear layer of {type(model).__name__} matches {what}. "
+        f"Its linear layers end in: {', '.join(ends) or 'none'}.{hint}"
+    )
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
