@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import lora_kernels
 from lora_kernels import cli, eager, tuned
 from lora_kernels.cli import doctor, verify
 from lora_kernels.cli._cases import make_problem, run_problem, with_mask
@@ -206,11 +207,19 @@ def test_layouts_keep_the_values_and_change_the_strides(layout):
     assert run_problem(laid_out, "torch", 0)["y"].isfinite().all()
 
 
-def test_command_line_lists_its_commands():
-    done = command("--help")
-    assert done.returncode == 0
+@pytest.mark.parametrize("argv", [["--help"], []])
+def test_command_line_lists_its_commands(argv):
+    done = command(*argv)
+    assert done.returncode == (0 if argv else 2)
     for name in ("doctor", "verify", "bench", "tune", "inspect", "demo"):
-        assert name in done.stdout
+        assert f"\n    {name} " in (done.stdout if argv else done.stderr)
+
+
+def test_command_line_says_its_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"lora-kernels {lora_kernels.__version__}\n"
 
 
 @pytest.mark.parametrize("name", cli._COMMANDS)

@@ -4,6 +4,8 @@ import argparse
 import importlib
 import sys
 
+from lora_kernels._version import __version__
+
 __all__ = ["main"]
 
 _COMMANDS = {
@@ -19,7 +21,8 @@ _COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run `lora-kernels` with `argv`, the process's own arguments if None; the exit status is returned."""
     parser = argparse.ArgumentParser(prog="lora-kernels", description="Fused Triton kernels for LoRA.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, summary in _COMMANDS.items():
         module = importlib.import_module(f"lora_kernels.cli.{name}")
         sub = commands.add_parser(
@@ -29,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
         sub.add_argument("--json", metavar="FILE", help="write everything that is shown, and more, as JSON")
         sub.set_defaults(run=module.run)
     args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     if args.json:
         try:
             importlib.import_module("lora_kernels.cli._machine").check_file("--json", args.json)
