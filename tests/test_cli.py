@@ -50,7 +50,9 @@ def test_doctor_says_what_the_environment_does(tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "d.json").read_text())
     effects = {variable["name"]: variable["effect"] for variable in report["environment"]}
-    assert effects["LORA_KERNELS_BACKEND"] == 'calls with backend="auto" take torch'
+    assert (
+        effects["LORA_KERNELS_BACKEND"] == 'calls with backend="auto" take torch; read at the first call of a process'
+    )
     assert effects["TRITON_CACHE_DIR"] == "compiled kernels are kept in kept/here"
     assert effects["TRITON_INTERPRET"] == "kernels are compiled, not interpreted"
 

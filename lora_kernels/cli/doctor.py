@@ -146,6 +146,7 @@ def _variables() -> list[dict[str, str | None]]:
         effect = f'calls with backend="auto" take {backend}'
     else:
         effect = f'calls with backend="auto" raise ValueError: not one of {", ".join(plan.BACKENDS)}'
+    effect += "; read at the first call of a process"
     compiled = os.environ.get("TRITON_CACHE_DIR")
     home = Path(os.environ.get("TRITON_HOME", "~"))
     interpreted = 'kernels run in the slow NumPy interpreter, and only where backend="triton" is asked for'
