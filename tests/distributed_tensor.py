@@ -1,6 +1,7 @@
 """Cases of `distributed_samples`: tensor parallelism, sharding rules, checkpoints of sharded models."""
 
 import copy
+import os
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -329,7 +330,11 @@ def page(folder):
     text = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     assert len(blocks) >= 4
-    names = dict(folder=folder)
-    for block in blocks:
-        exec(block, names)  # the project's own page
+    before, names = Path.cwd(), {}
+    os.chdir(folder)  # for the files that it writes
+    try:
+        for block in blocks:
+            exec(block, names)  # the project's own page
+    finally:
+        os.chdir(before)
     return {}

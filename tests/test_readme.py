@@ -49,6 +49,8 @@ def test_python_blocks_run(name, capsys, tmp_path, monkeypatch):
     if "peft" in BLOCKS[name]:
         pytest.importorskip("peft")
     names = dict(given, base_model=nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 7)))
+    if name.startswith("README") and "# a fragment" not in BLOCKS[name]:
+        names = {}  # it is pasted as it stands
     monkeypatch.chdir(tmp_path)  # for the files that some of them write
     exec(BLOCKS[name], names)  # the project's own pages
     if "low_rank" in names:  # the "Equivalent to" block: it must be what the library computes
