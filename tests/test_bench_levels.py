@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -298,8 +299,13 @@ def test_tokens_are_whole_sequences():
 def test_tables_of_launches_and_models():
     text = printed(_level_view.kernel_table([sample_launch()]))
     assert "1.500" in text
+    assert "single launches: lora_kernels [triton] beside" in text
     assert "4000" in text
     text = printed(_level_view.model_table(sample_model("model")))
     assert "training step ms" in text
     assert "2 layers, vocabulary 128" in text
-    assert "3.2e+04" in text
+    assert " 32000 " in text
+    one = sample_model("model")
+    one["model"]["layers"] = 1
+    assert "1 layer, vocabulary 128" in printed(_level_view.model_table(one))
+    assert str(replace(TINY, layers=1)).endswith(", 1 layer")

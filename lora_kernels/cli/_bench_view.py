@@ -10,8 +10,9 @@ from rich.text import Text
 from lora_kernels.console import SplitTable
 
 __all__ = [
-    "SPEEDUPS", "case_table", "labels_of", "last_pass", "median_ms", "mib", "overview", "pass_name", "quotient",
-    "shape_words", "show_speedups", "speedups", "sweep_table", "unsteady", "unsteady_words", "with_spread",
+    "SPEEDUPS", "case_table", "labels_of", "last_pass", "median_ms", "mib", "overview", "pass_name", "plain",
+    "quotient", "shape_words", "show_speedups", "speedups", "sweep_table", "unsteady", "unsteady_words",
+    "with_spread",
 ]  # fmt: skip
 
 SPEEDUPS = "Speed of lora_kernels over the others (geometric mean; above 1 is faster)"
@@ -135,7 +136,9 @@ def case_table(case: dict[str, Any]) -> Group:
     else:
         least = f"{mib(case['split_minimum_bytes'])} is the least with s in memory"
     work = sum(case["flops"].values()) / 1e9
-    note = f"  * by arithmetic, forward + backward, each launch moving its operands once: {least}; {work:.4g} GFLOP"
+    note = (
+        f"  * by arithmetic, forward + backward, each launch moving its operands once: {least}; {plain(work, 4)} GFLOP"
+    )
     reasons = [Text(f"  {row['label']}: {row['reason']}", style="yellow") for row in rows if row["reason"]]
     return Group(table, Text(note, style="dim"), *reasons)
 
@@ -194,8 +197,8 @@ def unsteady(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def unsteady_words(cases: list[dict[str, Any]]) -> str:
-    """`unsteady` in words, or ""."""
+def unsteady_words(cases: list[dict[str, Any]], remedy: str = "") -> str:
+    """`unsteady` in words, with what helps; or ""."""
     found = unsteady(cases)
     if not found:
         return ""
@@ -205,7 +208,7 @@ def unsteady_words(cases: list[dict[str, Any]]) -> str:
     return (
         f"Unsteady: in {len(found)} of {total} times the middle half of the rounds spans more than {_UNSTEADY:.0%} of "
         f"the median; ratios of those mean nothing. Worst: {label}, {_PASS_NAMES[worst['pass']]}, "
-        f"{worst['spread']:.0%}."
+        f"{worst['spread']:.0%}.{remedy}"
     )
 
 
@@ -222,9 +225,14 @@ def _ratios(taken: dict[str, Any] | None) -> list[str]:
         return [_DASH] * 3
     return [
         quotient(taken["to_floor"], 1.0),
-        f"{taken['flops_per_second'] / 1e12:.3g}",
+        plain(taken["flops_per_second"] / 1e12, 3),
         _DASH if taken["of_peak"] is None else f"{taken['of_peak']:.0%}",
     ]
+
+
+def plain(number: float, digits: int) -> str:
+    """A number in at least so many digits and without an exponent, but for the smallest."""
+    return f"{number:.0f}" if number >= 10 ** (digits - 1) else f"{number:.{digits}g}"
 
 
 def quotient(over: float | None, under: float | None) -> str:

@@ -5,7 +5,18 @@ from typing import Any
 from rich.console import Console, Group
 from rich.text import Text
 
-from lora_kernels.cli._bench_view import case_table, median_ms, mib, quotient, show_speedups, sweep_table, with_spread
+from lora_kernels.cli._bench_view import (
+    case_table,
+    labels_of,
+    last_pass,
+    median_ms,
+    mib,
+    plain,
+    quotient,
+    show_speedups,
+    sweep_table,
+    with_spread,
+)  # fmt: skip
 from lora_kernels.cli._presets import PROJECTIONS
 from lora_kernels.console import SplitTable
 
@@ -15,6 +26,10 @@ __all__ = [
 
 SHAPED = ("layer", "qkv", "mlp")  # levels whose cases are shapes
 _FULL_UP_TO = 3  # layers; more are one row each
+_MEMORY = (
+    "saved: held for backward beyond x and the parameters; peak: the most of forward + backward, over what was there"
+)
+_BUSY = "A share of peak is above 100 %: the machine was busier when its peak was measured."
 
 KERNEL_HEADING = (
     "result", "kernel", "rows x in x out", "r", "p", "base ms", "ours ms", "operators ms", "operators / ours", "GB/s",
@@ -30,8 +45,8 @@ def kernel_row(case: dict[str, Any]) -> list[str]:
     rates = ["-"] * 4
     if ours:
         rates = [
-            f"{ours['bytes_per_second'] / 1e9:.4g}", _percent(ours["of_copy"]),
-            f"{ours['flops_per_second'] / 1e12:.3g}", _percent(ours["of_peak"]),
+            plain(ours["bytes_per_second"] / 1e9, 4), _percent(ours["of_copy"]),
+            plain(ours["flops_per_second"] / 1e12, 3), _percent(ours["of_peak"]),
         ]  # fmt: skip
     return [
         case["launch"], case["kernel"], f"{shape['m']} x {shape['k']} x {shape['n']}", str(case["r"]), f"{case['p']:g}",
@@ -42,7 +57,8 @@ def kernel_row(case: dict[str, Any]) -> list[str]:
 
 def kernel_table(cases: list[dict[str, Any]]) -> Group:
     """A launch a row."""
-    table = SplitTable(title="single launches, beside PyTorch's operators for the same work", names=5)
+    ours = labels_of(cases).get("ours", "lora_kernels")
+    table = SplitTable(title=Text(f"single launches: {ours} beside PyTorch's operators for the same work"), names=5)
     for i, heading in enumerate(KERNEL_HEADING):
         table.add_column(heading, justify="left" if i < 3 else "right", no_wrap=True)
     for case in cases:
@@ -55,7 +71,8 @@ def model_title(case: dict[str, Any]) -> str:
     """A model in words."""
     d = case["model"]
     name = f"{d['name']} (transformers, PEFT), " if d.get("name") else ""
-    depth = f"{d['layers']} layers, vocabulary {d['vocab']}" if case["level"] == "model" else "One decoder layer"
+    layers = f"{d['layers']} layer{'s' * (d['layers'] != 1)}"
+    depth = f"{layers}, vocabulary {d['vocab']}" if case["level"] == "model" else "One decoder layer"
     width = f"hidden {d['hidden']}, {d['heads']}/{d['kv_heads']} heads, MLP {d['intermediate']}"
     targets = tuple(case.get("targets", PROJECTIONS))
     where = "" if targets == PROJECTIONS else f" on {' '.join(targets)}"
@@ -87,7 +104,7 @@ def model_table(case: dict[str, Any]) -> Group:
         end = row["seconds"].get(last[0]) if last else None
         table.add_row(
             Text(row["label"]), *map(with_spread, taken), quotient(end["to_floor"], 1.0) if end else "-",
-            f"{end['tokens_per_second']:.4g}" if end else "-", mib(row.get("saved_bytes")),
+            plain(end["tokens_per_second"], 4) if end else "-", mib(row.get("saved_bytes")),
             mib(row["peak_bytes"]) if row.get("peak_bytes") is not None else "n/a",
             style="bold" if name == "ours" else "",
         )  # fmt: skip
@@ -96,16 +113,28 @@ def model_table(case: dict[str, Any]) -> Group:
 
 def show(console: Console, cases: list[dict[str, Any]], full: bool) -> None:
     """Print the tables of a run, of layers in `full` or a row a case where there are many, and the means."""
+    shares: list[float | None] = []
     for level in dict.fromkeys(case["level"] for case in cases):
         of_level = [case for case in cases if case["level"] == level]
         if level == "kernel":
             console.print(kernel_table(of_level))
+            shares += [_of_peak(case, "ours", "forward") for case in of_level]
         elif level in SHAPED and not full and len(of_level) > _FULL_UP_TO:
             console.print(sweep_table(of_level))
         else:
             for case in of_level:
                 console.print(case_table(case) if level in SHAPED else model_table(case))
+                if level in SHAPED:
+                    shares += [_of_peak(case, name, last_pass([case])) for name in case["providers"]]
     show_speedups(console, cases)
+    if any(case["level"] != "kernel" for case in cases):
+        console.print(_MEMORY, style="dim")
+    if any((share or 0) > 1 for share in shares):
+        console.print(_BUSY, style="yellow")
+
+
+def _of_peak(case: dict[str, Any], name: str, which: str) -> float | None:
+    return case["providers"].get(name, {}).get("seconds", {}).get(which, {}).get("of_peak")
 
 
 def _reasons(cases: list[dict[str, Any]]) -> list[Text]:

@@ -72,7 +72,8 @@ class Dims:
         return self.batch * self.seq
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.seq} tokens x {self.hidden}/{self.intermediate}, {self.layers} layers"
+        layers = f"{self.layers} layer{'s' * (self.layers != 1)}"
+        return f"{self.batch}x{self.seq} tokens x {self.hidden}/{self.intermediate}, {layers}"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ split as LoRAFusion splits it. Each is checked against float64 first; what fails
 matmul measured in this run. Other levels time each launch alone (kernel), a whole decoder layer (decoder), and training
 steps of a small model (model). With --model those are of transformers' Llama with PEFT's adapters: stock, and patched.
 --block times what belongs together: q, k and v of one input (qkv), the gated MLP (mlp), a decoder layer (layer).
+On a CPU set OMP_NUM_THREADS=1 where others use it as well: times are then the one thread's own, and steadier.
 
   lora-kernels bench                                              a preset that fits this machine
   lora-kernels bench --preset cpu-sweep --no-compile              a sweep for a CPU: 10 shapes, 2 ranks, dropout or none
@@ -46,6 +47,7 @@ _CACHE_WORDS = {
     "warm": "as the call before left it",
 }  # fmt: skip
 _INTERRUPTED = "interrupted"
+_STEADIER = " Steadier: OMP_NUM_THREADS=1 lora-kernels bench, one thread by its own CPU time."
 
 Case = tuple[str, Shape | Dims, int, float]  # level, what is timed, rank, drop probability
 
@@ -107,12 +109,9 @@ def run(args: argparse.Namespace) -> int:
     made_on = machine()
     _level_view.show(console, done, args.full)
     console.print(f"{caption(made_on)}\n{_footnote(settings)}", style="dim")
-    if unsteady := _bench_view.unsteady_words(done):
+    threads = settings.device.type == "cpu" and torch.get_num_threads() > 1
+    if unsteady := _bench_view.unsteady_words(done, _STEADIER if threads else ""):
         console.print(unsteady, style="bold yellow", markup=False)
-    taken = [t for case in done for row in case["providers"].values() for t in row["seconds"].values()]
-    if any((t.get("of_peak") or 0) > 1 for t in taken):
-        busy = "A share of peak is above 100 %: the machine was busier when its peak was measured."
-        console.print(busy, style="yellow")
     interrupted = any(case["why"] == _INTERRUPTED for case in skipped)
     if interrupted:
         console.print(f"Interrupted after {len(cases) - len(skipped)} of {len(cases)} cases.", style="bold yellow")
@@ -272,8 +271,8 @@ def _footnote(settings: Settings) -> str:
     return (
         f"median ± half the interquartile range of {settings.rounds} interleaved rounds; "
         f"{how['timer']}, {how['launch']}; cache: {how['cache']}; a dtype after a name is the adapters'\n"
-        f"peak: {peaks['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s ({peaks['matmul']}); "
-        f"copy: {peaks['copy_bytes_per_second'] / 1e9:.3g} GB/s ({peaks['copy']})"
+        f"peak: {_bench_view.plain(peaks['matmul_flops_per_second'] / 1e12, 3)} TFLOP/s ({peaks['matmul']}); "
+        f"copy: {_bench_view.plain(peaks['copy_bytes_per_second'] / 1e9, 3)} GB/s ({peaks['copy']})"
     )
 
 
