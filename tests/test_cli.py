@@ -96,6 +96,7 @@ def test_verify_quick_passes(tmp_path):
     report = json.loads((tmp_path / "verify.json").read_text())
     cases = report["cases"]
     assert report["failed"] == 0
+    assert done.stdout.count("the share of the limit that the worst output used; up to 1 passes") == 1
     assert report["passed"] == len(cases) == done.stdout.count(" pass\n")
     assert {case["backend"] for case in cases} == {"triton", "torch"}
     layers = [case for case in cases if "layout" in case]
@@ -107,6 +108,19 @@ def test_verify_quick_passes(tmp_path):
     ran = {case["dtype"] for case in cases if case["backend"] == "triton"}
     assert ran == ({"bf16", "fp16", "fp32"} if ON_GPU else {"fp16", "fp32"})
     assert ("bf16 kernels need a GPU" in done.stdout) == (not ON_GPU)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_no_two_lines_of_verify_are_labelled_alike(backend, on_gpu, quick):
+    matrices = verify._matrix, verify._verify_blocks.matrix
+    cases = [case for dtype in verify.DTYPES for matrix in matrices for case in matrix(backend, dtype, on_gpu, quick)]
+    labels = [verify._label(case) for case in cases]
+    assert len(set(labels)) == len(labels) > 10
+    lines = [verify._row(*label, "0.12", "0.34") + "pass" for label in labels]
+    assert max(map(len, lines)) < 80
+    assert all(line.split()[-3:] == ["0.12", "0.34", "pass"] for line in lines)
 
 
 def _quick_torch(*more: str) -> int:

@@ -37,14 +37,6 @@ def test_every_kind_of_block_is_in_the_matrix(backend, dtype):
     assert len(matrix(backend, dtype, on_gpu=True, quick=True)) == 2
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-@pytest.mark.parametrize("quick", [False, True])
-def test_a_line_fits_eighty_columns(on_gpu, quick):
-    for case in matrix("triton", "fp32", on_gpu, quick):
-        cells = case.backend, case.dtype, case.shape(), case.layout, f"{case.p:g}", "0.00", "0.00", "FAIL"
-        assert len(verify._row(*cells)) <= 79
-
-
 @pytest.mark.parametrize("case", [QKV, MLP], ids=str)
 def test_blocks_by_operators_pass(case):
     assert wrong(case) == []
@@ -108,7 +100,7 @@ def test_the_command_shows_blocks(tmp_path, capsys, monkeypatch):
     argv = ["verify", "--quick", "--device", "cpu", "--backend", "torch", "--dtype", "fp32", "--json", str(file)]
     assert cli.main(argv) == 0
     qkv, mlp = (line for line in capsys.readouterr().out.splitlines() if line.startswith("torch"))
-    assert qkv.split()[2:6] == ["96x160x160+32+32", "r8", "qkv", "0.3"]
+    assert qkv.split()[2:6] == ["96x160x160+32+32", "r8/3/5", "qkv", "bias"]
     assert mlp.split()[2:7] == ["96x160x224", "r8", "mlp", "silu", "0.1"]
     records = json.loads(file.read_text())["cases"]
     assert all(0 < record["rule_1"] <= 1 for record in records)

@@ -57,8 +57,9 @@ class BlockCase:
 
     @property
     def layout(self) -> str:
-        """Which block, in the column of the layouts."""
-        return f"mlp {self.activation}" if self.activation else "qkv"
+        """Which block, in the column of the layouts, and what sets it apart."""
+        block = f"mlp {self.activation}" if self.activation else "qkv"
+        return block + (" fp32" if self.fp32_adapters else " bias" * self.bias)
 
     @property
     def p(self) -> float:
@@ -66,8 +67,9 @@ class BlockCase:
         return max(self.ps)
 
     def shape(self) -> str:
-        """The shape as the table shows it."""
-        return f"{self.m}x{self.k}x{'+'.join(map(str, self.widths))} r{max(self.ranks)}"
+        """The shape as the table shows it, with every rank where they differ."""
+        ranks = "/".join(map(str, self.ranks[: 1 if len(set(self.ranks)) == 1 else None]))
+        return f"{self.m}x{self.k}x{'+'.join(map(str, self.widths))} r{ranks}"
 
 
 _ON_GPU = (1000, 1024, (1024, 256, 256), 1536, 16)

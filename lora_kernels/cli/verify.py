@@ -41,6 +41,9 @@ LAYOUTS = (
     "contiguous", "x transposed", "x sliced", "W transposed", "dy expanded", "x 4-D", "bias", "fp32 adapters",
     "all sliced",
 )  # fmt: skip
+_LEGEND = """\
+rule 1, rule 2: the share of the limit that the worst output used; up to 1 passes.
+Blocks: r8/0/3 are ranks of their layers, 0 none; p is the largest; fp32 after a name is the adapters'."""
 _QUICK_LAYOUTS = ("x transposed", "x 4-D", "bias", "all sliced")
 _OPERANDS = ("x", "weight", "lora_A", "lora_B", "dy", "bias")
 
@@ -267,7 +270,8 @@ def _run_all(
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
     )  # fmt: skip
-    console.print(_row("backend", "dtype", "MxKxN r", "layout", "p", "rule 1", "rule 2", ""), style="bold")
+    console.print(_LEGEND, style="dim")
+    console.print(_row("backend", "dtype", "MxKxN r", "layout", "p", "rule 1", "rule 2"), style="bold")
     results = []
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("verifying", total=len(cases))
@@ -286,17 +290,23 @@ def _run_all(
 
 def _print_result(console: Console, case: Case | BlockCase, result: Result) -> None:
     used = [f"{rule:.2f}" if rule is not None else "-" for rule in (result.rule_1, result.rule_2)]
-    layout = case.layout if case.form == "fused" else case.form
-    line = Text(_row(case.backend, case.dtype, case.shape(), layout, f"{case.p:g}", *used, ""))
+    line = Text(_row(*_label(case), *used))
     line.append("pass", "green") if result.ok else line.append("FAIL", "bold red")
     console.print(line)
     if result.message:
         console.print(Text("  " + result.message, "red"))
 
 
-def _row(*cells: str) -> str:
-    widths = (7, 5, 26, 13, 5, 6, 6)
-    return " ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=False)) + " " + cells[-1]
+def _label(case: Case | BlockCase) -> tuple[str, str, str, str, str]:
+    """What a line says of its case; no other case of a run has the same."""
+    layout = case.layout if case.form == "fused" else case.form
+    return case.backend, case.dtype, case.shape(), layout, f"{case.p:g}"
+
+
+def _row(backend: str, dtype: str, shape: str, layout: str, *numbers: str) -> str:
+    what = f"{shape:26} {layout}"  # a long shape takes of the layout's room, so that most lines fit 80 columns
+    cells = zip((backend, dtype, what, *numbers), (7, 5, 40, 5, 6, 6), strict=True)
+    return "".join(f"{cell:{width}} " for cell, width in cells)
 
 
 def _summary(cases: list[Case | BlockCase], results: list[Result], seconds: float) -> str:
