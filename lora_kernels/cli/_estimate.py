@@ -6,7 +6,7 @@ import torch
 
 from lora_kernels.cli import _cost, _levels
 from lora_kernels.cli._bench_case import Settings
-from lora_kernels.cli._presets import Dims, Shape
+from lora_kernels.cli._presets import Dims, HostedDims, Shape
 
 __all__ = ["flops", "seconds", "warning"]
 
@@ -15,6 +15,7 @@ _PASSES = {"forward": 0.5, "backward": 1.0, "both": 1.0}  # of forward and backw
 _ONCE = 8.0  # the same, a case: the truth in float64 and its bounds
 _EACH = 6.0  # the same, a provider: checked, weighed, warmed up
 _COMPILING = 10.0  # seconds a provider
+_ASSUMED = 1e11  # FLOP/s of a matmul, where nothing is timed and so none was measured
 _REACHED = 0.4  # of the best matmul's rate, by all that is timed and checked
 
 
@@ -32,7 +33,7 @@ def flops(level: str, subject: Shape | Dims, r: int) -> int:
 
 
 def seconds(case: tuple[str, Shape | Dims, int, float], settings: Settings) -> float:
-    """Seconds of a case, from the rate of the matmul that was measured in this run; right to a factor of about 3."""
+    """Seconds of a case, from the rate of the matmul that this run measured; right to a factor of about 3."""
     level, subject, r, _ = case
     names = _levels.names(level, settings, r, subject)
     timed = settings.rounds * sum(_PASSES[which] for which in settings.passes)
@@ -40,7 +41,7 @@ def seconds(case: tuple[str, Shape | Dims, int, float], settings: Settings) -> f
         timed *= 2
     work = flops(level, subject, r) * (_ONCE + len(names) * (_EACH + timed))
     compiling = _COMPILING * sum("compiled" in name for name in names)
-    return work / settings.peaks["matmul_flops_per_second"] / _REACHED + compiling
+    return work / settings.peaks.get("matmul_flops_per_second", _ASSUMED) / _REACHED + compiling
 
 
 def warning(cases: Sequence[tuple[str, Shape | Dims, int, float]], settings: Settings, minutes: float | None) -> str:
@@ -51,7 +52,7 @@ def warning(cases: Sequence[tuple[str, Shape | Dims, int, float]], settings: Set
         settings: Of the run.
         minutes: After which no case is begun; None if any is.
     """
-    if settings.device.type != "cpu" or not settings.peaks:
+    if settings.device.type != "cpu":
         return ""
     each = [seconds(case, settings) for case in cases]
     total = sum(each) if minutes is None else min(sum(each), minutes * 60 + max(each))
@@ -59,7 +60,7 @@ def warning(cases: Sequence[tuple[str, Shape | Dims, int, float]], settings: Set
         return ""
     about = f"{total / 60:.0f} minutes" if total < 2 * 3600 else f"{total / 3600:.0f} hours"
     many = f"{len(cases)} case{'s' * (len(cases) > 1)}"
-    smaller = "--model tiny, --layers 1, --seq 64" if hasattr(cases[0][1], "tied") else "--preset tiny, --m 64"
+    smaller = "--model tiny, --layers 1, --seq 64" if isinstance(cases[0][1], HostedDims) else "--preset tiny, --m 64"
     return (
         f"By arithmetic this takes about {about} on this CPU ({many}; threads: {torch.get_num_threads()}). "
         f"Less: {smaller}, --rounds 3, --minutes 5. Ctrl-C keeps the cases that are done."
