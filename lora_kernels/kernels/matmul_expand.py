@@ -119,6 +119,10 @@ def _matmul_expand_kernel(
                 0, n0, M, N, offs_m, masked_ps, masked_qs, keep_ptrs, masked_Ks, masked_firsts,
                 strides_mpm, strides_mpk, strides_mqn, strides_mqk, NUM_MASKED, SLICE, BLOCK_R,
             )  # fmt: skip
+        biases = ()
+        for i in tl.static_range(SUBTILES if HAS_BIAS else 0):  # and of what is added
+            cols = tl.cast(n0 + i * SLICE, tl.int64) + tl.arange(0, SLICE)
+            biases = biases + (tl.load(bias_ptr + cols, mask=cols < biased_N, other=0.0),)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if NUM_SOURCES > 0:  # none where a library adds the others
             # Triton 3.6 serialises wgmma over a trip count that might be 0
@@ -174,8 +178,7 @@ def _matmul_expand_kernel(
                     part += tl.where(kept(keep, SLICE), product, 0.0)
             offs_n = tl.cast(n0 + i * SLICE, tl.int64) + tl.arange(0, SLICE)
             if HAS_BIAS:
-                bias = tl.load(bias_ptr + offs_n, mask=offs_n < biased_N, other=0.0)
-                part += bias.to(tl.float32)[None, :]
+                part += biases[i].to(tl.float32)[None, :]
             if STORE_TMA:
                 y.store([m0, n0 + i * SLICE], part.to(y.dtype))
             else:
