@@ -87,6 +87,18 @@ class Gated(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Ungated(nn.Module):
+    """An MLP of two layers."""
+
+    def __init__(self, act=None, hidden=16):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, hidden), nn.Linear(hidden, WIDTH)
+        self.activation_fn = act or nn.GELU(approximate="tanh")
+
+    def forward(self, x):
+        return self.fc2(self.activation_fn(self.fc1(x)))
+
+
 class Functional(Gated):
     def forward(self, hidden):
         up = self.up_proj(hidden)

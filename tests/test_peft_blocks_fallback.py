@@ -253,7 +253,7 @@ exec("class Unread(Attention):\n    def forward(self, x):\n        return self.q
 
 NO_MLP = "it is not down_proj(act(gate_proj(x)) · up_proj(x)) with act one of silu, gelu, gelu_tanh, relu2"
 SHAPES = dict.fromkeys((Scaled, Added, Doubled, Swapped, Dropped, DroppedInside, Chunked), NO_MLP) | {
-    Normed: "it has more than three layers and an activation: norm",
+    Normed: "it has more than gate_proj, up_proj, down_proj and an activation: norm",
     Cross: ONE_INPUT,
     Branch: IN_A_ROW,
     Choice: IN_A_ROW,

@@ -10,9 +10,10 @@ from torch import nn
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from block_samples import WIDTH, Attention, Gated, block
+from block_samples import WIDTH, Attention, Gated, Ungated, block
 from peft_samples import call
 from torch.utils.checkpoint import checkpoint
+from transformers.activations import NewGELUActivation
 
 from lora_kernels import patch_peft, unpatch_peft
 from lora_kernels.peft import explain
@@ -237,10 +238,40 @@ def test_what_others_add_changes_nothing(joined):
 def test_a_hook_inside_the_activation(joined):
     model, one = block(Gated(nn.Sequential(nn.SiLU())))
     (found,) = patch_peft(model).blocks
-    assert found.reason == "it has more than three layers and an activation: act_fn"
+    assert found.reason == "it has more than gate_proj, up_proj, down_proj and an activation: act_fn"
     one.act_fn[0].register_forward_hook(lambda module, args, y: 2 * y)
     x = torch.randn(3, WIDTH)
     y = model(x)
     unpatch_peft(model)
     torch.testing.assert_close(y, model(x))
     assert not joined
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (None, ""), (nn.SiLU(), ""), (NewGELUActivation(), ""),
+        (nn.ReLU(), "it is not fc2(act(fc1(x))) with act one of silu, gelu, gelu_tanh, relu2"),
+        (nn.Sequential(nn.GELU(), nn.Dropout(0.1)), "it has more than fc1, fc2 and an activation: activation_fn"),
+    ],
+)  # fmt: skip
+def test_an_mlp_of_two_layers(act, reason, joined):
+    model, _ = block(Ungated(act))
+    stock = copy.deepcopy(model)
+    (found,) = patch_peft(model).blocks
+    assert (found.kind, found.reason) == ("mlp", reason)
+    model.eval()
+    stock.eval()
+    x = torch.randn(3, WIDTH)
+    torch.testing.assert_close(model(x), stock(x))
+    assert joined == ([] if reason else ["lora_mlp"])
+
+
+def test_a_residual_inside_an_mlp_of_two_layers():
+    class Residual(Ungated):
+        def forward(self, x):
+            return x + super().forward(x)
+
+    model, _ = block(Residual())
+    (found,) = patch_peft(model).blocks
+    assert found.reason.startswith("it is not fc2(act(fc1(x)))")

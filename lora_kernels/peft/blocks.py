@@ -1,6 +1,6 @@
 """The forward of a block whose layers belong together: one call of `lora_projections`, or of `lora_mlp`, for them.
 
-    MLP         its forward is three layers and an activation: `lora_mlp` is all of it
+    MLP         its forward is two or three layers and an activation: `lora_mlp` is all of it
     attention   its own forward runs, with a stand-in for the block as `self`. That is the block in all but q_proj,
                 k_proj and v_proj, which are looked up in the call: the first that is called computes all, each is
                 handed out once
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lora_kernels.blocks import lora_mlp, lora_projections
 from lora_kernels.functional import watched
 from lora_kernels.peft.layer import bare, projection
-from lora_kernels.peft.structure import ATTENTION, MLP, Part, Structure, members
+from lora_kernels.peft.structure import ATTENTION, Part, Structure, members
 from lora_kernels.projections import Projection
 
 __all__ = ["block_forward", "changed", "patched_structure"]
@@ -53,7 +53,7 @@ def patched_structure(forward: Callable[..., Any]) -> Structure | None:
 
 
 def changed(block: nn.Module, others: Sequence[tuple[str, Any]]) -> str:
-    """The name of a part of a gated MLP that is not what it was, or that is listened to; "" if there is none."""
+    """The name of a part of an MLP that is not what it was, or that is listened to; "" if there is none."""
     fields, modules = block.__dict__, block.__dict__["_modules"]
     for name, was in others:
         module = modules.get(name)
@@ -81,10 +81,11 @@ def _mlp_forward(stock: Callable[..., Any], found: Structure, backend: str) -> C
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or changed(self, found.others):
             return stock(self, *args, **kwargs)
-        three = _together(members(self, MLP), args[0])
-        if three is None:
+        layers = _together(members(self, found.layers), args[0])
+        if layers is None:
             return stock(self, *args)
-        return lora_mlp(args[0], *three, activation=found.activation, backend=backend)
+        *gate, up, down = layers
+        return lora_mlp(args[0], *(gate or [None]), up, down, activation=found.activation, backend=backend)
 
     return forward
 

@@ -32,7 +32,7 @@ def patch_peft(model: nn.Module, backend: str = "auto", blocks: bool = True) -> 
     dropout from another stream of random numbers. The model is changed in place. Call it after `get_peft_model` or
     `PeftModel.from_pretrained`, before or after `fully_shard`; call it again for layers that were added later.
 
-    Q, K and V of an attention block share one call of `lora_projections`, and a gated MLP is one of `lora_mlp`, where
+    Q, K and V of an attention block share one call of `lora_projections`, and an MLP is one of `lora_mlp`, where
     the block's forward is seen to compute just that; whatever its name.
 
     Args:

@@ -1,7 +1,8 @@
-"""What makes a module an attention block or a gated MLP: not its name, but what its forward is seen to do.
+"""What makes a module an attention block or an MLP: not its name, but what its forward is seen to do.
 
     attention   q_proj(x), k_proj(x), v_proj(x)              read in the forward's syntax tree
-    MLP         down_proj(act(gate_proj(x)) · up_proj(x))    the forward is run with stand-ins for the three layers
+    MLP         down_proj(act(gate_proj(x)) · up_proj(x))    the forward is run with stand-ins for its layers
+                fc2(act(fc1(x)))                             likewise
 
 An attention's forward does much besides, so that only its three calls are looked at, in the order of its statements:
 each must stand there once, none behind a branch or in a function of its own, and nothing else may touch x or the three
@@ -18,7 +19,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,19 +27,20 @@ from torch import Tensor, nn
 
 from lora_kernels.activations import ACTIVATIONS, activated
 
-__all__ = ["ATTENTION", "MLP", "Part", "Structure", "members", "structure"]
+__all__ = ["ATTENTION", "Part", "Structure", "members", "structure"]
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
+_MLPS = {  # the layers of an MLP, the last one last, and what is computed with them
+    ("gate_proj", "up_proj", "down_proj"): "down_proj(act(gate_proj(x)) · up_proj(x))",
+    ("fc1", "fc2"): "fc2(act(fc1(x)))",
+}
 _OTHERS = (  # what is known to be a block of another kind, by the layers it has
     ("attention", ("qkv_proj",), "one layer holds Q, K and V: qkv_proj"),
     ("mlp", ("gate_up_proj", "down_proj"), "one layer holds gate and up: gate_up_proj"),
-    ("mlp", ("fc1", "fc2"), "it has no gate: fc2(act(fc1(x)))"),
 )
 _CHOICES = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
-_NO_MLP = f"it is not down_proj(act(gate_proj(x)) · up_proj(x)) with act one of {', '.join(ACTIVATIONS)}"
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -63,8 +65,8 @@ class Structure:
         kind: "attention" or "mlp".
         layers: Names of the layers that belong together, in the order in which they are computed.
         reason: Why they have to be called one by one; "" where they are not.
-        activation: A gated MLP's, in the words of `lora_mlp`.
-        others: What else a gated MLP is made of: each name, and the module's `Part`, or the value itself, None where it
+        activation: An MLP's, in the words of `lora_mlp`.
+        others: What else an MLP is made of: each name, and the module's `Part`, or the value itself, None where it
             has none.
     """
 
@@ -85,8 +87,9 @@ def structure(module: nn.Module, forward: Callable[..., Any]) -> Structure | Non
     children = module._modules.keys()
     if children >= set(ATTENTION):
         return Structure("attention", ATTENTION, _attention_reason(forward))
-    if children >= set(MLP):
-        return _gated(module, forward)
+    for layers in _MLPS:
+        if children >= set(layers):
+            return _mlp(module, forward, layers)
     for kind, layers, reason in _OTHERS:
         if children >= set(layers):
             return Structure(kind, layers, reason)
@@ -154,30 +157,31 @@ def _lists(statement: ast.AST) -> Iterator[list[ast.stmt]]:
                     yield from _lists(inner)
 
 
-def _gated(module: nn.Module, forward: Callable[..., Any]) -> Structure:
-    """What a module with a gate computes, found by running it."""
-    rest = {name: child for name, child in module._modules.items() if name not in MLP and child is not None}
+def _mlp(module: nn.Module, forward: Callable[..., Any], layers: tuple[str, ...]) -> Structure:
+    """What a module with an MLP's layers computes, found by running it."""
+    rest = {name: child for name, child in module._modules.items() if name not in layers and child is not None}
+    other = Structure("mlp", layers, f"it is not {_MLPS[layers]} with act one of {', '.join(ACTIVATIONS)}")
     holding = [n for n, m in rest.items() if any(True for _ in (*m.children(), *m.parameters(), *m.buffers()))]
     holding += [name for own in (module._parameters, module._buffers) for name, t in own.items() if t is not None]
     if holding:
-        return Structure("mlp", MLP, f"it has more than three layers and an activation: {', '.join(holding)}")
+        return replace(other, reason=f"it has more than {', '.join(layers)} and an activation: {', '.join(holding)}")
     fields, read = vars(module), set()
     try:
-        found = {_activation(module, forward, rest, read, training) for training in (True, False)}
+        found = {_activation(module, forward, layers, rest, read, training) for training in (True, False)}
     except _Touched:
-        return Structure("mlp", MLP, _NO_MLP)
+        return other
     except Exception as error:  # a stranger's code, with stand-ins in place of its layers
-        return Structure("mlp", MLP, f"its forward cannot be followed: {type(error).__name__}: {error}")
+        return replace(other, reason=f"its forward cannot be followed: {type(error).__name__}: {error}")
     if len(found) > 1 or "" in found:
-        return Structure("mlp", MLP, _NO_MLP)
+        return other
     read |= {name for name, f in fields.items() if callable(f) and name[0] != "_" and name != "forward"}
-    read -= {*MLP, *rest, *_OF_EVERY_MODULE, "__dict__"}
+    read -= {*layers, *rest, *_OF_EVERY_MODULE, "__dict__"}
     values = {name: fields.get(name) for name in sorted(read)}
     for name, value in values.items():
         if not (isinstance(value, _PLAIN) or callable(value)):
-            return Structure("mlp", MLP, f"its forward reads {name}, which may change")
+            return replace(other, reason=f"its forward reads {name}, which may change")
     others = (*((name, _part(child)) for name, child in rest.items()), *values.items())
-    return Structure("mlp", MLP, "", found.pop(), others)
+    return replace(other, reason="", activation=found.pop(), others=others)
 
 
 class _Touched(Exception):
@@ -193,18 +197,21 @@ class _Sealed(Tensor):
 
 
 def _activation(
-    module: nn.Module, forward: Callable[..., Any], rest: dict[str, nn.Module], read: set[str], training: bool
-) -> str:
-    """Run a gated MLP with stand-ins for its layers: which activation it has, "" if it computes anything else.
+    module: nn.Module, forward: Callable[..., Any], layers: tuple[str, ...], rest: dict[str, nn.Module], read: set[str],
+    training: bool,
+) -> str:  # fmt: skip
+    """Run an MLP with stand-ins for its layers: which activation it has, "" if it computes anything else.
 
     To `read` it adds the names of the module's attributes that were looked up.
     """
+    *before, last = layers
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         x, y = (torch.empty(0).as_subclass(_Sealed) for _ in range(2))
         # every pair of a gate and an up, some of them beyond the limits that models set
         gates = torch.cat([torch.linspace(-60, 60, 241, dtype=torch.float64), torch.tensor([-1e5, -1e3, 1e3, 1e5])])
-        gate, up = torch.cartesian_prod(gates, gates.new_tensor([-1e5, -12, -0.7, 0.9, 8, 1e5])).unbind(1)
-        leaves, given = (gate.requires_grad_(), up.requires_grad_()), []
+        ups = gates.new_tensor([-1e5, -12, -0.7, 0.9, 8, 1e5])
+        pairs = torch.cartesian_prod(gates, ups).unbind(1) if len(before) > 1 else (gates,)
+        leaves, given = tuple(t.requires_grad_() for t in pairs), []
 
         def stand_in(name: str, result: Tensor) -> Callable[[Tensor], Tensor]:
             def call(t: Tensor) -> Tensor:
@@ -219,18 +226,18 @@ def _activation(
                 return super().__getattribute__(name)
 
         modules = {name: copy.deepcopy(child).train(training) for name, child in rest.items()}
-        modules |= {name: stand_in(name, result) for name, result in zip(MLP, (gate, up, y), strict=True)}
+        modules |= {name: stand_in(name, result) for name, result in zip(layers, (*leaves, y), strict=True)}
         twin, fields = object.__new__(Twin), vars(module) | {"training": training, "_modules": modules}
         object.__setattr__(twin, "__dict__", dict(fields))
-        if forward(twin, x) is not y or sorted(name for name, _ in given) != sorted(MLP):
+        if forward(twin, x) is not y or sorted(name for name, _ in given) != sorted(layers):
             return ""
         after, inputs = object.__getattribute__(twin, "__dict__"), dict(given)
         if after.keys() != fields.keys() or any(after[name] is not value for name, value in fields.items()):
             return ""
-        if not (inputs["gate_proj"] is inputs["up_proj"] is x):
+        if any(inputs[name] is not x for name in before):
             return ""
-        h = inputs["down_proj"]
-        if h.shape[2:] != gate.shape or not h.requires_grad:
+        h = inputs[last]
+        if h.shape[2:] != leaves[0].shape or not h.requires_grad:
             return ""
         made = (h[0, 0], *torch.autograd.grad(h.sum(), leaves, materialize_grads=True))
         return next((name for name in ACTIVATIONS if _same(made, leaves, name)), "")
@@ -238,6 +245,6 @@ def _activation(
 
 def _same(made: Sequence[Tensor], leaves: Sequence[Tensor], activation: str) -> bool:
     """Whether an h and its gradients are those of an activation."""
-    h = activated(*leaves, activation)
+    h = activated(*(*leaves, None)[:2], activation)
     expected = (h, *torch.autograd.grad(h.sum(), leaves))
     return all(torch.allclose(t, own, rtol=1e-8, atol=1e-8) for t, own in zip(made, expected, strict=True))
