@@ -1,4 +1,4 @@
-"""The tile rules that look at a GPU's shared memory: what they pick fits, and sums are split alike whatever it is."""
+"""The tile rules that look at a GPU's shared memory: what they pick fits, and for a plain layer it changes stages alone."""
 
 from dataclasses import replace
 

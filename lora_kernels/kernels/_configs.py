@@ -16,7 +16,7 @@ __all__ = [
 ]  # fmt: skip
 
 _TINY = 16
-_PROGRAMS = 256  # aimed at where a sum is split; the same on every GPU, so that sums are split the same way everywhere
+_PROGRAMS = 256  # aimed at where a sum is split; one number, so that GPUs whose tiles are alike split sums alike
 _THIN = 128  # up to it a product is a matter of writing its result
 SHARED = 233_472  # bytes of shared memory of a multiprocessor, an H100's
 _LEAST_SHARED = 65_536  # an MI300X's
