@@ -73,8 +73,7 @@ def _shrink_kernel(
     offs_r = pid_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m = offs_m < M
     if HAS_DROPOUT:
-        row_bytes = tl.cdiv(K, 32) * 4
-        written_bytes = tl.where(pid_r == 0, tl.cdiv(K, 8), 0)  # by one program a row block
+        row_bytes = (K + 31) // 8 & ~3  # of words; Triton, had it seen so, would shuffle bytes to store four
 
     accs, seeds, drawn = (), (), 0
     for i in tl.static_range(ROWS):
@@ -110,7 +109,7 @@ def _shrink_kernel(
                 offs_byte = k * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
                 counter = offs_m[:, None] * row_bytes + offs_byte[None, :]
                 bits = keep_bits(seeds[i], counter, thresholds[i])
-                inside = mask_m[:, None] & (offs_byte < written_bytes)[None, :]
+                inside = mask_m[:, None] & (8 * offs_byte < tl.where(pid_r == 0, K, 0))[None, :]  # by one of these
                 tl.store(keep_ptrs[i].to(tl.pointer_type(tl.uint8)) + counter, bits.to(tl.uint8), mask=inside)
                 kept = tl.where(unpack_bits(bits), x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))
             a = tl.load(
