@@ -250,7 +250,7 @@ def wgrad_config(
     few = single or activated or (adapters > 2 and masked)
     wide_sums = adapters > 2 and thin > (16 if masked and small else 32) and (small or not masked)
     fewest = single if activated else wide_sums
-    addressed = strided and masked and adapters > 1 and shared <= _LEAST_SHARED
+    addressed = strided and (single or (masked and adapters > 1 and shared <= _LEAST_SHARED))
     block_m = _fit(rows, (_TINY if fewest else 32 if few else 64) // (2 if addressed else 1))
     rows_per_split = _split(rows, block_m, _tiles(wide, thin, block_c, block_r))
     # narrow tiles, all of fp32 among them, run many at once; some spill with more
