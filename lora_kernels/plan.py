@@ -224,8 +224,9 @@ def stacks(backend: str, dy: Tensor, adapters: Sequence[Tensor]) -> bool:
     if backend == "torch" or not adapters:
         return False
     ranks, dtype = tuple(a.shape[0] for a in adapters), dy.dtype
-    copied = any(a.dtype != dtype for a in adapters)
-    return strategy.stacks(dy.shape[0], adapters[0].shape[1], ranks, dtype.itemsize, copied)
+    copied = all(a.dtype != dtype for a in adapters)
+    k_step = 64 if contractions(backend).describe_path(dy.device, dtype)[0] == "tma" else 32  # of the large tiles
+    return strategy.stacks(dy.shape[0], adapters[0].shape[1], ranks, dtype.itemsize, copied, k_step)
 
 
 def fuses(backend: str, x: Tensor, weight: Tensor, rank: int, masked: bool) -> bool:

@@ -9,7 +9,7 @@ r"""Several projections of one x, such as Q, K and V: the products of `autograd`
 
 Two launches forward and n + 2 backward, at ranks up to 32. A projection without an adapter has no row in the thin
 products. Weights stay where they are: nothing is laid side by side but the sᵢ, and for large M, where there is no
-dropout, the dsᵢ and a copy of the Aᵢ: that is one product, in one K step, in place of several that are mostly padding.
+dropout, the dsᵢ and, in a launch more, a copy of the Aᵢ: that is one product in place of several, mostly padding.
 Saved for backward: x, the parameters, the sᵢ (M·Σrᵢ elements) and the masks, and of these only what the gradients that
 were asked for need. An output that nothing was computed from costs backward nothing.
 

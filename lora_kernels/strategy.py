@@ -131,13 +131,16 @@ def best_of_several(q: Product, sources: int, gpu: Limits) -> str:
     return "beta1" if seconds("beta1", q, gpu) + again < 0.99 * seconds("fused", q, gpu) else "fused"
 
 
-def stacks(rows: int, cols: int, ranks: tuple[int, ...], element: int, copied: bool) -> bool:
+def stacks(
+    rows: int, cols: int, ranks: tuple[int, ...], element: int, copied: bool, k_step: int = _K_STEP
+) -> bool:  # fmt: skip
     """Whether thin products `[rows, r]` x `[r, cols]` of one sum should be one product, of operands side by side.
 
     Each is padded to whole K steps, so together they take fewer. The price is a launch that copies the right sides,
-    unless they are `copied` anyhow. Ranks that do not fill 16 bytes, of `element` each, would leave gaps.
+    unless all are `copied` anyhow. Ranks that do not fill 16 bytes, of `element` each, would leave gaps; in fp32 K
+    steps are short, and little of them is padding.
     """
-    if max(ranks, default=0) > _ONE_READ_RANK or any(r * element % 16 for r in ranks):
+    if element != 2 or max(ranks, default=0) > _ONE_READ_RANK or any(r * element % 16 for r in ranks):
         return False
-    saved = sum(-(-r // _K_STEP) for r in ranks) - -(-sum(ranks) // _K_STEP)
-    return saved > 0 and (copied or rows * cols * saved >= _STACKED)
+    saved = sum(-(-r // k_step) for r in ranks) - -(-sum(ranks) // k_step)
+    return saved > 0 and (copied or rows * cols * saved * k_step >= _STACKED * _K_STEP)

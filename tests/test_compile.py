@@ -236,3 +236,14 @@ def test_export_for_training_draws_new_masks_and_has_the_gradients(device, backe
     exported = torch.export.export(layer, (x,)).module()
     assert_same(outcome(exported, exported, x, 3), outcome(layer, layer, x, 3))
     assert not torch.equal(exported(x), exported(x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_width_is_guarded_by_the_words_of_a_mask(backend, device):
+    """in_features of any size, in one graph: how a mask is laid out does not show in what a compiler asks."""
+    counter = CompileCounterWithBackend("eager")
+    call = torch.compile(lora_linear, backend=counter, fullgraph=True, dynamic=True)
+    for k in (64, 40, 72, 96):
+        tensors = (torch.randn(size, device=device) for size in ((6, k), (24, k), (4, k), (24, 4)))
+        assert call(*tensors, scaling=2.0, dropout_p=0.5, backend=backend).shape == (6, 24)
+    assert counter.frame_count == 1

@@ -1,6 +1,5 @@
 """TMA descriptors of the operands of a settled launch, kept by address: Triton takes long to check new ones."""
 
-import weakref
 from typing import NamedTuple
 
 import torch
@@ -13,8 +12,7 @@ from lora_kernels.kernels._launch import Facts, thin_pitch, thin_rows
 __all__ = ["Describe", "keeps"]
 
 _MOST = 8192  # descriptors kept in all: activations lie elsewhere with every allocation
-_operands: "weakref.WeakSet[Describe]" = weakref.WeakSet()
-_kept = 0
+_kept = _epoch = 0  # how many there are, and how often they were dropped
 
 
 class _Address(NamedTuple):
@@ -43,7 +41,7 @@ class Describe:
         strides = (thin_pitch(operand.shape[1], operand.dtype), 1) if self.copied else operand.strides
         self.layout = list(operand.shape), list(strides), list(block)
         self.known: dict[int, TensorDescriptor] = {}
-        _operands.add(self)
+        self.epoch = _epoch
 
     def __call__(self, t: Tensor) -> TensorDescriptor:
         """Describe a tensor with the facts that were settled."""
@@ -55,19 +53,19 @@ class Describe:
         pointer = t.data_ptr()
         found = self.known.get(pointer)
         if found is None:
-            _make_room()
+            self._make_room()
             found = self.known[pointer] = TensorDescriptor(_Address(pointer, t.dtype), *self.layout)
         return found
 
-
-def _make_room() -> None:
-    """Count one more, and start anew where there are too many: launches of other shapes have operands of their own."""
-    global _kept
-    if _kept >= _MOST:
-        _kept = 0
-        for operand in list(_operands):
-            operand.known.clear()
-    _kept += 1
+    def _make_room(self) -> None:
+        """Count one more; where there are too many, of all operands, each drops its own when it is next asked."""
+        global _kept, _epoch
+        if _kept >= _MOST:
+            _kept, _epoch = 0, _epoch + 1
+        if self.epoch != _epoch:
+            self.known.clear()
+            self.epoch = _epoch
+        _kept += 1
 
 
 def keeps(device: torch.device) -> bool:

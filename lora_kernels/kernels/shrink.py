@@ -153,7 +153,8 @@ def draw_noise(x: Tensor, count: int = 1) -> Tensor:
 
 def outputs(x: Tensor, rank: int, dropout_p: float) -> tuple[Tensor, Tensor | None]:
     """Allocate what `shrink` returns: s `[M, R]`, and with dropout the packed mask `[M, ceil(K/32)]`."""
-    return thin_rows(x, rank), _mask(x) if dropout_p > 0 else None
+    keep = x.new_empty(x.shape[0], -(-x.shape[1] // 32), dtype=torch.int32) if dropout_p > 0 else None
+    return thin_rows(x, rank), keep  # not `_mask`, which a compiler's symbol would have to decide
 
 
 def shrink(
@@ -227,7 +228,7 @@ def _launch_all(
 
 
 def _mask(x: Tensor) -> Tensor:
-    allocate = torch.zeros if x.shape[1] % 32 else torch.empty  # bits of no element are 0, and seldom there
+    allocate = torch.zeros if x.shape[1] % 32 else torch.empty  # the same noise, the same mask, bytes of no element too
     return allocate(x.shape[0], -(-x.shape[1] // 32), dtype=torch.int32, device=x.device)
 
 

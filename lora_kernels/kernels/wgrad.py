@@ -108,6 +108,7 @@ def _wgrad_kernel(
     BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Each program owns BLOCK_W by BLOCK_T elements of one split's part of every g, and walks the rows of the split."""
+    # HAS_KEEP says for reports what the pointers say here: whether there is a mask
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     pid, tiles = tl.program_id(0), tl.num_programs(0)
