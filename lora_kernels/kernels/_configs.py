@@ -200,6 +200,7 @@ def shrink_config(
     # 128 of K beside the mask, and addresses or sums, spill; several adapters take less of it anyway
     crowded = dropout and adapters == 1 and (strided or block_r == 64)
     half_k = 64 if crowded else 128
+    most_stages = 3 if crowded and dtype.itemsize == 4 else 4  # where IEEE products take longer than any load
     block_k = _fit(inner, half_k if dtype.itemsize == 2 else 64 if block_r == 16 else 32)
     of_x, of_a = dtype.itemsize, max(dtype.itemsize, adapter_itemsize)
     if adapters > 1:
@@ -210,7 +211,7 @@ def shrink_config(
         block_m, block_k = min(block_m, 32) if dropout else block_m, max(_TINY, block_k // 2)
     k_per_split = _split(inner, block_k, _tiles(rows, rank, block_m, block_r))
     room = shared // 2 if block_r <= 32 else shared  # two programs hide the latency of each other's loads
-    stages = _stages(4, block_k * (block_m * (1 + activated) * of_x + block_r * adapters * of_a), room)
+    stages = _stages(most_stages, block_k * (block_m * (1 + activated) * of_x + block_r * adapters * of_a), room)
     return ShrinkConfig(block_m, block_k, block_r, k_per_split, num_warps=4, num_stages=stages)
 
 
