@@ -29,7 +29,7 @@ def kernel(name, constants, case=None, arch="sm_90", programs=132, **changes):
 
 
 MATMUL = dict(
-    NUM_SOURCES=2, USE_TMA=True, PDL=True, HAS_KEEP=False, PRECISION="ieee", BLOCK_M=128, BLOCK_N=256, BLOCK_K=64
+    NUM_SOURCES=2, NUM_MASKED=0, USE_TMA=True, PDL=True, PRECISION="ieee", BLOCK_M=128, BLOCK_N=256, BLOCK_K=64
 )
 SHRINK = dict(HAS_DROPOUT=False, PRECISION="ieee", BLOCK_M=64, BLOCK_K=128, BLOCK_R=16)
 WGRAD = dict(HAS_KEEP=False, HAS_SHRINK=False, PRECISION="ieee", BLOCK_M=64, BLOCK_W=128, BLOCK_T=16)
@@ -84,7 +84,7 @@ BAD = [
     (kernel("shrink", SHRINK, mma={"HMMA.16816": 8}), "falls back to mma.sync"),
     (kernel("wgrad", WGRAD, mma={"HGMMA.64x16x16": 4, "HMMA.16816": 8}), "falls back to mma.sync"),
     (kernel("matmul_expand", MATMUL, loop_waits=4), "waits 4 times, for 1 dots"),
-    (kernel("matmul_expand", MATMUL | dict(HAS_KEEP=True), loop_waits=2), "waits 2 times, for 1 dots"),
+    (kernel("matmul_expand", MATMUL | dict(NUM_MASKED=1), loop_waits=2), "waits 2 times, for 1 dots"),
     (kernel("matmul_expand", MATMUL, loop_arrives=4), "begins its tensor cores 4 times"),
     (kernel("wgrad", WGRAD | dict(HAS_SHRINK=True), loop_waits=3), "waits 3 times, for 2 dots"),
     (kernel("shrink", SHRINK, per_sm=0), "does not fit a multiprocessor"),

@@ -62,7 +62,7 @@ MUTANTS = {
     "last K tile skipped": (SHRINK, "splits = triton.cdiv(inner, config.k_per_split)", "splits = max(inner // config.k_per_split, 1)"),
     "last row split skipped": (WGRAD, "splits = triton.cdiv(rows, config.rows_per_split)", "splits = max(rows // config.rows_per_split, 1)"),
     "low-rank source skipped": (MATMUL, "firsts = firsts + (steps,)\n        steps +=", "firsts = firsts + (steps,)\n        steps += 0 if i else"),
-    "bias twice": (MATMUL, "part += biases[i].to(tl.float32)[None, :]", "part += 2 * bias.to(tl.float32)[None, :]"),
+    "bias twice": (MATMUL, "part += biases[i].to(tl.float32)[None, :]", "part += 2 * biases[i].to(tl.float32)[None, :]"),
     "16-bit accumulator": (MATMUL, "acc = tl.dot(p_tile, q_tile, acc, input_precision=PRECISION)", "acc = tl.dot(p_tile, q_tile, acc, input_precision=PRECISION).to(tl.float16).to(tl.float32)"),
     "tiles overlap": (MATMUL, "m0, n0 = pid_m * BLOCK_M, block_n * BLOCK_N", "m0, n0 = pid_m * (BLOCK_M // 2), block_n * BLOCK_N"),
     "grid one short": (SHRINK, "blocks = triton.cdiv(rows, config.block_m) *", "blocks = max(rows // config.block_m, 1) *"),

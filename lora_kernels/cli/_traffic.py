@@ -141,7 +141,10 @@ def block(
     m: int, k: int, widths: Sequence[int], ranks: Sequence[int], dtype: torch.dtype, dropout: bool, num_sms: int,
     tma: bool, bias: int = 0,
 ) -> list[Moved]:  # fmt: skip
-    """The launches of several projections of one x, forward and backward; rank 0 is no adapter."""
+    """The launches of several projections of one x, forward and backward; rank 0 is no adapter.
+
+    Without the copy of A that `plan.stacks` may ask for: ΣR·K elements, read once and written once.
+    """
     e, adapted = dtype.itemsize, [r for r in ranks if r]
     masks, widest = len(adapted) * dropout, max(adapted)
     y_crowded = not tma and len(widths) + len(adapted) > 2

@@ -23,9 +23,12 @@ def shrink_wgrad(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute ds = alpha · dy B, `[M, r]`, in the dtype of dy, and dB = dyᵀ s, `[out, r]`, in `out_dtype`.
 
-    With `into`, dB is added to that and None stands in its place. `ds`, of `stack`, is where ds goes.
+    With `into`, dB is added to that and None stands in its place. `ds`, of `stack`, is where ds goes, at ranks that are
+    stacked: up to 32.
     """
     if not shrink_wgrad_pays(s.shape[1]):
+        if ds is not None:
+            raise ValueError(f"shrink_wgrad: ds is for ranks that one read of dy serves, and rank {s.shape[1]} is not.")
         return shrink(dy, lora_B.t(), alpha)[0], wgrad(dy, s, out_dtype, into=into)
     ds = thin_rows(dy, s.shape[1]) if ds is None else ds
     return ds, wgrad(dy, s, out_dtype, into=into, shrink=(lora_B, ds, alpha))

@@ -39,8 +39,6 @@ _OTHERS = (  # what is known to be a block of another kind, by the layers it has
     ("mlp", ("gate_up_proj", "down_proj"), "one layer holds gate and up: gate_up_proj"),
 )
 _CHOICES = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-
-
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 

@@ -166,9 +166,8 @@ def _logical(arguments: dict[str, object], names: Iterable[str]) -> np.ndarray:
 
 
 def _addresses(t: torch.Tensor, name: str = "", arguments: dict[str, object] | None = None) -> np.ndarray:
-    if (
-        name == MASKS and "K" in arguments
-    ):  # the shrink's: of words, written byte by byte, of which those of no element are not
+    if name == MASKS and "K" in arguments:
+        # the shrink's: of words, written byte by byte, of which those of no element are not
         rows = t.data_ptr() + np.arange(t.shape[0], dtype=np.int64) * t.stride(0) * t.element_size()
         return np.add.outer(rows, np.arange(-(-arguments["K"] // 8))).reshape(-1)
     addresses = np.zeros(1, np.int64) + t.data_ptr()
