@@ -8,11 +8,12 @@ from pathlib import Path
 
 ORACLES = Path(__file__).parent / "oracles"
 BUDGETS = Path(__file__).parent / "budgets"
+ROOT = Path(__file__).parent.parent
 
 
 def run_compiled(*command):
     """Run Python in a process where Triton does not interpret."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, env=env, timeout=280, check=False
     )
@@ -23,6 +24,7 @@ def test_every_launch_is_laid_out_as_its_kernel_takes_it():
     assert done.returncode == 0, done.stderr[-3000:]
     # five a layer and one more where the rank is too large to read dy once; n + 4 for n projections with adapters
     assert "108 launches of _matmul_expand_kernel _shrink_kernel _wgrad_kernel" in done.stdout.splitlines()[-1]
+    assert done.stdout.splitlines()[-1].endswith("with 215 descriptors"), done.stdout
 
 
 def test_every_kernel_keeps_its_budgets(tmp_path):

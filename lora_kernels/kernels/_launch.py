@@ -5,19 +5,19 @@ kept: the tile, the grid, every integer argument, every flag. What is left to ea
 run-time numbers, because on few rows the host is what takes the time.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from lora_kernels.kernels._configs import SHARED, descriptor_path
 
 __all__ = [
     "Facts", "Launch", "arrivals", "capability", "dependent_launch", "describe_path", "facts", "launch_options",
-    "num_sms", "on_device", "precision", "shared_per_sm", "thin_columns", "thin_pitch", "thin_rows", "uses_tf32",
+    "num_sms", "precision", "shared_per_sm", "thin_columns", "thin_pitch", "thin_rows", "uses_tf32",
 ]  # fmt: skip
 
 _COUNTERS = 1 << 16  # int32; 256 KiB a stream
@@ -56,7 +56,8 @@ class Launch:
     """A kernel with its grid, integers and flags; a call adds tensors and run-time numbers.
 
     The first call goes through Triton, which looks at every argument to find or compile the binary. Whoever makes a
-    `Launch` promises that they will say the same each time, so later calls go to that binary directly.
+    `Launch` promises that they will say the same each time, on the same device, so later calls go to that binary's
+    launcher directly, as those of PyTorch's Inductor do; by way of Triton while a profiler listens to launches.
 
     Args:
         kernel: The Triton function. Its parameters are tensors, run-time floats, integers and flags, in this order.
@@ -64,31 +65,51 @@ class Launch:
         integers: The integer arguments, in order; tuples are arguments that are tuples.
         flags: The `constexpr` arguments by name, in order.
         options: Warps, stages and the like.
+        device: Where it is launched, whichever device is the current one.
     """
 
     def __init__(
-        self, kernel: Any, grid: Sequence[int], integers: Sequence[Any], flags: dict[str, Any], options: dict[str, Any]
-    ) -> None:
-        self.kernel, self.grid, self.integers = kernel, (*grid, 1, 1)[:3], tuple(integers)
+        self, kernel: Any, grid: Sequence[int], integers: Sequence[Any], flags: dict[str, Any], options: dict[str, Any],
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.kernel, self.grid, self.integers, self.device = kernel, (*grid, 1, 1)[:3], tuple(integers), device
         self.flags, self.options = flags, options
         self._rest = (*self.integers, *flags.values())
         self._binary: Callable[..., None] | None = None
+        self._run: Callable[..., None] | None = None
 
     def __call__(self, *arguments: Any) -> None:
-        """Launch on the current device's current stream."""
-        if self._binary is not None:
+        """Launch on the device's current stream."""
+        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                self._launch(arguments)
+        else:
+            self._launch(arguments)
+
+    def _launch(self, arguments: tuple[Any, ...]) -> None:
+        if self._binary is None:
+            compiled = self.kernel[self.grid](*arguments, *self.integers, **self.flags, **self.options)
+            if compiled is not None:  # the interpreter has nothing to keep
+                self._keep(compiled)
+        elif _heard(_runtime.launch_enter_hook) or _heard(_runtime.launch_exit_hook):
             self._binary(*arguments, *self._rest)
-            return
-        compiled = self.kernel[self.grid](*arguments, *self.integers, **self.flags, **self.options)
-        if compiled is not None:  # the interpreter has nothing to keep
-            self._binary = compiled[self.grid]
+        else:
+            stream = self._stream(self._device)
+            self._run(*self.grid, stream, self._function, self._metadata, None, None, None, *arguments, *self._rest)
+
+    def _keep(self, compiled: Any) -> None:
+        driver = triton.runtime.driver.active
+        self._stream, self._device = driver.get_current_stream, driver.get_current_device()
+        self._binary, self._run = compiled[self.grid], compiled.run
+        self._function, self._metadata = compiled.function, compiled.packed_metadata
 
 
-def on_device(t: Tensor) -> contextlib.AbstractContextManager:
-    """Launch on the tensor's GPU, which need not be the current one."""
-    if t.is_cuda and t.device.index != torch.cuda.current_device():
-        return torch.cuda.device(t.device)
-    return contextlib.nullcontext()
+_runtime = triton.knobs.runtime
+
+
+def _heard(hook: Any) -> bool:
+    """Whether somebody listens to a hook: one that is there and is no chain, or is a chain of some."""
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def uses_tf32(dtype: torch.dtype) -> bool:
@@ -98,7 +119,7 @@ def uses_tf32(dtype: torch.dtype) -> bool:
 
 def precision(t: Tensor) -> str:
     """The `input_precision` of a dot over operands like `t`."""
-    return "tf32" if uses_tf32(t.dtype) else "ieee"
+    return "tf32" if t.dtype == torch.float32 and uses_tf32(torch.float32) else "ieee"
 
 
 imagined: Any = None  # an ImaginedGPU stands in for every device while launches are only compiled, see `_imagined`
@@ -175,14 +196,14 @@ def launch_options(dependent: bool) -> dict[str, bool]:
 
 
 def arrivals(device: torch.device, count: int) -> Tensor:
-    """Return `count` counters at 0 for `last_to_arrive`, int32, which leaves them at 0.
+    """Return `count` counters or more at 0 for `last_to_arrive`, int32, which leaves them at 0.
 
     Launches of one stream follow one another, so they share a buffer that is zeroed once, as cuBLAS keeps a workspace
     for each stream. A CUDA graph may be replayed on any stream and gets counters of its own, zeroed at each replay.
     """
     if device.type != "cuda" or count > _COUNTERS or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
-    return _stream_counters(device, torch.cuda.current_stream(device).cuda_stream)[:count]
+    return _stream_counters(device, torch.cuda.current_stream(device).cuda_stream)
 
 
 @functools.lru_cache(maxsize=64)

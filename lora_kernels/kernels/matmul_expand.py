@@ -48,7 +48,7 @@ from lora_kernels.kernels import _launch
 from lora_kernels.kernels._configs import MatmulConfig, descriptor_path, matmul_config
 from lora_kernels.kernels._descriptors import Describe, keeps
 from lora_kernels.kernels._device import halves, kept, load_kept, tile_position
-from lora_kernels.kernels._launch import Facts, Launch, facts, on_device, precision
+from lora_kernels.kernels._launch import Facts, Launch, facts, precision
 
 __all__ = ["matmul_expand", "matmul_expand_all"]
 
@@ -56,6 +56,7 @@ Source = tuple[Tensor, Tensor]
 MAX_SOURCES = 8  # what the kernel's signature holds, beside masked ones
 MAX_OUTPUTS = 4
 _NONE = (None,) * MAX_SOURCES
+_describe = Describe.__call__
 
 
 @triton.jit
@@ -264,22 +265,20 @@ def _launch_all(
     like = (sources or masked)[0][0]
     if len({q.dtype for _, q, _ in masked}) > 1:  # a choice of pointers has one type
         masked = [(p, q.to(like.dtype), keep) for p, q, keep in masked]
+    ps, qs = zip(*sources, strict=True) if sources else ((), ())
     settled = _settle(
-        tuple([(facts(p), facts(q)) for p, q in sources]), counts, tuple([bias is not None for bias in biases]),
-        tuple([(facts(p), facts(q)) for p, q, _ in masked]), wide, like.device, config, tma, precision(like),
-        _launch.imagined,
+        tuple(map(facts, ps)), tuple(map(facts, qs)), counts, tuple([bias is not None for bias in biases]),
+        tuple([(facts(p), facts(q)) for p, q, _ in masked]) if masked else (), wide, like.device, config, tma,
+        precision(like), _launch.imagined,
     )  # fmt: skip
     ys = [like.new_empty(like.shape[0], cols) for cols in settled.cols]
+    y_args = ys
     if settled.tma:
-        ps = [describe(p) for describe, (p, _) in zip(settled.ps, sources, strict=True)]
-        qs = [describe(q) for describe, (_, q) in zip(settled.qs, sources, strict=True)]
-        y_args = [describe(y) for describe, y in zip(settled.ys, ys, strict=True)] if settled.ys else ys
-    else:
-        ps, qs, y_args = [p for p, _ in sources], [q for _, q in sources], ys
+        ps, qs = map(_describe, settled.ps, ps), map(_describe, settled.qs, qs)
+        y_args = map(_describe, settled.ys, ys) if settled.ys else ys
     absent, no_ys = settled.absent
     masked_args = zip(*masked, strict=True) if masked else _NONE[:3]
-    with on_device(like):
-        settled.launch(*ps, *absent, *qs, *absent, *y_args, *no_ys, *masked_args, _in_full(biases))
+    settled.launch(*ps, *absent, *qs, *absent, *y_args, *no_ys, *masked_args, _in_full(biases))
     return ys
 
 
@@ -310,11 +309,11 @@ class _Settled(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _settle(
-    sources: tuple[tuple[Facts, Facts], ...], counts: tuple[int, ...], biased: tuple[bool, ...],
+    ps: tuple[Facts, ...], qs: tuple[Facts, ...], counts: tuple[int, ...], biased: tuple[bool, ...],
     masked: tuple[tuple[Facts, Facts], ...], wide: int, device: torch.device, config: MatmulConfig | int | None,
     tma: bool | None, precision: str, imagined: object,
 ) -> _Settled:  # fmt: skip
-    ends = tuple(itertools.accumulate(counts))
+    sources, ends = tuple(zip(ps, qs, strict=True)), tuple(itertools.accumulate(counts))
     by_output = [sources[end - count : end] for end, count in zip(ends, counts, strict=True)]
     large = [source for summed in by_output for source in summed[:wide]] or masked[:1]
     (p, _), sms = large[0], _launch.num_sms(device)
@@ -352,7 +351,7 @@ def _settle(
             PRECISION=precision, SUBTILES=config.subtiles, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, BLOCK_R=block_r, GROUP_M=config.group_m,
         ),
-        dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(pdl)),
+        dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(pdl)), device,
     )  # fmt: skip
     absent = _NONE[len(sources) : MAX_SOURCES], _NONE[len(cols) : MAX_OUTPUTS]
     if not tma:

@@ -42,7 +42,7 @@ from lora_kernels.kernels import _launch
 from lora_kernels.kernels._activation import activated
 from lora_kernels.kernels._configs import ShrinkConfig, shrink_config
 from lora_kernels.kernels._device import keep_bits, last_to_arrive, unpack_bits
-from lora_kernels.kernels._launch import Facts, Launch, arrivals, facts, on_device, precision, thin_columns, thin_rows
+from lora_kernels.kernels._launch import Facts, Launch, arrivals, facts, precision, thin_columns, thin_rows
 
 __all__ = ["Row", "activate_shrink", "draw_noise", "outputs", "shrink", "shrink_all"]
 
@@ -214,16 +214,15 @@ def _launch_all(
     h: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
     launch, ranks, masks, size, blocks = _settle(
-        facts(x), facts(up), tuple([facts(a) for a in operands]), x.device, ps, precision(x), activation, config,
+        facts(x), facts(up), tuple(map(facts, operands)), x.device, ps, precision(x), activation, config,
         _launch.imagined,
     )  # fmt: skip
     s, keeps = thin_columns(x, ranks) if ranks else [], [_mask(x) if p > 0 else None for p in ps]
     if noise is None and masks:
         noise = draw_noise(x, masks)
     parts, counters = (x.new_empty(size, dtype=torch.float32), arrivals(x.device, blocks)) if size else (None, None)
-    with on_device(x):
-        tuples = (operands, tuple(s), tuple(keeps), alphas) if operands else (None,) * 4
-        launch(x, up, h, *tuples[:2], parts, counters, tuples[2], noise, tuples[3])
+    tuples = (operands, tuple(s), tuple(keeps), alphas) if operands else (None,) * 4
+    launch(x, up, h, *tuples[:2], parts, counters, tuples[2], noise, tuples[3])
     return s, keeps
 
 
@@ -261,6 +260,6 @@ def _settle(
             PDL=_launch.dependent_launch(device), PRECISION=precision,
             BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
         ),
-        dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(False)),
+        dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(False)), device,
     )  # fmt: skip
     return launch, ranks, masks, splits * rows * sum(ranks) if splits > 1 else 0, blocks

@@ -52,7 +52,7 @@ from lora_kernels.kernels import _launch
 from lora_kernels.kernels._activation import activation_gradient
 from lora_kernels.kernels._configs import WgradConfig, wgrad_config
 from lora_kernels.kernels._device import kept, last_to_arrive, load_kept
-from lora_kernels.kernels._launch import Facts, Launch, arrivals, facts, on_device, precision
+from lora_kernels.kernels._launch import Facts, Launch, arrivals, facts, precision
 
 __all__ = ["DGATE", "DUP", "Activation", "H", "Product", "Row", "Shrink", "launch", "wgrad", "wgrad_all"]
 
@@ -314,10 +314,7 @@ def launch(
     counters = arrivals(wide.device, counted) if counted else None
     if not products:
         thins = keeps = bs = gs = dss = alphas = None
-    with on_device(wide):
-        settled(
-            wide, a.up, a.dh, a.dgate, a.dup, thins, keeps, bs, gs, g_parts, dss, ds_parts, counters, alphas
-        )  # fmt: skip
+    settled(wide, a.up, a.dh, a.dgate, a.dup, thins, keeps, bs, gs, g_parts, dss, ds_parts, counters, alphas)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -354,7 +351,7 @@ def _settle(
             PDL=(bool(shrunk) or activation is not None) and dependent, READY=ready, PRECISION=precision,
             BLOCK_M=config.block_m, BLOCK_W=config.block_c, BLOCK_T=config.block_r,
         ),
-        dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(ready)),
+        dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(ready)), device,
     )  # fmt: skip
     g_size, ds_size = splits * width * sum(widths) if splits > 1 else 0, blocks * rows * sum(shrunk)
     return launch, g_size, ds_size, tiles + splits if g_size or ds_size else 0

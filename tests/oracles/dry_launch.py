@@ -1,82 +1,19 @@
 """Every launch of the layer, as far as a machine without a GPU can take it; run as a script, not interpreted.
 
-The launchers run on CPU tensors for an imagined sm_90 GPU, and Triton lays out the arguments as its own CUDA launcher
-does. What the launcher is then handed is held against what the compiled kernel takes, argument by argument. Only the
-launch itself is left out.
+The launchers run on CPU tensors for an imagined sm_90 GPU, and Triton's own launcher lays out the arguments, encodes
+the descriptors and asks a driver to launch, which only looks at what it is asked for: `stub_driver.c`.
 """
-
-import re
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.backends.nvidia import driver as nvidia
 
+from bench.stub_driver import StubDriver, launching
 from lora_kernels import plan
 from lora_kernels.autograd import LoRALinearFunction
 from lora_kernels.cli._compiled import Case, describe
-from lora_kernels.kernels._imagined import GPUS, Descriptor, imagine
 from lora_kernels.projections import LoRAProjectionsFunction
 
-launched = []
-
-
-class Launcher:
-    """Checks the arguments of a launch against the kernel's signature, through Triton's own argument layout."""
-
-    def __init__(self, source, metadata):
-        self.name, signature = source.fn.__name__, dict(enumerate(source.signature.values()))
-        descriptors = getattr(metadata, "tensordesc_meta", None)
-        if hasattr(nvidia, "make_launcher"):  # Triton 3.6 to 3.8 write the launcher as C, which says what it parses
-            position = source.fn.arg_names.index
-            constants = {(position(k),) if isinstance(k, str) else k: v for k, v in source.constants.items()}
-            code = nvidia.make_launcher(constants, signature, descriptors)
-            form = re.search(r'PyArg_ParseTuple\(args, "([^"]*)"', code)[1]
-            self.expected = _tree(iter(form[nvidia._BASE_ARGS_FORMAT_LEN :]))
-            self.base = nvidia._BASE_ARGS_FORMAT_LEN
-        else:
-            self.expected = nvidia.expand_signature(signature.values(), descriptors, "nvTmaDesc")
-            self.base = None
-        self.wrapped = nvidia.wrap_handle_tensordesc(self._check, signature, descriptors)
-
-    def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *args):
-        assert min(x, y, z) > 0, (self.name, x, y, z)
-        if self.base:
-            self.wrapped(*(None,) * self.base, *args)
-        else:
-            self.wrapped(None, args)
-        launched.append(self.name)
-
-    def _check(self, *args):
-        _match(args[self.base :] if self.base else args[-1], self.expected, self.name)
-
-
-def _tree(characters):
-    """The nesting of a format of PyArg_ParseTuple."""
-    nodes = []
-    for c in characters:
-        if c == ")":
-            break
-        nodes.append(tuple(_tree(characters)) if c == "(" else c)
-    return nodes
-
-
-def _match(args, expected, name):
-    assert len(args) == len(expected), f"{name}: {len(args)} arguments for {len(expected)}: {args} for {expected}"
-    for arg, kind in zip(args, expected, strict=True):
-        if isinstance(kind, tuple):
-            assert isinstance(arg, tuple), (name, arg, kind)
-            _match(arg, kind, name)
-        elif kind == "nvTmaDesc":
-            assert isinstance(arg, Descriptor), (name, arg, kind)
-        elif kind.startswith("*"):
-            assert arg is None or hasattr(arg, "data_ptr"), (name, arg, kind)
-        elif kind in ("i1", "i32", "i64", *"bhilLBHIK"):
-            assert isinstance(arg, int), (name, arg, kind)
-        elif kind in ("fp32", "f32", *"fd"):
-            assert isinstance(arg, float), (name, arg, kind)
-        else:
-            assert kind in ("constexpr", "O"), f"{name}: {kind} of {arg}"
-            assert not type(arg).__name__.startswith("TensorDescriptor"), f"{name}: a descriptor was not laid out"
+driver = StubDriver()
 
 
 def layer(m, k, n, r, dtype, p=0.0, bias=False, strided=False, adapters=None):
@@ -109,49 +46,62 @@ def block(m, k, widths, ranks, dtype, p=0.0, bias=False, adapters=None):
 
 def main():
     plan.interpreting = lambda: True  # lets CPU tensors through to the launchers
-    with imagine(GPUS["sm_90"], Launcher) as compiled:
+    with launching() as compiled:
         layers()
         before = len(compiled)
         blocks()
         kernels = [describe(launch, Case(8192, 4096, 4096, 16), "sm_90") for launch in compiled[before:]]
+        asked = driver.launched
         replays()
     assert {kernel.constants.get("ROWS") for kernel in kernels} == {1, 3, None}
     for kernel in kernels:  # held to the rules of `lora-kernels inspect`
         assert not kernel.broken, (str(kernel), kernel.broken)
+    overlap()
     nothing_between()
-    print("dry launch:", len(launched), "launches of", *sorted(set(launched)))
+    names = sorted({each.kernel for each in asked})
+    print("dry launch:", len(asked), "launches of", *names, "with", driver.encoded, "descriptors")
+
+
+def overlap():
+    """The driver is told which launches may come up before the one in front of them has ended."""
+    before = len(driver.launched)
+    with launching():
+        layer(2048, 1024, 1024, 16, torch.bfloat16, p=0.1)
+    asked = [(each.kernel.strip("_").removesuffix("_kernel"), each.dependent) for each in driver.launched[before:]]
+    backward = [("wgrad", False), ("matmul_expand", True), ("wgrad", True)]  # ds and dB, dx, dA
+    assert asked == [("shrink", False), ("matmul_expand", True), *backward], asked
 
 
 def nothing_between():
     """Where x must be copied to be flattened, the copy does not come between dx and the dA that overlaps it."""
-    before = len(launched)
+    before = len(driver.launched)
+    copies = []
 
     class Copies(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             if op is torch.ops.aten.clone.default:
-                launched.append("copy")
+                copies.append(len(driver.launched) - before)
             return op(*args, **kwargs or {})
 
     x = torch.zeros(64, 8, 256, dtype=torch.bfloat16).transpose(0, 1).requires_grad_()
     w, a, b = (torch.zeros(*s, dtype=torch.bfloat16) for s in ((384, 256), (16, 256), (384, 16)))
-    with imagine(GPUS["sm_90"], Launcher), Copies():
+    with launching(), Copies():
         y = LoRALinearFunction.apply(x, w, a.requires_grad_(), b.requires_grad_(), None, 2.0, 0.0, "triton")
         y.backward(torch.zeros_like(y))
-    order = launched[before:]
-    del launched[before:]
-    assert order.count("copy") >= 2, order
-    assert order[-2:] == ["_matmul_expand_kernel", "_wgrad_kernel"], order
+    names = [each.kernel for each in driver.launched[before:]]
+    assert names[3:] == ["_matmul_expand_kernel", "_wgrad_kernel"], names
+    assert len(copies) >= 2, copies
+    assert 4 not in copies, copies
 
 
 def replays():
     """A second call with other tensors of the same kind goes to the binaries, past Triton's look at every argument."""
-    before = len(launched)
-    with imagine(GPUS["sm_90"], Launcher) as compiled:
+    before = len(driver.launched)
+    with launching() as compiled:
         for _ in range(3):
             layer(512, 256, 384, 16, torch.bfloat16, p=0.1)
-    assert len(launched) - before == 15, len(launched) - before
+    assert len(driver.launched) - before == 15, len(driver.launched) - before
     assert len(compiled) == 0, "the launches of `layers` are settled"
-    del launched[before:]
 
 
 def layers():

@@ -1,0 +1,136 @@
+"""How long the host takes to issue a call, without a GPU: `python -m bench.host`.
+
+Our layer runs for an imagined H200: PyTorch's and Triton's host code is all there, down to the driver, which launches
+nothing (`stub_driver.c`). The others are PyTorch's operators on 4 x 8 tensors of the CPU, which leave next to nothing
+to compute. Left out are what a driver takes to launch and what PyTorch takes on its way to cuBLAS, so on a GPU every
+row takes longer by some microseconds a launch: ours has 2 forward and 3 backward, PEFT's 5 and more, a linear layer's
+1 and 1. All rows are taken in turn, by the CPU time of one thread.
+
+`bound` is the least that any Python `autograd.Function` takes which allocates what LoRA's does, saves as much, and
+launches nothing.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from bench.stub_driver import StubDriver, launching
+from lora_kernels import LoRALinear, plan
+from lora_kernels.cli._machine import caption, machine, write_json
+from lora_kernels.cli._timing import Calls, cpu_timer, time_all
+from lora_kernels.console import on_stdout
+
+ROWS, IN, OUT, R = 4, 8, 8, 4  # of the others: nothing to compute
+OURS = (64, 128, 128, 16)  # by descriptors, as most layers are; small, for the CPU maps memory anew for large tensors
+BATCH = 50  # calls between two readings of the clock
+PASSES = {"forward": "forward", "both": "forward + backward"}
+
+
+class _Bound(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        s = x.new_empty(x.shape[0], lora_A.shape[0])
+        ctx.save_for_backward(x, weight, lora_A, lora_B, s)
+        return x.new_empty(x.shape[0], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, _, lora_A, lora_B, s = ctx.saved_tensors
+        torch.empty_like(s)
+        return torch.empty_like(x), None, torch.empty_like(lora_A), torch.empty_like(lora_B)
+
+
+def _calls(layer: Any, rows: int, inner: int, outer: int, dtype: torch.dtype, parameters: list[Tensor]) -> Calls:
+    x, dy = torch.randn(rows, inner, dtype=dtype, requires_grad=True), torch.randn(rows, outer, dtype=dtype)
+    inputs = [x, *parameters]
+    return Calls(lambda: layer(x), lambda y: torch.autograd.grad(y, inputs, dy))
+
+
+def _linear() -> Calls:
+    layer = nn.Linear(IN, OUT, bias=False).requires_grad_(False)
+    return _calls(layer, ROWS, IN, OUT, torch.float32, [])
+
+
+def _bound() -> Calls:
+    weight, lora_A, lora_B = torch.randn(OUT, IN), nn.Parameter(torch.randn(R, IN)), nn.Parameter(torch.randn(OUT, R))
+    return _calls(lambda x: _Bound.apply(x, weight, lora_A, lora_B), ROWS, IN, OUT, torch.float32, [lora_A, lora_B])
+
+
+def _peft() -> Calls:
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    layer = Linear(nn.Linear(IN, OUT, bias=False), "default", LoraConfig(), r=R, lora_alpha=R, init_lora_weights=True)
+    layer.base_layer.requires_grad_(False)
+    adapters = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    return _calls(layer, ROWS, IN, OUT, torch.float32, adapters)
+
+
+def _ours() -> Calls:
+    rows, inner, outer, r = OURS
+    base = nn.Linear(inner, outer, bias=False, dtype=torch.bfloat16)
+    layer = LoRALinear.from_linear(base, r=r, lora_alpha=r)
+    return _calls(layer, rows, inner, outer, torch.bfloat16, [layer.lora_A, layer.lora_B])
+
+
+def measure(rounds: int) -> dict[str, dict[str, Any]]:
+    """Seconds of a call of each: name to pass to median and spread."""
+    calls = {"nn.Linear": _linear(), "bound": _bound()}
+    if importlib.util.find_spec("peft"):
+        calls["PEFT"] = _peft()
+    calls["lora_kernels"] = _ours()
+    now = cpu_timer()
+
+    def one(prepare: Any, call: Any) -> tuple[float, None]:
+        state, began = prepare(), now()
+        for _ in range(BATCH):
+            call(state)
+        return (now() - began) / BATCH, None
+
+    return time_all(calls, tuple(PASSES), rounds, one)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print a table, and write it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=101, metavar="N", help="rounds (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write what was measured, with the machine, as JSON")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    os.environ["LORA_KERNELS_BACKEND"] = "triton"
+    plan.interpreting = lambda: True  # lets CPU tensors through to the launchers
+    driver = StubDriver()
+    with launching():
+        taken = measure(args.rounds)
+    made_on = machine()
+    table = Table(title=f"Host time of a call, µs ({driver.stub.stub_launched()} launches that did not happen)")
+    for heading in ("", *(word for name in PASSES.values() for word in (name, "to nn.Linear"))):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, row in taken.items():
+        cells = [
+            cell
+            for which in PASSES
+            for cell in (
+                f"{row[which]['median'] * 1e6:.1f}",
+                f"{row[which]['median'] / taken['nn.Linear'][which]['median']:.2f}",
+            )
+        ]
+        table.add_row(name, *cells)
+    console = on_stdout()
+    console.print(table)
+    console.print(caption(made_on))
+    if args.json:
+        write_json(args.json, {"command": "host", "rounds": args.rounds, "rows": taken})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

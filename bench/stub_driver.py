@@ -1,0 +1,74 @@
+"""Triton's own CUDA launcher, linked with a driver that launches nothing: `stub_driver.c`.
+
+Up to the driver's door everything is as on a GPU: Triton lays out the arguments, has the driver encode the descriptors,
+and asks it to launch. For scripts of a process of their own, not interpreted; it needs the C compiler that Triton
+needs.
+"""
+
+import contextlib
+import ctypes
+import os
+import pathlib
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import triton
+from triton.backends.nvidia import driver as nvidia
+
+from lora_kernels.kernels._imagined import GPUS, imagine
+
+__all__ = ["Asked", "StubDriver", "launching"]
+
+_SOURCE = pathlib.Path(__file__).with_name("stub_driver.c")
+
+
+class Asked(NamedTuple):
+    """A launch that the driver was asked for."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    threads: int
+    shared: int
+    dependent: bool
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = [
+        ("kernel", ctypes.c_char_p), ("grid", ctypes.c_uint * 3), ("threads", ctypes.c_uint),
+        ("shared", ctypes.c_uint), ("dependent", ctypes.c_int),
+    ]  # fmt: skip
+
+
+class StubDriver:
+    """What the driver was asked for, by all that Triton launches from here on."""
+
+    def __init__(self) -> None:
+        folder = tempfile.mkdtemp()
+        library = os.path.join(folder, "libcuda.so.1")
+        headers = os.path.join(os.path.dirname(nvidia.__file__), "include")
+        command = [os.environ.get("CC", "gcc"), "-O2", "-shared", "-fPIC", "-I", headers, str(_SOURCE), "-o", library]
+        subprocess.run([*command, "-Wl,-soname,libcuda.so.1"], check=True)
+        self.stub = ctypes.CDLL(library, ctypes.RTLD_GLOBAL)  # whoever asks for this name from here on gets this one
+        self.stub.stub_launch.restype = ctypes.POINTER(_Launch)
+        triton.knobs.nvidia.libcuda_path = folder
+
+    @property
+    def launched(self) -> list[Asked]:
+        """Every launch so far, in order."""
+        every = [self.stub.stub_launch(i).contents for i in range(self.stub.stub_launched())]
+        return [Asked(a.kernel.decode(), tuple(a.grid), a.threads, a.shared, bool(a.dependent)) for a in every]
+
+    @property
+    def encoded(self) -> int:
+        """How many descriptors so far."""
+        return self.stub.stub_encoded()
+
+
+@contextlib.contextmanager
+def launching(gpu: str = "sm_90") -> Iterator[list]:
+    """`imagine` a GPU whose launches go through Triton's launcher; there has to be a `StubDriver`."""
+    with imagine(GPUS[gpu], nvidia.CudaLauncher) as launched:
+        triton.runtime.driver.active.utils = nvidia.CudaUtils()
+        yield launched
