@@ -20,6 +20,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from bench.report import host_table
 from bench.stub_driver import StubDriver, launching
 from lora_kernels import LoRALinear, plan
 from lora_kernels.cli._machine import caption, machine, write_json
@@ -29,7 +30,7 @@ from lora_kernels.console import on_stdout
 ROWS, IN, OUT, R = 4, 8, 8, 4  # of the others: nothing to compute
 OURS = (64, 128, 128, 16)  # by descriptors, as most layers are; small, for the CPU maps memory anew for large tensors
 BATCH = 50  # calls between two readings of the clock
-PASSES = {"forward": "forward", "both": "forward + backward"}
+PASSES = ("forward", "both")
 
 
 class _Bound(torch.autograd.Function):
@@ -93,7 +94,7 @@ def measure(rounds: int) -> dict[str, dict[str, Any]]:
             call(state)
         return (now() - began) / BATCH, None
 
-    return time_all(calls, tuple(PASSES), rounds, one)
+    return time_all(calls, PASSES, rounds, one)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,19 +112,12 @@ def main(argv: list[str] | None = None) -> int:
     with launching():
         taken = measure(args.rounds)
     made_on = machine()
-    table = Table(title=f"Host time of a call, µs ({driver.stub.stub_launched()} launches that did not happen)")
-    for heading in ("", *(word for name in PASSES.values() for word in (name, "to nn.Linear"))):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name, row in taken.items():
-        cells = [
-            cell
-            for which in PASSES
-            for cell in (
-                f"{row[which]['median'] * 1e6:.1f}",
-                f"{row[which]['median'] / taken['nn.Linear'][which]['median']:.2f}",
-            )
-        ]
-        table.add_row(name, *cells)
+    heading, lines = host_table(taken)
+    table = Table(title=f"Host time of a call ({driver.stub.stub_launched()} launches that did not happen)")
+    for word in heading:
+        table.add_column(word, justify="right" if word else "left")
+    for line in lines:
+        table.add_row(*line)
     console = on_stdout()
     console.print(table)
     console.print(caption(made_on))

@@ -16,7 +16,7 @@ from lora_kernels.cli._bench_view import SPEEDUPS, labels_of, mib, overview, pas
 from lora_kernels.cli._level_view import KERNEL_HEADING, SHAPED, kernel_row, model_title, passes_of
 from lora_kernels.cli._machine import caption
 
-__all__ = ["main", "pictures", "render"]
+__all__ = ["host_table", "main", "pictures", "render"]
 
 _BLOCKS = ("qkv", "mlp")
 _WORDS = {"layer": "Layers", "qkv": "Queries, keys and values", "mlp": "Gated MLP"}
@@ -102,6 +102,8 @@ def _folder(name: str, files: dict[str, dict[str, Any]]) -> list[str]:
     verified = files.get("verify")
     if verified:
         parts.append(f"`lora-kernels verify`: {verified['passed']} cases passed, {verified['failed']} failed.")
+    if "host" in files:
+        parts += _host(files["host"])
     order = ("llama-8b", "blocks", "decoder", "kernels", "model", "lorafusion", "large")
     benches = {stem: content for stem, content in files.items() if content.get("command") == "bench"}
     for stem in sorted(benches, key=lambda s: (order.index(s) if s in order else len(order), s)):
@@ -115,6 +117,28 @@ def _step(record: dict[str, Any]) -> str:
     """What became of a step: a page of times must not keep back that the tests beside them failed."""
     state = {"skipped": "skipped for want of time", "out of time": "stopped, out of time"}
     return f"{record['name']} {state.get(record['state'], record['state'])}"
+
+
+def host_table(rows: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Heading and lines of what `bench.host` measured: microseconds of a call, and how many times a linear layer's."""
+    passes = {"forward": "forward", "both": "forward + backward"}
+
+    def cells(row: dict[str, Any], which: str) -> tuple[str, str]:
+        median = row[which]["median"]
+        return f"{median * 1e6:.0f}", f"{median / rows['nn.Linear'][which]['median']:.1f}"
+
+    heading = ["", *(word for name in passes.values() for word in (f"{name}, µs", "to nn.Linear"))]
+    return heading, [[name, *(cell for which in passes for cell in cells(row, which))] for name, row in rows.items()]
+
+
+def _host(content: dict[str, Any]) -> list[str]:
+    return [
+        "### Host time of a call",
+        f"`python -m bench.host`, {content['rounds']} rounds in turn, triton {content['machine']['triton']}: what it "
+        "takes this CPU to issue a call, without what a GPU's driver takes and with nothing computed. *bound* is an "
+        "`autograd.Function` that allocates and saves as much as LoRA's and launches nothing.",
+        _table(*host_table(content["rows"])),
+    ]
 
 
 def _bench(stem: str, content: dict[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { KERNELS = 4096, LAUNCHES = 65536, MOST_SHARED = 232448 };
+enum { KERNELS = 4096, LAUNCHES = 1 << 18, MOST_SHARED = 232448 };
 
 struct launch {
   const char *kernel;
@@ -23,7 +23,7 @@ static const char *problem = "";
 int stub_launched(void) { return launched; }
 int stub_encoded(void) { return encoded; }
 const char *stub_problem(void) { return problem; }
-const struct launch *stub_launch(int i) { return &launches[i]; }
+const struct launch *stub_launch(int i) { return &launches[i < LAUNCHES ? i : LAUNCHES - 1]; }
 
 static CUresult refuse(const char *why) {
   problem = why;
@@ -36,7 +36,7 @@ CUresult cuGetErrorString(CUresult error, const char **text) {
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **params, void **extra) {
-  struct launch *now = &launches[launched % LAUNCHES];
+  struct launch *now = &launches[launched < LAUNCHES ? launched : LAUNCHES - 1]; /* the rest is only counted */
   now->kernel = (const char *)function;
   now->grid[0] = config->gridDimX, now->grid[1] = config->gridDimY, now->grid[2] = config->gridDimZ;
   now->threads = config->blockDimX * config->blockDimY * config->blockDimZ;

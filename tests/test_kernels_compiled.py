@@ -24,7 +24,7 @@ def test_every_launch_is_laid_out_as_its_kernel_takes_it():
     assert done.returncode == 0, done.stderr[-3000:]
     # five a layer and one more where the rank is too large to read dy once; n + 4 for n projections with adapters
     assert "108 launches of _matmul_expand_kernel _shrink_kernel _wgrad_kernel" in done.stdout.splitlines()[-1]
-    assert done.stdout.splitlines()[-1].endswith("with 215 descriptors"), done.stdout
+    assert done.stdout.splitlines()[-1].endswith("with 173 descriptors"), done.stdout
 
 
 def test_every_kernel_keeps_its_budgets(tmp_path):

@@ -5,6 +5,7 @@ the descriptors and asks a driver to launch, which only looks at what it is aske
 """
 
 import torch
+import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.stub_driver import StubDriver, launching
@@ -51,15 +52,16 @@ def main():
         before = len(compiled)
         blocks()
         kernels = [describe(launch, Case(8192, 4096, 4096, 16), "sm_90") for launch in compiled[before:]]
-        asked = driver.launched
+        asked, encoded = driver.launched, driver.encoded
         replays()
     assert {kernel.constants.get("ROWS") for kernel in kernels} == {1, 3, None}
     for kernel in kernels:  # held to the rules of `lora-kernels inspect`
         assert not kernel.broken, (str(kernel), kernel.broken)
     overlap()
+    profiled()
     nothing_between()
     names = sorted({each.kernel for each in asked})
-    print("dry launch:", len(asked), "launches of", *names, "with", driver.encoded, "descriptors")
+    print("dry launch:", len(asked), "launches of", *names, "with", encoded, "descriptors")
 
 
 def overlap():
@@ -102,6 +104,20 @@ def replays():
             layer(512, 256, 384, 16, torch.bfloat16, p=0.1)
     assert len(driver.launched) - before == 15, len(driver.launched) - before
     assert len(compiled) == 0, "the launches of `layers` are settled"
+
+
+def profiled():
+    """Who listens to Triton's launches, as its profiler does, hears of every one, settled or not."""
+    heard = []
+    hook, listen = triton.knobs.runtime.launch_enter_hook, lambda metadata: heard.append(metadata.get()["name"])
+    with launching():
+        for _ in range(2):
+            hook.add(listen)
+            layer(512, 256, 384, 16, torch.bfloat16)
+            hook.remove(listen)
+            layer(512, 256, 384, 16, torch.bfloat16)
+    assert len(heard) == 10, heard
+    assert set(heard) == {"_shrink_kernel", "_matmul_expand_kernel", "_wgrad_kernel"}, heard
 
 
 def layers():
