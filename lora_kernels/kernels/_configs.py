@@ -108,8 +108,9 @@ def matmul_config(
     if not tma:  # descriptors fill what is outside with zeros at no cost, pointers pay for every lane
         block_m, block_n = _fit(rows, best.block_m), _fit(cols, best.block_n)
         best = replace(best, block_m=block_m, block_n=block_n, subtiles=min(best.subtiles, block_n // _TINY))
-    if strided and best.block_m > 64:  # the addresses of so many elements spill unless more warps share them
-        best = replace(best, num_warps=8)
+    if strided:  # the addresses of many elements spill, unless steps are short and more warps share them
+        block_k = min(best.block_k, 32) if best.block_n >= 64 else best.block_k
+        best = replace(best, block_k=block_k, num_warps=8 if best.block_m > 64 else best.num_warps)
     return _square(best, num_sms)
 
 
