@@ -29,6 +29,7 @@ from lora_kernels.dropout import keep_scale
 __all__ = [
     "LoRALinearFunction",
     "autocast_off",
+    "autocasts",
     "backward",
     "forward",
     "from_dy",
@@ -151,9 +152,13 @@ def save(
 def autocast_off(dy: Tensor) -> contextlib.AbstractContextManager:
     """A context for backward: every dtype was settled in forward, and autocast would settle it anew."""
     device_type = dy.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return _NOTHING
+    return torch.autocast(device_type, enabled=False) if autocasts(device_type) else _NOTHING
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    available = device_type in ("cuda", "cpu") or torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
 
 
 def _backward(

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import checks, eager, mlp, mlp_ops, plan, projection_ops, projections
 from lora_kernels.activations import activated
+from lora_kernels.autograd import autocasts
 from lora_kernels.functional import arrived, as_autocast, as_number, compute, transforming, watched
 from lora_kernels.projections import Projection
 
@@ -117,7 +118,7 @@ def lora_mlp(
         raise ValueError(f"lora_mlp: accumulate_grad is for {len(added)} layers and there are {len(layers)}.")
     x = arrived(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    if not autocasts(device_type):
         return _mlp(x, layers, activation, recompute, backend, added, [False] * len(layers))
     x, entries, fits = _cast(device_type, x, layers.values())
     with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
@@ -203,7 +204,7 @@ def _projected(
     ]
     x = arrived(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    if not autocasts(device_type):
         return _checked(call, x, entries, backend, added, [False] * count)
     x, entries, fits = _cast(device_type, x, entries)
     with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way

@@ -63,7 +63,7 @@ def lora_linear(
         x = arrived(x)
     how = scaling, dropout_p, backend, accumulate_grad, dropout_shard
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if autograd.autocasts(device_type):
         x, weight, bias, adapters_fit = as_autocast(device_type, x, weight, bias)
         with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
             return compute(x, weight, lora_A, lora_B, bias, *how, adapters_fit)
@@ -147,7 +147,7 @@ def lora_add(
     """
     base, x = arrived(base), arrived(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    autocast = autograd.autocasts(device_type)
     if autocast and isinstance(x, Tensor) and x.is_floating_point() and x.itemsize <= 4:
         x = x.to(torch.get_autocast_dtype(device_type))
         with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way

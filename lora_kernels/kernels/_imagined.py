@@ -24,7 +24,7 @@ from lora_kernels.kernels import _launch
 __all__ = ["GPUS", "ImaginedGPU", "Launch", "imagine"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # itself and no other: it is part of a key at every launch
 class ImaginedGPU:
     """What a launcher and Triton ask of a GPU.
 

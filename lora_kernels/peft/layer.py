@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from lora_kernels.autograd import autocasts
 from lora_kernels.functional import lora_add, lora_linear
 from lora_kernels.projections import Projection
 
@@ -165,7 +166,7 @@ def dtypes_fit(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     dtype, a, b = x.dtype, lora_A.dtype, lora_B.dtype
     if a is b and (a is dtype or (a is torch.float32 and dtype in _HALF)):
         return dtype.is_floating_point
-    return _autocasting(x) and all(t.is_floating_point() and t.itemsize <= 4 for t in (x, lora_A, lora_B))
+    return autocasts(x.device.type) and all(t.is_floating_point() and t.itemsize <= 4 for t in (x, lora_A, lora_B))
 
 
 def fusable(base: nn.Module, x: Tensor) -> bool:
@@ -176,14 +177,9 @@ def fusable(base: nn.Module, x: Tensor) -> bool:
     if "weight" not in own or "bias" not in own:
         return False
     for t in (own["weight"], own["bias"]):
-        if t is not None and (type(t) is not nn.Parameter or not (t.dtype is x.dtype or _autocasting(x))):
+        if t is not None and (type(t) is not nn.Parameter or not (t.dtype is x.dtype or autocasts(x.device.type))):
             return False
     return True
-
-
-def _autocasting(x: Tensor) -> bool:
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _compute(base: nn.Module, x: Tensor, terms: list[Term], backend: str) -> Tensor:
