@@ -134,10 +134,11 @@ def host_table(rows: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[st
 def _host(content: dict[str, Any]) -> list[str]:
     return [
         "### Host time of a call",
-        f"`python -m bench.host`, {content['rounds']} rounds in turn, triton {content['machine']['triton']}: what it "
-        "takes this CPU to issue a call, without what a GPU's driver takes and with nothing computed. *bound* is an "
-        "`autograd.Function` that allocates and saves as much as LoRA's and launches nothing.",
+        f"`python -m bench.host`, {content['rounds']} rounds in turn: what it takes a CPU to issue a call, without "
+        "what a GPU's driver takes and with nothing computed. *bound* is an `autograd.Function` that allocates and "
+        "saves as much as LoRA's and launches nothing.",
         _table(*host_table(content["rows"])),
+        caption(content["machine"]) + ".",
     ]
 
 

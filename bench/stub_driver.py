@@ -42,17 +42,23 @@ class _Launch(ctypes.Structure):
 
 
 class StubDriver:
-    """What the driver was asked for, by all that Triton launches from here on."""
+    """What the driver was asked for, by all that Triton launches from here on.
+
+    Raises:
+        RuntimeError: The process has loaded a real driver.
+    """
 
     def __init__(self) -> None:
-        folder = tempfile.mkdtemp()
-        library = os.path.join(folder, "libcuda.so.1")
+        self._folder = tempfile.TemporaryDirectory()  # there as long as this is
+        library = os.path.join(self._folder.name, "libcuda.so.1")
         headers = os.path.join(os.path.dirname(nvidia.__file__), "include")
         command = [os.environ.get("CC", "gcc"), "-O2", "-shared", "-fPIC", "-I", headers, str(_SOURCE), "-o", library]
         subprocess.run([*command, "-Wl,-soname,libcuda.so.1"], check=True)
-        self.stub = ctypes.CDLL(library, ctypes.RTLD_GLOBAL)  # whoever asks for this name from here on gets this one
+        self.stub = ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+        if not hasattr(ctypes.CDLL("libcuda.so.1"), "stub_launch"):  # who asks for the name gets what was loaded first
+            raise RuntimeError("StubDriver: a real libcuda.so.1 is loaded; make the stub first, in a new process.")
         self.stub.stub_launch.restype = ctypes.POINTER(_Launch)
-        triton.knobs.nvidia.libcuda_path = folder
+        triton.knobs.nvidia.libcuda_path = self._folder.name
 
     @property
     def launched(self) -> list[Asked]:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench import report
+
 ORACLES = Path(__file__).parent / "oracles"
 BUDGETS = Path(__file__).parent / "budgets"
 ROOT = Path(__file__).parent.parent
@@ -25,6 +27,17 @@ def test_every_launch_is_laid_out_as_its_kernel_takes_it():
     # five a layer and one more where the rank is too large to read dy once; n + 4 for n projections with adapters
     assert "108 launches of _matmul_expand_kernel _shrink_kernel _wgrad_kernel" in done.stdout.splitlines()[-1]
     assert done.stdout.splitlines()[-1].endswith("with 173 descriptors"), done.stdout
+
+
+def test_the_host_is_timed_without_a_gpu(tmp_path):
+    done = run_compiled("-m", "bench.host", "--rounds", 2, "--json", tmp_path / "cpu" / "host.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    content = json.loads((tmp_path / "cpu" / "host.json").read_text())
+    assert {"nn.Linear", "bound", "lora_kernels"} <= set(content["rows"])
+    assert all(row[which]["median"] > 0 for row in content["rows"].values() for which in ("forward", "both"))
+    page = report.render(tmp_path)
+    assert "### Host time of a call" in page
+    assert "No GPU has been measured yet" in page
 
 
 def test_every_kernel_keeps_its_budgets(tmp_path):
