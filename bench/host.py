@@ -1,9 +1,10 @@
 """How long the host takes to issue a call, without a GPU: `python -m bench.host`.
 
-Our layer runs for an imagined H200: PyTorch's and Triton's host code is all there, down to the driver, which launches
-nothing (`stub_driver.c`). The others are PyTorch's operators on 4 x 8 tensors of the CPU, which leave next to nothing
-to compute. Left out are what a driver takes to launch and what PyTorch takes on its way to cuBLAS, so on a GPU every
-row takes longer by some microseconds a launch: ours has 2 forward and 3 backward, PEFT's 5 and more, a linear layer's
+Our layer, in bf16, runs for an imagined H200: our host code and Triton's is all there, down to the driver, which
+launches nothing (`stub_driver.c`). The others are PyTorch's operators on 4 x 8 fp32 tensors of the CPU, which leave
+next to nothing to compute. Left out are what a driver takes to launch, what PyTorch takes on its way to cuBLAS, its
+questions for the current device and stream, its allocator for GPUs, and the way to autograd's thread; so on a GPU every
+row takes longer, by some microseconds a launch: ours has 2 forward and 3 backward, PEFT's 5 and more, a linear layer's
 1 and 1. All rows are taken in turn, by the CPU time of one thread.
 
 `bound` is the least that any Python `autograd.Function` takes which allocates what LoRA's does, saves as much, and

@@ -124,8 +124,8 @@ def host_table(rows: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[st
     passes = {"forward": "forward", "both": "forward + backward"}
 
     def cells(row: dict[str, Any], which: str) -> tuple[str, str]:
-        median = row[which]["median"]
-        return f"{median * 1e6:.0f}", f"{median / rows['nn.Linear'][which]['median']:.1f}"
+        median, q1, q3 = (row[which][name] * 1e6 for name in ("median", "q1", "q3"))
+        return f"{median:.0f} ({q1:.0f} to {q3:.0f})", f"{median / (rows['nn.Linear'][which]['median'] * 1e6):.1f}"
 
     heading = ["", *(word for name in passes.values() for word in (f"{name}, µs", "to nn.Linear"))]
     return heading, [[name, *(cell for which in passes for cell in cells(row, which))] for name, row in rows.items()]
@@ -134,9 +134,11 @@ def host_table(rows: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[st
 def _host(content: dict[str, Any]) -> list[str]:
     return [
         "### Host time of a call",
-        f"`python -m bench.host`, {content['rounds']} rounds in turn: what it takes a CPU to issue a call, without "
-        "what a GPU's driver takes and with nothing computed. *bound* is an `autograd.Function` that allocates and "
-        "saves as much as LoRA's and launches nothing.",
+        f"`python -m bench.host`, {content['rounds']} rounds in turn: what it takes a CPU to issue a call, with "
+        "the quartiles. Ours is a bf16 layer down to a driver that launches nothing; the others are PyTorch's fp32 "
+        "operators on tensors of the CPU so small that they compute next to nothing. On a GPU all take longer, by what "
+        "its driver and its allocator take. *bound* is an `autograd.Function` that allocates and saves as much as "
+        "LoRA's and launches nothing.",
         _table(*host_table(content["rows"])),
         caption(content["machine"]) + ".",
     ]

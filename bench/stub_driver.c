@@ -73,6 +73,7 @@ CUresult cuTensorMapEncodeTiled(
     if (i + 1 < rank && strides[i] < sizes[i] * (i ? strides[i - 1] : bytes))
       return refuse("a descriptor's rows overlap");
   }
+  if (swizzle > 3) return refuse("a descriptor's swizzle is none of sm_90's");
   if (box[0] * bytes % 16) return refuse("a row of a descriptor's tile is no multiple of 16 bytes");
   if (spans[swizzle] && box[0] * bytes > spans[swizzle]) return refuse("a row of a descriptor's tile is too long");
   memset(map, 0, sizeof *map);

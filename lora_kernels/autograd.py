@@ -157,6 +157,7 @@ def autocast_off(dy: Tensor) -> contextlib.AbstractContextManager:
 
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on for a type of device."""
+    # of these two it is known, and asking takes as long as a small check
     available = device_type in ("cuda", "cpu") or torch.amp.is_autocast_available(device_type)
     return available and torch.is_autocast_enabled(device_type)
 

@@ -37,9 +37,6 @@ def check_call(
         TypeError: A tensor is not a plain dense one or has a dtype that is not supported; a number is none.
         ValueError: A shape, a device, `scaling` or `dropout_p` does not fit.
     """
-    if _sound(x, weight, lora_A, lora_B, bias):
-        _check_numbers(scaling, dropout_p, "lora_linear")
-        return
     tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     if bias is not None:
         tensors["bias"] = bias
@@ -56,6 +53,8 @@ def check_call(
             raise ValueError(
                 f"lora_linear: all tensors must be on one device; x is on {x.device}, {name} on {t.device}."
             )
+    if x.is_nested:  # of the layout that a plain one has
+        _check_kind("x", x)
     if x.dim() == 0:
         raise ValueError("lora_linear: x must have at least 1 dim (…, in_features), got a scalar.")
     for name in ("weight", "lora_A", "lora_B"):
@@ -84,22 +83,6 @@ def check_call(
             else f"lora_linear: bias is {_shape(bias)} but must be ({out_features},): one value an output feature."
         )
     _check_numbers(scaling, dropout_p, "lora_linear")
-
-
-def _sound(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:
-    """Whether a call is beyond doubt of the usual kind, in as little time as that can be said."""
-    tensors = (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
-    device = x.device if isinstance(x, Tensor) else None
-    for t in tensors:
-        if type(t) not in _PLAIN or t.layout is not torch.strided or t.device != device or t.dtype not in _SUPPORTED:
-            return False
-    of_x, of_weight, of_A = x.shape, weight.shape, lora_A.shape
-    return (
-        len(of_weight) == len(of_A) == 2
-        and of_x[-1:] == of_weight[1:] == of_A[1:]
-        and lora_B.shape == (of_weight[0], of_A[0])
-        and (bias is None or bias.shape == of_weight[:1])
-    )
 
 
 def check_add(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float) -> None:

@@ -109,10 +109,12 @@ def test_fault(fault, monkeypatch):
         call(**changes)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_refused():
-    nested = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(3, 6)], layout=torch.jagged)
-    with pytest.raises(TypeError, match="lora_linear: x is a nested tensor"):
-        call(x=nested)
+    for layout in (torch.jagged, torch.strided):
+        nested = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(3, 6)], layout=layout)
+        with pytest.raises(TypeError, match="lora_linear: x is a nested tensor"):
+            call(x=nested)
 
 
 def test_8_dtensors_are_refused(monkeypatch):

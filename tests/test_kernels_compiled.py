@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 
 def run_compiled(*command):
     """Run Python in a process where Triton does not interpret."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, env=env, timeout=280, check=False
     )

@@ -6,7 +6,7 @@ run-time numbers, because on few rows the host is what takes the time.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,8 +75,7 @@ class Launch:
         self.kernel, self.grid, self.integers, self.device = kernel, (*grid, 1, 1)[:3], tuple(integers), device
         self.flags, self.options = flags, options
         self._rest = (*self.integers, *flags.values())
-        self._binary: Callable[..., None] | None = None
-        self._run: Callable[..., None] | None = None
+        self._settled: tuple[Any, ...] | None = None
 
     def __call__(self, *arguments: Any) -> None:
         """Launch on the device's current stream."""
@@ -87,21 +86,19 @@ class Launch:
             self._launch(arguments)
 
     def _launch(self, arguments: tuple[Any, ...]) -> None:
-        if self._binary is None:
+        if self._settled is None:
             compiled = self.kernel[self.grid](*arguments, *self.integers, **self.flags, **self.options)
             if compiled is not None:  # the interpreter has nothing to keep
-                self._keep(compiled)
-        elif _heard(_runtime.launch_enter_hook) or _heard(_runtime.launch_exit_hook):
-            self._binary(*arguments, *self._rest)
+                driver = triton.runtime.driver.active
+                settled = compiled.run, compiled.function, compiled.packed_metadata, driver.get_current_stream
+                # in one store, for other threads; the first is what keeps the binary loaded
+                self._settled = compiled[self.grid], *settled, driver.get_current_device()
+            return
+        launch, run, function, metadata, stream_of, device = self._settled
+        if _heard(_runtime.launch_enter_hook) or _heard(_runtime.launch_exit_hook):
+            launch(*arguments, *self._rest)
         else:
-            stream = self._stream(self._device)
-            self._run(*self.grid, stream, self._function, self._metadata, None, None, None, *arguments, *self._rest)
-
-    def _keep(self, compiled: Any) -> None:
-        driver = triton.runtime.driver.active
-        self._stream, self._device = driver.get_current_stream, driver.get_current_device()
-        self._binary, self._run = compiled[self.grid], compiled.run
-        self._function, self._metadata = compiled.function, compiled.packed_metadata
+            run(*self.grid, stream_of(device), function, metadata, None, None, None, *arguments, *self._rest)
 
 
 _runtime = triton.knobs.runtime

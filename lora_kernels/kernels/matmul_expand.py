@@ -56,7 +56,7 @@ Source = tuple[Tensor, Tensor]
 MAX_SOURCES = 8  # what the kernel's signature holds, beside masked ones
 MAX_OUTPUTS = 4
 _NONE = (None,) * MAX_SOURCES
-_describe = Describe.__call__
+_describe = Describe.__call__  # mapped, over operands of equal number: a comprehension takes twice as long
 
 
 @triton.jit
