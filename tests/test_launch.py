@@ -9,8 +9,6 @@ import triton
 
 from lora_kernels.kernels._launch import Launch
 
-CURRENT = 0
-
 
 class Kernel:
     """Stands for a Triton function, and for the binary that it compiles to; notes what is called."""
@@ -34,15 +32,17 @@ class Kernel:
 @pytest.fixture
 def entered(monkeypatch):
     """Devices that were made current for a launch; streams of the current device change from call to call."""
-    entered, streams = [], iter(range(100, 200))
+    entered, streams, current = [], iter(range(100, 200)), [0]
 
     @contextlib.contextmanager
     def device(which):
         entered.append(which)
+        current.append(which.index)
         yield
+        current.pop()
 
     driver = SimpleNamespace(get_current_device=lambda: 1, get_current_stream=lambda index: (index, next(streams)))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: CURRENT)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
     return entered

@@ -37,7 +37,8 @@ class Describe:
     """
 
     def __init__(self, operand: Facts, block: tuple[int, int], turned: bool, keeps: bool) -> None:
-        self.copied, self.turned, self.keeps = not operand.rows_on_16_bytes(), turned, keeps
+        self.copied, self.turned = not operand.rows_on_16_bytes(), turned
+        self.keeps = keeps and not self.copied
         strides = (thin_pitch(operand.shape[1], operand.dtype), 1) if self.copied else operand.strides
         self.layout = list(operand.shape), list(strides), list(block)
         self.known: dict[int, TensorDescriptor] = {}
@@ -45,17 +46,17 @@ class Describe:
 
     def __call__(self, t: Tensor) -> TensorDescriptor:
         """Describe a tensor with the facts that were settled."""
+        if self.keeps:
+            pointer = t.data_ptr()
+            found = self.known.get(pointer)
+            if found is None:
+                self._make_room()
+                found = self.known[pointer] = TensorDescriptor(_Address(pointer, t.dtype), *self.layout)
+            return found
         if self.copied:  # only thin operands ever have to be
             t = t.t() if self.turned else t
             t = thin_rows(t, t.shape[1]).copy_(t)
-        if self.copied or not self.keeps:  # whoever launches holds a copy by this: nobody else does
-            return TensorDescriptor(t, *self.layout)
-        pointer = t.data_ptr()
-        found = self.known.get(pointer)
-        if found is None:
-            self._make_room()
-            found = self.known[pointer] = TensorDescriptor(_Address(pointer, t.dtype), *self.layout)
-        return found
+        return TensorDescriptor(t, *self.layout)  # whoever launches holds a copy by this: nobody else does
 
     def _make_room(self) -> None:
         """Count one more; where there are too many, of all operands, each drops its own when it is next asked."""

@@ -20,6 +20,7 @@ __all__ = [
     "num_sms", "precision", "shared_per_sm", "thin_columns", "thin_pitch", "thin_rows", "uses_tf32",
 ]  # fmt: skip
 
+_runtime = triton.knobs.runtime
 _COUNTERS = 1 << 16  # int32; 256 KiB a stream
 _ROCM_SHARED = 65_536  # CDNA3's; PyTorch for ROCm need not say
 _INTERPRETER_SMS = 3  # few, so that the persistent loop goes round more than once in tests
@@ -81,11 +82,8 @@ class Launch:
         """Launch on the device's current stream."""
         if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
-                self._launch(arguments)
-        else:
-            self._launch(arguments)
-
-    def _launch(self, arguments: tuple[Any, ...]) -> None:
+                self(*arguments)
+            return
         if self._settled is None:
             compiled = self.kernel[self.grid](*arguments, *self.integers, **self.flags, **self.options)
             if compiled is not None:  # the interpreter has nothing to keep
@@ -95,18 +93,11 @@ class Launch:
                 self._settled = compiled[self.grid], *settled, driver.get_current_device()
             return
         launch, run, function, metadata, stream_of, device = self._settled
-        if _heard(_runtime.launch_enter_hook) or _heard(_runtime.launch_exit_hook):
+        # hooks are chains, empty ones where nobody listens; of any other kind Triton has to know what to make
+        if getattr(_runtime.launch_enter_hook, "calls", True) or getattr(_runtime.launch_exit_hook, "calls", True):
             launch(*arguments, *self._rest)
         else:
             run(*self.grid, stream_of(device), function, metadata, None, None, None, *arguments, *self._rest)
-
-
-_runtime = triton.knobs.runtime
-
-
-def _heard(hook: Any) -> bool:
-    """Whether somebody listens to a hook: one that is there and is no chain, or is a chain of some."""
-    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def uses_tf32(dtype: torch.dtype) -> bool:
