@@ -48,6 +48,17 @@ def device() -> str:
     return "cuda" if HAS_GPU else "cpu"
 
 
+@pytest.fixture
+def path_dtype(tma, device) -> torch.dtype:
+    """Of operands on one of the two paths: by descriptors, which a GPU has for 16 bits alone, bf16, else fp32.
+
+    Sums of small integers are exact in both, up to 256 in bf16.
+    """
+    if tma and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("descriptors need sm_90")
+    return torch.bfloat16 if tma else torch.float32
+
+
 @pytest.fixture(autouse=True)
 def size_of_small(request, monkeypatch):
     """Test problems are small, real ones are not: only what is marked `small` takes the way of small calls."""

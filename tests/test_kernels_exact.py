@@ -90,31 +90,28 @@ def test_matmul_expand_in_every_tile(dtype, tile, tma, device):
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("tile", TILES, ids=str)
-def test_masked_product_in_every_tile(tile, tma, device):
-    if device == "cuda" and tma:
-        pytest.skip("fp32 operands take pointers on a GPU; test_gpu.py has the 16-bit descriptors")
+def test_masked_product_in_every_tile(tile, tma, path_dtype, device):
     generator = torch.Generator().manual_seed(0)
     p1, q1, p2, q2 = (torch.randint(-1, 2, s, generator=generator) for s in ((50, 24), (72, 24), (50, 40), (72, 40)))
     keep = torch.rand(50, 72, generator=generator) < 0.5
     packed = philox.packed(keep).to(device)
-    f = [t.float().to(device) for t in (p1, q1, p2, q2)]
+    f = [t.to(device, path_dtype) for t in (p1, q1, p2, q2)]
     y = matmul_expand([(f[0], f[1]), (f[2], f[3])], keep=packed, config=tile, tma=tma)
     assert torch.equal(y.cpu().long(), p1 @ q1.T + (p2 @ q2.T) * keep)
 
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
-def test_any_number_of_sources(tma, device):
-    if device == "cuda" and tma:
-        pytest.skip("fp32 operands take pointers on a GPU; test_gpu.py has the 16-bit descriptors")
+def test_any_number_of_sources(tma, path_dtype, device):
     generator = torch.Generator().manual_seed(0)
     inner = (40, 8, 64, 4)
     pairs = [
-        tuple(torch.randint(-1, 2, (size, k), generator=generator).float().to(device) for size in (33, 20))
+        tuple(torch.randint(-1, 2, (size, k), generator=generator).to(device, path_dtype) for size in (33, 20))
         for k in inner
     ]
     for count in (1, 2, 3, 4):
         y = matmul_expand(pairs[:count], config=MatmulConfig(16, 32, 32, 2, 1, 4, 2), tma=tma)
-        assert torch.equal(y, sum(p @ q.T for p, q in pairs[:count])), f"{count} sources"
+        expected = sum(p.float() @ q.float().T for p, q in pairs[:count])
+        assert torch.equal(y.float(), expected), f"{count} sources"
 
 
 @pytest.mark.parametrize("config", [ShrinkConfig(16, 16, 16, 32, 4, 2), ShrinkConfig(32, 64, 32, 4096, 4, 2)], ids=str)

@@ -1,5 +1,7 @@
 """O1 for rows: several adapters, outputs and masked products in one launch, in every kind of tile and split, exactly."""
 
+import functools
+
 import pytest
 import torch
 from oracles import philox
@@ -32,9 +34,8 @@ def mask(rows, cols, device, seed=0):
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("tile", TILES, ids=str)
-def test_outputs_side_by_side(tile, tma, draw, device):
-    if device == "cuda" and tma:
-        pytest.skip("fp32 operands take pointers on a GPU; test_gpu.py has 16-bit projections by descriptors")
+def test_outputs_side_by_side(tile, tma, path_dtype, draw):
+    draw = functools.partial(draw, dtype=path_dtype)
     x, s, bias = draw(50, 40), draw(50, 20), draw(8, 2)[:, 0]
     ws, bs = [draw(n, 40) for n in (72, 8, 100, 4)], [draw(n, 20) for n in (72, 8, 100, 4)]
     outputs = [
@@ -43,24 +44,24 @@ def test_outputs_side_by_side(tile, tma, draw, device):
     ]  # fmt: skip
     ys = matmul_expand_all(outputs, config=tile, tma=tma)
     for y, (sources, added) in zip(ys, outputs, strict=True):
-        expected = sum(p @ q.T for p, q in sources)
+        expected = sum(p.float() @ q.float().T for p, q in sources)
         assert y.is_contiguous()
-        assert torch.equal(y, expected if added is None else expected + added)
+        assert y.dtype == path_dtype
+        assert torch.equal(y.float(), expected if added is None else expected + added)
 
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("summed", [1, 2])
-def test_several_masked_products(summed, tile, tma, draw, device):
-    if device == "cuda" and tma:
-        pytest.skip("fp32 operands take pointers on a GPU; test_gpu.py has 16-bit projections by descriptors")
+def test_several_masked_products(summed, tile, tma, path_dtype, draw, device):
+    draw = functools.partial(draw, dtype=path_dtype)
     sources = [(draw(50, k), draw(72, k)) for k in (24, 33)[:summed]]
     masks = [mask(50, 72, device, seed) for seed in range(3)]
     masked = [(draw(50, k), draw(k, 72).t(), packed) for k, (_, packed) in zip((5, 40, 16), masks, strict=True)]
     (y,) = matmul_expand_all([(sources, None)], masked, wide=summed, config=tile, tma=tma)
-    expected = sum(p @ q.T for p, q in sources)
-    expected += sum((p @ q.T) * keep for (p, q, _), (keep, _) in zip(masked, masks, strict=True))
-    assert torch.equal(y, expected)
+    expected = sum(p.float() @ q.float().T for p, q in sources)
+    expected += sum((p.float() @ q.float().T) * keep for (p, q, _), (keep, _) in zip(masked, masks, strict=True))
+    assert torch.equal(y.float(), expected)
 
 
 @pytest.mark.parametrize("k_per_split", [16, 32, 96])
