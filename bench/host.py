@@ -44,7 +44,7 @@ class _Bound(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, _, lora_A, lora_B, s = ctx.saved_tensors
-        torch.empty_like(s)
+        torch.empty_like(s)  # in place of ds
         return torch.empty_like(x), None, torch.empty_like(lora_A), torch.empty_like(lora_B)
 
 
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         taken = measure(args.rounds)
     made_on = machine()
     heading, lines = host_table(taken)
-    table = Table(title=f"Host time of a call ({driver.stub.stub_launched()} launches that did not happen)")
+    table = Table(title=f"Host time of a call ({driver.count} launches that did not happen)")
     for word in heading:
         table.add_column(word, justify="right" if word else "left")
     for line in lines:

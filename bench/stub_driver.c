@@ -22,7 +22,6 @@ static const char *problem = "";
 
 int stub_launched(void) { return launched; }
 int stub_encoded(void) { return encoded; }
-const char *stub_problem(void) { return problem; }
 const struct launch *stub_launch(int i) { return &launches[i < LAUNCHES ? i : LAUNCHES - 1]; }
 
 static CUresult refuse(const char *why) {

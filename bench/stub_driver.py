@@ -61,9 +61,14 @@ class StubDriver:
         triton.knobs.nvidia.libcuda_path = self._folder.name
 
     @property
+    def count(self) -> int:
+        """How many launches so far."""
+        return self.stub.stub_launched()
+
+    @property
     def launched(self) -> list[Asked]:
         """Every launch so far, in order."""
-        every = [self.stub.stub_launch(i).contents for i in range(self.stub.stub_launched())]
+        every = [self.stub.stub_launch(i).contents for i in range(self.count)]
         return [Asked(a.kernel.decode(), tuple(a.grid), a.threads, a.shared, bool(a.dependent)) for a in every]
 
     @property

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
+import peft
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from peft_samples import IN, OUT, call, check, config, layer, tiny, truth
 

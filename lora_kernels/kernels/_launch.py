@@ -107,7 +107,7 @@ def uses_tf32(dtype: torch.dtype) -> bool:
 
 def precision(t: Tensor) -> str:
     """The `input_precision` of a dot over operands like `t`."""
-    return "tf32" if t.dtype == torch.float32 and uses_tf32(torch.float32) else "ieee"
+    return "tf32" if uses_tf32(t.dtype) else "ieee"
 
 
 imagined: Any = None  # an ImaginedGPU stands in for every device while launches are only compiled, see `_imagined`

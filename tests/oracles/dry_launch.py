@@ -66,7 +66,7 @@ def main():
 
 def overlap():
     """The driver is told which launches may come up before the one in front of them has ended."""
-    before = len(driver.launched)
+    before = driver.count
     with launching():
         layer(2048, 1024, 1024, 16, torch.bfloat16, p=0.1)
     asked = [(each.kernel.strip("_").removesuffix("_kernel"), each.dependent) for each in driver.launched[before:]]
@@ -76,13 +76,13 @@ def overlap():
 
 def nothing_between():
     """Where x must be copied to be flattened, the copy does not come between dx and the dA that overlaps it."""
-    before = len(driver.launched)
+    before = driver.count
     copies = []
 
     class Copies(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             if op is torch.ops.aten.clone.default:
-                copies.append(len(driver.launched) - before)
+                copies.append(driver.count - before)
             return op(*args, **kwargs or {})
 
     x = torch.zeros(64, 8, 256, dtype=torch.bfloat16).transpose(0, 1).requires_grad_()
@@ -98,11 +98,11 @@ def nothing_between():
 
 def replays():
     """A second call with other tensors of the same kind goes to the binaries, past Triton's look at every argument."""
-    before = len(driver.launched)
+    before = driver.count
     with launching() as compiled:
         for _ in range(3):
             layer(512, 256, 384, 16, torch.bfloat16, p=0.1)
-    assert len(driver.launched) - before == 15, len(driver.launched) - before
+    assert driver.count - before == 15, driver.count - before
     assert len(compiled) == 0, "the launches of `layers` are settled"
 
 
