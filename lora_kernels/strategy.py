@@ -23,7 +23,7 @@ NAMES = ("fused", "beta1", "padded", "joint")
 _LAUNCH = 2e-6  # seconds between two launches: an assumption
 _ONE_READ_RANK = 32  # up to it ds and dB come from one read of dy in any case; a test holds it to the kernels' own rule
 _K_STEP = 64
-_STACKED = 1 << 24  # elements of a sum for which a K step takes as long as a small launch: 3 us on an H100
+_STACKED = 1 << 24  # elements of a sum for which a K step takes, by arithmetic, as long as a small launch: some 3 us
 
 
 class Limits(NamedTuple):
