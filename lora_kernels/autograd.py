@@ -50,11 +50,18 @@ def forward(
 
     `noise` decides the mask; drawn here when there is none.
     """
-    ops, flat = plan.contractions(backend), rows(x)
+    alpha = scaling * keep_scale(dropout_p)
+    return plan.repeat(backend, _forward_pass, rows(x), weight, lora_A, lora_B, bias, alpha, dropout_p, noise)
+
+
+def _forward_pass(
+    backend: str, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, alpha: float,
+    dropout_p: float, noise: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     lora_B = _as(lora_B, x.dtype)  # copies come before the launches, which overlap
-    s, keep = ops.shrink(flat, readable(lora_A, x.dtype), scaling * keep_scale(dropout_p), dropout_p, noise=noise)
-    _, expand = plan.expander(backend, flat, weight.shape[0], lora_A.shape[0], masked=False, backward=False)
-    y = expand([(flat, weight), (s, lora_B)], bias)
+    s, keep = plan.contractions(backend).shrink(x, readable(lora_A, x.dtype), alpha, dropout_p, noise=noise)
+    _, expand = plan.expander(backend, x, weight.shape[0], lora_A.shape[0], masked=False, backward=False)
+    y = expand([(x, weight), (s, lora_B)], bias)
     return y, s, keep  # no view of y: autograd lets nobody write to a view that a Function returns
 
 
@@ -70,6 +77,16 @@ def backward(
     where `rows` has to make one, comes before the launches, which overlap. `alpha` is scaling · keep_scale. dA and dB
     come in `adapter_dtypes`, or are added to `into`, and then are None.
     """
+    return plan.repeat(
+        backend, _backward_pass, dy, x, weight, lora_A, lora_B, s, keep, alpha, adapter_dtypes, needed, into
+    )  # fmt: skip
+
+
+def _backward_pass(
+    backend: str, dy: Tensor, x: Tensor | None, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,
+    s: Tensor | None, keep: Tensor | None, alpha: float, adapter_dtypes: tuple[torch.dtype, torch.dtype],
+    needed: Sequence[bool], into: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     need_x, need_A, _ = needed
     dx, ds, d_lora_B, how = from_dy(
         dy, weight, lora_A, lora_B, s, keep, alpha, backend, adapter_dtypes[1], needed, into[1]

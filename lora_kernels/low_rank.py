@@ -33,14 +33,20 @@ def forward(
 
     `noise` decides the mask; drawn here when there is none.
     """
-    flat, flat_base = rows(x), rows(base)
-    lora_A = readable(lora_A, x.dtype)
-    s, keep = plan.contractions(backend).shrink(flat, lora_A, scaling * keep_scale(dropout_p), dropout_p, noise=noise)
+    alpha = scaling * keep_scale(dropout_p)
+    return plan.repeat(backend, _forward_pass, rows(base), rows(x), lora_A, lora_B, alpha, dropout_p, noise)
+
+
+def _forward_pass(
+    backend: str, base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, alpha: float, dropout_p: float,
+    noise: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    s, keep = plan.contractions(backend).shrink(x, readable(lora_A, x.dtype), alpha, dropout_p, noise=noise)
     lora_B = lora_B.to(x.dtype)
     if base.dtype == x.dtype:
-        y = torch.addmm(flat_base, s, lora_B.t())
+        y = torch.addmm(base, s, lora_B.t())
     else:  # summed in the wider of the two and rounded once, as PyTorch promotes
-        y = (flat_base + torch.mm(s, lora_B.t())).to(base.dtype)
+        y = (base + torch.mm(s, lora_B.t())).to(base.dtype)
     return y, s, keep  # no view of y: autograd lets nobody write to a view that a Function returns
 
 
@@ -53,6 +59,13 @@ def backward(
     dx needs A, B and the mask; dA needs x, B and the mask; dB needs s. dy is `[M, out]` in x's dtype, x `[M, in]`.
     `alpha` is scaling · keep_scale. dA and dB come in `adapter_dtypes`.
     """
+    return plan.repeat(backend, _backward_pass, dy, x, lora_A, lora_B, s, keep, alpha, adapter_dtypes, needed)
+
+
+def _backward_pass(
+    backend: str, dy: Tensor, x: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, s: Tensor | None,
+    keep: Tensor | None, alpha: float, adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     (need_x, need_A, need_B), ops = needed, plan.contractions(backend)
     dx = d_lora_A = d_lora_B = ds = None
     if need_x or need_A:

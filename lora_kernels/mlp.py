@@ -84,6 +84,13 @@ def forward(
     Returns:
         y; the outputs of `before`, `[M, hidden]`; s and the mask of each layer, None where there is none.
     """
+    return plan.repeat(backend, _forward_pass, rows(x), before, down, activation, noise)
+
+
+def _forward_pass(
+    backend: str, x: Tensor, before: Sequence[Projection], down: Projection, activation: str,
+    noise: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor, list[Tensor], list[Tensor | None], list[Tensor | None]]:  # fmt: skip
     lora_B = None if down.lora_B is None else down.lora_B.to(x.dtype)  # before the launches, which overlap
     outs, shrunk, keeps = projections.forward(x, before, backend, noise[0])
     rows_of_down = [] if down.lora_A is None else [(readable(down.lora_A, x.dtype), down.alpha, down.dropout_p)]
@@ -154,6 +161,13 @@ def differentiate(
         activation: Its name.
         backend: "triton" or "torch".
     """
+    return plan.repeat(backend, _differentiate_pass, dy, x, groups, outs, numbers, need_x, activation)
+
+
+def _differentiate_pass(
+    backend: str, dy: Tensor, x: Tensor | None, groups: Sequence[Sequence[Tensor | None]], outs: Sequence[Tensor],
+    numbers: Sequence[tuple], need_x: bool, activation: str,
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     layers = [Layer(*five, *rest) for (*five, _), rest in zip(groups, numbers, strict=True)]
     if not outs and reads_outs(need_x, [q.needs for q in layers]):
         before = [

@@ -11,9 +11,10 @@ import importlib
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,9 +32,11 @@ __all__ = [
     "expander",
     "expander_all",
     "forced",
+    "forget",
     "form",
     "interpreting",
     "overridden",
+    "repeat",
     "rule",
     "stacks",
 ]
@@ -269,6 +272,25 @@ def forced(name: str, place: int | None = None) -> Iterator[None]:
 
 
 _forced: Form | None = None
+
+
+def forget() -> None:
+    """Choose every form anew: what was measured has changed."""
+    form.cache_clear()
+    _several.cache_clear()
+    if "lora_kernels.kernels" in sys.modules:
+        contractions("triton").forget()
+
+
+def repeat(backend: str, pass_: Callable, *arguments: Any) -> Any:
+    """Call a pass, a function of a backend, tensors and hashable values that computes with `contractions`.
+
+    With "triton" what it asks for is noted when it is called for the second time with tensors of a kind, and taken from
+    these notes from then on, because deciding takes the host several times as long; see `kernels.repeat`.
+    """
+    if backend == "torch":
+        return pass_(backend, *arguments)
+    return contractions(backend).repeat(pass_, _forced, backend, *arguments)
 
 
 @functools.cache

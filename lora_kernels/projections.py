@@ -92,13 +92,18 @@ def forward(
     s and mask are None for a projection without an adapter, and the mask for one without dropout. `noise` decides the
     masks; drawn here when there is none.
     """
-    flat = rows(x)
+    return plan.repeat(backend, _forward_pass, rows(x), projections, noise)
+
+
+def _forward_pass(
+    backend: str, x: Tensor, projections: Sequence[Projection], noise: Tensor | None
+) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
     projections = [  # copies come before the launches, which overlap
         q if q.lora_B is None or q.lora_B.dtype == x.dtype else q._replace(lora_B=q.lora_B.to(x.dtype))
         for q in projections
     ]
-    shrunk, keeps = shrink(flat, projections, backend, noise)
-    return expand(flat, projections, shrunk, backend), shrunk, keeps
+    shrunk, keeps = shrink(x, projections, backend, noise)
+    return expand(x, projections, shrunk, backend), shrunk, keeps
 
 
 def expand(x: Tensor, projections: Sequence[Projection], shrunk: Sequence[Tensor | None], backend: str) -> list[Tensor]:
@@ -134,6 +139,13 @@ def backward(
 
     `made` has ds and dB of each where they were made with its dy.
     """
+    return plan.repeat(backend, _backward_pass, parts, x, need_x, made)
+
+
+def _backward_pass(
+    backend: str, parts: Sequence[Part], x: Tensor | None, need_x: bool,
+    made: Sequence[tuple[Tensor | None, Tensor | None]] | None,
+) -> tuple[Tensor | None, list[list[Tensor | None]]]:  # fmt: skip
     ops, dx, how, stack = plan.contractions(backend), None, None, None
     if need_x:
         how, expand_all = _expander(parts, backend)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels import eager
+from lora_kernels import eager, plan
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -31,6 +31,7 @@ if not HAS_GPU:
 
 def pytest_addoption(parser):
     parser.addoption("--all-mutants", action="store_true", help="break the kernels in every way in the table")
+    parser.addoption("--repeated", action="store_true", help="take every pass a second time, by notes, and compare")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -64,6 +65,23 @@ def size_of_small(request, monkeypatch):
     """Test problems are small, real ones are not: only what is marked `small` takes the way of small calls."""
     if not request.node.get_closest_marker("small"):
         monkeypatch.setattr(eager, "_SMALL", -1)
+
+
+@pytest.fixture(autouse=True)
+def passes(request, monkeypatch):
+    """No test takes passes by the notes of another, which may have put something in the place of what they note."""
+    if "lora_kernels.kernels" in sys.modules:
+        plan.forget()
+    if request.config.getoption("--repeated"):
+        from oracles import repeated
+
+        repeated.install(monkeypatch)
+
+
+@pytest.fixture
+def as_written(monkeypatch, passes):
+    """No pass is taken by notes, which would pass by what a test has put in the place of a contraction."""
+    monkeypatch.setattr(plan, "repeat", lambda backend, pass_, *arguments: pass_(backend, *arguments))
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ SHRINK, MATMUL, WGRAD, DEVICE, DEVICE_ACTIVATION, ACTIVATION_WGRAD = (
 
 # name: (file, text, replacement); the ones in ALWAYS run in every test run
 MUTANTS = {
-    "scaling missing": ("autograd.py", "scaling * keep_scale(dropout_p), dropout_p, noise=noise)", "keep_scale(dropout_p), dropout_p, noise=noise)"),
+    "scaling missing": ("autograd.py", "alpha = scaling * keep_scale(dropout_p)", "alpha = keep_scale(dropout_p)"),
     "scaling missing in backward": ("autograd.py", "keep, scaling * keep_scale(dropout_p), backend)", "keep, keep_scale(dropout_p), backend)"),
     "alpha ignored by the kernel": (SHRINK, "acc * tl.cast(alphas[i], tl.float32)", "acc * 2.0"),
     "keep_scale missing": ("dropout.py", "return _STEPS / kept if kept else 0.0", "return 1.0"),

@@ -75,7 +75,7 @@ def test_the_plan_takes_it_and_else_the_rule(monkeypatch):
     assert ruled == plan.rule(CUDA, torch.bfloat16, FORWARD)
     tuned.save(GPU, {KEY: ("fused", 3)})
     assert plan.form(CUDA, torch.bfloat16, FORWARD) == ruled  # it answers once a product
-    plan.form.cache_clear()
+    plan.forget()
     assert plan.form(CUDA, torch.bfloat16, FORWARD) == plan.Form("fused", 3)
     assert plan.rule(CUDA, torch.bfloat16, FORWARD) == ruled
     assert plan.form(torch.device("cpu"), torch.bfloat16, FORWARD) == plan.Form("fused")

@@ -23,10 +23,10 @@ def folder_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
     monkeypatch.setattr(tuned, "_warned", {})
     tuned.forget()
-    plan.form.cache_clear()
+    plan.forget()
     yield tmp_path / "kept"
     tuned.forget()
-    plan.form.cache_clear()
+    plan.forget()
 
 
 def ask(product=FORWARD, dtype=torch.bfloat16, tf32=False):

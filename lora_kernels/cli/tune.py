@@ -134,7 +134,7 @@ def _tune_all(
                 choices = {row["key"]: tuple(row["choice"]) for row in new if row["choice"] is not None}
                 if choices and not args.dry_run:
                     saved.append(tuned.save(gpu, choices))
-                    plan.form.cache_clear()
+                    plan.forget()
             bar.advance(task)
             _write(args, gpu, rows, skipped, bool(saved) and all(saved))
     return rows, skipped, bool(saved) and all(saved)
@@ -234,7 +234,7 @@ def _clear(console: Console) -> int:
         gone = tuned.clear()
     except (OSError, RuntimeError, ValueError) as error:
         return _refuse(str(error))
-    plan.form.cache_clear()
+    plan.forget()
     console.print("\n".join(f"removed {path}" for path in gone) or "There was nothing to remove.", soft_wrap=True)
     return 0
 

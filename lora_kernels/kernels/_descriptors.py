@@ -8,6 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.kernels import _launch
 from lora_kernels.kernels._launch import Facts, thin_pitch, thin_rows
+from lora_kernels.kernels._replay import call
 
 __all__ = ["Describe", "keeps"]
 
@@ -46,6 +47,10 @@ class Describe:
 
     def __call__(self, t: Tensor) -> TensorDescriptor:
         """Describe a tensor with the facts that were settled."""
+        return call(self.now, t, by_address=not self.copied)
+
+    def now(self, t: Tensor) -> TensorDescriptor:
+        """Describe it, and leave no note of that."""
         if self.keeps:
             pointer = t.data_ptr()
             found = self.known.get(pointer)

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from lora_kernels.kernels._configs import SHARED, descriptor_path
+from lora_kernels.kernels._replay import call
 
 __all__ = [
     "Facts", "Launch", "arrivals", "capability", "dependent_launch", "describe_path", "facts", "launch_options",
@@ -80,9 +81,13 @@ class Launch:
 
     def __call__(self, *arguments: Any) -> None:
         """Launch on the device's current stream."""
+        call(self.now, *arguments, by_address=True)
+
+    def now(self, *arguments: Any) -> None:
+        """Launch, and leave no note of it."""
         if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
-                self(*arguments)
+                self.now(*arguments)
             return
         if self._settled is None:
             compiled = self.kernel[self.grid](*arguments, *self.integers, **self.flags, **self.options)
@@ -189,6 +194,10 @@ def arrivals(device: torch.device, count: int) -> Tensor:
     Launches of one stream follow one another, so they share a buffer that is zeroed once, as cuBLAS keeps a workspace
     for each stream. A CUDA graph may be replayed on any stream and gets counters of its own, zeroed at each replay.
     """
+    return call(_arrivals, device, count)
+
+
+def _arrivals(device: torch.device, count: int) -> Tensor:
     if device.type != "cuda" or count > _COUNTERS or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
     return _stream_counters(device, torch.cuda.current_stream(device).cuda_stream)
