@@ -14,6 +14,6 @@ from lora_kernels.kernels.wgrad import wgrad, wgrad_all
 
 __all__ = [
     "activate_shrink", "activation_wgrad", "beta1_all", "capability", "describe_path", "draw_noise", "forget",
-    "library", "matmul_expand", "matmul_expand_all", "outputs", "repeat", "shrink", "shrink_all", "shrink_wgrad", "stack", "strategy",
-    "thin_pitch", "uses_tf32", "wgrad", "wgrad_all",
+    "library", "matmul_expand", "matmul_expand_all", "outputs", "repeat", "shrink", "shrink_all", "shrink_wgrad",
+    "stack", "strategy", "thin_pitch", "uses_tf32", "wgrad", "wgrad_all",
 ]  # fmt: skip

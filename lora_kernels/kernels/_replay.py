@@ -10,11 +10,13 @@ for a pass is freed as soon as in the pass itself.
 """
 
 import functools
+import math
 import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +55,18 @@ class Recording:
         return registers[self.result]
 
 
+class _Memory(NamedTuple):
+    """Where a register's tensor lies, known beyond its end: it is not held, so that a pass takes no more memory."""
+
+    place: int
+    address: int
+    storage: int
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class Recorder(TorchDispatchMode):
     """Notes the steps of a pass that runs inside it, for `record`.
 
@@ -62,17 +76,20 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
-        self.values: list[Any] = list(tensors)  # of each register; held, so that no other tensor gets an address of one
-        self.places = {id(t): i for i, t in enumerate(tensors)}
-        self.constants: dict[Any, int] = {}
         self.steps: list[tuple[Callable, list[int], int]] = []
-        self.given = len(tensors)
+        self.count = self.given = 0  # registers, and those that are given
+        self.objects: dict[int, tuple[weakref.ref, int]] = {}  # by id: an object and its register
+        self.memory: list[_Memory] = []
+        self.constants: dict[Any, int] = {}
         self.inside = False  # a step of ours, whose own operators are no steps
+        for t in tensors:
+            self._register(t)
+        self.given = len(tensors)
         addresses = {t.data_ptr() for t in tensors}
         self.problem = "" if len(addresses) == len(tensors) else "two tensors at one address: which is meant?"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Run an operator of PyTorch's and note it, unless all it makes is a view: those are noted when they are used."""
+        """Run an operator of PyTorch's and note it, unless it makes views: those are noted when they are used."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if self.inside or _is_view(func, args, out):
@@ -102,20 +119,20 @@ class Recorder(TorchDispatchMode):
         at = self._tried(result)
         if at is None:
             return self.problem
-        constants = set(self.constants.values())
+        constants = {place: value for (_, value), place in self.constants.items()}
         lasting = {*range(self.given), *constants, at}
         last = {place: i for i, (_, places, made) in enumerate(self.steps) for place in (*places, made)}
         steps = [
             (*step, [place for place, end in last.items() if end == i and place not in lasting])
             for i, step in enumerate(self.steps)
         ]
-        rest = [value if i in constants else None for i, value in enumerate(self.values)][self.given :]
-        return Recording(steps, rest, at)
+        return Recording(steps, [constants.get(place) for place in range(self.given, self.count)], at)
 
     def _note(self, function: Callable, arguments: Sequence[Any], out: Any, by_address: bool = False) -> None:
         places = self._tried(arguments, by_address, each=True)
         if places is not None:
-            self._step(function, places, out)
+            written_to = out is None or self._known(out) is not None
+            self._step(function, places, None if written_to else out)
 
     def _tried(self, value: Any, by_address: bool = False, each: bool = False) -> Any:
         """The place of a value, or those of `each` in it; None where that cannot be said."""
@@ -126,21 +143,29 @@ class Recorder(TorchDispatchMode):
                 self.problem = str(error)
         return None
 
-    def _step(self, function: Callable, places: list[int], out: Any) -> int:
-        known = self._known(out) is not None  # it was written to
-        at = self._register(None if known else out)
+    def _step(self, function: Callable, places: list[int], out: Any, of: int | None = None) -> int:
+        """Note a step; its result's register. `of` is the one that has what the result is a view of."""
+        at = self._register(out, of is None)
         self.steps.append((function, places, at))
         return at
 
-    def _register(self, value: Any) -> int:
+    def _register(self, value: Any = None, fresh: bool = True) -> int:
+        place, self.count = self.count, self.count + 1
         if value is not None:
-            self.places[id(value)] = len(self.values)
-        self.values.append(value)
-        return len(self.values) - 1
+            self.objects[id(value)] = weakref.ref(value), place
+        if isinstance(value, Tensor):
+            memory = _Memory(
+                place, value.data_ptr(), value.untyped_storage().data_ptr(), value.storage_offset(), value.shape,
+                value.stride(), value.dtype,
+            )  # fmt: skip
+            if fresh:  # what the pass had there before is gone
+                self.memory = [m for m in self.memory if m.place < self.given or m.storage != memory.storage]
+            self.memory.append(memory)
+        return place
 
     def _known(self, value: Any) -> int | None:
-        place = self.places.get(id(value))
-        return place if place is not None and self.values[place] is value else None
+        reference, place = self.objects.get(id(value), (None, None))
+        return place if reference is not None and reference() is value else None
 
     def _place(self, value: Any, by_address: bool) -> int:
         """The register that has a value when its turn comes."""
@@ -153,35 +178,32 @@ class Recorder(TorchDispatchMode):
             if type(value) not in (tuple, list):
                 raise _CannotRepeatError(f"a {type(value).__name__} is not known to it")
             places = [self._place(v, by_address) for v in value]
-            if type(value) is list:  # not remembered, for it may change
-                return self._step(_list, places, None)
-            if any(place not in self.constants.values() for place in places):
-                return self._step(_tuple, places, value)
+            if type(value) is list or any(place not in self.constants.values() for place in places):
+                return self._step(_list if type(value) is list else _tuple, places, None)
         key = type(value), value
         if key not in self.constants:
-            self.values.append(value)
-            self.constants[key] = len(self.values) - 1
+            self.constants[key] = self._register()
         return self.constants[key]
 
     def _place_of_view(self, t: Tensor, by_address: bool) -> int:
         """The register of a tensor like a view, or that of one made here of the tensor that it is a view of."""
         if not t.numel():
             raise _CannotRepeatError("an empty view, which is nowhere")
-        same = [i for i, own in self._tensors(t.dtype) if own.data_ptr() == t.data_ptr()]
-        for place in same if by_address else ():
-            if self.values[place].numel() == t.numel():  # a transpose of it
-                return place
         storage = t.untyped_storage().data_ptr()
-        # not of tensors that were given, which may share their memory with any other
-        made = [i for i, own in self._tensors(t.dtype) if i >= self.given and own.untyped_storage().data_ptr() == storage]
-        if not same and not made:
+        # not of tensors that were given, which may share their memory with any other, unless it begins where they do
+        near = [
+            m
+            for m in self.memory
+            if m.storage == storage and m.dtype == t.dtype and (m.place >= self.given or m.address == t.data_ptr())
+        ]
+        for m in near:
+            alike = m.shape == t.shape and m.strides == t.stride()
+            if m.address == t.data_ptr() and (alike or (by_address and math.prod(m.shape) == t.numel())):
+                return m.place  # or a transpose of it, whose address is the same
+        if not near:
             raise _CannotRepeatError(f"a tensor of {list(t.shape)} comes from nowhere")
-        base = (same or made)[0]
-        offset = t.storage_offset() - self.values[base].storage_offset()
-        return self._step(partial(_view, t.shape, t.stride(), offset), [base], t)
-
-    def _tensors(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-        return ((i, v) for i, v in enumerate(self.values) if isinstance(v, Tensor) and v.dtype == dtype)
+        view = partial(_view, t.shape, t.stride(), t.storage_offset() - near[0].offset)
+        return self._step(view, [near[0].place], t, of=near[0].place)
 
 
 class _CannotRepeatError(Exception):

@@ -1,4 +1,4 @@
-"""Passes are repeated: run as they are written at first, noted when their like comes again, taken by notes from then on.
+"""Repeat passes: the first of a kind runs as it is written, the second is noted, all others are taken by these notes.
 
 What a pass does may depend on the kinds of its tensors, on its other arguments and on `state`, and on nothing else:
 these are the key under which its `Recording` is kept.
@@ -23,8 +23,8 @@ def repeat(pass_: Callable, state: Hashable, *arguments: Any) -> Any:
     """Call a pass, or take the steps that it took for tensors of the same kinds.
 
     Args:
-        pass_: A function of tensors, alone or in tuples and lists, and of hashable values, which gives tensors likewise.
-            What it does to them it does by PyTorch's operators and by `_replay.call`.
+        pass_: A function of tensors, alone or in tuples and lists, and of hashable values, which gives tensors
+            likewise. What it does to them it does by PyTorch's operators and by `_replay.call`.
         state: What else it depends on.
         *arguments: Its arguments.
     """

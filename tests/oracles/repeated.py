@@ -6,6 +6,7 @@ from lora_kernels import plan
 from lora_kernels.kernels import _replay
 from lora_kernels.kernels.repeat import _kinds
 
+
 def install(monkeypatch):
     """Put `twice` in the place of `plan.repeat`, for the "triton" backend."""
     monkeypatch.setattr(plan, "repeat", twice)
