@@ -5,7 +5,7 @@ launches nothing (`stub_driver.c`). The others are PyTorch's operators on 4 x 8 
 next to nothing to compute. Left out are what a driver takes to launch, what PyTorch takes on its way to cuBLAS, its
 questions for the current device and stream, its allocator for GPUs, and the way to autograd's thread; so on a GPU every
 row takes longer, by some microseconds a launch: ours has 2 forward and 3 backward, PEFT's 5 and more, a linear layer's
-1 and 1. All rows are taken in turn, by the CPU time of one thread.
+1 and 1. `Q/K/V` is three layers of one x: in PEFT one after the other, ours together. All rows are taken in turn, by the CPU time of one thread.
 
 `bound` is the least that any Python `autograd.Function` takes which allocates what LoRA's does, saves as much, and
 launches nothing.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bench.report import host_table
 from bench.stub_driver import StubDriver, launching
-from lora_kernels import LoRALinear, plan
+from lora_kernels import LoRALinear, LoRAQKV, plan
 from lora_kernels.cli._machine import caption, machine, write_json
 from lora_kernels.cli._timing import Calls, cpu_timer, time_all
 from lora_kernels.console import on_stdout
@@ -48,45 +48,52 @@ class _Bound(torch.autograd.Function):
         return torch.empty_like(x), None, torch.empty_like(lora_A), torch.empty_like(lora_B)
 
 
-def _calls(layer: Any, rows: int, inner: int, outer: int, dtype: torch.dtype, parameters: list[Tensor]) -> Calls:
-    x, dy = torch.randn(rows, inner, dtype=dtype, requires_grad=True), torch.randn(rows, outer, dtype=dtype)
-    inputs = [x, *parameters]
-    return Calls(lambda: layer(x), lambda y: torch.autograd.grad(y, inputs, dy))
+def _calls(layer: Any, rows: int, inner: int, dtype: torch.dtype, parameters: list[Tensor]) -> Calls:
+    x = torch.randn(rows, inner, dtype=dtype, requires_grad=True)
+    ys, inputs = layer(x), [x, *parameters]
+    dys = tuple(map(torch.ones_like, ys)) if isinstance(ys, tuple) else torch.ones_like(ys)
+    return Calls(lambda: layer(x), lambda ys: torch.autograd.grad(ys, inputs, dys))
 
 
 def _linear() -> Calls:
     layer = nn.Linear(IN, OUT, bias=False).requires_grad_(False)
-    return _calls(layer, ROWS, IN, OUT, torch.float32, [])
+    return _calls(layer, ROWS, IN, torch.float32, [])
 
 
 def _bound() -> Calls:
     weight, lora_A, lora_B = torch.randn(OUT, IN), nn.Parameter(torch.randn(R, IN)), nn.Parameter(torch.randn(OUT, R))
-    return _calls(lambda x: _Bound.apply(x, weight, lora_A, lora_B), ROWS, IN, OUT, torch.float32, [lora_A, lora_B])
+    return _calls(lambda x: _Bound.apply(x, weight, lora_A, lora_B), ROWS, IN, torch.float32, [lora_A, lora_B])
 
 
-def _peft() -> Calls:
+def _peft(count: int = 1) -> Calls:
     from peft import LoraConfig
     from peft.tuners.lora import Linear
 
-    layer = Linear(nn.Linear(IN, OUT, bias=False), "default", LoraConfig(), r=R, lora_alpha=R, init_lora_weights=True)
-    layer.base_layer.requires_grad_(False)
-    adapters = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-    return _calls(layer, ROWS, IN, OUT, torch.float32, adapters)
+    layers = [
+        Linear(nn.Linear(IN, OUT, bias=False), "default", LoraConfig(), r=R, lora_alpha=R, init_lora_weights=True)
+        for _ in range(count)
+    ]
+    for layer in layers:
+        layer.base_layer.requires_grad_(False)
+    adapters = [own["default"].weight for layer in layers for own in (layer.lora_A, layer.lora_B)]
+    call = layers[0] if count == 1 else lambda x: tuple([layer(x) for layer in layers])
+    return _calls(call, ROWS, IN, torch.float32, adapters)
 
 
-def _ours() -> Calls:
+def _ours(count: int = 1) -> Calls:
     rows, inner, outer, r = OURS
-    base = nn.Linear(inner, outer, bias=False, dtype=torch.bfloat16)
-    layer = LoRALinear.from_linear(base, r=r, lora_alpha=r)
-    return _calls(layer, rows, inner, outer, torch.bfloat16, [layer.lora_A, layer.lora_B])
+    bases = [nn.Linear(inner, outer, bias=False, dtype=torch.bfloat16) for _ in range(count)]
+    layer = (LoRALinear.from_linear if count == 1 else LoRAQKV.from_linears)(*bases, r=r, lora_alpha=r)
+    return _calls(layer, rows, inner, torch.bfloat16, [p for p in layer.parameters() if p.requires_grad])
 
 
 def measure(rounds: int) -> dict[str, dict[str, Any]]:
     """Seconds of a call of each: name to pass to median and spread."""
     calls = {"nn.Linear": _linear(), "bound": _bound()}
-    if importlib.util.find_spec("peft"):
-        calls["PEFT"] = _peft()
-    calls["lora_kernels"] = _ours()
+    for name, count in (("", 1), (", Q/K/V", 3)):
+        if importlib.util.find_spec("peft"):
+            calls[f"PEFT{name}"] = _peft(count)
+        calls[f"lora_kernels{name}"] = _ours(count)
     now = cpu_timer()
 
     def one(prepare: Any, call: Any) -> tuple[float, None]:

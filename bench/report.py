@@ -138,7 +138,7 @@ def _host(content: dict[str, Any]) -> list[str]:
         "the quartiles. Ours is a bf16 layer down to a driver that launches nothing; the others are PyTorch's fp32 "
         "operators on tensors of the CPU so small that they compute next to nothing. On a GPU all take longer, by what "
         "its driver and its allocator take. *bound* is an `autograd.Function` that allocates and saves as much as "
-        "LoRA's and launches nothing.",
+        "LoRA's and launches nothing; *Q/K/V* are three layers of one x.",
         _table(*host_table(content["rows"])),
         caption(content["machine"]) + ".",
     ]

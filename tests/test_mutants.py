@@ -84,6 +84,11 @@ MUTANTS = {
     "made again without s": ("mlp.py", "[q.s for q in layers[:-1]], backend)", "[None] * len(layers[:-1]), backend)"),
     "masked twice in dA": (WGRAD, "right = tl.where(kept(words, BLOCK_W), right, tl.zeros((BLOCK_M, BLOCK_W), right.dtype))", "right = tl.where(kept(words, BLOCK_W), right, tl.zeros((BLOCK_M, BLOCK_W), right.dtype))\n                wides = (right,)"),
     "gradients of A in the wrong order": ("projections.py", "for own, d_lora_A in zip(owners,", "for own, d_lora_A in zip(owners[::-1],"),
+    "shapes no part of a kind": ("kernels/repeat.py", "kinds.append((argument.shape, argument.stride(), ", "kinds.append(("),
+    "numbers no part of a kind": ("kernels/repeat.py", "            kinds.append(argument)\n", "            pass\n"),
+    "operators not noted": ("kernels/_replay.py", "self._note(function, (*args, *kwargs.values()), out)", "self._register(out)"),
+    "a noted launch on other tensors": ("kernels/_replay.py", "return operator.itemgetter(*places)", "return operator.itemgetter(*places[::-1])"),
+    "freed a step too early": ("kernels/_replay.py", "if end == i and place", "if end == i + 1 and place"),
     "saved s overwritten": ("autograd.py", "    return dx, d_lora_A, d_lora_B\n", "    if need_B:\n        s.data.zero_()\n    return dx, d_lora_A, d_lora_B\n"),
 }  # fmt: skip
 ALWAYS = (
