@@ -5,7 +5,8 @@ launches nothing (`stub_driver.c`). The others are PyTorch's operators on 4 x 8 
 next to nothing to compute. Left out are what a driver takes to launch, what PyTorch takes on its way to cuBLAS, its
 questions for the current device and stream, its allocator for GPUs, and the way to autograd's thread; so on a GPU every
 row takes longer, by some microseconds a launch: ours has 2 forward and 3 backward, PEFT's 5 and more, a linear layer's
-1 and 1. `Q/K/V` is three layers of one x: in PEFT one after the other, ours together. All rows are taken in turn, by the CPU time of one thread.
+1 and 1. `Q/K/V` is three layers of one x: in PEFT one after the other, ours together. All rows are taken in turn, by
+the CPU time of one thread.
 
 `bound` is the least that any Python `autograd.Function` takes which allocates what LoRA's does, saves as much, and
 launches nothing.

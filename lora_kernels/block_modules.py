@@ -77,10 +77,13 @@ class _Block(nn.Module):
     def _children(self) -> list[nn.Module]:
         return [getattr(self, name) for name in self.names]
 
-    def _together(self) -> list[Projection] | None:
-        """What each child computes; None where one of them has to be called itself."""
-        entries = list(map(_projection, self._children()))
-        return None if None in entries or _has_any_global_hook() else entries
+    def _together(self) -> tuple[list[Projection], list[bool]] | None:
+        """What each child computes, and its `accumulate_grad`; None where one of them has to be called itself."""
+        children = self._children()
+        entries = list(map(_projection, children))
+        if None in entries or _has_any_global_hook():
+            return None
+        return entries, [getattr(child, "accumulate_grad", False) for child in children]
 
     def reset_lora_parameters(self) -> None:
         """Draw each A anew and zero each B: see `LoRALinear`."""
@@ -184,12 +187,12 @@ class LoRAQKV(_Block):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute q, k and v from x."""
-        entries = self._together()
-        if entries is None:
+        together = self._together()
+        if together is None:
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        entries, added = together
         weights, lora_As, lora_Bs, biases, scalings, ps = map(list, zip(*entries, strict=True))
         adapters = [None if pair[0] is None else pair for pair in zip(lora_As, lora_Bs, strict=True)]
-        added = [getattr(child, "accumulate_grad", False) for child in self._children()]
         return lora_qkv(
             x, weights, adapters, biases=biases, scaling=scalings, dropout_p=ps, accumulate_grad=added
         )  # fmt: skip
@@ -287,11 +290,11 @@ class LoRAMLP(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute y from x."""
-        entries = self._together()
-        if entries is None:
+        together = self._together()
+        if together is None:
             check_activation("LoRAMLP", self.activation)
             return self.down_proj(activated(self.gate_proj(x), self.up_proj(x), self.activation))
-        added = [getattr(child, "accumulate_grad", False) for child in self._children()]
+        entries, added = together
         return lora_mlp(x, *entries, activation=self.activation, recompute=self.recompute, accumulate_grad=added)
 
     def extra_repr(self) -> str:

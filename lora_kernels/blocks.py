@@ -159,7 +159,7 @@ def _mlp(
         return checkpoint(composed, x, use_reentrant=False) if again else composed(x)
     if watched():
         return mlp_ops.mlp(x, *_arguments([*before, down]), activation, recompute, chosen)
-    entries = [q._replace(scaling=float(q.scaling), dropout_p=float(q.dropout_p)) for q in (*before, down)]
+    entries = list(map(_with_floats, (*before, down)))
     tensors = list(itertools.chain.from_iterable(q[:4] for q in entries))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         numbers = tuple((q.scaling, q.dropout_p, into) for q, into in zip(entries, added, strict=True))
@@ -278,7 +278,7 @@ def _together(x: Tensor, entries: list[Projection], backend: str, added: list[bo
     """Several projections in the same launches, with a Function where a gradient may be asked for."""
     if watched():
         return projection_ops.projections(x, *_arguments(entries), backend)
-    entries = [q._replace(scaling=float(q.scaling), dropout_p=float(q.dropout_p)) for q in entries]
+    entries = list(map(_with_floats, entries))
     tensors = list(itertools.chain.from_iterable(q[:4] for q in entries))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         numbers = tuple((q.scaling, q.dropout_p, into) for q, into in zip(entries, added, strict=True))
@@ -286,6 +286,12 @@ def _together(x: Tensor, entries: list[Projection], backend: str, added: list[bo
     else:
         ys, _, _ = projections.forward(x, entries, backend)
     return [y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+
+
+def _with_floats(q: Projection) -> Projection:
+    if type(q.scaling) is type(q.dropout_p) is float:  # to replace takes as long as all checks of a layer
+        return q
+    return q._replace(scaling=float(q.scaling), dropout_p=float(q.dropout_p))
 
 
 def _arguments(entries: list[Projection]) -> tuple[list, ...]:

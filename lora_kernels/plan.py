@@ -285,8 +285,8 @@ def forget() -> None:
 def repeat(backend: str, pass_: Callable, *arguments: Any) -> Any:
     """Call a pass, a function of a backend, tensors and hashable values that computes with `contractions`.
 
-    With "triton" what it asks for is noted when it is called for the second time with tensors of a kind, and taken from
-    these notes from then on, because deciding takes the host several times as long; see `kernels.repeat`.
+    With "triton" what it asks for is noted when it has been called a few times with tensors of a kind, and taken from
+    these notes from then on, which saves the host what it takes to decide; see `kernels.repeat`.
     """
     if backend == "torch":
         return pass_(backend, *arguments)

@@ -86,9 +86,9 @@ MUTANTS = {
     "gradients of A in the wrong order": ("projections.py", "for own, d_lora_A in zip(owners,", "for own, d_lora_A in zip(owners[::-1],"),
     "shapes no part of a kind": ("kernels/repeat.py", "kinds.append((argument.shape, argument.stride(), ", "kinds.append(("),
     "numbers no part of a kind": ("kernels/repeat.py", "            kinds.append(argument)\n", "            pass\n"),
-    "operators not noted": ("kernels/_replay.py", "self._note(function, (*args, *kwargs.values()), out)", "self._register(out)"),
+    "operators not noted": ("kernels/_replay.py", "self._step(function, places, None if _aliases(func)", "self._register(None if _aliases(func)"),
     "a noted launch on other tensors": ("kernels/_replay.py", "return operator.itemgetter(*places)", "return operator.itemgetter(*places[::-1])"),
-    "freed a step too early": ("kernels/_replay.py", "if end == i and place", "if end == i + 1 and place"),
+    "freed a step too early": ("kernels/_replay.py", "ends[end].append(place)", "ends[max(0, end - 1)].append(place)"),
     "saved s overwritten": ("autograd.py", "    return dx, d_lora_A, d_lora_B\n", "    if need_B:\n        s.data.zero_()\n    return dx, d_lora_A, d_lora_B\n"),
 }  # fmt: skip
 ALWAYS = (

@@ -1,12 +1,12 @@
 """What a pass asks for, noted once and asked for again.
 
-Of the time that the host takes for a pass over few rows, most goes to deciding: which tile, which strides, what to
-allocate. For tensors of a kind the answer is always the same list of steps: PyTorch's operators, allocations most of
-all, and launches. A `Recorder` watches a pass and notes them, a `Recording` takes them with other tensors of that kind.
+For tensors of a kind a pass takes the same steps every time: PyTorch's operators, most of them allocations, and
+launches. Between them it decides what to do next, which on few rows is a good part of the host's time. A `Recorder`
+watches a pass and notes the steps, a `Recording` takes them with other tensors of that kind.
 
 A recording has registers: first the tensors that it is called with, then constants and whatever the steps make. A step
-is a function, the registers of its arguments, one for its result, and those that nobody reads after it: what was made
-for a pass is freed as soon as in the pass itself.
+is a function, the registers of its arguments, one for its result, and those that nobody needs after it: what was made
+for a pass is freed as soon as in the pass itself, or sooner.
 """
 
 import functools
@@ -55,119 +55,168 @@ class Recording:
         return registers[self.result]
 
 
-class _Memory(NamedTuple):
-    """Where a register's tensor lies, known beyond its end: it is not held, so that a pass takes no more memory."""
+class _Step(NamedTuple):
+    """A step as it is noted; `lends` says that its result may point to what its arguments hold."""
 
-    place: int
-    address: int
-    storage: int
+    function: Callable
+    places: list[int]
+    at: int
+    lends: bool
+
+
+class _Memory(NamedTuple):
+    """Where a tensor lies, of a register or a view of one. It is not held: noting takes no more memory than the pass.
+
+    Attributes:
+        place: Its register, or None if nobody has asked for that view yet.
+        root: The register that it is a view of, or its own.
+        offset: Elements from the beginning of the root's.
+        address: Of its first element.
+        geometry: Shape, strides and dtype.
+    """
+
+    place: int | None
+    root: int
     offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
+    address: int
+    geometry: tuple[Any, ...]
 
 
 class Recorder(TorchDispatchMode):
     """Notes the steps of a pass that runs inside it, for `record`.
 
     Args:
-        tensors: All that the pass is given.
+        tensors: All that the pass is given, each at an address of its own.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
-        self.steps: list[tuple[Callable, list[int], int]] = []
-        self.count = self.given = 0  # registers, and those that are given
+        self.steps: list[_Step] = []
+        self.count, self.given = 0, len(tensors)  # of registers
         self.objects: dict[int, tuple[weakref.ref, int]] = {}  # by id: an object and its register
-        self.memory: list[_Memory] = []
-        self.constants: dict[Any, int] = {}
+        self.memory: dict[int, list[_Memory]] = {}  # by the address of the storage
+        self.constants: dict[int, tuple[int, Any]] = {}  # by id: their register, and they themselves
         self.inside = False  # a step of ours, whose own operators are no steps
+        self.problem = ""
         for t in tensors:
             self._register(t)
-        self.given = len(tensors)
-        addresses = {t.data_ptr() for t in tensors}
-        self.problem = "" if len(addresses) == len(tensors) else "two tensors at one address: which is meant?"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Run an operator of PyTorch's and note it, unless it makes views: those are noted when they are used."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if self.inside or _is_view(func, args, out):
+        if self.inside or self.problem:
             return out
-        if func in _ALLOCATIONS:
-            make = partial(torch.empty_strided, out.shape, out.stride(), dtype=out.dtype, device=out.device)
-            self._note(make, (), out)
-        elif out is None or isinstance(out, Tensor):
-            function = partial(_by_name, func, tuple(kwargs)) if kwargs else func
-            self._note(function, (*args, *kwargs.values()), out)
-        else:
-            self.problem = self.problem or f"{func} gives no tensor"
+        try:
+            self._note_operator(func, args, kwargs, out)
+        except _CannotRepeatError as error:
+            self.problem = str(error)
         return out
 
     def call(self, function: Callable, arguments: Sequence[Any], by_address: bool) -> Any:
         """Call a function and note it as a step, whatever it does; `by_address` if it takes no more of a tensor."""
-        self.inside = True
+        outer, self.inside = self.inside, True
         try:
             out = function(*arguments)
         finally:
-            self.inside = False
-        self._note(function, arguments, out, by_address)
+            self.inside = outer
+        if not (self.inside or self.problem):
+            try:
+                places = [self._place(v, by_address) for v in arguments]
+                # what it gives is its own, though it may have given the same before: nobody knows what it goes by
+                self._step(function, places, out, lends=out is not None and not isinstance(out, Tensor))
+            except _CannotRepeatError as error:
+                self.problem = str(error)
         return out
 
     def recording(self, result: Any) -> Recording | str:
         """The recording of a pass with this result, or why it cannot be repeated."""
-        at = self._tried(result)
-        if at is None:
+        try:
+            at = None if self.problem else self._place(result)
+        except _CannotRepeatError as error:
+            self.problem = str(error)
+        if self.problem:
             return self.problem
-        constants = {place: value for (_, value), place in self.constants.items()}
-        lasting = {*range(self.given), *constants, at}
-        last = {place: i for i, (_, places, made) in enumerate(self.steps) for place in (*places, made)}
-        steps = [
-            (*step, [place for place, end in last.items() if end == i and place not in lasting])
-            for i, step in enumerate(self.steps)
-        ]
+        last: dict[int, int] = {}
+        for i, step in reversed(list(enumerate(self.steps))):
+            needed_until = max(i, last.setdefault(step.at, i) if step.lends else i)
+            for place in step.places:
+                last[place] = max(needed_until, last.get(place, 0))
+            last.setdefault(step.at, i)
+        constants = dict(self.constants.values())
+        ends: list[list[int]] = [[] for _ in self.steps]
+        for place, end in last.items():
+            if place >= self.given and place not in constants and place != at:
+                ends[end].append(place)
+        steps = [(step.function, step.places, step.at, done) for step, done in zip(self.steps, ends, strict=True)]
         return Recording(steps, [constants.get(place) for place in range(self.given, self.count)], at)
 
-    def _note(self, function: Callable, arguments: Sequence[Any], out: Any, by_address: bool = False) -> None:
-        places = self._tried(arguments, by_address, each=True)
-        if places is not None:
-            written_to = out is None or self._known(out) is not None
-            self._step(function, places, None if written_to else out)
+    def _note_operator(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        if _is_view(func, args, out):
+            root, offset = self._root(args[0])
+            for view in out if isinstance(out, (tuple, list)) else (out,):
+                if view.dtype == args[0].dtype:
+                    self._remember(view, None, root, offset + view.storage_offset() - args[0].storage_offset())
+        elif func in _ALLOCATIONS:
+            make = partial(torch.empty_strided, out.shape, out.stride(), dtype=out.dtype, device=out.device)
+            self._step(make, [], out)
+        elif out is None or isinstance(out, Tensor):
+            function = partial(_by_name, func, tuple(kwargs)) if kwargs else func
+            places = [self._place(v) for v in (*args, *kwargs.values())]
+            self._step(function, places, None if _aliases(func) == "written" else out)
+        else:
+            raise _CannotRepeatError(f"{func} gives no tensor")
 
-    def _tried(self, value: Any, by_address: bool = False, each: bool = False) -> Any:
-        """The place of a value, or those of `each` in it; None where that cannot be said."""
-        if not self.problem:
-            try:
-                return [self._place(v, by_address) for v in value] if each else self._place(value, by_address)
-            except _CannotRepeatError as error:
-                self.problem = str(error)
-        return None
-
-    def _step(self, function: Callable, places: list[int], out: Any, of: int | None = None) -> int:
-        """Note a step; its result's register. `of` is the one that has what the result is a view of."""
-        at = self._register(out, of is None)
-        self.steps.append((function, places, at))
+    def _step(self, function: Callable, places: list[int], out: Any, lends: bool = False) -> int:
+        """Note a step; the register of what it gives."""
+        at = self._register(out)
+        self.steps.append(_Step(function, places, at, lends))
         return at
 
-    def _register(self, value: Any = None, fresh: bool = True) -> int:
+    def _register(self, value: Any = None) -> int:
+        """A new register for something new, or for nothing that has to be known again."""
         place, self.count = self.count, self.count + 1
         if value is not None:
-            self.objects[id(value)] = weakref.ref(value), place
+            self._recognise(value, place)
         if isinstance(value, Tensor):
-            memory = _Memory(
-                place, value.data_ptr(), value.untyped_storage().data_ptr(), value.storage_offset(), value.shape,
-                value.stride(), value.dtype,
-            )  # fmt: skip
-            if fresh:  # what the pass had there before is gone
-                self.memory = [m for m in self.memory if m.place < self.given or m.storage != memory.storage]
-            self.memory.append(memory)
+            storage = value.untyped_storage().data_ptr()  # what the pass had there before is gone
+            self.memory[storage] = [m for m in self.memory.get(storage, ()) if m.root < self.given]
+            self._remember(value, place, place, 0)
         return place
+
+    def _recognise(self, value: Any, place: int) -> None:
+        try:
+            self.objects[id(value)] = weakref.ref(value), place
+        except TypeError:
+            raise _CannotRepeatError(f"a {type(value).__name__} may not be what it was") from None
+
+    def _remember(self, t: Tensor, place: int | None, root: int, offset: int) -> None:
+        memory = _Memory(place, root, offset, t.data_ptr(), (t.shape, t.stride(), t.dtype))
+        self.memory.setdefault(t.untyped_storage().data_ptr(), []).append(memory)
 
     def _known(self, value: Any) -> int | None:
         reference, place = self.objects.get(id(value), (None, None))
         return place if reference is not None and reference() is value else None
 
-    def _place(self, value: Any, by_address: bool) -> int:
+    def _found(self, t: Tensor, by_address: bool = False) -> _Memory:
+        """Where a tensor lies that autograd has put in the place of the one that was noted; the latest that was."""
+        for m in reversed(self.memory.get(t.untyped_storage().data_ptr(), ())):
+            shape, _, dtype = m.geometry
+            alike = m.geometry == (t.shape, t.stride(), t.dtype)
+            alike = alike or (by_address and dtype == t.dtype and math.prod(shape) == t.numel())  # a transpose, say
+            if alike and m.address == t.data_ptr():
+                return m
+        raise _CannotRepeatError(f"a tensor of {list(t.shape)} comes from nowhere")
+
+    def _root(self, t: Tensor) -> tuple[int, int]:
+        """The register that a tensor is a view of, or its own, and its offset there."""
+        place = self._known(t)
+        if place is not None:
+            return place, 0
+        found = self._found(t)
+        return found.root, found.offset
+
+    def _place(self, value: Any, by_address: bool = False) -> int:
         """The register that has a value when its turn comes."""
         place = self._known(value)
         if place is not None:
@@ -178,32 +227,28 @@ class Recorder(TorchDispatchMode):
             if type(value) not in (tuple, list):
                 raise _CannotRepeatError(f"a {type(value).__name__} is not known to it")
             places = [self._place(v, by_address) for v in value]
-            if type(value) is list or any(place not in self.constants.values() for place in places):
+            constants = dict(self.constants.values())
+            if type(value) is list or any(place not in constants for place in places):
                 return self._step(_list if type(value) is list else _tuple, places, None)
-        key = type(value), value
-        if key not in self.constants:
-            self.constants[key] = self._register()
-        return self.constants[key]
+        if id(value) not in self.constants:
+            self.constants[id(value)] = self._register(), value
+        return self.constants[id(value)][0]
 
     def _place_of_view(self, t: Tensor, by_address: bool) -> int:
-        """The register of a tensor like a view, or that of one made here of the tensor that it is a view of."""
-        if not t.numel():
-            raise _CannotRepeatError("an empty view, which is nowhere")
-        storage = t.untyped_storage().data_ptr()
-        # not of tensors that were given, which may share their memory with any other, unless it begins where they do
-        near = [
-            m
-            for m in self.memory
-            if m.storage == storage and m.dtype == t.dtype and (m.place >= self.given or m.address == t.data_ptr())
-        ]
-        for m in near:
-            alike = m.shape == t.shape and m.strides == t.stride()
-            if m.address == t.data_ptr() and (alike or (by_address and math.prod(m.shape) == t.numel())):
-                return m.place  # or a transpose of it, whose address is the same
-        if not near:
-            raise _CannotRepeatError(f"a tensor of {list(t.shape)} comes from nowhere")
-        view = partial(_view, t.shape, t.stride(), t.storage_offset() - near[0].offset)
-        return self._step(view, [near[0].place], t, of=near[0].place)
+        """The register of a view, made here if there is none yet."""
+        found = self._found(t, by_address)
+        if found.place is not None:
+            return found.place
+        if by_address:
+            for m in self.memory[t.untyped_storage().data_ptr()]:
+                if m.place == found.root and m.address == found.address and math.prod(m.geometry[0]) == t.numel():
+                    return m.place
+        place, self.count = self.count, self.count + 1
+        shape, strides, _ = found.geometry
+        self.steps.append(_Step(partial(_view, shape, strides, found.offset), [found.root], place, False))
+        self._recognise(t, place)
+        self._remember(t, place, found.root, found.offset)
+        return place
 
 
 class _CannotRepeatError(Exception):
@@ -228,7 +273,7 @@ def record(pass_: Callable, arguments: Sequence[Any], tensors: Sequence[Tensor])
     Args:
         pass_: A function of tensors and of what they are of, and of nothing else that changes.
         arguments: Its arguments.
-        tensors: Every tensor in them, in order.
+        tensors: Every tensor in them, in order, each at an address of its own.
     """
     recorder = _noting.recorder = Recorder(tensors)
     try:
@@ -247,16 +292,19 @@ def call(function: Callable, *arguments: Any, by_address: bool = False) -> Any:
 
 def _is_view(function: Any, arguments: Sequence[Any], out: Any) -> bool:
     """Whether an operator has made views and no more. One that may, such as `to`, can be seen to make a copy."""
-    if not _may_view(function):
+    if _aliases(function) != "viewed":
         return False
     first = out[0] if isinstance(out, (tuple, list)) else out
     return first.untyped_storage().data_ptr() == arguments[0].untyped_storage().data_ptr()
 
 
 @functools.cache
-def _may_view(function: Any) -> bool:
-    aliases = [result.alias_info for result in function._schema.returns]
-    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+def _aliases(function: Any) -> str:
+    """Whether what an operator gives is what it was given, "written" to or perhaps "viewed", or "" for neither."""
+    infos = [result.alias_info for result in function._schema.returns]
+    if not any(infos):
+        return ""
+    return "written" if any(info is not None and info.is_write for info in infos) else "viewed"
 
 
 def _getter(places: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:

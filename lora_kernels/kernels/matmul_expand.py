@@ -267,8 +267,8 @@ def _launch_all(
         masked = [(p, q.to(like.dtype), keep) for p, q, keep in masked]
     ps, qs = zip(*sources, strict=True) if sources else ((), ())
     settled = _settle(
-        tuple(map(facts, ps)), tuple(map(facts, qs)), counts, tuple([bias is not None for bias in biases]),
-        tuple([(facts(p), facts(q)) for p, q, _ in masked]) if masked else (), wide, like.device, config, tma,
+        tuple(map(facts, ps)), tuple(map(facts, qs)), counts, tuple(map(facts, biases)),
+        tuple([tuple(map(facts, product)) for product in masked]) if masked else (), wide, like.device, config, tma,
         precision(like), _launch.imagined,
     )  # fmt: skip
     ys = [like.new_empty(like.shape[0], cols) for cols in settled.cols]
@@ -309,11 +309,12 @@ class _Settled(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _settle(
-    ps: tuple[Facts, ...], qs: tuple[Facts, ...], counts: tuple[int, ...], biased: tuple[bool, ...],
-    masked: tuple[tuple[Facts, Facts], ...], wide: int, device: torch.device, config: MatmulConfig | int | None,
+    ps: tuple[Facts, ...], qs: tuple[Facts, ...], counts: tuple[int, ...], biases: tuple[Facts | None, ...],
+    masked: tuple[tuple[Facts, Facts, Facts], ...], wide: int, device: torch.device, config: MatmulConfig | int | None,
     tma: bool | None, precision: str, imagined: object,
 ) -> _Settled:  # fmt: skip
     sources, ends = tuple(zip(ps, qs, strict=True)), tuple(itertools.accumulate(counts))
+    masked = tuple([(p, q) for p, q, _ in masked])  # of a mask, as of a bias, the kernel is compiled for its alignment
     by_output = [sources[end - count : end] for end, count in zip(ends, counts, strict=True)]
     large = [source for summed in by_output for source in summed[:wide]] or masked[:1]
     (p, _), sms = large[0], _launch.num_sms(device)
@@ -341,13 +342,13 @@ def _settle(
     launch = Launch(
         _matmul_expand_kernel, (min(tiles, sms * config.ctas_per_sm),),
         (
-            rows, cols, tuple(p.shape[1] for p, _ in sources) or None, tuple(p.shape[1] for p, _ in masked) or None,
-            tuple(n if bias else 0 for n, bias in zip(cols, biased, strict=True)),
+            rows, cols, tuple(p.shape[1] for p, _ in sources) or None, tuple(ranks) or None,
+            tuple(n if bias else 0 for n, bias in zip(cols, biases, strict=True)),
             *(stride or None for stride in strides), *masked_strides,
         ),
         dict(
             NUM_OUTPUTS=len(cols), NUM_SOURCES=len(sources), NUM_MASKED=len(masked), ENDS=ends,
-            USE_TMA=tma, Q_ROWS_ARE_N=q_rows_are_n, STORE_TMA=store_tma, HAS_BIAS=any(biased), PDL=pdl,
+            USE_TMA=tma, Q_ROWS_ARE_N=q_rows_are_n, STORE_TMA=store_tma, HAS_BIAS=any(biases), PDL=pdl,
             PRECISION=precision, SUBTILES=config.subtiles, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, BLOCK_R=block_r, GROUP_M=config.group_m,
         ),

@@ -1,22 +1,31 @@
-"""Repeat passes: the first of a kind runs as it is written, the second is noted, all others are taken by these notes.
+"""Repeat passes: the first few of a kind run as they are written, one is noted, all others are taken by these notes.
 
-What a pass does may depend on the kinds of its tensors, on its other arguments and on `state`, and on nothing else:
-these are the key under which its `Recording` is kept.
+What a pass does may depend on the kinds of its tensors, on its other arguments, on `state` and on whether fp32 products
+may be rounded to TF32, and on nothing else: these are the key under which its `Recording` is kept.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_kernels.kernels import _launch, _replay
-from lora_kernels.kernels._replay import Recording
 
 __all__ = ["forget", "repeat"]
 
-_MOST = 1024  # kinds of passes; activations of ever new lengths make ever new ones
-_known: dict[Hashable, Recording | str] = {}  # or why there is none
-_SEEN = "it has been called once"
+_AS_WRITTEN = 3  # noting takes as long as five or six passes and saves up to half of each, so not for a few
+_MOST = 1024  # kinds of passes, of some 10 KB each; activations of ever new lengths make ever new ones
+
+
+class _Kind:
+    """Passes that take the same steps: how many came before there was a recording, and it, or why there is none."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+        self.recording: _replay.Recording | None = None
+        self.problem = ""
 
 
 def repeat(pass_: Callable, state: Hashable, *arguments: Any) -> Any:
@@ -24,7 +33,8 @@ def repeat(pass_: Callable, state: Hashable, *arguments: Any) -> Any:
 
     Args:
         pass_: A function of tensors, alone or in tuples and lists, and of hashable values, which gives tensors
-            likewise. What it does to them it does by PyTorch's operators and by `_replay.call`.
+            likewise. What it does to them it does by PyTorch's operators, outside autocast, and by `_replay.call`.
+            Values that are equal are the same to it: 1, 1.0 and True.
         state: What else it depends on.
         *arguments: Its arguments.
     """
@@ -32,31 +42,38 @@ def repeat(pass_: Callable, state: Hashable, *arguments: Any) -> Any:
         return pass_(*arguments)
     tensors: list[Tensor] = []
     kinds = _kinds(arguments, tensors)
-    like = tensors[0]
-    key = pass_, state, like.device, _launch.uses_tf32(like.dtype), _launch.imagined, kinds
-    known = _known.get(key)
-    if type(known) is Recording:
-        return known(tensors)
-    if known != _SEEN:
-        if known is None:
-            if len(_known) >= _MOST:
-                _known.clear()
-            _known[key] = _SEEN
+    tf32 = _launch.uses_tf32(torch.float32)
+    kind = _kind((pass_, state, tensors[0].device, tf32, _launch.imagined, kinds))
+    if kind.recording is not None:
+        return kind.recording(tensors)
+    kind.passes += 1
+    if kind.problem or kind.passes <= _AS_WRITTEN or not _told_apart(tensors):
         return pass_(*arguments)
-    result, _known[key] = _replay.record(pass_, arguments, tensors)
+    result, known = _replay.record(pass_, arguments, tensors)
+    if isinstance(known, str):
+        kind.problem = known
+    else:
+        kind.recording = known
     return result
 
 
 def forget() -> None:
     """Forget every recording: something that no key has is about to change."""
-    _known.clear()
+    _kind.cache_clear()
+
+
+@functools.lru_cache(maxsize=_MOST)
+def _kind(key: Hashable) -> _Kind:
+    return _Kind()
 
 
 def _kinds(arguments: Sequence[Any], tensors: list[Tensor]) -> tuple[Hashable, ...]:
     """What a pass may know of its arguments; the tensors in them are appended to `tensors`."""
     kinds = []
     for argument in arguments:
-        if isinstance(argument, Tensor):
+        if argument is None:
+            kinds.append(None)
+        elif isinstance(argument, Tensor):
             tensors.append(argument)
             kinds.append((argument.shape, argument.stride(), argument.dtype, not argument.data_ptr() % 16))
         elif isinstance(argument, (tuple, list)):
@@ -64,3 +81,8 @@ def _kinds(arguments: Sequence[Any], tensors: list[Tensor]) -> tuple[Hashable, .
         else:
             kinds.append(argument)
     return tuple(kinds)
+
+
+def _told_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether no two lie at one address, where notes could take one for the other."""
+    return len({t.data_ptr() for t in tensors}) == len(tensors)

@@ -214,7 +214,7 @@ def _launch_all(
     h: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
     launch, ranks, masks, size, blocks = _settle(
-        facts(x), facts(up), tuple(map(facts, operands)), x.device, ps, precision(x), activation, config,
+        facts(x), facts(up), facts(noise), tuple(map(facts, operands)), x.device, ps, precision(x), activation, config,
         _launch.imagined,
     )  # fmt: skip
     s, keeps = thin_columns(x, ranks) if ranks else [], [_mask(x) if p > 0 else None for p in ps]
@@ -233,8 +233,8 @@ def _mask(x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def _settle(
-    x: Facts, up: Facts | None, operands: tuple[Facts, ...], device: torch.device, ps: tuple[float, ...],
-    precision: str, activation: str | None, config: ShrinkConfig | None, imagined: object,
+    x: Facts, up: Facts | None, noise: Facts | None, operands: tuple[Facts, ...], device: torch.device,
+    ps: tuple[float, ...], precision: str, activation: str | None, config: ShrinkConfig | None, imagined: object,
 ) -> tuple[Launch, tuple[int, ...], int, int, int]:  # fmt: skip
     """The launch, the ranks, how many masks, the size of the parts of split sums, and the blocks of s."""
     if max(ps, default=0) >= 1:

@@ -307,7 +307,7 @@ def launch(
     settled, g_size, ds_size, counted = _settle(
         (facts(wide), facts(a.up), facts(a.dh)), tuple(map(facts, thins)), tuple(map(facts, gs)),
         tuple(map(facts, bs)), tuple(map(facts, dss)), wides, a.name, wide.device,
-        tuple([keep is not None for keep in keeps]), accumulate, ready, precision(wide), config, _launch.imagined,
+        tuple(map(facts, keeps)), accumulate, ready, precision(wide), config, _launch.imagined,
     )  # fmt: skip
     g_parts = wide.new_empty(g_size, dtype=torch.float32) if g_size else None
     ds_parts = wide.new_empty(ds_size, dtype=torch.float32) if ds_size else None
@@ -321,7 +321,7 @@ def launch(
 def _settle(
     made_of: tuple[Facts, Facts | None, Facts | None], thins: tuple[Facts, ...], gs: tuple[Facts, ...],
     bs: tuple[Facts | None, ...], dss: tuple[Facts | None, ...], wides: tuple[int, ...], activation: str | None,
-    device: torch.device, masked: tuple[bool, ...], accumulate: tuple[bool, ...], ready: bool, precision: str,
+    device: torch.device, keeps: tuple[Facts | None, ...], accumulate: tuple[bool, ...], ready: bool, precision: str,
     config: WgradConfig | None, imagined: object,
 ) -> tuple[Launch, int, int, int]:  # fmt: skip
     """The launch, the sizes of the parts of g and of ds, and the counters."""
@@ -330,7 +330,7 @@ def _settle(
     strided = all(1 not in t.strides for t in made_of if t) or any(1 not in b.strides for b in bs if b)
     config = config or wgrad_config(
         rows, width, max(widths, default=1), dtype, bool(shrunk), _launch.shared_per_sm(device), len(widths),
-        any(masked), activation is not None, strided, any(b.dtype != dtype for b in bs if b),
+        any(keeps), activation is not None, strided, any(b.dtype != dtype for b in bs if b),
     )  # fmt: skip
     splits = triton.cdiv(rows, config.rows_per_split)
     blocks = triton.cdiv(width, config.block_c)
@@ -346,7 +346,7 @@ def _settle(
             *_strides(thins), *_strides(bs), *_strides(gs), tuple([ds.strides[0] if ds else 0 for ds in dss]) or None,
         ),
         dict(
-            ROWS=len(thins), WIDE=wides or None, ACTIVATION=activation, HAS_KEEP=any(masked), HAS_SHRINK=bool(shrunk),
+            ROWS=len(thins), WIDE=wides or None, ACTIVATION=activation, HAS_KEEP=any(keeps), HAS_SHRINK=bool(shrunk),
             IS_SPLIT=splits > 1 and bool(thins), ACCUMULATE=accumulate or None,
             PDL=(bool(shrunk) or activation is not None) and dependent, READY=ready, PRECISION=precision,
             BLOCK_M=config.block_m, BLOCK_W=config.block_c, BLOCK_T=config.block_r,

@@ -4,6 +4,8 @@ The launchers run on CPU tensors for an imagined sm_90 GPU, and Triton's own lau
 the descriptors and asks a driver to launch, which only looks at what it is asked for: `stub_driver.c`.
 """
 
+import math
+
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,6 +14,8 @@ from bench.stub_driver import StubDriver, launching
 from lora_kernels import plan
 from lora_kernels.autograd import LoRALinearFunction
 from lora_kernels.cli._compiled import Case, describe
+from lora_kernels.kernels import matmul_expand, wgrad
+from lora_kernels.kernels._launch import Launch
 from lora_kernels.projections import LoRAProjectionsFunction
 
 driver = StubDriver()
@@ -60,6 +64,7 @@ def main():
     overlap()
     profiled()
     nothing_between()
+    binaries()
     names = sorted({each.kernel for each in asked})
     print("dry launch:", len(asked), "launches of", *names, "with", encoded, "descriptors")
 
@@ -118,6 +123,38 @@ def profiled():
             layer(512, 256, 384, 16, torch.bfloat16)
     assert len(heard) == 10, heard
     assert set(heard) == {"_shrink_kernel", "_matmul_expand_kernel", "_wgrad_kernel"}, heard
+
+
+def binaries():
+    """A settled launch goes to the binary that Triton would take: what binaries are made for is all settled."""
+    stock, looked = Launch.now, []
+
+    def now(self, *arguments):
+        settled = self._settled
+        stock(self, *arguments)
+        if settled:
+            binary = self.kernel[self.grid](*arguments, *self.integers, **self.flags, **self.options)
+            assert binary.run is settled[1], f"{self.kernel.__name__}: {binary.name}"
+            looked.append(binary)
+
+    def some(offset, *shape, dtype=torch.bfloat16):
+        return torch.zeros(offset + math.prod(shape), dtype=dtype)[offset:].view(shape).requires_grad_()
+
+    Launch.now = now
+    shapes = (64, 128), (96, 128), (16, 128), (96, 16), (96,)
+    with launching():
+        for apart in range(-1, 5):  # which one is not on 16 bytes
+            for _ in range(3):
+                tensors = [some(int(i == apart), *shape) for i, shape in enumerate(shapes)]
+                y = LoRALinearFunction.apply(*tensors, 2.0, 0.1, "triton")
+                y.backward(some(0, *y.shape).detach())
+        x, w, keep = some(0, 64, 64).detach(), some(0, 96, 64).detach(), torch.zeros(64 * 3 + 1, dtype=torch.int32)
+        for mask in (keep[1:].view(64, 3), keep[:-1].view(64, 3)) * 2:
+            matmul_expand([(x, w), (x, w)], some(0, 96, dtype=torch.float32).detach(), mask)
+            wgrad(x, w[:64], torch.float32, mask[:, :2].clone())
+            wgrad(x, w[:64], torch.float32, keep[1:129].view(64, 2))
+    Launch.now = stock
+    assert len(looked) > 60, len(looked)
 
 
 def layers():

@@ -1,10 +1,13 @@
-"""Every pass twice: noted as it runs as written, then taken by these notes; both have to do the same to the last bit."""
+"""Every pass twice: as it is written, and by the notes taken of it; both have to do the same to the last bit.
+
+By the notes it has other tensors: each in a memory of its own, however they lay together when it was noted.
+"""
 
 import torch
 
 from lora_kernels import plan
 from lora_kernels.kernels import _replay
-from lora_kernels.kernels.repeat import _kinds
+from lora_kernels.kernels.repeat import _kinds, _told_apart
 
 
 def install(monkeypatch):
@@ -13,36 +16,48 @@ def install(monkeypatch):
 
 
 def twice(backend, pass_, *arguments):
-    """Call a pass and repeat it; the second result."""
+    """Call a pass, repeat it with copies of all it was given, and compare; the first result."""
     if backend == "torch" or _replay.noting():
         return pass_(backend, *arguments)
     given = []
-    _kinds(arguments, given)
-    before, noise_before = [t.detach().clone() for t in given], _noise(given)
+    kinds = _kinds(arguments, given)
+    if not _told_apart(given):
+        return pass_(backend, *arguments)
+    noise, others = _noise(given), list(map(_elsewhere, given))
     result, recording = _replay.record(pass_, (backend, *arguments), given)
-    if isinstance(recording, str):
-        assert "at one address" in recording, recording
-        return result
-    first, after, noise_after = _bits(result), _bits(given), _noise(given)
-    for t, was, own, (_, now) in zip(given, before, _bits(before), after, strict=True):
-        if not torch.equal(own[1], now):  # it was added to
-            t.detach().copy_(was)
-    _set_noise(given, noise_before)
-    result = recording(given)
-    _same(_bits(result), first, f"{pass_.__module__}.{pass_.__name__}")
-    _same(_bits(given), after, "what was given")
+    assert isinstance(recording, _replay.Recording), recording
+    noise_after = _noise(given)
+    _set_noise(given, noise)
+    rest = []
+    assert _kinds(others, rest) == _kinds(given, []), f"copies of another kind than {kinds}"
+    name = f"{pass_.__module__}.{pass_.__name__}"
+    _same(_bits(recording(others)), _bits(result), name)
+    _same(_bits(others), _bits(given), f"what {name} was given")
     assert torch.equal(_noise(given), noise_after), "as many random numbers are drawn"
     return result
+
+
+def _elsewhere(t):
+    """The same tensor in another memory, as far from 16 bytes as it is."""
+    t = t.detach()
+    storage = t.untyped_storage()
+    shift = t.data_ptr() % 16 - t.storage_offset() * t.itemsize % 16
+    memory = torch.empty(storage.nbytes() + 32, dtype=torch.uint8, device=t.device)
+    start = (shift - memory.data_ptr()) % 16
+    memory[start : start + storage.nbytes()] = torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage)
+    offset, rest = divmod(start, t.itemsize)
+    assert not rest
+    other = torch.empty(0, dtype=t.dtype, device=t.device)
+    return other.set_(memory.untyped_storage(), offset + t.storage_offset(), t.shape, t.stride())
 
 
 def _bits(value):
     """Every tensor in a result, its geometry and its bits, in order."""
     if isinstance(value, torch.Tensor):
         t = value.detach()
-        geometry = (t.shape, t.stride(), t.dtype)
-        return [(geometry, t.contiguous().view(torch.uint8).clone() if t.dim() else t.clone())]
+        return [((t.shape, t.stride(), t.dtype), t.contiguous().view(torch.uint8) if t.dim() else t.clone())]
     if isinstance(value, (tuple, list)):
-        return [own for each in value for own in (_bits(each) if each is not None else [(None, torch.empty(0))])]
+        return [own for each in value for own in _bits(each)]
     return [(value, torch.empty(0))]
 
 
