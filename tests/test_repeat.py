@@ -108,7 +108,17 @@ def alike(x, w):
     return x.to(torch.float32), x.to(torch.bfloat16), x.contiguous(), w.t().contiguous(), x.reshape(3, 8)
 
 
-PASSES = {f.__name__: f for f in (products, drawn, reused, joined, alike)}
+def read(t):
+    return t.sum()
+
+
+def turned(x, w):
+    y = torch.mm(x, w.t())
+    by_address = [_replay.call(read, t, by_address=True) for t in (x.t(), y.t(), y[1:].t(), y[1:])]
+    return by_address, torch.mm(y.t(), y), torch.mm(y[1:].t(), y[1:]), x.t() + 1, y[1:].t().contiguous()
+
+
+PASSES = {f.__name__: f for f in (products, drawn, reused, joined, alike, turned)}
 
 
 @pytest.mark.parametrize("name", PASSES)

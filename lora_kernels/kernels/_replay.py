@@ -235,19 +235,18 @@ class Recorder(TorchDispatchMode):
         return self.constants[id(value)][0]
 
     def _place_of_view(self, t: Tensor, by_address: bool) -> int:
-        """The register of a view, made here if there is none yet."""
+        """The register of a view, made here if there is none yet; `by_address` perhaps that of a transpose of it."""
         found = self._found(t, by_address)
         if found.place is not None:
             return found.place
+        memory = self.memory[t.untyped_storage().data_ptr()]
         if by_address:
-            for m in self.memory[t.untyped_storage().data_ptr()]:
+            for m in memory:
                 if m.place == found.root and m.address == found.address and math.prod(m.geometry[0]) == t.numel():
                     return m.place
-        place, self.count = self.count, self.count + 1
         shape, strides, _ = found.geometry
-        self.steps.append(_Step(partial(_view, shape, strides, found.offset), [found.root], place, False))
-        self._recognise(t, place)
-        self._remember(t, place, found.root, found.offset)
+        place = self._step(partial(_view, shape, strides, found.offset), [found.root], None)
+        memory.append(found._replace(place=place))
         return place
 
 
