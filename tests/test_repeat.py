@@ -262,14 +262,14 @@ class Pointer:
 def test_what_is_pointed_to_is_there_as_long_as_the_pointer():
     there = []
 
-    def read(pointer, other):
-        there.append(pointer.of() is not None)
+    def read(pointers, other):
+        there.extend(pointer.of() is not None for pointer in pointers)
         return other + 1
 
     def pointed(x):
-        scaled = x * 2
-        pointer = _replay.call(Pointer, scaled, by_address=True)
-        return _replay.call(read, pointer, x.clone())
+        scaled, more = x * 2, x * 3
+        pointers = tuple([_replay.call(Pointer, t, by_address=True) for t in (scaled, more)])
+        return _replay.call(read, pointers, x.clone())
 
     for _ in range(WRITTEN + 2):
         repeat(pointed, None, torch.randn(6, 4))

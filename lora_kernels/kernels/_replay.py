@@ -229,7 +229,7 @@ class Recorder(TorchDispatchMode):
             places = [self._place(v, by_address) for v in value]
             constants = dict(self.constants.values())
             if type(value) is list or any(place not in constants for place in places):
-                return self._step(_list if type(value) is list else _tuple, places, None)
+                return self._step(_list if type(value) is list else _tuple, places, None, lends=True)
         if id(value) not in self.constants:
             self.constants[id(value)] = self._register(), value
         return self.constants[id(value)][0]
