@@ -7,7 +7,8 @@ r"""LoRA's forward and backward as six products over three contractions, and the
                dx = dy W + keep · (ds A)            matmul_expand
                dA = dsᵀ (keep · x)                  wgrad
 
-The contractions come from a backend (`plan.contractions`); this file knows none of them. Dropout's factor
+The contractions come from a backend (`plan.contractions`); this file knows none of them. A pass is called by way of
+`plan.repeat`, which may take its steps by notes: it depends on its arguments and on nothing else. Dropout's factor
 `keep_scale` rides in the two shrinks with the scaling, on their accumulators, so everything else sees a 0/1 mask.
 Saved for backward: x, W, A and B as they were given, s (M·r elements) and, with dropout, the mask; and of these only
 what the gradients that were asked for need. fp32 adapters over a 16-bit x are rounded to its dtype as they are read,
