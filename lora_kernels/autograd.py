@@ -207,7 +207,7 @@ def gradient(adapter: Tensor | None) -> Tensor | None:
     that mode from what it wraps: call this outside.
     """
     grad = None if adapter is None or not adapter.is_leaf or torch.is_grad_enabled() else adapter.grad
-    if grad is None or grad.layout is not torch.strided:
+    if grad is None or grad.layout is not torch.strided or grad.is_neg():
         return None
     if torch._debug_has_internal_overlap(grad) == 1:  # elements in one place, which the engine refuses to write to
         return None
@@ -227,7 +227,6 @@ def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rows(t: Tensor) -> Tensor:
-    """View `[*, features]` as `[M, features]`; copies where no view exists, or where one stands for its negative."""
-    t = t.resolve_neg()
+    """View `[*, features]` as `[M, features]`; copies where no view exists."""
     # not Size.numel, which makes a number of a compiler's symbol
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])

@@ -140,6 +140,7 @@ def test_what_is_noted_is_what_was_done(name, grad):
         (lambda x, w: x * torch.tensor(2.0), "comes from nowhere"),
         (lambda x, w: (x.view(torch.int32).clone(), 0), "comes from nowhere"),
         (lambda x, w: x * _replay.call(float, 2), "a float may not be what it was"),
+        (lambda x, w: (_replay.call(lambda held: held["x"] + 1, {"x": x}), 0), "a dict may hold anything"),
     ],
 )
 def test_what_cannot_be_told_by_the_tensors_stays_as_written(function, why, nothing_known):
@@ -320,6 +321,40 @@ def test_tensors_that_share_a_memory_are_told_apart(noted):
         given = flat(shapes, order)
         assert same(repeat(counted, None, *given), sums(*given)), (noted, order)
     assert counted.runs == WRITTEN
+
+
+def test_rows_of_two_that_overlap_stay_as_written():
+    """Here x[2:] and z are one and the same; elsewhere they are not."""
+
+    def overlapping():
+        buffer = torch.randn(6, 4)
+        return buffer, buffer[2:]
+
+    def sums(x, z):
+        rows = x[2:]
+        return torch.mm(rows.t(), z.view(16).view(4, 4)), rows + 1
+
+    counted = Pass(sums)
+    for _ in range(WRITTEN + 1):
+        given = overlapping()
+        assert same(repeat(counted, None, *given), sums(*given))
+    for _ in range(3):
+        given = torch.randn(6, 4), torch.randn(4, 4)
+        assert same(repeat(counted, None, *given), sums(*given))
+
+
+@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("times", [1, WRITTEN + 1])
+def test_one_that_stands_for_its_negative(which, times, device):
+    def draw(*shape):
+        return torch.randn(*shape, device=device)
+
+    for _ in range(times):
+        tensors = [draw(M, IN), draw(OUT, IN), draw(R, IN), draw(OUT, R), draw(OUT)]
+        expected = lora_linear(*tensors[:4], bias=tensors[4], backend="triton")
+        tensors[which] = torch._neg_view(-tensors[which])
+        y = lora_linear(*tensors[:4], bias=tensors[4], backend="triton")
+    assert torch.equal(y, expected)
 
 
 def test_an_error_leaves_no_one_noting():

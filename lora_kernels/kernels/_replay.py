@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["Recorder", "Recording", "call", "noting", "record"]
 
+_CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _aten = torch.ops.aten
 _ALLOCATIONS = {
     _aten.empty.memory_format, _aten.empty_strided.default, _aten.new_empty.default, _aten.new_empty_strided.default,
@@ -200,13 +201,18 @@ class Recorder(TorchDispatchMode):
 
     def _found(self, t: Tensor, by_address: bool = False) -> _Memory:
         """Where a tensor lies that autograd has put in the place of the one that was noted; the latest that was."""
+        found = None
         for m in reversed(self.memory.get(t.untyped_storage().data_ptr(), ())):
             shape, _, dtype = m.geometry
             alike = m.geometry == (t.shape, t.stride(), t.dtype)
             alike = alike or (by_address and dtype == t.dtype and math.prod(shape) == t.numel())  # a transpose, say
             if alike and m.address == t.data_ptr():
-                return m
-        raise _CannotRepeatError(f"a tensor of {list(t.shape)} comes from nowhere")
+                found = found or m
+                if m.root != found.root and min(m.root, found.root) < self.given:
+                    raise _CannotRepeatError(f"a tensor of {list(t.shape)} may be of either of two that overlap")
+        if found is None:
+            raise _CannotRepeatError(f"a tensor of {list(t.shape)} comes from nowhere")
+        return found
 
     def _root(self, t: Tensor) -> tuple[int, int]:
         """The register that a tensor is a view of, or its own, and its offset there."""
@@ -230,6 +236,8 @@ class Recorder(TorchDispatchMode):
             constants = dict(self.constants.values())
             if type(value) is list or any(place not in constants for place in places):
                 return self._step(_list if type(value) is list else _tuple, places, None, lends=True)
+        elif not isinstance(value, _CONSTANTS):
+            raise _CannotRepeatError(f"a {type(value).__name__} may hold anything")
         if id(value) not in self.constants:
             self.constants[id(value)] = self._register(), value
         return self.constants[id(value)][0]

@@ -33,8 +33,8 @@ def repeat(pass_: Callable, state: Hashable, *arguments: Any) -> Any:
 
     Args:
         pass_: A function of tensors, alone or in tuples and lists, and of hashable values, which gives tensors
-            likewise. What it does to them it does by PyTorch's operators, outside autocast, and by `_replay.call`.
-            Values that are equal are the same to it: 1, 1.0 and True.
+            likewise. What it does to them it does by PyTorch's operators, outside autocast, and by `_replay.call`, not
+            by their attributes. Values that are equal are the same to it: 1, 1.0 and True.
         state: What else it depends on.
         *arguments: Its arguments.
     """
@@ -42,6 +42,8 @@ def repeat(pass_: Callable, state: Hashable, *arguments: Any) -> Any:
         return pass_(*arguments)
     tensors: list[Tensor] = []
     kinds = _kinds(arguments, tensors)
+    if any(map(Tensor.is_neg, tensors)):  # kernels read memory, and there lies the negative of what is meant
+        return repeat(pass_, state, *map(_resolved, arguments))
     tf32 = _launch.uses_tf32(torch.float32)
     kind = _kind((pass_, state, tensors[0].device, tf32, _launch.imagined, kinds))
     if kind.recording is not None:
@@ -81,6 +83,15 @@ def _kinds(arguments: Sequence[Any], tensors: list[Tensor]) -> tuple[Hashable, .
         else:
             kinds.append(argument)
     return tuple(kinds)
+
+
+def _resolved(argument: Any) -> Any:
+    """An argument in which no tensor stands for the negative of what its memory holds."""
+    if isinstance(argument, Tensor):
+        return argument.resolve_neg()
+    if isinstance(argument, (tuple, list)):
+        return getattr(argument, "_make", type(argument))(map(_resolved, argument))
+    return argument
 
 
 def _told_apart(tensors: Sequence[Tensor]) -> bool:

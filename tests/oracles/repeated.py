@@ -7,7 +7,7 @@ import torch
 
 from lora_kernels import plan
 from lora_kernels.kernels import _replay
-from lora_kernels.kernels.repeat import _kinds, _told_apart
+from lora_kernels.kernels.repeat import _kinds, _resolved, _told_apart
 
 
 def install(monkeypatch):
@@ -19,7 +19,7 @@ def twice(backend, pass_, *arguments):
     """Call a pass, repeat it with copies of all it was given, and compare; the first result."""
     if backend == "torch" or _replay.noting():
         return pass_(backend, *arguments)
-    given = []
+    given, arguments = [], [_resolved(argument) for argument in arguments]
     kinds = _kinds(arguments, given)
     if not _told_apart(given):
         return pass_(backend, *arguments)
