@@ -1,5 +1,6 @@
 """Where there is no GPU the kernels run in Triton's interpreter, watched; memory they allocate starts as NaN."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -77,6 +78,22 @@ def passes(request, monkeypatch):
         from oracles import repeated
 
         repeated.install(monkeypatch)
+
+
+@pytest.fixture
+def nothing_known(monkeypatch):
+    """Nothing is known at first; all kinds that come to be, in order."""
+    module, kinds = importlib.import_module("lora_kernels.kernels.repeat"), []
+
+    class Listed(module._Kind):
+        def __init__(self):
+            super().__init__()
+            kinds.append(self)
+
+    monkeypatch.setattr(module, "_Kind", Listed)
+    module.forget()
+    yield kinds
+    module.forget()
 
 
 @pytest.fixture
