@@ -6,7 +6,8 @@ run-time numbers, because on few rows the host is what takes the time.
 """
 
 import functools
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +19,11 @@ from lora_kernels.kernels._replay import call
 
 __all__ = [
     "Facts", "Launch", "arrivals", "capability", "dependent_launch", "describe_path", "facts", "launch_options",
-    "num_sms", "precision", "shared_per_sm", "thin_columns", "thin_pitch", "thin_rows", "uses_tf32",
+    "num_sms", "precision", "run_pass", "shared_per_sm", "thin_columns", "thin_pitch", "thin_rows", "uses_tf32",
 ]  # fmt: skip
 
 _runtime = triton.knobs.runtime
-_COUNTERS = 1 << 16  # int32; 256 KiB a stream
+_COUNTERS = 1 << 14  # int32, of a pass; at rank 512 a launch over 100,000 columns asks for about as many
 _ROCM_SHARED = 65_536  # CDNA3's; PyTorch for ROCm need not say
 _INTERPRETER_SMS = 3  # few, so that the persistent loop goes round more than once in tests
 
@@ -188,24 +189,45 @@ def launch_options(dependent: bool) -> dict[str, bool]:
     return {"enable_fp_fusion": True, "launch_pdl": True} if dependent else {"enable_fp_fusion": True}
 
 
+class _Pass(threading.local):
+    """The pass that this thread is in, and the counters that its launches share."""
+
+    running = False
+    counters: Tensor | None = None
+
+
+_pass = _Pass()
+
+
+def run_pass(function: Callable, *arguments: Any) -> Any:
+    """Call a function whose launches all follow one another on one stream: they share their counters.
+
+    One memset serves them all, and comes before the launches that overlap. A pass within a pass has its own.
+    """
+    outer = _pass.running, _pass.counters
+    _pass.running, _pass.counters = True, None
+    try:
+        return function(*arguments)
+    finally:
+        _pass.running, _pass.counters = outer
+
+
 def arrivals(device: torch.device, count: int) -> Tensor:
     """Return `count` counters or more at 0 for `last_to_arrive`, int32, which leaves them at 0.
 
-    Launches of one stream follow one another, so they share a buffer that is zeroed once, as cuBLAS keeps a workspace
-    for each stream. A CUDA graph may be replayed on any stream and gets counters of its own, zeroed at each replay.
+    No counter outlives the pass it was made for. PyTorch may have put a CUDA graph's memory pool in the allocator's
+    place without a capture that one could ask for, as Inductor does where it warms up, and what lies there is given to
+    others once the pass is over.
     """
-    return call(_arrivals, device, count)
+    if not _pass.running or count > _COUNTERS:
+        return call(_zeros, device, count)
+    if _pass.counters is None:
+        _pass.counters = call(_zeros, device, _COUNTERS)
+    return _pass.counters
 
 
-def _arrivals(device: torch.device, count: int) -> Tensor:
-    if device.type != "cuda" or count > _COUNTERS or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    return _stream_counters(device, torch.cuda.current_stream(device).cuda_stream)
-
-
-@functools.lru_cache(maxsize=64)
-def _stream_counters(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+def _zeros(device: torch.device, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 def describe_path(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
