@@ -101,6 +101,20 @@ def test_what_is_to_be_installed_is_what_the_project_asks_for():
         assert all(one in project for one in wanted), f"pip install '{requirement}'"
 
 
+def test_the_versions_that_readme_names_are_those_that_are_asked_for():
+    project = (ROOT / "pyproject.toml").read_text()
+    for title, name in (("PyTorch", "torch"), ("Triton", "triton")):
+        (oldest, beyond), (first, last) = (
+            re.search(pattern, text).groups()
+            for pattern, text in (
+                (rf'"{name}>=([\d.]+),<([\d.]+)', project),
+                (rf"{title} ([\d.]+) to ([\d.]+)", README),
+            )
+        )
+        major, minor = map(int, last.split("."))
+        assert (first, f"{major}.{minor + 1}") == (oldest, beyond)
+
+
 def test_the_accuracy_rules_in_the_docs_are_the_rules_in_the_code():
     assert "65536" in (ROOT / "docs" / "math.md").read_text()
     assert reference.keep_mask(3, 2, 9, 0.5).shape == (2, 9)
