@@ -26,7 +26,7 @@ from bench.report import host_table
 from bench.stub_driver import StubDriver, launching
 from lora_kernels import LoRALinear, LoRAQKV, plan
 from lora_kernels.cli._machine import caption, machine, write_json
-from lora_kernels.cli._timing import Calls, cpu_timer, time_all
+from lora_kernels.cli._timing import Calls, Sample, cpu_timer, time_all
 from lora_kernels.console import on_stdout
 
 ROWS, IN, OUT, R = 4, 8, 8, 4  # of the others: nothing to compute
@@ -97,11 +97,11 @@ def measure(rounds: int) -> dict[str, dict[str, Any]]:
         calls[f"lora_kernels{name}"] = _ours(count)
     now = cpu_timer()
 
-    def one(prepare: Any, call: Any) -> tuple[float, None]:
+    def one(prepare: Any, call: Any) -> Sample:
         state, began = prepare(), now()
         for _ in range(BATCH):
             call(state)
-        return (now() - began) / BATCH, None
+        return Sample((now() - began) / BATCH)
 
     return time_all(calls, PASSES, rounds, one)
 

@@ -12,9 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels.cli import _bench_plot
-from lora_kernels.cli._bench_view import SPEEDUPS, labels_of, mib, overview, pass_name, shape_words, unsteady_words
+from lora_kernels.cli._bench_view import (
+    SPEEDUPS,
+    host_bound_words,
+    labels_of,
+    mib,
+    overview,
+    pass_name,
+    shape_words,
+    unsteady_words,
+)
 from lora_kernels.cli._level_view import KERNEL_HEADING, SHAPED, kernel_row, model_title, passes_of
 from lora_kernels.cli._machine import caption
+from lora_kernels.cli._timing import host_bound
 
 __all__ = ["host_table", "main", "pictures", "render"]
 
@@ -163,7 +173,7 @@ def _bench(stem: str, content: dict[str, Any]) -> list[str]:
         faster = [f"- over {label}: {figures}" for label, figures in overview(cases)]
         if faster:
             parts.append(f"{SPEEDUPS}, {pass_name(cases)}:\n\n" + "\n".join(faster))
-        parts += filter(None, [unsteady_words(cases)])
+        parts += filter(None, [unsteady_words(cases), host_bound_words(cases)])
     for level in levels:
         if level in SHAPED:
             of_level = [case for case in cases if case["level"] == level]
@@ -199,7 +209,7 @@ def _case(case: dict[str, Any]) -> list[str]:
 
 def _ms(case: dict[str, Any], name: str) -> str:
     taken = case["providers"].get(name, {}).get("seconds", {}).get("both")
-    return "-" if taken is None else f"{taken['median'] * 1e3:.3f}"
+    return "-" if taken is None else f"{taken['median'] * 1e3:.3f}" + (" (host)" if host_bound(taken) else "")
 
 
 def _to_floor(case: dict[str, Any]) -> str:

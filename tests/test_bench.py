@@ -4,11 +4,13 @@ import dataclasses
 import importlib.util
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from bench_samples import CPU, SHAPE, broken, printed, settings
 from oracles import philox
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import dropout, eager
 from lora_kernels.cli import _baselines, _bench_view, _cost, _judge, _timing
@@ -107,7 +109,7 @@ def test_backward_is_timed_without_its_forward():
         before = len(log)
         call(state)
         timed.append(log[before:])
-        return float(len(timed)), None
+        return _timing.Sample(float(len(timed)))
 
     taken = _timing.time_all(calls, _timing.PASSES, 2, measure)
     one = [["{}.f"], ["{}.b"], ["{}.f", "{}.b"]]
@@ -118,17 +120,59 @@ def test_backward_is_timed_without_its_forward():
 
 
 def test_summary_is_median_and_quartiles():
-    taken = _timing.summary([(s, None) for s in (5.0, 1.0, 2.0, 4.0, 100.0)])
+    taken = _timing.summary([_timing.Sample(s) for s in (5.0, 1.0, 2.0, 4.0, 100.0)])
     assert (taken["q1"], taken["median"], taken["q3"], taken["min"], taken["max"]) == (2, 4, 5, 1, 100)
-    assert _timing.summary([(3.0, 0.5)])["median"] == 3
-    assert _timing.summary([(3.0, 0.5)])["host_median"] == 0.5
+    assert taken["host_median"] is taken["spin_median"] is None
+    one = _timing.summary([_timing.Sample(3.0, 0.5, 0.6)])
+    assert (one["median"], one["host_median"], one["spin_median"]) == (3, 0.5, 0.6)
+
+
+@pytest.mark.parametrize(("host", "spin", "bound"), [(0.9, 1.0, True), (0.7, 1.0, False), (None, None, False)])
+def test_a_call_that_the_host_takes_long_to_issue_is_told(host, spin, bound):
+    assert _timing.host_bound(_timing.summary([_timing.Sample(2.0, host, spin)] * 3)) is bound
 
 
 def test_cpu_clock_times_the_call_alone(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    seconds, host = _timing.clock(CPU)(lambda: time.sleep(0.2), lambda _: time.sleep(0.01))
-    assert 0.01 <= seconds < 0.15
-    assert host is None
+    taken = _timing.clock(CPU)(lambda: time.sleep(0.2), lambda _: time.sleep(0.01))
+    assert 0.01 <= taken.seconds < 0.15
+    assert taken.host is taken.spin is None
+
+
+def test_gpu_clock_reads_what_it_has_written_and_lets_the_host_ahead(monkeypatch):
+    """A GPU's caches, spin and events, by stand-ins: what is done in which order, and which events time what."""
+    done, stock = [], torch.empty
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = len(done)
+            done.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return 1000.0 * (other.at - self.at)
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            done.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(_timing, "_FLUSH_BYTES", 64)
+    monkeypatch.setattr(torch, "empty", lambda *args, device: stock(*args))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("spin"))
+    measure = _timing.clock(SimpleNamespace(type="cuda"))
+    with Operators():
+        taken = measure(lambda: done.append("prepared"), lambda _: done.append("called"))
+    assert done[:3] == ["prepared", "zero_.default", "sum.IntList_out"]
+    assert done[3:] == ["event", "spin", "event", "called", "event"]
+    assert (taken.spin, taken.seconds) == (2.0, 2.0)
+    assert 0 <= taken.host < 1
 
 
 def test_one_thread_is_timed_by_its_own_clock(monkeypatch):

@@ -145,7 +145,7 @@ def test_every_level_by_the_command(level, said, tmp_path, capsys):
     written = json.loads(file.read_text())
     assert (written["level"], written["preset"], written["complete"]) == (level, "quick", True)
     assert {case["level"] for case in written["cases"]} == {level}
-    assert written["method"]["cache"] == "overwritten before each call"
+    assert written["method"]["cache"] == "written and read over before each call"
     assert said in capsys.readouterr().out
 
 

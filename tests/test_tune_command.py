@@ -34,7 +34,7 @@ def arguments(*argv):
 
 def taken(median, spread=0.0):
     return {"median": median, "q1": median - spread, "q3": median + spread, "min": median, "max": median, "n": 3,
-            "host_median": None}  # fmt: skip
+            "host_median": None, "spin_median": None}  # fmt: skip
 
 
 def timer(seconds=None, spread=0.0, seen=None):

@@ -7,18 +7,20 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from lora_kernels.cli import _timing
 from lora_kernels.console import SplitTable
 
 __all__ = [
-    "SPEEDUPS", "case_table", "labels_of", "last_pass", "median_ms", "mib", "overview", "pass_name", "plain",
-    "quotient", "shape_words", "show_speedups", "speedups", "sweep_table", "unsteady", "unsteady_words",
-    "with_spread",
+    "SPEEDUPS", "case_table", "host_bound", "host_bound_words", "labels_of", "last_pass", "median_ms", "mib",
+    "overview", "pass_name", "plain", "quotient", "shape_words", "show_speedups", "speedups", "sweep_table",
+    "unsteady", "unsteady_words", "with_spread",
 ]  # fmt: skip
 
 SPEEDUPS = "Speed of lora_kernels over the others (geometric mean; above 1 is faster)"
 _PASS_NAMES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 _OF_LEVEL = {("kernel", "forward"): "one launch", ("model", "both"): "training step"}
 _DASH = "-"
+_OF_HOST = "(host)"
 _UNSTEADY = 0.5  # of the median
 _SWEEP_RATIOS = ("ours / floor", "PEFT / ours", "saved: ours / PEFT")
 _SWEEP_COLUMNS = (
@@ -212,12 +214,36 @@ def unsteady_words(cases: list[dict[str, Any]], remedy: str = "") -> str:
     )
 
 
+def host_bound(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The times that may be the host's and not the GPU's, see `_timing.host_bound`."""
+    return [
+        {"case": i, "provider": name, "pass": which, "host": taken["host_median"]}
+        for i, case in enumerate(cases)
+        for name, row in case["providers"].items()
+        for which, taken in row["seconds"].items()
+        if _timing.host_bound(taken)
+    ]
+
+
+def host_bound_words(cases: list[dict[str, Any]]) -> str:
+    """`host_bound` in words, or ""."""
+    found = host_bound(cases)
+    if not found:
+        return ""
+    labels = labels_of(cases)
+    names = ", ".join(dict.fromkeys(labels[one["provider"]] for one in found))
+    return (
+        f"{len(found)} times are marked {_OF_HOST}: issuing the call took the host about as long as it was ahead, so "
+        f"they may be the host's and not the GPU's ({names}). --cuda-graph times the GPU alone."
+    )
+
+
 def with_spread(taken: dict[str, Any] | None) -> str:
-    """A median in milliseconds and half its interquartile range."""
+    """A median in milliseconds and half its interquartile range, marked where it may be the host's."""
     if taken is None:
         return _DASH
     spread = (taken["q3"] - taken["q1"]) / 2 / taken["median"]
-    return f"{taken['median'] * 1e3:.3f} ±{spread:.0%}"
+    return f"{taken['median'] * 1e3:.3f} ±{spread:.0%}" + (f" {_OF_HOST}" if _timing.host_bound(taken) else "")
 
 
 def _ratios(taken: dict[str, Any] | None) -> list[str]:

@@ -1,10 +1,11 @@
 """How `bench` takes a time: one provider after the other, round after round, medians of many.
 
-On a GPU a call lies between two CUDA events, after a short spin was queued: the host is ahead, so that what is measured
-is the device. The host's own time to issue the call is taken beside it. On a CPU a call lies between two readings of
+On a GPU a call lies between two CUDA events, after a spin was queued: the host is ahead, so that what is measured is
+the device. The host's own time to issue the call is taken beside it, and how long the spin was: a call that takes the
+host longer is timed with gaps in it (`host_bound`). On a CPU a call lies between two readings of
 `perf_counter`, or, where PyTorch has one thread (OMP_NUM_THREADS=1), of that thread's own CPU time: no other process
 stretches it. What the caches hold before a call is one of `CACHES`: nothing of it, because a buffer larger than any of
-them was written ("flush"); nothing of it, because calls take turns over more copies of their operands than fit
+them was written and read ("flush"); nothing of it, because calls take turns over more copies of their operands than fit
 ("rotate"); or whatever the call before left there ("warm").
 """
 
@@ -12,14 +13,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "CACHES", "PASSES", "Calls", "clock", "copies_for", "cpu_timer", "graphed", "measure_peaks", "rotated", "schedule",
-    "summary", "time_all",
+    "CACHES", "PASSES", "Calls", "Sample", "clock", "copies_for", "cpu_timer", "graphed", "host_bound",
+    "measure_peaks", "rotated", "schedule", "summary", "time_all",
 ]  # fmt: skip
 
 PASSES = ("forward", "backward", "both")
@@ -27,7 +28,8 @@ CACHES = ("flush", "rotate", "warm")
 _WARM_UP = 3
 _FLUSH_BYTES = 1 << 28  # several times the L2 cache of any GPU there is
 _MOST_COPIES = 64
-_SPIN_CYCLES = 2_000_000  # about a millisecond, longer than the host takes to issue one call
+_SPIN_CYCLES = 6_000_000  # about three milliseconds, longer than the host takes to issue one call
+_HOST_SHARE = 0.8  # of the spin, from which on the host may not have been ahead
 
 
 @dataclass(frozen=True)
@@ -56,36 +58,52 @@ class Calls:
         return (lambda: None), (lambda _: self.whole())
 
 
-Measure = Callable[[Callable[[], Any], Callable[[Any], Any]], tuple[float, float | None]]
+class Sample(NamedTuple):
+    """One timed call, in seconds: what it took, and on a GPU what it took the host and how far that was ahead."""
+
+    seconds: float
+    host: float | None = None
+    spin: float | None = None
+
+
+Measure = Callable[[Callable[[], Any], Callable[[Any], Any]], Sample]
 
 
 def clock(device: torch.device, flush: bool | None = None) -> Measure:
-    """A function of a preparation and a call: seconds the call took, and the host's seconds on a GPU.
+    """A function of a preparation and a call: times the call.
 
     Args:
         device: Where the calls run.
-        flush: Whether a buffer larger than the caches is overwritten before each call; on a GPU by default.
+        flush: Whether a buffer larger than the caches takes their place before each call; on a GPU by default.
     """
     flush = device.type == "cuda" if flush is None else flush
-    buffer = torch.empty(_FLUSH_BYTES if flush else 0, dtype=torch.int8, device=device)
+    buffer = torch.empty(_FLUSH_BYTES // 4 if flush else 0, device=device)
+    total = torch.empty((), device=device)
+
+    def fill_caches() -> None:
+        """Put the buffer into the caches; read last, for lines that were written would be stored during the call."""
+        if flush:
+            torch.sum(buffer.zero_(), dim=0, out=total)
+
     if device.type != "cuda":
 
-        def measure_cpu(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> tuple[float, float | None]:
+        def measure_cpu(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> Sample:
             now = cpu_timer()
             state = prepare()
-            buffer.zero_()
+            fill_caches()
             began = now()
             kept = call(state)
             seconds = now() - began
             del kept
-            return seconds, None
+            return Sample(seconds)
 
         return measure_cpu
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
 
-    def measure(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> tuple[float, float | None]:
+    def measure(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> Sample:
         state = prepare()
-        buffer.zero_()
+        fill_caches()
+        before.record()
         torch.cuda._sleep(_SPIN_CYCLES)
         start.record()
         began = time.perf_counter()
@@ -94,7 +112,7 @@ def clock(device: torch.device, flush: bool | None = None) -> Measure:
         end.record()
         end.synchronize()
         del kept
-        return start.elapsed_time(end) * 1e-3, host
+        return Sample(start.elapsed_time(end) * 1e-3, host, before.elapsed_time(start) * 1e-3)
 
     return measure
 
@@ -149,7 +167,7 @@ def time_all(
     Returns:
         Provider name to pass to `summary` of the seconds.
     """
-    samples: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
+    samples: dict[str, dict[str, list[Sample]]] = {}
     for name in calls:
         samples[name] = {which: [] for which in passes}
         for _ in range(_WARM_UP):
@@ -161,14 +179,21 @@ def time_all(
     return {name: {which: summary(taken) for which, taken in of.items()} for name, of in samples.items()}
 
 
-def summary(samples: Sequence[tuple[float, float | None]]) -> dict[str, Any]:
-    """Median and spread of `(seconds, host seconds or None)`."""
-    seconds, host = [s for s, _ in samples], [h for _, h in samples if h is not None]
+def summary(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Median and spread of the seconds, medians of the rest."""
+    seconds, *others = zip(*samples, strict=True)
+    host, spin = (None if None in taken else statistics.median(taken) for taken in others)
     q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
     return {
         "median": median, "q1": q1, "q3": q3, "min": min(seconds), "max": max(seconds), "n": len(seconds),
-        "host_median": statistics.median(host) if host else None,
+        "host_median": host, "spin_median": spin,
     }  # fmt: skip
+
+
+def host_bound(taken: dict[str, Any]) -> bool:
+    """Whether a time, as `summary` gives it, may be the host's: issuing the call took about as long as the spin."""
+    host, spin = taken.get("host_median"), taken.get("spin_median")
+    return host is not None and spin is not None and host > _HOST_SHARE * spin
 
 
 def graphed(calls: Calls) -> Calls:

@@ -43,7 +43,7 @@ __all__ = ["add_arguments", "run"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _CACHE_WORDS = {
-    "flush": "overwritten before each call", "rotate": "operands in turn from up to 64 copies of them",
+    "flush": "written and read over before each call", "rotate": "operands in turn from up to 64 copies of them",
     "warm": "as the call before left it",
 }  # fmt: skip
 _INTERRUPTED = "interrupted"
@@ -112,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
     threads = settings.device.type == "cpu" and torch.get_num_threads() > 1
     if unsteady := _bench_view.unsteady_words(done, _STEADIER if threads else ""):
         console.print(unsteady, style="bold yellow", markup=False)
+    if host_bound := _bench_view.host_bound_words(done):
+        console.print(host_bound, style="bold yellow", markup=False)
     interrupted = any(case["why"] == _INTERRUPTED for case in skipped)
     if interrupted:
         console.print(f"Interrupted after {len(cases) - len(skipped)} of {len(cases)} cases.", style="bold yellow")
@@ -166,7 +168,8 @@ def _write(args: argparse.Namespace, settings: Settings, done: list, skipped: li
         write_json(args.json, {
             "command": "bench", "level": args.level, "preset": _preset_name(args), "model": args.model,
             "complete": complete, "skipped": skipped, "method": _method(settings), "peaks": settings.peaks,
-            "speedups": _bench_view.speedups(done), "unsteady": _bench_view.unsteady(done), "cases": done,
+            "speedups": _bench_view.speedups(done), "unsteady": _bench_view.unsteady(done),
+            "host_bound": _bench_view.host_bound(done), "cases": done,
         })  # fmt: skip
 
 
