@@ -60,11 +60,14 @@ class Product(NamedTuple):
     backward: bool = False
 
 
-# dense FLOP/s in 16 bits, TF32 and fp32, bytes/s; datasheets of A100 SXM, H200 SXM, B200 and MI300X
+# dense FLOP/s in 16 bits summed in fp32, TF32 and fp32, bytes/s; datasheets of A100 SXM, H200 SXM, B200 and MI300X,
+# and by NVIDIA's architecture whitepapers RTX 4090 (Ada) and RTX 5090 (RTX Blackwell)
 _GPUS = {
     "8": (312e12, 156e12, 19.5e12, 2.04e12),
+    "8.9": (165.2e12, 82.6e12, 82.6e12, 1.008e12),
     "9": (989e12, 495e12, 67e12, 4.8e12),
     "10": (2250e12, 1125e12, 75e12, 8.0e12),
+    "12": (209.5e12, 104.8e12, 104.8e12, 1.792e12),
     "amd": (1307e12, 654e12, 163e12, 5.3e12),
 }
 _REACHED = 0.75  # of those FLOP/s, by a library on a good day
@@ -72,18 +75,25 @@ _SLOWDOWN = {"half": 0.05, "tf32": 0.10, "fp32": 0.25, "amd": 0.15}
 
 
 def limits(capability: tuple[int, int] | None, dtype: torch.dtype, tf32: bool = False) -> Limits:
-    """The limits assumed for a GPU.
+    """The limits assumed for a GPU: those of one GPU of its architecture, or of the newest data centre's before it.
 
     Args:
         capability: CUDA compute capability; None for AMD.
         dtype: Of the operands.
         tf32: Whether fp32 products may use TF32.
     """
-    name = "amd" if capability is None else str(capability[0])
-    half, reduced, single, bandwidth = _GPUS.get(name, _GPUS["10" if capability and capability[0] > 9 else "8"])
+    half, reduced, single, bandwidth = _GPUS[_like(capability)]
     kind = "half" if dtype.itemsize == 2 else "tf32" if tf32 else "fp32"
     flops = {"half": half, "tf32": reduced, "fp32": single}[kind]
     return Limits(flops * _REACHED, bandwidth, max(_SLOWDOWN[kind], _SLOWDOWN["amd"] if capability is None else 0))
+
+
+def _like(capability: tuple[int, int] | None) -> str:
+    """The name in `_GPUS` of what a GPU is like."""
+    if capability is None:
+        return "amd"
+    names = f"{capability[0]}.{capability[1]}", str(capability[0]), "10" if capability[0] > 9 else "8"
+    return next(name for name in names if name in _GPUS)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -13,7 +13,8 @@ from lora_kernels.strategy import Limits, Product
 
 H200 = Limits(700e12, 4.8e12, 0.05)
 GPUS = {name: strategy.limits(capability, torch.bfloat16)
-        for name, capability in (("sm_80", (8, 0)), ("sm_90", (9, 0)), ("sm_100", (10, 0)), ("amd", None))}  # fmt: skip
+        for name, capability in (("sm_80", (8, 0)), ("sm_89", (8, 9)), ("sm_90", (9, 0)), ("sm_100", (10, 0)),
+                                  ("sm_120", (12, 0)), ("amd", None))}  # fmt: skip
 
 
 def crossing(q, gpu=H200):
@@ -149,11 +150,21 @@ def test_one_strategy_for_everything_would_be_slower(name):
     assert max(gains) > 1.03
 
 
+def test_a_gpu_is_like_its_own_architecture():
+    """FLOPs a byte decide: consumer GPUs have fewer than the data centre's of their generation."""
+    intensity = {name: gpu.flops / strategy._REACHED / gpu.bandwidth for name, gpu in GPUS.items()}
+    assert intensity["sm_120"] == pytest.approx(117, abs=1)
+    assert intensity["sm_89"] == pytest.approx(164, abs=1)
+    assert intensity["sm_100"] == pytest.approx(281, abs=1)
+    like = {(8, 6): "8", (8, 9): "8.9", (9, 0): "9", (10, 3): "10", (12, 1): "12", (13, 0): "10"}
+    assert {capability: strategy._like(capability) for capability in like} == like
+
+
 def test_limits_know_every_gpu_and_dtype():
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (13, 0), None):
         half, tf32, fp32 = (
             strategy.limits(capability, dtype, tf32)
             for dtype, tf32 in ((torch.float16, False), (torch.float32, True), (torch.float32, False))
         )
-        assert half.flops > tf32.flops > fp32.flops > 0
+        assert half.flops > tf32.flops >= fp32.flops > 0  # tensor cores of GeForce have no more in TF32
         assert 0 < half.slowdown <= tf32.slowdown <= fp32.slowdown < 1
