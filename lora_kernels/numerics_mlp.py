@@ -22,11 +22,12 @@ widths (a right result takes a hundredth of it at 3,584) it is rule 2 that finds
 activation (tanh's GELU for erf's: at most 5e-4) shows in fp32 alone.
 
 Rule 2's yardstick is `eager`: PyTorch's operators, the activation and the product with u rounded each. It needs
-M·r >= 256 for every output and the smallest r: all of them inherit the errors of some s or ds.
+M·r >= 256 for every output and the smallest r: all of them inherit the errors of some s or ds. Its n (`terms`) is that
+of all sums an output may inherit from, g's counted twice: an activation hardly makes a relative error larger.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,7 +38,7 @@ from lora_kernels import numerics, reference
 from lora_kernels.numerics import Finding, Problem
 from lora_kernels.reference import Layer
 
-__all__ = ["ACTIVATIONS", "MLPProblem", "bounds", "check", "eager", "exact"]
+__all__ = ["ACTIVATIONS", "MLPProblem", "bounds", "check", "eager", "exact", "terms"]
 
 _UNBOUNDED = 1e300
 _DERIVATIVES = {  # bounds of |a'|, |a"| and |a'''|, found on a fine grid and rounded up
@@ -132,13 +133,22 @@ def check(
     truth, layers = _run(problem, torch.float64, reference.activated)
     limits, dtypes = _limits(problem, truth, layers, split), problem.output_dtypes()
     ranks = [q.lora_A.shape[0] for q in layers.values() if q.lora_A.numel()]
-    inherited = problem.dy.shape[:-1].numel() * min(ranks, default=numerics.RULE_2_INHERITED)
-    findings = []
+    rows = problem.dy.shape[:-1].numel()
+    inherited = rows * min(ranks, default=numerics.RULE_2_INHERITED)
+    summed, findings = terms(rows, layers["up"].weight.shape, layers["down"].weight.shape, max(ranks, default=0)), []
     for name, tensor in actual.items():
         few = tensor.numel() < numerics.RULE_2_SIZE or inherited < numerics.RULE_2_INHERITED
         beside = None if baseline is None else baseline[name]
-        findings.append(numerics.compare(name, tensor, truth[name], limits[name], dtypes[name], beside, not few))
+        findings.append(
+            numerics.compare(name, tensor, truth[name], limits[name], dtypes[name], beside, not few, summed)
+        )
     return findings
+
+
+def terms(rows: int, up: Sequence[int], down: Sequence[int], rank: int) -> int:
+    """The n of rule 2 (`numerics.terms`) for every output of an MLP, by the shapes of the weights of up and down."""
+    (hidden, k), (n, _) = up, down
+    return rows + 3 * (k + 2 * rank) + 2 * (hidden + 2 * rank) + n + 2 * rank
 
 
 def _run(

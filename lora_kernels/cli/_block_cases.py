@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels import numerics, reference
+from lora_kernels import numerics, numerics_mlp, reference
 from lora_kernels.numerics import Finding, Problem
 from lora_kernels.numerics_mlp import ACTIVATIONS
 from lora_kernels.projections import Projection
@@ -58,6 +58,14 @@ class BlockProblem:
     def rank(self) -> int:
         """The largest rank, 0 without adapters."""
         return max((q.lora_A.shape[0] for q in self.adapted.values()), default=0)
+
+    @property
+    def summed(self) -> int:
+        """How many terms come to any output: the n of rule 2 for all of them, see `numerics.terms`."""
+        rows, weights = self.x.shape[0], [q.weight.shape for q in self.layers.values()]
+        if self.activation:
+            return numerics_mlp.terms(rows, *weights[-2:], self.rank)
+        return rows + self.x.shape[1] + sum(n + 2 * self.rank for n, _ in weights)
 
     def frozen(self) -> "BlockProblem":
         """The same without adapters."""
@@ -111,24 +119,25 @@ def outputs(problem: BlockProblem, keeps: Keeps, dtype: torch.dtype) -> dict[str
 
 
 def check_mlp(
-    actual: dict[str, Tensor], exact: dict[str, Tensor], eager: dict[str, Tensor], dtype: torch.dtype
+    actual: dict[str, Tensor], exact: dict[str, Tensor], eager: dict[str, Tensor], dtype: torch.dtype, summed: int
 ) -> list[Finding]:
-    """Hold outputs to rule 2: rms(error) <= 2 rms(eager's error) + u rms(exact), and no NaN.
+    """Hold outputs to rule 2, of any size (`numerics.allowed_rms`), and no NaN.
 
     Args:
         actual: Output name to tensor.
         exact: The truth, in a wider dtype.
         eager: What PyTorch's operators give.
         dtype: The one computed in, whose roundoff u is.
+        summed: How many terms come to each.
 
     Returns:
         A finding for each output in `actual`, in its order; `rule_1` is 0, there is none.
     """
-    unit, findings = numerics.unit_roundoff(dtype), []
+    findings = []
     for name, tensor in actual.items():
         truth = exact[name].double()
         error, beside = numerics.rms(tensor.double() - truth), numerics.rms(eager[name].double() - truth)
-        allowed = 2 * beside + unit * numerics.rms(truth)
+        allowed = numerics.allowed_rms(beside, numerics.rms(truth), dtype, summed)
         used = error / allowed if allowed else (float("inf") if error else 0.0)
         used = used if used == used else float("inf")
         message = "" if used <= 1 else f"{name} has rms error {error:.3g}, {allowed:.3g} allowed"

@@ -59,7 +59,7 @@ def judge(provider: BlockProvider, truth: Truth, seed: int = 1) -> Verdict:
     poison(*problem.dys, problem.x, *(t for q in problem.adapted.values() for t in (q.lora_A, q.lora_B)))
     actual = run_once(provider, problem.dys, seed)
     if provider.rule == "peer" or problem.activation:
-        findings = check_mlp(actual, *truth.of(problem, keeps), problem.x.dtype)
+        findings = check_mlp(actual, *truth.of(problem, keeps), problem.x.dtype, problem.summed)
         rule = "rms error at most twice that of PyTorch's operators"
     else:
         findings = check_projections(actual, problem, keeps, split=provider.rule == "operators")

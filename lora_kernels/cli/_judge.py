@@ -124,10 +124,10 @@ def wrong_share(keep: Tensor, p: float) -> str:
 
 def _peer(actual: dict[str, Tensor], problem: Problem, truth: Truth) -> Verdict:
     exact, eager = truth.of(problem)
-    unit, worst, reasons = numerics.unit_roundoff(problem.x.dtype), 0.0, []
+    summed, worst, reasons = numerics.terms(problem), 0.0, []
     for name, tensor in actual.items():
-        error = numerics.rms(tensor.double() - exact[name])
-        allowed = 2 * numerics.rms(eager[name].double() - exact[name]) + unit * numerics.rms(exact[name])
+        error, beside = (numerics.rms(t.double() - exact[name]) for t in (tensor, eager[name]))
+        allowed = numerics.allowed_rms(beside, numerics.rms(exact[name]), problem.x.dtype, summed[name])
         used = error / allowed if allowed else (float("inf") if error else 0.0)
         worst = max(worst, used) if used == used else float("inf")
         if not used <= 1:

@@ -28,7 +28,7 @@ from lora_kernels.cli._hosted import HostedModel
 from lora_kernels.cli._model import Adapters, LanguageModel, Stack, adapted, draw_adapters
 from lora_kernels.cli._presets import Dims, HostedDims
 from lora_kernels.dropout import threshold
-from lora_kernels.numerics import rms, unit_roundoff
+from lora_kernels.numerics import allowed_rms, rms
 
 __all__ = ["PROVIDERS", "Bench", "Trial", "check", "names_for", "run_case"]
 
@@ -247,10 +247,11 @@ def check(trial: Trial, bench: Bench) -> tuple[float, str]:
     actual = trial.outputs()
     trial.model.train()
     exact, eager = bench.reference(True, adapters), bench.reference(False, adapters)
-    unit, worst, wrong = unit_roundoff(bench.settings.dtype), 0.0, []
+    worst, wrong = 0.0, []
     for name, tensor in actual.items():
         error = rms(tensor.double() - exact[name].double())
-        allowed = 2 * rms(eager[name].double() - exact[name].double()) + unit * rms(exact[name])
+        beside = rms(eager[name].double() - exact[name].double())
+        allowed = allowed_rms(beside, rms(exact[name]), bench.settings.dtype, summed=0)  # as of one rounding
         used = error / allowed if allowed else (float("inf") if error else 0.0)
         worst = max(worst, used) if used == used else float("inf")
         if not used <= 1:
