@@ -84,7 +84,7 @@ void load_shared(Warp &w, const Instr &i) {
   u32 n = i.a * i.v.size(), at32[32];
   Counters &c = w.cta->grid->c;
   for (int l = 0; l < 32; l++) at32[l] = at[l];
-  banks(w.m, at32, n, c.wave_ld, c.ideal_ld);
+  banks(w, w.m, at32, n, c.wave_ld, c.ideal_ld);
   for (int l = 0; l < 32; l++)
     if (w.m >> l & 1) {
       if (!in_shared(w, at[l], n, "reads") || !aligned(w, at[l], n, "reads")) continue;
@@ -103,7 +103,7 @@ void store_shared(Warp &w, const Instr &i) {
   u32 n = i.a * i.v.size(), at32[32];
   Counters &c = w.cta->grid->c;
   for (int l = 0; l < 32; l++) at32[l] = at[l];
-  banks(w.m, at32, n, c.wave_st, c.ideal_st);
+  banks(w, w.m, at32, n, c.wave_st, c.ideal_st);
   w.cta->clock++;
   for (int l = 0; l < 32; l++)
     if (w.m >> l & 1) {

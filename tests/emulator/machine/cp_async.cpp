@@ -21,10 +21,13 @@ void copy_async(Warp &w, const Instr &i) {
   w.cta->clock++;
   for (int l = 0; l < 32; l++)
     at[l] = src[l] + i.off2, at32[l] = dst[l] + (u32)i.off, reading |= (m >> l & 1) && (!n || n[l]) ? 1u << l : 0;
-  banks(m, at32, i.a, c.wave_cp, c.ideal_cp);
-  w.m = reading;
-  c.gsectors_cp += sectors(w, at, i.a);
-  w.m = m;
+  banks(w, m, at32, i.a, c.wave_cp, c.ideal_cp);
+  if (reading) {
+    w.m = reading;
+    c.greq_cp++;
+    c.gsectors_cp += sectors(w, at, i.a);
+    w.m = m;
+  }
   c.gread += i.a * __builtin_popcount(reading);
   for (int l = 0; l < 32; l++)
     if (m >> l & 1) {

@@ -47,6 +47,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **params, 
   if (c->sharedMemBytes > most) return refuse("a program takes too much shared memory");
   auto *g = new Grid;
   g->kernel = k;
+  g->tally.resize(k->code.size());
   g->dim[0] = c->gridDimX;
   g->dim[1] = c->gridDimY;
   g->dim[2] = c->gridDimZ;

@@ -71,6 +71,9 @@ u32 sectors(Warp &w, const u64 *at, u32 n) {
         for (u32 k = count; k-- && !found;) found = seen[k] == s;
         if (!found && count < 128) seen[count++] = s;
       }
+  Tally &tally = w.cta->grid->tally[w.pc];
+  tally.requests++;
+  tally.sectors += count;
   return count;
 }
 

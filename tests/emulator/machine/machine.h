@@ -33,7 +33,11 @@ struct Counters {
   u64 gread = 0, gwrite = 0, tma_read = 0, tma_write = 0;
   u64 gsectors_ld = 0, gsectors_st = 0, gsectors_cp = 0, greq_ld = 0, greq_st = 0;
   u64 wave_ld = 0, ideal_ld = 0, wave_st = 0, ideal_st = 0, wave_ldm = 0, ideal_ldm = 0, wave_stm = 0, ideal_stm = 0;
-  u64 wave_cp = 0, ideal_cp = 0;
+  u64 wave_cp = 0, ideal_cp = 0, greq_cp = 0;
+};
+// Of one instruction of a launch: passes over the banks and the fewest possible; requests of global memory and sectors.
+struct Tally {
+  u64 passes = 0, fewest = 0, requests = 0, sectors = 0;
 };
 
 // cp.async of one lane.
@@ -144,6 +148,8 @@ struct Grid {
   vector<Line> lines;
   u64 next = 0, total, done = 0, triggered = 0;
   Counters c;
+  // By instruction.
+  vector<Tally> tally;
   vector<u64> order;
   // Whether a CTA came up before the grid before was over.
   bool early = false;

@@ -18,7 +18,7 @@ void load_matrix(Warp &w, const Instr &i) {
   }
   u32 at32[32];
   for (int l = 0; l < 32; l++) at32[l] = base[l] + i.off;
-  banks(x == 4 ? ~0u : x == 2 ? 0xffff : 0xff, at32, 16, c.wave_ldm, c.ideal_ldm);
+  banks(w, x == 4 ? ~0u : x == 2 ? 0xffff : 0xff, at32, 16, c.wave_ldm, c.ideal_ldm);
   for (size_t k = 0; k < x; k++) {
     u32 t[32];
     int o = 8 * k;
@@ -46,7 +46,7 @@ void store_matrix(Warp &w, const Instr &i) {
   }
   u32 at32[32];
   for (int l = 0; l < 32; l++) at32[l] = base[l] + i.off;
-  banks(x == 4 ? ~0u : x == 2 ? 0xffff : 0xff, at32, 16, c.wave_stm, c.ideal_stm);
+  banks(w, x == 4 ? ~0u : x == 2 ? 0xffff : 0xff, at32, 16, c.wave_stm, c.ideal_stm);
   w.cta->clock++;
   for (size_t r = 0; r < 8 * x; r++) {
     u32 at = base[r] + i.off;

@@ -27,7 +27,7 @@ void publish_to_cta(Warp &w);
 // A thread sees what it stored itself.
 void own_stores(Warp &w, u64 at, u32 n);
 
-// Sectors of 32 bytes that a request touches.
+// Sectors of 32 bytes that a request of the instruction at hand touches.
 u32 sectors(Warp &w, const u64 *at, u32 n);
 
 // ---- shared memory (shared.cpp)
@@ -44,8 +44,8 @@ void touch(Warp &w, u32 at, u32 n, bool writes, bool generic, bool same = false,
 // Bytes were written by TMA.
 void arrived(Cta &c, u32 at, u32 n);
 
-// Passes over the 32 banks that a request of `n` bytes a lane takes, and the fewest it could.
-void banks(u32 mask, const u32 *at, u32 n, u64 &passes, u64 &ideal);
+// Passes over the 32 banks that a request of `n` bytes a lane takes, and the fewest it could; of the instruction at hand.
+void banks(Warp &w, u32 mask, const u32 *at, u32 n, u64 &passes, u64 &ideal);
 // An address in a tile whose 16-byte chunks are permuted by the bits above its rows of 32, 64 or 128 bytes.
 inline u32 swizzled(u32 at, int bytes) {
   int rows = bytes == 128 ? 7 : bytes == 64 ? 3 : bytes == 32 ? 1 : 0;

@@ -24,6 +24,26 @@ static const char *const class_names[] = {"alu", "float", "convert", "move",    
                                           "stg", "lds",   "sts",     "ldmatrix", "stmatrix", "cpasync", "tma",
                                           "mma", "wgmma", "sync",    "shfl",     "atom",     "other"};
 
+// By class of instruction and line of Python, what the instructions of both did: "lds wgrad.py:158:20": [passes, fewest,
+// requests, sectors].
+static string by_line(const Grid &g) {
+  std::map<string, Tally> lines;
+  for (size_t n = 0; n < g.tally.size(); n++) {
+    const Tally &t = g.tally[n];
+    if (!t.passes && !t.requests) continue;
+    const Instr &i = g.kernel->code[n];
+    Tally &sum = lines[string(class_names[i.cls]) + " " + i.loc];
+    sum.passes += t.passes, sum.fewest += t.fewest, sum.requests += t.requests, sum.sectors += t.sectors;
+  }
+  string s;
+  for (auto &[place, t] : lines) {
+    s += (s.empty() ? "\"" : ", \"") + place + "\": [";
+    for (u64 v : {t.passes, t.fewest, t.requests}) s += std::to_string(v) + ", ";
+    s += std::to_string(t.sectors) + "]";
+  }
+  return s;
+}
+
 void report(Grid &g) {
   Counters &c = g.c;
   string s = "{\"kernel\": \"" + g.kernel->name + "\", \"ctas\": " + std::to_string(g.total) +
@@ -45,6 +65,7 @@ void report(Grid &g) {
   add("sectors_ldg", c.gsectors_ld);
   add("requests_stg", c.greq_st);
   add("sectors_stg", c.gsectors_st);
+  add("requests_cp", c.greq_cp);
   add("sectors_cp", c.gsectors_cp);
   add("waves_lds", c.wave_ld);
   add("ideal_lds", c.ideal_ld);
@@ -57,6 +78,7 @@ void report(Grid &g) {
   add("waves_cp", c.wave_cp);
   add("ideal_cp", c.ideal_cp);
   add("divergent", c.divergent);
+  s += ", \"lines\": {" + by_line(g) + "}";
   finished.push_back(s + "}");
 }
 

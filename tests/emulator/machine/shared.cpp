@@ -57,7 +57,8 @@ void arrived(Cta &c, u32 at, u32 n) {
 }
 
 // In groups of lanes that fill 128 bytes.
-void banks(u32 mask, const u32 *at, u32 n, u64 &passes, u64 &ideal) {
+void banks(Warp &w, u32 mask, const u32 *at, u32 n, u64 &passes, u64 &ideal) {
+  Tally &tally = w.cta->grid->tally[w.pc];
   int lanes = n >= 16 ? 8 : n == 8 ? 16 : 32;
   for (int from = 0; from < 32; from += lanes) {
     u32 words[32][8];
@@ -75,6 +76,8 @@ void banks(u32 mask, const u32 *at, u32 n, u64 &passes, u64 &ideal) {
           }
         }
     for (int b = 0; b < 32; b++) most = std::max<u32>(most, count[b]);
-    if (most) passes += most, ideal++;
+    if (!most) continue;
+    passes += most, ideal++;
+    tally.passes += most, tally.fewest++;
   }
 }
