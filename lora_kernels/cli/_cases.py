@@ -7,7 +7,7 @@ from lora_kernels import dropout, eager, reference
 from lora_kernels.functional import lora_linear
 from lora_kernels.numerics import Problem
 
-__all__ = ["make_problem", "run_problem", "same_bits", "storages", "with_mask"]
+__all__ = ["every_other", "make_problem", "run_problem", "same_bits", "storages", "with_mask"]
 
 
 def make_problem(
@@ -77,6 +77,12 @@ def run_problem(problem: Problem, backend: str, seed: int) -> dict[str, Tensor]:
     y.backward(problem.dy)
     names = {"x": "dx", "lora_A": "d_lora_A", "lora_B": "d_lora_B", "bias": "dbias"}
     return {"y": y.detach()} | {names[name]: leaf.grad for name, leaf in leaves.items()}
+
+
+def every_other(t: Tensor) -> Tensor:
+    """A copy of a matrix whose elements lie two apart, between NaNs, none of them on 16 bytes."""
+    buffer = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 3), float("nan"))
+    return buffer[..., 1:-2:2].copy_(t)
 
 
 def storages(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

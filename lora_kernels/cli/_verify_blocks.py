@@ -16,7 +16,7 @@ from lora_kernels.cli._block_cases import (
     leaves_of,
 )  # fmt: skip
 from lora_kernels.cli._block_judge import find_masks
-from lora_kernels.cli._cases import make_problem, same_bits, storages
+from lora_kernels.cli._cases import every_other, make_problem, same_bits, storages
 from lora_kernels.dropout import threshold
 from lora_kernels.numerics import Finding
 from lora_kernels.numerics_mlp import ACTIVATIONS, MLPProblem
@@ -40,6 +40,7 @@ class BlockCase:
         activation: Of an MLP.
         bias: Whether the layers have one.
         fp32_adapters: Whether the adapters are float32.
+        strided: Whether no operand has an element next to another.
     """
 
     backend: str
@@ -52,6 +53,7 @@ class BlockCase:
     activation: str = ""
     bias: bool = False
     fp32_adapters: bool = False
+    strided: bool = False
 
     form = "fused"
 
@@ -59,7 +61,7 @@ class BlockCase:
     def layout(self) -> str:
         """Which block, in the column of the layouts, and what sets it apart."""
         block = f"mlp {self.activation}" if self.activation else "qkv"
-        return block + (" fp32" if self.fp32_adapters else " bias" * self.bias)
+        return block + (" fp32" if self.fp32_adapters else " bias" * self.bias) + " strided" * self.strided
 
     @property
     def p(self) -> float:
@@ -145,6 +147,9 @@ def _draw(case: BlockCase, dtype: torch.dtype, device: str, seed: int) -> BlockP
         )
         for i, ((k, n), r, p) in enumerate(zip(sides, case.ranks, case.ps, strict=True))
     ]  # fmt: skip
+    if case.strided:
+        matrices = "x", "weight", "lora_A", "lora_B", "dy"
+        problems = [replace(q, **{name: every_other(getattr(q, name)) for name in matrices}) for q in problems]
     layers = {
         name: Projection(
             q.weight, *((q.lora_A, q.lora_B) if q.lora_A.numel() else (None, None)), q.bias, q.scaling,

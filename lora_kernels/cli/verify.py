@@ -29,12 +29,12 @@ from torch import Tensor
 
 from lora_kernels import numerics, plan, strategy
 from lora_kernels.cli import _machine, _verify_blocks
-from lora_kernels.cli._cases import make_problem, run_problem, same_bits, storages, with_mask
+from lora_kernels.cli._cases import every_other, make_problem, run_problem, same_bits, storages, with_mask
 from lora_kernels.cli._verify_blocks import BlockCase
 from lora_kernels.console import on_stdout
 from lora_kernels.numerics import Finding, Problem
 
-__all__ = ["Case", "Result", "add_arguments", "lay_out", "run"]
+__all__ = ["Case", "Result", "add_arguments", "draw", "lay_out", "run"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = (
@@ -228,6 +228,8 @@ def lay_out(problem: Problem, layout: str) -> Problem:
         return replace(problem, dy=problem.dy[:1].expand_as(problem.dy))
     if layout == "all sliced":
         return replace(problem, **{name: _slice_of_nans(getattr(problem, name)) for name in _OPERANDS[:-1]})
+    if layout == "all strided":
+        return replace(problem, **{name: every_other(getattr(problem, name)) for name in _OPERANDS[:-1]})
     return problem
 
 
@@ -237,15 +239,20 @@ def _slice_of_nans(t: Tensor) -> Tensor:
     return buffer[tuple(slice(1, 1 + size) for size in t.shape)].copy_(t)
 
 
-def _examine(case: Case | BlockCase, device: torch.device, seed: int) -> Result:
-    if isinstance(case, BlockCase):
-        return _result(*_verify_blocks.examine(case, DTYPES[case.dtype], device, seed))
+def draw(case: Case, device: torch.device, seed: int) -> Problem:
+    """Draw the problem of a case, laid out as it says, without the dropout mask."""
     batch = (2, case.m // 4, 2) if case.layout == "x 4-D" else (case.m,)
     problem = make_problem(
         batch, case.k, case.n, case.r, DTYPES[case.dtype], str(device), bias=case.layout == "bias",
         adapter_dtype=torch.float32 if case.layout == "fp32 adapters" else None, dropout_p=case.p, seed=seed,
     )  # fmt: skip
-    problem = with_mask(lay_out(problem, case.layout), case.backend, seed)
+    return lay_out(problem, case.layout)
+
+
+def _examine(case: Case | BlockCase, device: torch.device, seed: int) -> Result:
+    if isinstance(case, BlockCase):
+        return _result(*_verify_blocks.examine(case, DTYPES[case.dtype], device, seed))
+    problem = with_mask(draw(case, device, seed), case.backend, seed)
     operands = {name: getattr(problem, name) for name in _OPERANDS if getattr(problem, name) is not None}
     before = storages(operands)
     with plan.forced(case.form):

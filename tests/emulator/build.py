@@ -1,6 +1,8 @@
 """The emulator's libraries, built by the C++ compiler of this machine and kept in a folder of temporary files."""
 
+import fcntl
 import hashlib
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -8,7 +10,6 @@ import subprocess
 import tempfile
 
 import torch
-from triton.backends.nvidia import driver as nvidia
 
 __all__ = ["CACHE", "build", "missing"]
 
@@ -36,12 +37,16 @@ def build() -> tuple[pathlib.Path, pathlib.Path]:
         raise RuntimeError(problem)
     folder = CACHE / "build"
     folder.mkdir(parents=True, exist_ok=True)
-    return _driver(folder), _arena(folder)
+    with (folder / "lock").open("w") as lock:
+        # one process builds, others wait for what it builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _driver(folder), _arena(folder)
 
 
 def _driver(folder: pathlib.Path) -> pathlib.Path:
     headers = b"".join(path.read_bytes() for path in sorted(_SOURCES.glob("*.h")))
-    include = pathlib.Path(nvidia.__file__).parent / "include"
+    # Triton brings the headers of CUDA; it is not imported here, for whoever builds may set it up later
+    include = pathlib.Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "include"
     jobs, objects = [], []
     for source in sorted(_SOURCES.glob("*.cpp")):
         if source.stem == "arena":
@@ -49,7 +54,7 @@ def _driver(folder: pathlib.Path) -> pathlib.Path:
         out = folder / f"{source.stem}-{_key(headers, source.read_bytes())}.o"
         objects.append(str(out))
         if not out.exists():
-            part = _part(out)
+            part = out.with_suffix(".part")
             command = [_COMPILER, *_FLAGS, "-I", str(include), "-c", str(source), "-o", str(part)]
             jobs.append((subprocess.Popen(command), part, out))
     for job, part, out in jobs:
@@ -73,15 +78,11 @@ def _arena(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _compile(out: pathlib.Path, *arguments: str) -> None:
-    part = _part(out)
+    # moved to its place when it is whole
+    part = out.with_suffix(".part")
     if subprocess.run([_COMPILER, *arguments, "-o", str(part)]).returncode:
         raise RuntimeError(f"{_COMPILER} does not build the emulator: {out.name}")
     part.replace(out)
-
-
-def _part(out: pathlib.Path) -> pathlib.Path:
-    """A file of this process, moved to its place when done: other processes may build as well."""
-    return out.with_suffix(f".{os.getpid()}")
 
 
 def _key(*parts: bytes) -> str:

@@ -86,7 +86,7 @@ def main() -> int:
     ]
     seen, table = set(), collections.defaultdict(lambda: [0, 0])
     with emu.running():
-        for _, run in chosen:
+        for run in (case.judge for case in chosen):
             emu.set(mode=emulator.LATE, seed=1)
             first = emu.lib.emu_modules()
             message = run()

@@ -1,6 +1,9 @@
-"""Run the project's compiled kernels in the emulator: one line a case, exit status 1 if any is wrong.
+"""Run the project's compiled kernels in the emulator: a line a case, exit status 1 if any is wrong.
 
-python tests/emulator/run.py [--arch sm_80 sm_90] [--filter REGEX] [--modes late random early] [--seeds 1] [--full] [--jobs 2]
+    python tests/emulator/run.py [--arch sm_80 sm_90] [--quick | --full] [--filter REGEX] [--modes late random early]
+
+`--quick` runs each kernel and way once, late; by default it is the table, late and random; `--full` adds every tile and
+flag that the rules can choose, and the early mode. With another Triton: `PYTHONPATH=FOLDER python tests/emulator/run.py`.
 """
 
 import argparse
@@ -14,8 +17,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-MODES = {"early": 0, "late": 1, "random": 2}
 TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ARCHES = "sm_80", "sm_90"
+MODES = {"early": 0, "late": 1, "random": 2}
 
 
 def summary(launches: list[dict]) -> str:
@@ -34,7 +38,7 @@ def summary(launches: list[dict]) -> str:
     return ", ".join(words)
 
 
-def examine(emu, args: argparse.Namespace, run: Callable[[], str]) -> tuple[list[str], set[str], list[dict]]:
+def examine(emu, args: argparse.Namespace, judge: Callable[[], str]) -> tuple[list[str], set[str], list[dict]]:
     """Run a case in every mode with every seed: what is wrong, what is worth a note, and counters."""
     wrong, notes, launches = [], set(), []
     for mode, seed in itertools.product(args.modes, range(args.first, args.first + args.seeds)):
@@ -42,7 +46,7 @@ def examine(emu, args: argparse.Namespace, run: Callable[[], str]) -> tuple[list
             continue
         emu.set(mode=MODES[mode], seed=seed, resident=1 + seed * 5 % 9, registers=args.registers)
         try:
-            message = run()
+            message = judge()
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
         emu.drain()
@@ -54,73 +58,141 @@ def examine(emu, args: argparse.Namespace, run: Callable[[], str]) -> tuple[list
     return wrong, notes, launches
 
 
+def examine_serialised(emu, args, judge, asked: set[int]) -> tuple[list[str], set[str], list[dict]]:
+    """Likewise; what is wrong by PTX alone is run again as ptxas makes it, which waits for some wgmma one by one."""
+    wrong, notes, launches = examine(emu, args, judge)
+    if wrong and (serial := emu.serialise(asked)):
+        notes.add(f"ptxas waits for each wgmma of {', '.join(serial)}; as PTX alone it is wrong: {wrong[0][:200]}")
+        wrong, more, launches = examine(emu, args, judge)
+        notes |= more
+    return wrong, notes, launches
+
+
 def child(args: argparse.Namespace, arch: str, share: int) -> int:
-    """Run a share of the cases of one architecture in this process."""
+    """Run a share of the cases of one architecture in this process, and print what became of each, as JSON."""
     import torch
 
-    from emulator import cases, emulator
+    from emulator import emulator, launches, rules, table
 
     emu = emulator.Emulator(arch, sms=args.sms, path=args.path)
     torch.set_num_threads(1)
-    chosen = [case for case in cases.cases(arch, args.full) if re.search(args.filter, case[0])][share :: args.jobs]
-    failed, asked = 0, set()
-    with emu.running():
-        for name, run in chosen:
+    cases, everything = list((table.quick if args.quick else table.table)(arch)), set()
+    if args.full:
+        done = set().union(*(rules.features(case, emu.gpu) for case in cases))
+        more, everything = rules.covering(emu.gpu, done)
+        cases += more
+        everything |= done
+    part, parts = args.share
+    chosen = [case for case in cases if re.search(args.filter, case.name)]
+    chosen = chosen[part + parts * share :: parts * args.jobs]
+    asked: set[int] = set()
+    with emu.running(), launches.recorded() as seen:
+        for case in chosen:
             begun, used = time.time(), time.process_time()
-            wrong, notes, launches = examine(emu, args, run)
-            if wrong and (serial := emu.serialise(asked)):
-                notes.add(
-                    f"ptxas waits for each wgmma of {', '.join(serial)}; as PTX alone it is wrong: {wrong[0][:200]}"
-                )
-                wrong, more, _ = examine(emu, args, run)
-                notes |= more
-            failed += bool(wrong)
+            wrong, notes, counters = examine_serialised(emu, args, case.judge, asked)
             if args.counters:
                 with open(args.counters, "a") as file:
-                    file.writelines(json.dumps({"arch": arch, "case": name} | each) + "\n" for each in launches)
-            status = "WRONG" if wrong else "ok"
+                    file.writelines(json.dumps({"arch": arch, "case": case.name} | each) + "\n" for each in counters)
             took = f"{time.process_time() - used:.1f}s of {time.time() - begun:.1f}s"
-            noted = [f"(note: {note})" for note in sorted(notes)]
-            print(f"{status:5} {arch} {name}: {summary(launches)} {took}", *wrong, *noted, sep="\n      ", flush=True)
-    print(f"#{len(chosen)} {failed}", flush=True)
-    return 1 if failed else 0
+            line = dict(
+                arch=arch, name=case.name, wrong=wrong, notes=sorted(notes), summary=summary(counters), took=took
+            )
+            print(json.dumps(line), flush=True)
+    covered = set().union(*(one.features() for one in set(seen)))
+    tiles = launches.missing_tiles(set(seen), tma=arch != "sm_80")
+    ended = dict(arch=arch, covered=sorted(map(repr, covered)), everything=sorted(map(repr, everything)), missing=tiles)
+    print(json.dumps(ended), flush=True)
+    return 0
 
 
-def main() -> int:
+def show(line: dict) -> None:
+    """Print what became of a case."""
+    status = "WRONG" if line["wrong"] else "ok"
+    noted = [f"(note: {note})" for note in line["notes"]]
+    head = f"{status:5} {line['arch']} {line['name']}: {line['summary']} {line['took']}"
+    print(head, *line["wrong"], *noted, sep="\n      ", flush=True)
+
+
+def coverage(ended: list[dict], arch: str) -> tuple[str, list[str]]:
+    """What of an architecture's tiles and flags was executed in all shares, in a line, and what was not."""
+    shares = [one for one in ended if one["arch"] == arch]
+    covered = set().union(*(one["covered"] for one in shares))
+    everything = set().union(*(one["everything"] for one in shares))
+    missing = set.intersection(*(set(one["missing"]) for one in shares))
+    tiles = collections.Counter(one.split("'")[1] for one in covered if "BLOCK_" in one)
+    line = f"{arch}: executed tiles: " + ", ".join(f"{name} {count}" for name, count in sorted(tiles.items()))
+    if not everything:
+        return line, []
+    lacking = sorted(f"never executed on {arch}: {one}" for one in (everything - covered) | missing)
+    return f"{line}; of {len(everything)} tiles and flags of the rules {len(everything & covered)}", lacking
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"])
+    parser.add_argument("--arch", nargs="+", default=ARCHES, choices=ARCHES)
+    parser.add_argument("--quick", action="store_true", help="each kernel and way once, in the late mode")
+    parser.add_argument("--full", action="store_true", help="every tile and flag of the rules as well, in all modes")
     parser.add_argument("--filter", default="", help="regular expression that a case's name holds")
-    parser.add_argument("--modes", nargs="+", default=["late", "random"], choices=("early", "late", "random"))
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="when asynchronous work takes effect")
     parser.add_argument("--seeds", type=int, default=1, help="how many orders of warps, CTAs and asynchronous work")
     parser.add_argument("--first", type=int, default=1, help="the first of the seeds")
-    parser.add_argument("--full", action="store_true", help="more dtypes, tiles and layouts")
     parser.add_argument("--lines", type=int, default=6, help="of what is wrong, of a case, mode and seed")
     parser.add_argument("--registers", action="store_true", help="wgmma reads an A in registers as late as it may")
     parser.add_argument("--jobs", type=int, default=1, help="processes an architecture")
+    parser.add_argument("--share", type=_share, default=(0, 1), metavar="I/N", help="only every N-th case, from I on")
     parser.add_argument("--sms", type=int, default=3, help="multiprocessors of the imagined GPU")
-    parser.add_argument("--path", default=".", help="the project's checkout")
+    parser.add_argument("--path", default=os.path.dirname(TESTS), help="the checkout whose kernels are run")
     parser.add_argument("--counters", help="append a line of JSON a launch to this file")
-    args = parser.parse_args()
-    args.path = os.path.abspath(args.path)
-    sys.path[:1] = [TESTS, args.path]  # in the place of this file's folder
-    from emulator import build, cases, emulator  # noqa: F401 all that is imported is imported once
+    return parser
+
+
+def _share(text: str) -> tuple[int, int]:
+    part, parts = map(int, text.split("/"))
+    if not 0 <= part < parts:
+        raise argparse.ArgumentTypeError(f"{text} is no share: 0/2 and 1/2 are the halves")
+    return part, parts
+
+
+def results(args: argparse.Namespace) -> Iterator[dict]:
+    """What became of each case as it ends, and of each process what it covered; a process that dies raises.
+
+    Raises:
+        RuntimeError: The emulator cannot be built, or a process died.
+    """
+    args.modes = args.modes or (["late"] if args.quick else ["late", "random", "early"][: 2 + args.full])
+    sys.path[:0] = [TESTS, args.path]
+    from emulator import build, emulator, rules, table  # noqa: F401 all that is imported is imported once
 
     build.build()
-    begun, done, failed = time.time(), 0, 0
     shares = [_fork(lambda arch=arch, i=i: child(args, arch, i)) for arch in args.arch for i in range(args.jobs)]
     for line in _lines([pipe for _, pipe in shares]):
-        if line.startswith("#"):
-            counts = [int(word) for word in line[1:].split()]
-            done, failed = done + counts[0], failed + counts[1]
+        yield json.loads(line)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid, _ in shares]
+    if any(statuses):
+        raise RuntimeError(f"processes ended with {statuses}")
+
+
+def main() -> int:
+    """Run the command."""
+    args = parser().parse_args()
+    args.path = os.path.abspath(args.path)
+    begun, cases, ended = time.time(), [], []
+    for line in results(args):
+        if "name" in line:
+            show(line)
+            cases.append(line)
         else:
-            print(line, flush=True)
-    for pid, _ in shares:
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if status not in (0, 1):
-            print(f"WRONG a process ended with {status}")
-            failed += 1
-    print(f"{done} cases, {failed} wrong, {time.time() - begun:.0f}s")
-    return 1 if failed else 0
+            ended.append(line)
+    lacking = []
+    for arch in args.arch:
+        line, missing = coverage(ended, arch)
+        lacking += [] if args.filter or args.share[1] > 1 else missing
+        print(line)
+    print(*lacking, sep="\n", end="\n" if lacking else "")
+    failed = sum(bool(case["wrong"]) for case in cases)
+    print(f"{len(cases)} cases, {failed} wrong, {time.time() - begun:.0f}s")
+    return 1 if failed or lacking or not cases else 0
 
 
 def _fork(run: Callable[[], int]) -> tuple[int, int]:
@@ -154,4 +226,5 @@ def _lines(pipes: list[int]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # this file's folder, in which `emulator` is a module and not the package
     sys.exit(main())

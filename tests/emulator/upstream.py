@@ -3,9 +3,13 @@
 A tile that one product takes from shared memory (wgmma) and another from registers has a buffer too few, so that
 cp.async fills the one that the wgmma still reads.
 
-    python tests/emulator/upstream.py               # late: wrong; early: right
+    python tests/emulator/upstream.py
+
+prints a line of JSON for asynchronous work as early, and as late, as may be: buffers of the pipelines, waits of the
+program, how many results are wrong, and what the emulator saw.
 """
 
+import json
 import os
 import re
 import sys
@@ -13,7 +17,7 @@ import sys
 if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from emulator import emulator  # isort: skip it sets where Triton caches
+from emulator import emulator  # isort: skip; it sets where Triton caches
 
 import torch
 import triton
@@ -47,11 +51,11 @@ def main() -> None:
         asm = launched[0].kernel.asm
         buffers = re.findall("local_alloc : .. -> !ttg.memdesc<([0-9x]+)x", asm["ttgir"])
         waits = re.findall(r"wait_group.sync.aligned (.)", asm["ptx"])
-        off = (y - x.float() @ a.float()).abs().max().item(), (z - (x.float() * kept) @ a.float()).abs().max().item()
-        print(
-            f"Triton {triton.__version__}, {name}: buffers {buffers}, waits {waits}, y off by {off[0]:.3g}, z by {off[1]:.3g}"
-        )
-        print("\n".join(emu.problems()[:4]))
+        wanted = x.float() @ a.float(), (x.float() * kept) @ a.float()
+        wrong = sum(int((~torch.isclose(got, want, atol=1e-3)).sum()) for got, want in zip((y, z), wanted, strict=True))
+        seen = [line for line in emu.problems() if ": note: " not in line]
+        line = dict(triton=triton.__version__, mode=name, buffers=buffers, waits=waits, wrong=wrong, problems=seen)
+        print(json.dumps(line))
 
 
 if __name__ == "__main__":
