@@ -19,7 +19,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 sys.path.insert(0, str(Path(__file__).parent))
 
-with torch.device("meta"):  # learns once which functions allocate: before `poisoned_memory` puts others in their place
+with torch.device("meta"):  # learns once which functions allocate: before `poison` puts others in their place
     torch.empty(0)
 
 if not HAS_GPU:
@@ -147,8 +147,18 @@ def no_peft(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """What is allocated and never written must show: NaN in floats, a pattern in bytes."""
+def poisoned_memory(request):
+    """What is allocated and never written must show; but tests that need a GPU ask for `poison` themselves.
+
+    A fill behind every allocation would keep launches apart that are meant to overlap.
+    """
+    if not request.node.get_closest_marker("gpu"):
+        request.getfixturevalue("poison")
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Memory that launchers allocate holds NaN in floats, a pattern in bytes."""
     for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
         stock = getattr(owner, name)
 

@@ -9,8 +9,7 @@ import torch
 from bench_samples import CPU, SHAPE, printed, sample_launch, sample_model, settings
 
 from lora_kernels import eager
-from lora_kernels.cli import _bench_case, _cost, _kernel_case, _level_view, _levels, _model, _model_case, _timing
-from lora_kernels.cli._bench_case import Settings
+from lora_kernels.cli import _bench_case, _cost, _kernel_case, _level_view, _model, _model_case, _timing
 from lora_kernels.cli._kernel_case import LAUNCHES, Sum, share_used
 from lora_kernels.cli._presets import PRESETS, with_tokens
 
@@ -139,28 +138,6 @@ def test_a_flush_is_not_timed():
     taken = min(measure(lambda: None, lambda _: done.append(1))[0] for _ in range(3))
     assert taken < 0.005  # writing 256 MiB takes longer
     assert len(done) == 3
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("no_peft")
-@pytest.mark.parametrize("cuda_graph", [False, True])
-@pytest.mark.parametrize(
-    ("level", "cache"),
-    [("layer", "flush"), ("layer", "rotate"), ("kernel", "rotate"), ("decoder", "warm"), ("model", "flush")],
-)
-def test_every_level_on_a_gpu(level, cache, cuda_graph, monkeypatch):
-    monkeypatch.setattr(_timing, "_MOST_COPIES", 3)
-    subject = TINY if level in ("decoder", "model") else SHAPE
-    on_gpu = Settings(
-        torch.device("cuda"), torch.bfloat16, compiled=False, rounds=2, cache=cache, cuda_graph=cuda_graph,
-        passes=("forward",) if level == "kernel" else _timing.PASSES,
-    )  # fmt: skip
-    for case in _levels.run(level, subject, 4, 0.1, on_gpu, lambda doing: None):
-        assert ("split" in case["providers"]) == (level == "layer")
-        for row in case["providers"].values():
-            assert row["reason"] == ""
-            assert all(taken["median"] > 0 for taken in row["seconds"].values())
-            assert row["seconds"]
 
 
 # --- models

@@ -27,15 +27,26 @@ SHAPES = [  # rows, in, out, r: tiles that fill the GPU, few tiles, odd sizes th
 ]
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_real_shapes(shape, dtype, p):
+def assert_accurate_layer(shape, dtype, p):
     rows, k, n, r = shape
     problem = make_problem((rows,), k, n, r, dtype, "cuda", bias=True, dropout_p=p)
     problem = with_mask(problem, "triton", 5)
     findings = numerics.check(run_problem(problem, "triton", 5), problem, numerics.eager(problem))
     assert all(f.ok for f in findings), [f.message for f in findings]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_real_shapes(shape, dtype, p):
+    assert_accurate_layer(shape, dtype, p)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_nobody_wrote_is_not_read(shape):
+    """Of launches one after the other: what is allocated is filled with NaN."""
+    assert_accurate_layer(shape, torch.bfloat16, 0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
