@@ -139,19 +139,20 @@ def outputs(
 
 def block(
     m: int, k: int, widths: Sequence[int], ranks: Sequence[int], dtype: torch.dtype, dropout: bool, num_sms: int,
-    tma: bool, bias: int = 0,
+    tma: bool, bias: int = 0, place: int | None = None,
 ) -> list[Moved]:  # fmt: skip
     """The launches of several projections of one x, forward and backward; rank 0 is no adapter.
 
-    Without the copy of A that `plan.stacks` may ask for: ΣR·K elements, read once and written once.
+    Without the copy of A that `plan.stacks` may ask for: ΣR·K elements, read once and written once. The large products
+    take the shipped tile at `place`, or the rule's.
     """
     e, adapted = dtype.itemsize, [r for r in ranks if r]
     masks, widest = len(adapted) * dropout, max(adapted)
     y_crowded = not tma and len(widths) + len(adapted) > 2
-    y_tile = _configs.matmul_config(m, k + widest, sum(widths), dtype, tma, y_crowded, num_sms)
+    y_tile = _configs.matmul_config(m, k + widest, sum(widths), dtype, tma, y_crowded, num_sms, place=place)
     sources = (*widths, *(() if dropout else adapted))
     dx_crowded = dropout or (not tma and len(sources) > 2)
-    dx_tile = _configs.matmul_config(m, sum(sources), k, dtype, tma, dx_crowded, num_sms)
+    dx_tile = _configs.matmul_config(m, sum(sources), k, dtype, tma, dx_crowded, num_sms, place=place)
     s_tile = _configs.shrink_config(m, k, widest, dtype, dropout, adapters=len(adapted))
     g_tile = _configs.wgrad_config(m, k, widest, dtype, adapters=len(adapted), masked=dropout)
     from_dys = [moved for n, r in zip(widths, ranks, strict=True) if r for moved in _from_dy(m, n, r, e, e, dtype)]
@@ -166,7 +167,7 @@ def block(
 
 def mlp(
     m: int, k: int, hidden: int, n: int, ranks: Sequence[int], dtype: torch.dtype, dropout: bool, num_sms: int,
-    tma: bool, bias: int = 0,
+    tma: bool, bias: int = 0, place: int | None = None,
 ) -> list[Moved]:  # fmt: skip
     """The launches of a gated MLP, forward and backward; `ranks` of gate, up and down, or of up and down.
 
@@ -178,10 +179,10 @@ def mlp(
 
     def expand(cols: int, inner: int, masked: bool, bias: int) -> Moved:
         summed = inner if masked else inner + r
-        config = _configs.matmul_config(m, summed, cols, dtype, tma, masked, num_sms)
+        config = _configs.matmul_config(m, summed, cols, dtype, tma, masked, num_sms, place=place)
         return matmul_expand(m, cols, (inner, r), e, config, bias, masked)
 
-    of_gate_and_up = block(m, k, [hidden] * len(before), before, dtype, dropout, num_sms, tma, bias)
+    of_gate_and_up = block(m, k, [hidden] * len(before), before, dtype, dropout, num_sms, tma, bias, place)
     s_tile = _configs.shrink_config(m, hidden, r, dtype, dropout, activated=True)
     fused = [rank for rank in before if _configs.shrink_wgrad_pays(rank, activated=True)]
     tile = _configs.wgrad_config(
@@ -202,14 +203,14 @@ def mlp(
 
 def layer(
     m: int, k: int, n: int, r: int, dtype: torch.dtype, dropout: bool, num_sms: int, tma: bool,
-    adapter: torch.dtype | None = None, bias: int = 0,
+    adapter: torch.dtype | None = None, bias: int = 0, place: int | None = None,
 ) -> list[Moved]:  # fmt: skip
-    """The launches of a layer's forward and backward, in order, with the tiles that the rules pick."""
+    """The launches of a layer's forward and backward, in order, with the rules' tiles, or y and dx with that at `place`."""
     e, e_g = dtype.itemsize, (adapter or dtype).itemsize
 
     def expand(cols: int, inner: int, masked: bool, bias: int) -> Moved:
         summed = inner if masked else inner + r
-        config = _configs.matmul_config(m, summed, cols, dtype, tma, masked, num_sms)
+        config = _configs.matmul_config(m, summed, cols, dtype, tma, masked, num_sms, place=place)
         return matmul_expand(m, cols, (inner, r), e, config, bias, masked)
 
     forward = [
