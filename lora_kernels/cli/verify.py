@@ -8,7 +8,8 @@ Shown is how much of each limit the worst output used; 1 and below passes. A cas
 leave its inputs as they were, and drop exactly the elements that its backend's dropout rule says.
 
 On a GPU the kernels run on real shapes. Without one they run in Triton's interpreter on small ones, where bfloat16
-cannot be checked: the interpreter multiplies its raw bit patterns. The exit status is 1 if any case fails.
+cannot be checked: the interpreter multiplies its raw bit patterns. With --emulate the compiled kernels of a GPU that is
+not there are executed instead. The exit status is 1 if any case fails.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from rich.text import Text
 from torch import Tensor
 
 from lora_kernels import numerics, plan, strategy
-from lora_kernels.cli import _machine, _verify_blocks
+from lora_kernels.cli import _emulate, _machine, _verify_blocks
 from lora_kernels.cli._cases import every_other, make_problem, run_problem, same_bits, storages, with_mask
 from lora_kernels.cli._verify_blocks import BlockCase
 from lora_kernels.console import on_stdout
@@ -92,12 +93,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="where to run, cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
     parser.add_argument("--backend", choices=("triton", "torch"), help="only this backend")
+    parser.add_argument(
+        "--emulate", choices=_emulate.ARCHES, help="execute what is compiled for this GPU in the checkout's emulator"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after this long")
     parser.add_argument("--seed", type=int, default=0, help="of the numbers and the dropout masks (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run every case that the filters leave; 0 if all pass, 1 if any fails, 2 if nothing could be run."""
+    if args.emulate:
+        return _emulate.run(args)
     console, start = on_stdout(), time.perf_counter()
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

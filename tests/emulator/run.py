@@ -10,6 +10,7 @@ import argparse
 import collections
 import itertools
 import json
+import math
 import os
 import re
 import selectors
@@ -88,6 +89,8 @@ def child(args: argparse.Namespace, arch: str, share: int) -> int:
     asked: set[int] = set()
     with emu.running(), launches.recorded() as seen:
         for case in chosen:
+            if time.time() > args.end:
+                break
             begun, used = time.time(), time.process_time()
             wrong, notes, counters = examine_serialised(emu, args, case.judge, asked)
             if args.counters:
@@ -141,6 +144,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--registers", action="store_true", help="wgmma reads an A in registers as late as it may")
     parser.add_argument("--jobs", type=int, default=1, help="processes an architecture")
     parser.add_argument("--share", type=_share, default=(0, 1), metavar="I/N", help="only every N-th case, from I on")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after this long")
+    parser.add_argument("--jsonl", action="store_true", help="print JSON, a line a case")
     parser.add_argument("--sms", type=int, default=3, help="multiprocessors of the imagined GPU")
     parser.add_argument("--path", default=os.path.dirname(TESTS), help="the checkout whose kernels are run")
     parser.add_argument("--counters", help="append a line of JSON a launch to this file")
@@ -161,6 +166,7 @@ def results(args: argparse.Namespace) -> Iterator[dict]:
         RuntimeError: The emulator cannot be built, or a process died.
     """
     args.modes = args.modes or (["late"] if args.quick else ["late", "random", "early"][: 2 + args.full])
+    args.end = time.time() + 60 * args.minutes
     sys.path[:0] = [TESTS, args.path]
     from emulator import build, emulator, rules, table  # noqa: F401 all that is imported is imported once
 
@@ -180,18 +186,18 @@ def main() -> int:
     begun, cases, ended = time.time(), [], []
     for line in results(args):
         if "name" in line:
-            show(line)
+            print(json.dumps(line), flush=True) if args.jsonl else show(line)
             cases.append(line)
         else:
             ended.append(line)
-    lacking = []
-    for arch in args.arch:
-        line, missing = coverage(ended, arch)
-        lacking += [] if args.filter or args.share[1] > 1 else missing
-        print(line)
-    print(*lacking, sep="\n", end="\n" if lacking else "")
+    executed, lacking = zip(*(coverage(ended, arch) for arch in args.arch), strict=True)
+    part = args.filter or args.share[1] > 1 or time.time() > args.end
+    lacking = [] if part else list(itertools.chain(*lacking))
     failed = sum(bool(case["wrong"]) for case in cases)
-    print(f"{len(cases)} cases, {failed} wrong, {time.time() - begun:.0f}s")
+    if args.jsonl:
+        print(json.dumps(dict(executed=executed, lacking=lacking)))
+    else:
+        print(*executed, *lacking, f"{len(cases)} cases, {failed} wrong, {time.time() - begun:.0f}s", sep="\n")
     return 1 if failed or lacking or not cases else 0
 
 
@@ -227,4 +233,8 @@ def _lines(pipes: list[int]) -> Iterator[str]:
 
 if __name__ == "__main__":
     sys.path.pop(0)  # this file's folder, in which `emulator` is a module and not the package
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except RuntimeError as error:
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        sys.exit(2)
