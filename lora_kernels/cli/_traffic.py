@@ -205,7 +205,7 @@ def layer(
     m: int, k: int, n: int, r: int, dtype: torch.dtype, dropout: bool, num_sms: int, tma: bool,
     adapter: torch.dtype | None = None, bias: int = 0, place: int | None = None,
 ) -> list[Moved]:  # fmt: skip
-    """The launches of a layer's forward and backward, in order, with the rules' tiles, or y and dx with that at `place`."""
+    """The launches of a layer's forward and backward, in order; y and dx take the tile at `place`, or the rule's."""
     e, e_g = dtype.itemsize, (adapter or dtype).itemsize
 
     def expand(cols: int, inner: int, masked: bool, bias: int) -> Moved:
