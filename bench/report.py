@@ -112,6 +112,10 @@ def _folder(name: str, files: dict[str, dict[str, Any]]) -> list[str]:
     verified = files.get("verify")
     if verified:
         parts.append(f"`lora-kernels verify`: {verified['passed']} cases passed, {verified['failed']} failed.")
+    if "races" in files:
+        parts.append(_races(files["races"]["shapes"]))
+    if "variants" in files:
+        parts += _variants(files["variants"]["variants"])
     if "host" in files:
         parts += _host(files["host"])
     order = ("llama-8b", "blocks", "decoder", "kernels", "model", "lorafusion", "large")
@@ -127,6 +131,27 @@ def _step(record: dict[str, Any]) -> str:
     """What became of a step: a page of times must not keep back that the tests beside them failed."""
     state = {"skipped": "skipped for want of time", "out of time": "stopped, out of time"}
     return f"{record['name']} {state.get(record['state'], record['state'])}"
+
+
+def _races(shapes: list[dict[str, Any]]) -> str:
+    """What `bench.races` found."""
+    rounds, differed = sum(one["rounds"] for one in shapes), sum(any(one["wrong"].values()) for one in shapes)
+    found = f"results of {differed} shapes differed" if differed else "the same bits"
+    return f"Launches that overlap beside launches that do not, {rounds} rounds of {len(shapes)} shapes: {found}."
+
+
+def _variants(variants: dict[str, dict[str, Any]]) -> list[str]:
+    """What `bench.variants` timed: forward + backward in milliseconds, and over the floor's of the same run."""
+    rows = []
+    for name, found in variants.items():
+        if found["problem"]:
+            rows.append([name, "-", "-", found["problem"]])
+        for case in found["cases"]:
+            ours, frozen = (case[provider] for provider in ("ours", "frozen"))
+            timed = isinstance(ours, dict) and isinstance(frozen, dict)
+            cells = (f"{ours['both'] * 1e3:.3f}", f"{ours['both'] / frozen['both']:.3f}") if timed else ("-", str(ours))
+            rows.append([name, f"{case['p']:g}", *cells])
+    return ["### variants", _table(["kernels", "p", "ours ms", "/ floor"], rows)]
 
 
 def host_table(rows: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -1,0 +1,115 @@
+"""What the battery runs: steps in order of what they are worth, those of a stage at once."""
+
+import importlib.util
+import os
+
+from bench.processes import ROOT, Step
+
+__all__ = ["Stage", "everything", "first", "jobs"]
+
+Stage = tuple[Step, ...]
+BLOCKS = ("qkv", "mlp", "layer")
+_LLAMA = ("--preset", "llama-8b", "--dtype", "bf16", "--p", "0", "0.1")
+_LEAN = ("--no-compile", "--rounds", "15")
+_TINY = ("--quick", "--no-compile", "--device", "cpu", "--rounds", "2", "--dtype", "bf16")
+
+
+def jobs() -> int:
+    """Processes that compile or test at once: two cores are left to the rest."""
+    return max(1, len(os.sched_getaffinity(0)) - 2)
+
+
+def everything(rehearse: bool) -> list[Stage]:
+    """The whole battery: correctness, then times and memory of every level."""
+    return [
+        (_warm_up(rehearse, 100),), _correctness(rehearse, 150, ""),
+        (_layers(rehearse, 80),), (_blocks(rehearse, 60),), (_kernels(rehearse, 50),), (_model(rehearse, 50),),
+        (_bench("lorafusion", rehearse, 90, ("--preset", "lorafusion", "--m", "2048", "4096", "6144", "8192",
+                "--dtype", "bf16", "--p", "0", "0.1", *_LEAN), ("--m", "16", "32", "--p", "0.1")),),
+        (_bench("large", rehearse, 90, ("--preset", "large", "--dtype", "bf16", "--p", "0", "0.1", *_LEAN),
+                ("--memory-only",)),),
+    ]  # fmt: skip
+
+
+def first(rehearse: bool) -> list[Stage]:
+    """The first run on a GPU: is it right, does it race, how far from the library; then variants, then the rest."""
+    return [
+        (_warm_up(rehearse, 100),), _correctness(rehearse, 150, "not races and not compiled"),
+        (_races(rehearse, 60), _graphs(rehearse, 60)),
+        (_kernels(rehearse, 60),), (_variants(rehearse, 90),), (_layers(rehearse, 80),), (_blocks(rehearse, 60),),
+    ]  # fmt: skip
+
+
+def _warm_up(rehearse: bool, cap: float) -> Step:
+    more = ("--arch", "sm_90", "--quick") if rehearse else ()
+    return Step("warm_up", ("-m", "bench.warm_up", "--jobs", str(jobs()), *more), cap if not rehearse else 300)
+
+
+def _correctness(rehearse: bool, cap: float, which: str) -> Stage:
+    """The GPU tests beside `verify`; both wait for compilers more than for the GPU."""
+    if rehearse:
+        emulated = Step("emulated", ("tests/emulator/run.py", "--quick", "--arch", "sm_90"), 300)
+        return _tests("gpu_tests", rehearse, 60, which), Step("verify", _verify("--quick"), 120), emulated
+    return _tests("gpu_tests", rehearse, cap, which), Step("verify", _verify(), cap)
+
+
+def _verify(*options: str) -> tuple[str, ...]:
+    return ("-m", "bench.verifying", "--json", "{file}", "--minutes", "{minutes}", *options)
+
+
+def _races(rehearse: bool, cap: float) -> Step:
+    how = ("--rounds", "2", "--emulate", "sm_90") if rehearse else ()
+    return Step("races", ("-m", "bench.races", "--json", "{file}", *how), cap if not rehearse else 300)
+
+
+def _graphs(rehearse: bool, cap: float) -> Step:
+    return _tests("graphs", rehearse, cap, "compiled")
+
+
+def _tests(name: str, rehearse: bool, cap: float, which: str = "") -> Step:
+    """The tests that need a GPU, spread over processes where pytest-xdist is there.
+
+    addopts: the project's own say how many processes. The warnings ignored, and going on without a file that cannot be
+    read: a plugin or a package that is missing there must not keep the other tests from running.
+    """
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu*.py"))
+    spread = ("-n", str(jobs())) if importlib.util.find_spec("xdist") and not rehearse else ()
+    command = (
+        "-m", "pytest", *files, "-m", "gpu", *(("-k", which) if which else ()), *spread, "-q", "-rf",
+        "-o", "addopts=--strict-markers", "--tb=short", "-W", "ignore::pytest.PytestConfigWarning",
+        "--continue-on-collection-errors",
+    )  # fmt: skip
+    if rehearse:  # 5: no such tests
+        return Step(name, (*command, "--collect-only"), cap, fine=(0, 5))
+    return Step(name, (*command, "--junitxml={xml}"), cap)
+
+
+def _kernels(rehearse: bool, cap: float) -> Step:
+    """Every launch beside the library: ours / base of y and dx is what `strategy` assumes of the slowdown."""
+    return _bench("kernels", rehearse, cap, ("--level", "kernel", *_LLAMA, *_LEAN), ("--level", "kernel", "--p", "0"))
+
+
+def _variants(rehearse: bool, cap: float) -> Step:
+    more = ("--rehearse",) if rehearse else ()
+    return Step("variants", ("-m", "bench.variants", "--json", "{file}", *more), cap if not rehearse else 240)
+
+
+def _layers(rehearse: bool, cap: float) -> Step:
+    return _bench("llama-8b", rehearse, cap, (*_LLAMA, *_LEAN), ("--p", "0", "0.1"))
+
+
+def _blocks(rehearse: bool, cap: float) -> Step:
+    blocks = ("--block", *BLOCKS)
+    return _bench("blocks", rehearse, cap, (*blocks, *_LLAMA, *_LEAN), (*blocks, "--p", "0.1"))
+
+
+def _model(rehearse: bool, cap: float) -> Step:
+    lean = ("--no-compile", "--rounds", "10")
+    return _bench("model", rehearse, cap, ("--level", "model", *_LLAMA, *lean), ("--level", "model", "--p", "0.1"))
+
+
+def _bench(name: str, rehearse: bool, cap: float, options: tuple[str, ...], tiny: tuple[str, ...]) -> Step:
+    """A run of `lora-kernels bench`; in a rehearsal with tiny shapes on a CPU."""
+    chosen = (*tiny, *_TINY) if rehearse else options
+    command = ("-m", "lora_kernels", "bench", "--json", "{file}", "--minutes", "{minutes}", *chosen)
+    return Step(name, command, cap if not rehearse else 120)

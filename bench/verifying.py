@@ -1,0 +1,61 @@
+"""`lora-kernels verify` of every dtype at once, a process each, as one result: `python -m bench.verifying --json FILE`.
+
+Checking waits for the compiler and for the host more than for the GPU. Other options go to `verify`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_kernels.cli._machine import write_json
+from lora_kernels.cli.verify import DTYPES
+
+__all__ = ["main", "merged"]
+
+
+def merged(results: Sequence[dict[str, Any]], missing: Sequence[str]) -> dict[str, Any]:
+    """One result of those of several dtypes.
+
+    Args:
+        results: What `verify` wrote of each.
+        missing: Dtypes of which it wrote nothing.
+    """
+    counts = {name: sum(result[name] for result in results) for name in ("passed", "failed", "not_run")}
+    notes = dict.fromkeys(note for result in results for note in result["notes"])
+    summary = [result["summary"] for result in results] + [f"{dtype}: no result" for dtype in missing]
+    return {
+        "command": "verify", **{name: results[0][name] for name in ("device", "seed", "quick") if results},
+        "notes": list(notes), "summary": "\n".join(summary), **counts, "missing": list(missing),
+        "cases": [case for result in results for case in result["cases"]],
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Verify; the largest exit status of the processes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.verifying", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", required=True, type=Path, metavar="FILE", help="written anew as each dtype is done")
+    args, options = parser.parse_known_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {dtype: Path(folder) / f"{dtype}.json" for dtype in DTYPES}
+        running = {
+            dtype: subprocess.Popen(
+                [sys.executable, "-m", "lora_kernels", "verify", "--dtype", dtype, "--json", str(file), *options]
+            )
+            for dtype, file in files.items()
+        }
+        for process in running.values():
+            process.wait()
+            there = {dtype: json.loads(file.read_text()) for dtype, file in files.items() if file.exists()}
+            write_json(args.json, merged(list(there.values()), [dtype for dtype in DTYPES if dtype not in there]))
+    return max(abs(process.returncode) for process in running.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Compile, in many processes and without launching anything, what the battery is about to launch.
+
+    python -m bench.warm_up [--jobs N] [--arch sm_90] [--quick]
+
+Compiling takes a GPU longer than all else, one kernel after the other. Here the layers and blocks of `verify`, of the
+race and of `bench --preset llama-8b` go forward and backward on an imagined GPU (`kernels/_imagined.py`) that is like
+this machine's, so that Triton's cache has their kernels; `--arch` imagines another.
+"""
+
+import argparse
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import races
+from lora_kernels import plan
+from lora_kernels.cli import _compiled, _presets, _verify_blocks, verify
+from lora_kernels.cli._cases import run_problem
+
+__all__ = ["main", "work"]
+
+Work = tuple[Any, str]  # a case of `verify`, of its blocks or of `inspect`, and the form of its large products
+
+
+def work(on_gpu: bool, quick: bool) -> list[Work]:
+    """What is compiled, the largest kernels first."""
+    dtypes = ("bf16",) if quick else tuple(verify.DTYPES)
+    checked = [
+        (case, case.form)
+        for dtype in dtypes
+        for matrix in (verify._matrix, _verify_blocks.matrix)
+        for case in matrix("triton", dtype, on_gpu, quick)
+    ]
+    raced = [_compiled.Case(*shape, p=0.1, bias=True) for shape in (races.SMALL if quick else races.LARGE)]
+    return [*([] if quick else _timed()), *((case, "fused") for case in raced), *checked]
+
+
+def _timed() -> list[Work]:
+    """The layers and blocks of `bench --preset llama-8b`, in both forms that the rules may choose."""
+    preset, found = _presets.PRESETS["llama-8b"], []
+    mlp, qkv = (_presets.block_shape(preset.model, block) for block in ("mlp", "qkv"))
+    for p in (0.0, 0.1):
+        found += [_compiled.Case(mlp.m, mlp.k, mlp.n, 16, p=p, activation="silu")]
+        found += [_compiled.Case(qkv.m, qkv.k, qkv.n, 16, p=p, others=qkv.others)]
+        found += [_compiled.Case(shape.m, shape.k, shape.n, 16, p=p, fp32_adapters=wide)
+                  for shape in preset.shapes for wide in (False, True)]  # fmt: skip
+    return [(case, form) for case in found for form in ("fused", "beta1")]
+
+
+def _gpu(arch: str | None) -> Any:
+    """The GPU that is imagined: by name, or like this machine's."""
+    from lora_kernels.kernels import _launch
+    from lora_kernels.kernels._imagined import GPUS, ImaginedGPU
+
+    if arch:
+        return GPUS[arch]
+    here = torch.device("cuda", 0)
+    (major, minor), shared = _launch.capability(here), _launch.shared_per_sm(here)
+    return ImaginedGPU(f"sm_{major}{minor}", _launch.num_sms(here), shared, shared, 0)
+
+
+def _launcher() -> Callable:
+    """Compiles Triton's own launchers, as they are on a GPU, and launches nothing by them."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    def compiled(source: Any, metadata: Any) -> Callable:
+        CudaLauncher(source, metadata)
+        return lambda *args: None
+
+    return compiled
+
+
+class _Compiler:
+    """What a process compiles on."""
+
+    imagined: tuple[Any, Callable | None] = None, None
+
+
+def _begin(gpu: Any, launchers: bool) -> None:
+    problem = _compiled.problem()
+    if problem:
+        raise RuntimeError(problem)
+    torch.set_num_threads(1)
+    plan.interpreting = lambda: True  # lets CPU tensors through to the launchers
+    _Compiler.imagined = gpu, _launcher() if launchers else None
+
+
+def _compile(one: Work) -> tuple[str, set[str], str]:
+    """Go through a case: its name, hashes of the kernels it launches, and what went wrong, or ""."""
+    from lora_kernels.kernels._imagined import imagine
+
+    case, form = one
+    launched: list[Any] = []
+    try:
+        with imagine(*_Compiler.imagined) as launched, plan.forced(form):
+            _run(case)
+    except Exception as error:  # what cannot be compiled here will say so where it is run
+        return _name(case, form), set(), f"{type(error).__name__}: {error}".splitlines()[0]
+    return _name(case, form), {launch.kernel.hash for launch in launched}, ""
+
+
+def _name(case: Any, form: str) -> str:
+    if isinstance(case, _compiled.Case):
+        return f"{case} {form}"
+    return f"verify {case.dtype} {case.shape()} {case.layout} p={case.p:g} {form}"
+
+
+def _run(case: Any) -> None:
+    """Launch a case's kernels, on numbers where `verify` would draw some."""
+    if isinstance(case, _compiled.Case):
+        ys = _compiled._forward(case)
+        torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+    elif isinstance(case, _verify_blocks.BlockCase):
+        problem = _verify_blocks._draw(case, verify.DTYPES[case.dtype], "cpu", 0)
+        _verify_blocks._run(problem, "triton", 0)
+    else:
+        run_problem(verify.draw(case, torch.device("cpu"), 0), "triton", 0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile; 0, or 1 if something could not be compiled, 2 without a GPU to compile for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.warm_up", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes")
+    parser.add_argument("--arch", metavar="ARCH", help="sm_80, sm_90, sm_100: for this GPU, and without one here")
+    parser.add_argument("--quick", action="store_true", help="a few small layers in bf16")
+    args = parser.parse_args(argv)
+    if not args.arch and not torch.cuda.is_available():
+        print("bench.warm_up: there is no CUDA GPU here; --arch sm_90 compiles for one", file=sys.stderr)
+        return 2
+    if problem := _compiled.problem():
+        print(f"bench.warm_up: {problem}", file=sys.stderr)
+        return 2
+    begun, hashes, failed = time.monotonic(), set(), 0
+    todo, given = work(not args.quick, args.quick), (_gpu(args.arch), not args.arch)
+    # spawned, not forked: a process that has used CUDA cannot be
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, context, _begin, given) as pool:
+        for done, future in enumerate(as_completed([pool.submit(_compile, one) for one in todo]), 1):
+            name, found, problem = future.result()
+            hashes |= found
+            failed += bool(problem)
+            print(f"{done}/{len(todo)} {name}: {problem or f'{len(found)} more kernels'}", flush=True)
+    print(f"{len(hashes)} kernels of {len(todo)} cases in {time.monotonic() - begun:.0f} s, {failed} cases failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.exit(main())

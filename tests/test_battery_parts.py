@@ -1,0 +1,99 @@
+"""What the battery is made of besides `bench`: kernels compiled ahead, and variants of the package."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench import variants, warm_up
+from bench.processes import ROOT
+from lora_kernels.cli import _compiled, verify
+
+# --- kernels compiled ahead
+
+
+def test_what_is_compiled_ahead_is_what_verify_runs_on_a_gpu():
+    cases = [case for case, _ in warm_up.work(on_gpu=True, quick=False)]
+    for dtype in verify.DTYPES:
+        assert set(verify._matrix("triton", dtype, True, False)) <= set(cases)
+    timed = [case for case in cases if isinstance(case, _compiled.Case) and case.m == 8192]
+    assert {case.activation for case in timed} == {"", "silu"}
+    assert {case.p for case in timed} == {0.0, 0.1}
+    assert any(case.others for case in timed)
+
+
+COMPILE = """
+import sys
+from bench import warm_up
+from lora_kernels.cli import _compiled
+warm_up._begin(warm_up._gpu("sm_90"), False)
+print(warm_up._compile((_compiled.Case(40, 48, 56, 16, p=0.1), "fused")))
+"""
+
+
+def test_another_process_finds_what_was_compiled(tmp_path):
+    """In Triton's cache, by the same key: nothing is compiled twice."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    files = []
+    for _ in range(2):
+        ran = subprocess.run(
+            [sys.executable, "-c", COMPILE], cwd=ROOT, capture_output=True, text=True,
+            env=env | {"TRITON_CACHE_DIR": str(tmp_path)},
+        )  # fmt: skip
+        assert "40x48x56 r=16 bf16 p=0.1 fused" in ran.stdout, ran.stderr
+        files.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")})
+    assert len(files[0]) >= 4
+    assert files[0] == files[1]
+
+
+def test_a_case_that_cannot_be_compiled_is_told_and_not_the_end():
+    class Wrong(_compiled.Case):
+        pass
+
+    name, found, problem = warm_up._compile((Wrong(4, 4, 4, 0), "fused"))
+    assert name == "4x4x4 r=0 bf16 p=0 fused"
+    assert not found
+    assert problem
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_asks_which_to_compile_for(capsys):
+    assert warm_up.main([]) == 2
+    assert "--arch sm_90" in capsys.readouterr().err
+
+
+# --- variants
+
+
+@pytest.mark.parametrize("name", [name for name, variant in variants.VARIANTS.items() if variant])
+def test_a_variant_stands_in_the_source(name, tmp_path):
+    variant = variants.VARIANTS[name]
+    copy = variants.copied(variant, tmp_path)
+    changed = (copy / variant.file).read_text()
+    assert changed != (variants.PACKAGE / variant.file).read_text()
+    compile(changed, variant.file, "exec")
+
+
+def test_a_text_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(ValueError, match="renew the table"):
+        variants.copied(variants.Variant("plan.py", "no such text", ""), tmp_path)
+
+
+def test_it_is_the_copy_that_is_timed(monkeypatch, tmp_path, capsys):
+    broken = variants.Variant("cli/bench.py", "def run(args", "raise SystemExit('the copy')\ndef run(args")
+    monkeypatch.setattr(variants, "VARIANTS", {"as it is": None, "broken": broken})
+    file = tmp_path / "v.json"
+    assert variants.main(["--rehearse", "--json", str(file), "--only", "as it is", "broken"]) == 1
+    written = json.loads(file.read_text())
+    assert written["complete"]
+    assert written["variants"]["broken"]["problem"] == "the copy"
+    (case,) = written["variants"]["as it is"]["cases"]
+    assert case["ours"]["both"] > 0
+    shown = capsys.readouterr().out
+    assert "of the floor" in shown
+    assert "broken: the copy" in shown
