@@ -48,9 +48,9 @@ class Emulator:
     def __init__(self, arch: str = "sm_90", sms: int = 3, path: str = ".") -> None:
         core, arena = build.build()
         self.lib = ctypes.CDLL(str(core), ctypes.RTLD_GLOBAL)
-        for name in ("emu_problems", "emu_launches", "emu_source"):
+        for name in ("emu_problems", "emu_launches", "emu_source", "emu_reached"):
             getattr(self.lib, name).restype = ctypes.c_char_p
-        self.lib.emu_arena.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p]
+        self.lib.emu_arena.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_uint64, ctypes.c_void_p]
         self.lib.emu_set.argtypes = [ctypes.c_char_p, ctypes.c_long]
         triton.knobs.nvidia.libcuda_path = str(core.parent)
         self._install(ctypes.CDLL(str(arena)))
@@ -72,12 +72,14 @@ class Emulator:
 
     def _install(self, arena: ctypes.CDLL) -> None:
         """Have PyTorch allocate in the arena, and tell the emulator its bounds."""
-        for name in ("arena_at", "arena_flags"):
-            getattr(arena, name).restype = ctypes.c_void_p
+        places = arena.arena_at, arena.arena_flags, arena.arena_since
+        for place in places:
+            place.restype = ctypes.c_void_p
         arena.arena_bytes.restype = ctypes.c_size_t
-        arena.arena_install(*(ctypes.cast(f, ctypes.c_void_p) for f in (self.lib.emu_pending, self.lib.emu_drain)))
+        ours = self.lib.emu_pending, self.lib.emu_drain, self.lib.emu_freed
+        arena.arena_install(*(ctypes.cast(f, ctypes.c_void_p) for f in ours))
         keep_off = ctypes.cast(arena.arena_protect, ctypes.c_void_p)
-        self.lib.emu_arena(arena.arena_at(), arena.arena_flags(), arena.arena_bytes(), keep_off)
+        self.lib.emu_arena(*(f() for f in places), arena.arena_bytes(), keep_off)
         self.arena = arena
 
     def set(self, **options: int) -> None:

@@ -45,6 +45,7 @@ void load_global(Warp &w, const Instr &i) {
     if (w.m >> l & 1) {
       if (!aligned(w, at[l], n, "reads") || !inside(&w, at[l], n, "reads")) continue;
       own_stores(w, at[l], n);
+      order_read(w, at[l], n);
       for (size_t k = 0; k < i.v.size(); k++) {
         u64 v = 0;
         memcpy(&v, (u8 *)at[l] + k * i.a, i.a);
@@ -64,6 +65,7 @@ void store_global(Warp &w, const Instr &i) {
   for (int l = 0; l < 32; l++)
     if (w.m >> l & 1) {
       if (!aligned(w, at[l], n, "writes") || !inside(&w, at[l], n, "writes")) continue;
+      order_write(w, at[l], n, PLAIN);
       Store s;
       s.at = at[l];
       s.n = n;
@@ -118,7 +120,7 @@ void store_shared(Warp &w, const Instr &i) {
     }
 }
 
-// a: bytes; b: which operation; o: old, operand, second operand; c: releases and acquires.
+// a: bytes; b: which operation; o: old, operand, second operand; c: bits: releases, acquires.
 void atomic(Warp &w, const Instr &i) {
   u64 at[32];
   addresses(w, i, at);
@@ -126,6 +128,9 @@ void atomic(Warp &w, const Instr &i) {
   for (int l = 0; l < 32; l++)
     if (w.m >> l & 1) {
       if (!aligned(w, at[l], i.a, "updates") || !inside(&w, at[l], i.a, "updates")) continue;
+      order_write(w, at[l], i.a, BY_ATOMIC);
+      if (i.c & 1) order_release(w, at[l]);
+      if (i.c & 2) order_acquire(w, at[l]);
       u64 old = 0, x = get(w, i.o[1], i.w[1], l), now;
       memcpy(&old, (void *)at[l], i.a);
       float fo, fx;

@@ -5,6 +5,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -25,6 +26,11 @@ static std::unordered_map<size_t, size_t> sizes;
 static std::mutex mutex;
 
 static int (*pending)();
+
+// Up to which launch a tensor that is freed is in use; the most of those freed so far; likewise by ROUND of memory what
+// was the most when it was handed out. A caching allocator may cut whatever is free, so any of these may be there.
+static unsigned (*freed)(char *, size_t);
+static unsigned newest, *since;
 
 static void (*drain)();
 
@@ -52,6 +58,7 @@ static void release(void *p) {
   bool busy = pending && pending();
   // Else the launches before may still touch it.
   if (!busy) memset(shadow + off, 0, n);
+  if (busy) newest = std::max(newest, freed((char *)p, n));
   idle[room].push_back({off, busy});
   sizes.erase(off);
 }
@@ -80,6 +87,7 @@ struct Arena final : c10::Allocator {
       if (closed) mprotect(base + page, span, PROT_NONE);
     }
     memset(shadow + off, 1, n);
+    std::fill_n(since + off / ROUND, room / ROUND, newest);
     sizes[off] = n;
     return {base + off, base + off, &release, c10::Device(c10::DeviceType::CPU)};
   }
@@ -92,12 +100,14 @@ void arena_protect(int on) {
   protect(on);
 }
 
-void arena_install(int (*is_pending)(), void (*run)()) {
+void arena_install(int (*is_pending)(), void (*run)(), unsigned (*is_freed)(char *, size_t)) {
   int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
   base = (char *)mmap(nullptr, SIZE, PROT_READ | PROT_WRITE, flags, -1, 0);
   shadow = (char *)mmap(nullptr, SIZE, PROT_READ | PROT_WRITE, flags, -1, 0);
+  since = (unsigned *)mmap(nullptr, SIZE / ROUND * sizeof *since, PROT_READ | PROT_WRITE, flags, -1, 0);
   pending = is_pending;
   drain = run;
+  freed = is_freed;
   struct sigaction action;
   memset(&action, 0, sizeof action);
   action.sa_sigaction = touched;
@@ -113,6 +123,9 @@ void *arena_at() {
 
 void *arena_flags() {
   return shadow;
+}
+void *arena_since() {
+  return since;
 }
 size_t arena_bytes() {
   return SIZE;

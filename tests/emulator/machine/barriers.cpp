@@ -76,7 +76,7 @@ void bar_sync(Warp &w, const Instr &i) {
   bool whole = expected == w.cta->warps.size();
   for (int id : there) w.cta->warps[id].state = READY;
   there.clear();
-  if (whole) w.cta->epoch++, w.cta->clock++;
+  if (whole) w.cta->epoch++, w.cta->clock++, order_barrier(*w.cta);
 }
 
 void nothing(Warp &, const Instr &) {}
@@ -101,5 +101,6 @@ void trigger(Cta &c) {
 
 void grid_launch(Warp &w, const Instr &) {
   w.triggered = true;
+  order_triggered(w);
   trigger(*w.cta);
 }

@@ -50,7 +50,7 @@ static bool access(Instr &i, Statement &s) {
 
 // atom and red: see access.cpp.
 static bool update(Instr &i, Statement &s) {
-  if (!s.has("global") || !s.has("gpu")) return false;
+  if (!s.has("global") || !(s.has("gpu") || s.has("cta"))) return false;
   // By number, as `atomic` has them; 3 is the addition of floats.
   const char *operations[] = {"add", "exch", "cas", "", "max", "and"};
   i.b = -1;
@@ -63,7 +63,9 @@ static bool update(Instr &i, Statement &s) {
   size_t address = s.parts[0] == "atom";
   memory_operand(i, s.args[address]);
   i.w[0] = i.w[1] = i.a * 8;
-  i.c = s.has("acq_rel") || s.has("release");
+  // Others than those of its CTA are nothing to an operation of that scope.
+  if (s.has("gpu"))
+    i.c = (s.has("acq_rel") || s.has("release") ? 1 : 0) | (s.has("acq_rel") || s.has("acquire") ? 2 : 0);
   if (address) i.o[0] = s.reg(0, i.w[0]);
   i.o[1] = s.reg(address + 1, i.w[1]);
   if (i.b == 2) i.o[2] = s.reg(address + 2, i.w[1]);

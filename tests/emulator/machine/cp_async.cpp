@@ -35,7 +35,7 @@ void copy_async(Warp &w, const Instr &i) {
       if (!in_shared(w, one.dst, i.a, "cp.async writes") || !aligned(w, one.dst, i.a, "cp.async writes")) continue;
       if (one.n && (!aligned(w, at[l], i.a, "cp.async reads") || !inside(&w, at[l], one.n, "cp.async reads")))
         one.n = 0;
-      if (one.n) own_stores(w, at[l], one.n);
+      if (one.n) own_stores(w, at[l], one.n), order_read(w, at[l], one.n);
       touch(w, one.dst, i.a, true, true, false, true);
       if (options.mode == EARLY || (options.mode == RANDOM && rng() % 2))
         copy_run(w, one);

@@ -92,7 +92,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
   u32 row = box[0] * t.elem;
   if (row % 16 || (spans[swizzle] && row > spans[swizzle])) return refuse("a row of a descriptor's tile");
   memset(map, 0, sizeof *map);
-  u64 words[] = {0x70616d726f736e74ull, 0, tensor_maps.size()};
+  u64 words[] = {TENSOR_MAP, 0, tensor_maps.size()};
   memcpy(map, words, sizeof words);
   tensor_maps.push_back(t);
   OK;
@@ -184,12 +184,22 @@ const char *emu_source(int i) {
   return modules[i]->source.c_str();
 }
 
+// The lines that warps have come to, with spaces between.
+const char *emu_reached(int i) {
+  static string lines;
+  lines.clear();
+  for (auto &instr : modules[i]->code)
+    if (instr.reached) lines += std::to_string(instr.line) + " ";
+  return lines.c_str();
+}
+
 void emu_serialise(int i) {
   modules[i]->serial = true;
 }
 int emu_replace(int i, const char *text) {
   try {
     auto *k = parse(text);
+    k->serial = modules[i]->serial;
     *modules[i] = *k;
     delete k;
     return 1;

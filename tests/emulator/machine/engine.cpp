@@ -45,7 +45,7 @@ static void wake(Cta &c) {
       size_t n = 0;
       while (stream[n].get() != c.grid) n++;
       if (n && stream[n - 1]->done == stream[n - 1]->total) flush(unreleased[stream[n - 1].get()]);
-      if (!n || stream[n - 1]->done == stream[n - 1]->total) w.state = READY;
+      if (!n || stream[n - 1]->done == stream[n - 1]->total) w.state = READY, order_waited(w);
     }
   }
 }
@@ -69,6 +69,7 @@ static void bring_up() {
     if (pick == stream.size()) return;
     if (pick) stream[pick]->early = true;
     resident.push_back(make_cta(*stream[pick]));
+    order_start(*resident.back());
   }
 }
 
@@ -80,19 +81,19 @@ static void land(Cta &c) {
   load_run(c, b);
 }
 
-// Nobody can go on: say who waits where, and give up all that was launched.
-static void give_up() {
+// Nobody can go on, or it takes too long: say who waits where, and give up all that was launched.
+static void give_up(bool stuck) {
   bool left = resident.empty();
   string where;
   for (auto &c : resident)
     for (auto &w : c->warps) {
       if (w.state == DONE || where.size() >= 400) continue;
       const Kernel &k = *c->grid->kernel;
-      const char *what = w.state == AT_BAR ? "bar.sync" : w.state == AT_MBAR ? "mbarrier" : "griddepcontrol.wait";
+      const char *waits[] = {"its turn", "bar.sync", "mbarrier", "griddepcontrol.wait"}, *what = waits[w.state];
       where += " " + k.name + " cta " + std::to_string(c->id[0]) + " warp " + std::to_string(w.id) + " at " + what +
                " (ptx " + std::to_string(k.code[w.pc ? w.pc - 1 : 0].line) + ")";
     }
-  problem(left ? "nothing may start" : "deadlock:" + where);
+  problem(!stuck ? "it goes on and on:" + where : left ? "nothing may start" : "deadlock:" + where);
   resident.clear();
   stream.clear();
   unreleased.clear();
@@ -116,7 +117,8 @@ static void retire(Cta *c) {
 
 // Run all that was launched: a turn of one warp at a time.
 static void run_all() {
-  while (!stream.empty()) {
+  for (int turn = 0; !stream.empty(); turn++) {
+    if (options.turns && turn > options.turns) return give_up(false);
     bring_up();
     vector<Warp *> ready;
     vector<Cta *> loading;
@@ -132,7 +134,7 @@ static void run_all() {
       land(*loading[rng() % loading.size()]);
       continue;
     }
-    if (ready.empty()) return give_up();
+    if (ready.empty()) return give_up(true);
     Warp *w = ready[rng() % ready.size()];
     // Dependents run ahead.
     if (rng() % 2)
@@ -161,6 +163,7 @@ void enqueue(Grid *g) {
       std::swap(g->order[k], g->order[j]);
     }
   if (!g->dependent) drain();
+  order_enqueue(*g, stream.empty());
   stream.emplace_back(g);
   if (protect) protect(1);
 }
@@ -168,15 +171,16 @@ void enqueue(Grid *g) {
 void drain() {
   if (protect) protect(0);
   run_all();
+  order_forget();
 }
 
 extern "C" {
 // Set one of the options.
 void emu_set(const char *name, long v) {
-  const std::map<string, int *> places = {{"mode", &options.mode}, {"resident", &options.resident},
-                                          {"race", &options.race}, {"quantum", &options.quantum},
-                                          {"arch", &options.arch}, {"sms", &options.sms},
-                                          {"weak", &options.weak}, {"registers", &options.registers}};
+  const std::map<string, int *> places = {
+      {"mode", &options.mode},       {"resident", &options.resident},   {"race", &options.race},
+      {"quantum", &options.quantum}, {"arch", &options.arch},           {"sms", &options.sms},
+      {"weak", &options.weak},       {"registers", &options.registers}, {"turns", &options.turns}};
   if (string(name) == "seed") {
     options.seed = v;
     rng.seed(v);
@@ -193,9 +197,10 @@ int emu_pending() {
 }
 
 // Where arena.cpp keeps tensors, and what closes that memory to PyTorch.
-void emu_arena(void *base, void *shadow, u64 size, void (*keep_off)(int)) {
+void emu_arena(void *base, void *shadow, u32 *since, u64 size, void (*keep_off)(int)) {
   arena_base = (u8 *)base;
   arena_shadow = (u8 *)shadow;
+  arena_since = since;
   arena_size = size;
   protect = keep_off;
 }

@@ -4,6 +4,7 @@
 #include <cstdio>
 
 u8 *arena_base = nullptr, *arena_shadow = nullptr;
+u32 *arena_since = nullptr;
 u64 arena_size = 0;
 
 bool inside(const Warp *w, u64 at, u32 n, const char *what) {

@@ -7,6 +7,7 @@
 #include <random>
 #include <unordered_map>
 
+#include "order.h"
 #include "program.h"
 
 // When asynchronous work takes effect.
@@ -25,6 +26,8 @@ struct TensorMap {
   bool nan;
 };
 extern std::deque<TensorMap> tensor_maps;
+// What a CUtensorMap of ours begins with; its third word is the number of the map.
+constexpr u64 TENSOR_MAP = 0x70616d726f736e74ull;
 
 // Of a launch. `passes` over the banks of shared memory, and the fewest possible; sectors of 32 bytes of global memory.
 struct Counters {
@@ -97,6 +100,7 @@ struct Warp {
   u64 proxy_fence = 0, wg_fence = 0;
   vector<u64> written;
   vector<Store> stores;
+  Known known;
 };
 
 struct MBar {
@@ -134,6 +138,9 @@ struct Cta {
   bool triggered = false;
   u64 clock = 1;
   vector<Store> stores;
+  // For the race detector of global memory: a number of its own, and its time, which goes on at barriers and releases.
+  u32 serial = 0, tick = 1, barrier_tick = 0;
+  Known known;
 };
 
 struct alignas(128) Line {
@@ -153,6 +160,8 @@ struct Grid {
   vector<u64> order;
   // Whether a CTA came up before the grid before was over.
   bool early = false;
+  // Whether nothing was pending when it was launched.
+  bool alone = false;
   int index;
 
   u8 *params() { return (u8 *)lines.data(); }
@@ -171,6 +180,8 @@ struct Options {
   int weak = 1;
   // Whether wgmma reads an A in registers as late as PTX allows.
   int registers = 0;
+  // After how many turns whatever still runs is given up; 0: never.
+  int turns = 0;
   u64 seed = 0;
 };
 extern Options options;

@@ -7,6 +7,9 @@
 // Memory of tensors: arena.cpp has the bounds; without it every address will do.
 extern u8 *arena_base, *arena_shadow;
 extern u64 arena_size;
+// Of each so many bytes: up to which launch their memory may still be in use by whoever had it before.
+extern u32 *arena_since;
+constexpr u64 ARENA_ROUND = 512;
 
 // Whether bytes of global memory are somebody's; notes it where not. `what`: "reads" and the like.
 bool inside(const Warp *w, u64 at, u32 n, const char *what);
@@ -44,7 +47,7 @@ void touch(Warp &w, u32 at, u32 n, bool writes, bool generic, bool same = false,
 // Bytes were written by TMA.
 void arrived(Cta &c, u32 at, u32 n);
 
-// Passes over the 32 banks that a request of `n` bytes a lane takes, and the fewest it could; of the instruction at hand.
+// Passes over the 32 banks that a request of `n` bytes a lane takes, and the fewest it could, at the instruction at hand.
 void banks(Warp &w, u32 mask, const u32 *at, u32 n, u64 &passes, u64 &ideal);
 // An address in a tile whose 16-byte chunks are permuted by the bits above its rows of 32, 64 or 128 bytes.
 inline u32 swizzled(u32 at, int bytes) {

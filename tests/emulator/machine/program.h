@@ -73,6 +73,8 @@ struct Instr {
   // Where it comes from: the line of PTX, the text, the place in Python.
   int line = 0;
   string text, loc;
+  // Whether a warp has come to it.
+  mutable bool reached = false;
 };
 
 struct Param {

@@ -85,7 +85,7 @@ void tma(Warp &w, const Instr &i) {
   memcpy(&index, (void *)(map + 16), 8);
   u64 magic;
   memcpy(&magic, (void *)map, 8);
-  if (magic != 0x70616d726f736e74ull || index >= tensor_maps.size()) {
+  if (magic != TENSOR_MAP || index >= tensor_maps.size()) {
     problem(&w, "TMA by what is no tensor map");
     return;
   }
@@ -100,6 +100,9 @@ void tma(Warp &w, const Instr &i) {
   Cta &c = *w.cta;
   if (i.a) {
     b.bar = R<u32>(w, i.o[0])[l];
+    tiles(b, [&](u32, u64 from, u32 n) {
+      if (n) order_read(w, from, n);
+    });
     // Nobody may be reading it still.
     for (u32 k = 0; k < n; k += 64) touch(w, b.shared + k, 64, true, false);
     if (options.mode == EARLY)
@@ -108,7 +111,12 @@ void tma(Warp &w, const Instr &i) {
       memset(at_shared(w, b.shared), 0xff, n);
       c.loads.push_back(b);
     }
-  } else if (options.mode == EARLY)
+    return;
+  }
+  tiles(b, [&](u32, u64 to, u32 n) {
+    if (n) order_write(w, to, n, BY_BULK);
+  });
+  if (options.mode == EARLY)
     bulk_run(w, b);
   else {
     // What it will read has to be there by now.

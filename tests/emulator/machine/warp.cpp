@@ -72,6 +72,7 @@ void run(Warp &w, int quantum) {
     while (w.pc == w.join && w.others.size()) turn(w);
     const Instr &i = code[w.pc];
     u32 m = w.active;
+    i.reached = true;
     c.instructions++;
     c.n[i.cls]++;
     if (i.pred != NONE) {
@@ -89,6 +90,7 @@ void run(Warp &w, int quantum) {
           w.pc++;
         else if (!turn(w)) {
           leave(w);
+          order_left(w);
           w.state = DONE;
           w.cta->live--;
           trigger(*w.cta);
