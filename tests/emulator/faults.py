@@ -1,140 +1,278 @@
-"""Check the instrument: plant faults in the PTX of kernels, one at a time, and see which are noticed.
+"""Check the emulator: plant faults in the PTX of kernels, one at a time, and see which are noticed.
 
-python tests/emulator/faults.py [--arch sm_80] [--kind REGEX] [--kernel REGEX] [--most 8]
+    python tests/emulator/faults.py [--arch sm_80 sm_90] [--kind REGEX] [--kernel REGEX] [--most 8] [--json FILE]
+
+Of each kind of fault `--most` are planted, chosen by `--seed` and spread over the kernels of cases whose results are
+exact, so that one wrong bit is noticed. Each runs in a process of its own, late, at random and early, until it is
+noticed. A fault is noticed by wrong results or by what the emulator says. Exit status 1 if one that is not judged in
+`judged.py` is missed.
 """
 
 import argparse
 import collections
+import concurrent.futures
+import json
+import multiprocessing
 import os
 import random
 import re
 import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ARCHES = "sm_80", "sm_90"
+# enough for each case ten times over
+TURNS, SECONDS = 400_000, 60.0
 
 
-def sites(text: str) -> list[tuple[str, str, str]]:
-    """Faults of a kernel: kind, where, and the text with it."""
-    lines, found = text.split("\n"), []
+class Target(NamedTuple):
+    """A kernel, the case it was found in, its PTX, the faults that it can have, and notes of the case without any."""
 
-    def put(kind: str, at: int, *new: str) -> None:
-        found.append(
-            (kind, f"line {at + 1}: {lines[at].strip()[:60]}", "\n".join([*lines[:at], *new, *lines[at + 1 :]]))
-        )
+    case: Any
+    module: int
+    kernel: str
+    source: str
+    faults: list
+    notes: set[str]
 
-    removed = {
-        "no cp.async wait": r"^\s*cp\.async\.wait_group", "no barrier": r"^\s*bar\.sync", "no mbarrier wait": r"bra\.uni waitLoop",
-        "no wgmma wait": r"^\s*wgmma\.wait_group", "no wgmma fence": r"^\s*wgmma\.fence", "no proxy fence": r"^\s*fence\.proxy\.async",
-        "no grid wait": r"^\s*griddepcontrol\.wait", "no bulk wait": r"^\s*cp\.async\.bulk\.wait_group", "no commit": r"^\s*cp\.async\.commit_group",
-        "no wgmma commit": r"^\s*wgmma\.commit_group", "no expect": r"mbarrier\.arrive\.expect_tx", "no bulk commit": r"^\s*cp\.async\.bulk\.commit",
-    }  # fmt: skip
-    for i, line in enumerate(lines):
-        for kind, pattern in removed.items():
-            if re.search(pattern, line):
-                put(kind, i)
-        if "cp.async.wait_group" in line:
-            n = int(re.search(r"(\d+);", line)[1])
-            put("cp.async waits for one less", i, line.replace(f"{n};", f"{n + 1};"))
-        if "wgmma.wait_group" in line:
-            n = int(re.search(r"(\d+);", line)[1])
-            put("wgmma waits for one less", i, line.replace(f"{n};", f"{n + 1};"))
-        if "mma.sync" in line:
-            m = re.search(r"\{ (%r\d+), (%r\d+), (%r\d+), (%r\d+) \}, \{ (%r\d+), (%r\d+), (%r\d+), (%r\d+) \}", line)
-            if m and m[6] != m[7]:
-                put("two mma registers swapped", i, line[: m.start(6)] + m[7] + ", " + m[6] + line[m.end(7) :])
-        if "ldmatrix" in line:
-            put(
-                "ldmatrix turned" if ".trans" not in line else "ldmatrix not turned",
-                i,
-                line.replace(".trans", "") if ".trans" in line else line.replace(".shared.b16", ".trans.shared.b16"),
-            )
-        if "4611686293305294848" in line:
-            put("another swizzle", i, line.replace("4611686293305294848", str(4611686293305294848 + (1 << 62))))
-        if ".acq_rel" in line:
-            put("a relaxed atomic", i, line.replace(".acq_rel", ".relaxed"))
-        if re.search(r"cp\.async\.c[ag].*, (%r\d+);", line):
-            put("cp.async reads all bytes", i, re.sub(r", %r\d+;", ";", line))
-        if "@%p" in line and re.search(r"(ld|st)\.global", line):
-            put("a global access without its mask", i, re.sub(r"@%p\d+ ", "", line))
-        if "setp.lt.s64" in line:
-            put("le for lt", i, line.replace("setp.lt", "setp.le"))
+
+class Result(NamedTuple):
+    """What became of a fault.
+
+    Attributes:
+        arch: Where.
+        case: The name of the case.
+        kernel: The kernel's name.
+        kind: The kind of fault.
+        line: Of the PTX.
+        was: The statement in its place.
+        noticed: How it was noticed, or "".
+        judged: Why it need not be, or "".
+    """
+
+    arch: str
+    case: str
+    kernel: str
+    kind: str
+    line: int
+    was: str
+    noticed: str
+    judged: str
+
+
+def chosen_cases() -> list:
+    """Cases with exact results that have every kind of kernel."""
+    from emulator import exact
+
+    masked = (0.5,)
+    return [
+        exact.projections("bf16", 100, 144, (208,), (16,)),
+        # a tile of the large products, many to a program; dropout; sums over rows that are split
+        exact.projections("bf16", 300, 208, (528,), (16,), masked, place=0),
+        # few rows: a shrink that is split
+        exact.projections("bf16", 16, 1100, (208,), (16,), masked),
+        exact.projections("bf16", 600, 64, (48,), (16,), accumulate=True),
+        exact.projections("bf16", 100, 96, (80, 48, 48), (16, 8, 3), (0.5, 0.0, 0.5), accumulate=True),
+        exact.mlp("fp16", 70, 96, 80, 16),
+        exact.projections("fp32", 70, 96, (80,), (16,), masked),
+        exact.projections("fp32", 70, 96, (80,), (16,), masked, precision="tf32"),
+        exact.projections("bf16", 70, 100, (83,), (5,), masked, strided=True),
+    ]
+
+
+def settings() -> Iterator[dict[str, int]]:
+    """Orders in which a fault is run until it is noticed."""
+    from emulator.emulator import EARLY, LATE, RANDOM
+
+    for seed, mode in enumerate((LATE, RANDOM, EARLY, LATE, RANDOM), 1):
+        yield dict(mode=mode, seed=seed, resident=1 + seed * 5 % 9)
+
+
+def more_settings() -> Iterator[dict[str, int]]:
+    """Others, for what was not noticed."""
+    for one in settings():
+        yield one | dict(quantum=64)
+    for seed in range(6, 14):
+        yield dict(mode=1 + seed % 2, seed=seed, resident=1 + seed % 8, quantum=(1, 8, 64)[seed % 3])
+
+
+def attempt(emu, judge: Callable[[], str], options: dict[str, int], known: set[str]) -> str:
+    """Run a case once: what is wrong, or ""; a note is nothing wrong if it is known from the kernels as they are."""
+    emu.set(**options)
+    try:
+        wrong = judge()
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {error}"
+    emu.drain()
+    seen = {re.sub(r"^\d+ x ", "", line) for line in emu.problems()}
+    return "; ".join([wrong] * bool(wrong) + sorted(seen - known))
+
+
+def targets(emu, args: argparse.Namespace) -> list[Target]:
+    """The kernels of all cases as they are, which run right, and the faults that can be planted in each."""
+    from emulator import planted
+
+    found, seen = [], set()
+    for case in chosen_cases():
+        first, notes = emu.lib.emu_modules(), set()
+        for options in more_settings():
+            said = attempt(emu, case.judge, options, notes)
+            notes.update(re.split("; (?=_)", said) if said else ())
+        wrong = [note for note in notes if ": note: " not in note]
+        assert not wrong, f"{case.name} is wrong with no fault in it: {wrong}"
+        for module in range(first, emu.lib.emu_modules()):
+            source = emu.lib.emu_source(module).decode()
+            kernel = re.search(r"\.entry _?(\w+?)(?:_kernel)?\(", source)[1]
+            if source in seen or not re.search(args.kernel, kernel):
+                continue
+            seen.add(source)
+            reached = set(map(int, emu.lib.emu_reached(module).decode().split()))
+            faults = [one for one in planted.faults(source, reached) if re.search(args.kind, one.kind)]
+            found.append(Target(case, module, kernel, source, faults, notes))
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="sm_80")
-    parser.add_argument("--kind", default="")
-    parser.add_argument("--kernel", default="")
-    parser.add_argument("--most", type=int, default=8, help="of one kind in one kernel")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--verbose", action="store_true")
-    parser.add_argument("--path", default=".")
-    args = parser.parse_args()
-    sys.path[0] = TESTS
+def spread(found: list[Target], most: int, seed: int) -> list[tuple[Target, Any]]:
+    """Of each kind so many faults, one after the other from each kernel that has some."""
+    chosen, kinds = [], dict.fromkeys(one.kind for target in found for one in target.faults)
+    for kind in kinds:
+        draw = random.Random(f"{seed} {kind}")
+        heaps = [[(target, one) for one in target.faults if one.kind == kind] for target in found]
+        heaps = [heap for heap in heaps if heap]
+        for heap in heaps:
+            draw.shuffle(heap)
+        draw.shuffle(heaps)
+        turns = [heap[k] for k in range(most) for heap in heaps if k < len(heap)]
+        chosen += turns[:most]
+    draw = random.Random(seed)
+    draw.shuffle(chosen)
+    return chosen
+
+
+def apart(run: Callable[[], str]) -> str:
+    """What a function says in a process of its own, which may die or go on for ever."""
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe(duplex=False)
+    process = fork.Process(target=lambda: there.send(run()))
+    process.start()
+    there.close()
+    try:
+        return here.recv() if here.poll(SECONDS) else "it does not end"
+    except EOFError:
+        process.join()
+        return f"the process ended with {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+        process.close()
+
+
+def plant(emu, target: Target, text: str, orders: Iterator[dict[str, int]]) -> str:
+    """Run the case with other PTX of a kernel until something is noticed: what, "" or "refused"."""
+    if not emu.lib.emu_replace(target.module, text.encode()):
+        return "refused"
+    for options in orders:
+        if noticed := attempt(emu, target.case.judge, options, target.notes):
+            return noticed
+    return ""
+
+
+def judge(emu, target: Target, fault) -> str:
+    """Why a fault that was missed changes nothing, or "" where that is not proven."""
+    from emulator import judged
+
+    for why, programs in judged.proofs(target.source, fault):
+        if not any(apart(lambda text=text: plant(emu, target, text, more_settings())) for text in programs):
+            return why
+    return ""
+
+
+def work(arch: str, args: argparse.Namespace) -> tuple[list[Result], int]:
+    """Plant faults in the kernels of an architecture; the results, and how many were left for want of time."""
+    sys.path[:0] = [TESTS, args.path]
     from emulator import emulator
 
-    emu = emulator.Emulator(args.arch, path=args.path)
+    emu = emulator.Emulator(arch, path=args.path)
     import torch
 
-    from emulator import cases
-
     torch.set_num_threads(1)
-    chosen = [
-        cases.layer("bf16", 300, 608, 208, 16, p=0.1, place=2),
-        cases.layer("bf16", 300, 208, 608, 16, layout="bias", place=1),
-    ]
-    seen, table = set(), collections.defaultdict(lambda: [0, 0])
+    results = []
     with emu.running():
-        for run in (case.judge for case in chosen):
-            emu.set(mode=emulator.LATE, seed=1)
-            first = emu.lib.emu_modules()
-            message = run()
-            emu.drain()
-            assert not message, message
-            assert not [line for line in emu.problems() if ": note: " not in line]
-            for index in range(first, emu.lib.emu_modules()):
-                source = emu.lib.emu_source(index).decode()
-                kernel = re.search(r"\.entry (\w+)", source)[1]
-                if source in seen or not re.search(args.kernel, kernel):
-                    continue
-                seen.add(source)
-                by_kind = collections.defaultdict(list)
-                for fault in sites(source):
-                    by_kind[fault[0]].append(fault)
-                for kind, faults in by_kind.items():
-                    if not re.search(args.kind, kind):
-                        continue
-                    random.Random(0).shuffle(faults)
-                    for _, where, text in faults[: args.most]:
-                        if not emu.lib.emu_replace(index, text.encode()):
-                            continue
-                        noticed = ""
-                        for seed in range(args.seeds):
-                            emu.set(mode=emulator.LATE if seed % 2 == 0 else emulator.RANDOM, seed=seed + 1)
-                            try:
-                                noticed = run()
-                            except Exception as error:
-                                noticed = f"{type(error).__name__}: {error}"
-                            emu.drain()
-                            noticed = "; ".join(
-                                [noticed, *(line for line in emu.problems() if ": note: " not in line)]
-                            ).strip("; ")
-                            if noticed:
-                                break
-                        table[kind][0] += 1
-                        table[kind][1] += bool(noticed)
-                        if not noticed or args.verbose:
-                            print(
-                                f"{'noticed' if noticed else 'MISSED'} {kernel} {kind}, {where} {noticed[:160] if args.verbose else ''}",
-                                flush=True,
-                            )
-                    emu.lib.emu_replace(index, source.encode())
-                emu.set(mode=emulator.LATE, seed=1)
-                assert not run(), "the kernel is as it was"
-    for kind, (planted, noticed) in sorted(table.items()):
-        print(f"{noticed:3} of {planted:3} noticed: {kind}")
-    return 0
+        emu.set(turns=TURNS)
+        found = targets(emu, args)
+        chosen = spread(found, args.most, args.seed)
+        for done, (target, fault) in enumerate(chosen):
+            if time.time() > args.until:
+                return results, len(chosen) - done
+            noticed = apart(lambda: plant(emu, target, fault.text, settings()))  # noqa: B023 runs at once
+            if noticed == "refused":
+                continue
+            why = "" if noticed else judge(emu, target, fault)
+            result = Result(arch, target.case.name, target.kernel, fault.kind, fault.line, fault.was, noticed, why)
+            results.append(result)
+            show(result, args.verbose)
+    return results, 0
+
+
+def show(result: Result, verbose: bool) -> None:
+    """Print a fault that was missed, or any."""
+    if result.noticed and not verbose:
+        return
+    word = "noticed" if result.noticed else "judged" if result.judged else "MISSED"
+    how = result.noticed[:160] or result.judged
+    place = f"{result.arch} {result.kernel} ({result.case}) line {result.line}"
+    print(f"{word:7} {place}: {result.kind}: {result.was[:70]}  {how}", flush=True)
+
+
+def table(results: list[Result]) -> Iterator[str]:
+    """Rates by kind and architecture."""
+    cells = collections.defaultdict(collections.Counter)
+    for one in results:
+        cells[one.kind][one.arch] += 1
+        cells[one.kind][one.arch, "noticed" if one.noticed else "judged" if one.judged else "missed"] += 1
+    yield f"{'noticed of planted':42}" + "".join(f"{arch:>10}" for arch in ARCHES) + "   not noticed"
+    for kind in sorted(cells):
+        count = cells[kind]
+        rates = "".join(f"{count[arch, 'noticed']:6}/{count[arch]:<3}" if count[arch] else " " * 10 for arch in ARCHES)
+        judged, missed = (sum(count[arch, word] for arch in ARCHES) for word in ("judged", "missed"))
+        words = [f"{judged} change nothing"] * bool(judged) + [f"{missed} MISSED"] * bool(missed)
+        yield f"{kind:42}{rates}   {', '.join(words)}"
+    total = collections.Counter("noticed" if one.noticed else "judged" if one.judged else "missed" for one in results)
+    yield f"{len(results)} planted: {total['noticed']} noticed, {total['judged']} change nothing, {total['missed']} missed"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", default=ARCHES, choices=ARCHES)
+    parser.add_argument("--kind", default="", help="regular expression that a kind of fault holds")
+    parser.add_argument("--kernel", default="", help="regular expression that a kernel's name holds")
+    parser.add_argument("--most", type=int, default=8, help="of one kind on one architecture")
+    parser.add_argument("--seed", type=int, default=0, help="which of the faults are planted")
+    parser.add_argument("--minutes", type=float, default=12, help="begin no fault after so many")
+    parser.add_argument("--json", metavar="FILE", help="write every fault and what became of it")
+    parser.add_argument("--verbose", action="store_true", help="a line for those that are noticed as well")
+    parser.add_argument("--path", default=os.path.dirname(TESTS), help="the checkout whose kernels are run")
+    return parser
+
+
+def main() -> int:
+    """Run the command."""
+    args = parser().parse_args()
+    begun = time.time()
+    args.until, args.path = begun + 60 * args.minutes, os.path.abspath(args.path)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(len(args.arch), mp_context=spawn) as pool:
+        ended = list(pool.map(work, args.arch, [args] * len(args.arch)))
+    results, left = [one for part, _ in ended for one in part], sum(count for _, count in ended)
+    print(*table(results), sep="\n")
+    print(f"{time.time() - begun:.0f}s" + f"; {left} were left for want of time" * bool(left))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump([one._asdict() for one in results], file, indent=1)
+    return 1 if not results or any(not one.noticed and not one.judged for one in results) else 0
 
 
 if __name__ == "__main__":
