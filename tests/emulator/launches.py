@@ -40,6 +40,11 @@ class Seen(NamedTuple):
     stages: int
     flags: tuple[tuple[str, Any], ...]
 
+    def tile(self) -> tuple[str, str]:
+        """Kernel and bits of an element; the tile in words, such as 128x256x64/8w4s."""
+        sides = "x".join(str(value) for name, value in self.sides if name.startswith("BLOCK_"))
+        return f"{self.kernel} {8 * self.itemsize} bit", f"{sides}/{self.warps}w{self.stages}s"
+
     def features(self) -> set[tuple]:
         """What executing it covers: its tile, and each of its flags."""
         flags = dict(self.flags)

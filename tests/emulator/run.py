@@ -101,9 +101,12 @@ def child(args: argparse.Namespace, arch: str, share: int) -> int:
                 arch=arch, name=case.name, wrong=wrong, notes=sorted(notes), summary=summary(counters), took=took
             )
             print(json.dumps(line), flush=True)
-    covered = set().union(*(one.features() for one in set(seen)))
-    tiles = launches.missing_tiles(set(seen), tma=arch != "sm_80")
-    ended = dict(arch=arch, covered=sorted(map(repr, covered)), everything=sorted(map(repr, everything)), missing=tiles)
+    kinds = set(seen)
+    covered = set().union(*(one.features() for one in kinds))
+    ended = dict(
+        arch=arch, tiles=sorted({one.tile() for one in kinds}), covered=sorted(map(repr, covered)),
+        everything=sorted(map(repr, everything)), missing=launches.missing_tiles(kinds, tma=arch != "sm_80"),
+    )  # fmt: skip
     print(json.dumps(ended), flush=True)
     return 0
 
@@ -116,18 +119,22 @@ def show(line: dict) -> None:
     print(head, *line["wrong"], *noted, sep="\n      ", flush=True)
 
 
-def coverage(ended: list[dict], arch: str) -> tuple[str, list[str]]:
-    """What of an architecture's tiles and flags was executed in all shares, in a line, and what was not."""
+def coverage(ended: list[dict], arch: str) -> tuple[list[str], list[str]]:
+    """Which tiles of an architecture were executed in all shares, in lines, and which tiles and flags were not."""
     shares = [one for one in ended if one["arch"] == arch]
     covered = set().union(*(one["covered"] for one in shares))
     everything = set().union(*(one["everything"] for one in shares))
     missing = set.intersection(*(set(one["missing"]) for one in shares))
-    tiles = collections.Counter(one.split("'")[1] for one in covered if "BLOCK_" in one)
-    line = f"{arch}: executed tiles: " + ", ".join(f"{name} {count}" for name, count in sorted(tiles.items()))
+    tiles = collections.defaultdict(set)
+    for kernel, tile in itertools.chain(*(one["tiles"] for one in shares)):
+        tiles[kernel].add(tile)
+    lines = [
+        f"{arch} {kernel}, {len(tiles[kernel])} tiles: {' '.join(sorted(tiles[kernel]))}" for kernel in sorted(tiles)
+    ]
     if not everything:
-        return line, []
-    lacking = sorted(f"never executed on {arch}: {one}" for one in (everything - covered) | missing)
-    return f"{line}; of {len(everything)} tiles and flags of the rules {len(everything & covered)}", lacking
+        return lines, []
+    lines.append(f"{arch}: {len(everything & covered)} of {len(everything)} tiles and flags that the rules can choose")
+    return lines, sorted(f"never executed on {arch}: {one}" for one in (everything - covered) | missing)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -192,7 +199,7 @@ def main() -> int:
             ended.append(line)
     executed, lacking = zip(*(coverage(ended, arch) for arch in args.arch), strict=True)
     part = args.filter or args.share[1] > 1 or time.time() > args.end
-    lacking = [] if part else list(itertools.chain(*lacking))
+    executed, lacking = [*itertools.chain(*executed)], [] if part else [*itertools.chain(*lacking)]
     failed = sum(bool(case["wrong"]) for case in cases)
     if args.jsonl:
         print(json.dumps(dict(executed=executed, lacking=lacking)))
