@@ -65,12 +65,15 @@ def _gpu(arch: str | None) -> Any:
     return ImaginedGPU(f"sm_{major}{minor}", _launch.num_sms(here), shared, shared, 0)
 
 
-def _launcher() -> Callable:
-    """Compiles Triton's own launchers, as they are on a GPU, and launches nothing by them."""
-    from triton.backends.nvidia.driver import CudaLauncher
+def _launcher() -> Callable | None:
+    """Compiles Triton's own launchers and launches nothing by them, where each signature has one, as in Triton 3.6."""
+    from triton.backends.nvidia import driver
+
+    if not hasattr(driver, "make_launcher"):  # one for all
+        return None
 
     def compiled(source: Any, metadata: Any) -> Callable:
-        CudaLauncher(source, metadata)
+        driver.CudaLauncher(source, metadata)
         return lambda *args: None
 
     return compiled

@@ -51,6 +51,21 @@ def test_another_process_finds_what_was_compiled(tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("a_launcher_each", [False, True])
+def test_launchers_are_compiled_where_each_signature_has_one(a_launcher_each, monkeypatch):
+    from triton.backends.nvidia import driver
+
+    made = []
+    if a_launcher_each:
+        monkeypatch.setattr(driver, "make_launcher", None, raising=False)
+        monkeypatch.setattr(driver, "CudaLauncher", lambda *args: made.append(args))
+        assert warm_up._launcher()("source", "metadata")("a launch") is None
+        assert made == [("source", "metadata")]
+    else:
+        monkeypatch.delattr(driver, "make_launcher", raising=False)
+        assert warm_up._launcher() is None
+
+
 def test_a_case_that_cannot_be_compiled_is_told_and_not_the_end():
     class Wrong(_compiled.Case):
         pass
