@@ -91,6 +91,10 @@ def _begin(gpu: Any, launchers: bool) -> None:
         raise RuntimeError(problem)
     torch.set_num_threads(1)
     plan.interpreting = lambda: True  # lets CPU tensors through to the launchers
+    # the library's products, which nobody looks at: on a CPU they would take longer than all that is compiled
+    torch.mm = lambda p, q: p.new_empty(p.shape[0], q.shape[1])
+    torch.addmm = lambda base, p, q: p.new_empty(p.shape[0], q.shape[1])
+    torch.Tensor.addmm_ = lambda base, p, q: base
     _Compiler.imagined = gpu, _launcher() if launchers else None
 
 
