@@ -76,6 +76,7 @@ BAD = [
     (kernel("shrink", SHRINK, shared=232_449), "takes 232449 B of shared memory of 232448"),
     (kernel("shrink", SHRINK, narrow_products=["%5 = arith.muli"]), "multiplies in 32 bits for a pointer: %5"),
     (kernel("shrink", SHRINK, warnings=["C7515"]), "ptxas serialises the tensor cores (C7515)"),
+    (kernel("wgrad", WGRAD, both_ways=["2x16x256xbf16"]), "a buffer too few: 2x16x256xbf16"),
     (kernel("shrink", SHRINK, FP32, tf32=True), "rounds fp32 to TF32 unasked"),
     (kernel("shrink", SHRINK, mma={}, loop=None), "does not use tensor cores"),
     (kernel("wgrad", WGRAD, loop=None), "does not use tensor cores in a loop"),

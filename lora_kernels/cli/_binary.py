@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_kernels.cli._pipeline import taken_both_ways
+
 __all__ = ["Facts", "Loop", "narrow_products", "read"]
 
 _MMA = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA", "v_mfma")
@@ -63,6 +65,7 @@ class Facts:
         dependent: What it does about programmatic dependent launch: "waits" before it touches memory, "waits to write"
             but not to read, "waits late", only "releases" the launch after it, or "".
         warnings: ptxas warnings that it serialised tensor-core instructions (C75xx).
+        both_ways: Buffered tiles that tensor cores read from shared memory and that are loaded into registers as well.
     """
 
     registers: int
@@ -79,6 +82,7 @@ class Facts:
     tf32: bool
     dependent: str = ""
     warnings: list[str] = field(default_factory=list)
+    both_ways: list[str] = field(default_factory=list)
 
 
 def read(kernel: Any, shared_per_sm: int) -> Facts:
@@ -126,6 +130,7 @@ def _nvidia(kernel: Any, narrow: list[str], shared_per_sm: int) -> Facts:
         tf32="tf32" in ptx,
         dependent=_dependent(ptx),
         warnings=sorted(set(re.findall(r"\((C75\d\d)\)", said))),
+        both_ways=taken_both_ways(kernel.asm["ttgir"]),
     )
 
 

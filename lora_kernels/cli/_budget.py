@@ -31,6 +31,8 @@ def broken(kernel: "Kernel", gpu: Any) -> Iterator[str]:
         yield f"multiplies in 32 bits for a pointer: {facts.narrow_products[0]}"
     if facts.warnings:
         yield f"ptxas serialises the tensor cores ({', '.join(facts.warnings)})"
+    for tile in facts.both_ways:
+        yield f"takes a tile by tensor cores and by registers at once, for which Triton has a buffer too few: {tile}"
     yield from _dependent_launch(kernel)
     yield from _tensor_cores(kernel)
     yield from _occupancy(kernel, gpu)

@@ -37,6 +37,7 @@ class Case:
         others: out_features of further projections of the same x, of the same rank.
         activation: Of a gated MLP, whose gate and up have n out_features and whose down has k; "" for no MLP.
         fp32_adapters: Whether A and B are in fp32, whatever x is in.
+        mixed: Whether only the first of several projections drops.
     """
 
     m: int
@@ -54,9 +55,10 @@ class Case:
     others: tuple[int, ...] = ()
     activation: str = ""
     fp32_adapters: bool = False
+    mixed: bool = False
 
     def __str__(self) -> str:
-        words = _words(self, "bias", "strided", "tf32", "accumulate", "fp32_adapters")
+        words = _words(self, "bias", "strided", "tf32", "accumulate", "fp32_adapters", "mixed")
         tile = [] if self.place is None else [f"tile {self.place}"]
         widths = "+".join(map(str, (self.n, *self.others)))
         mlp = [f"mlp {self.activation}"] if self.activation else []
@@ -83,10 +85,13 @@ CASES = (  # every tile of every path, and every flag
     Case(8192, 4096, 64, 16, p=0.1, strategy="beta1"),
     Case(*_SMALL, 16, "fp32", bias=True), Case(*_SMALL, 64, "fp32", p=0.1),
     *(Case(*_SMALL, 16, "fp32", p=0.1, tf32=True, place=place) for place in range(2)),
+    Case(16, 1024, 1024, 16, "fp32", tf32=True), Case(*_SMALL, 16, "fp32", tf32=True, others=(256, 256)),
+    Case(*_SMALL, 16, "fp32", p=0.1, tf32=True, activation="silu"),
     Case(*_SMALL, 16, "fp32", p=0.1, strided=True),
     # queries, keys and values; gate and up
     Case(*_LARGE, 16, others=_QKV), Case(*_LARGE, 16, bias=True, others=_QKV), Case(*_LARGE, 64, others=_QKV),
     Case(*_LARGE, 64, p=0.1, others=_QKV), *(Case(16, 4096, 4096, 16, p=p, others=_QKV) for p in (0.0, 0.1)),
+    *(Case(m, 4096, 4096, 16, p=0.1, others=_QKV, mixed=True) for m in (16, 8192)),
     Case(*_SMALL, 16, "fp32", p=0.1, others=(256, 256)), Case(*_SMALL, 16, p=0.1, strided=True, others=(256, 256)),
     *(Case(8192, 4096, 14336, 16, p=p, others=(14336,)) for p in (0.0, 0.1)),
     Case(*_MLP, 64, activation="silu"),
@@ -151,7 +156,7 @@ class Kernel:
         words += [f"{n} {word}" for n, word, usual in counts if n > usual]
         tf32 = self.constants.get("PRECISION") == "tf32"
         words += ["tf32"] if tf32 else []
-        return " ".join([*words, *_words(self.case, "strided", "fp32_adapters")])
+        return " ".join([*words, *_words(self.case, "strided", "fp32_adapters", "mixed")])
 
     def __str__(self) -> str:
         made = f"{self.num_warps} warps {self.num_stages} stages"
@@ -253,12 +258,13 @@ def _forward(case: Case) -> tuple[torch.Tensor, ...]:
         return make(n, k, grad=False), make(case.r, k, dtype=own), make(n, case.r, dtype=own), bias
 
     x, first = make(case.m, case.k), projection(case.n)
+    numbers = [(2.0, 0.0 if case.mixed and i else case.p, False) for i in range(3)]  # of each projection
     if case.activation:
         tensors = itertools.chain(first, projection(case.n), projection(case.k, case.n))
-        return (LoRAMLPFunction.apply(x, "triton", case.activation, False, ((2.0, case.p, False),) * 3, *tensors),)
+        return (LoRAMLPFunction.apply(x, "triton", case.activation, False, tuple(numbers), *tensors),)
     if case.others:
         tensors = itertools.chain(first, *map(projection, case.others))
-        return LoRAProjectionsFunction.apply(x, "triton", ((2.0, case.p, False),) * (1 + len(case.others)), *tensors)
+        return LoRAProjectionsFunction.apply(x, "triton", tuple(numbers[: 1 + len(case.others)]), *tensors)
     if case.accumulate:
         for adapter in first[1:3]:
             adapter.grad = torch.empty_like(adapter)

@@ -229,13 +229,15 @@ def shrink_wgrad_pays(rank: int, activated: bool = False) -> bool:
 def wgrad_config(
     rows: int, wide: int, thin: int, dtype: torch.dtype, shrinks: bool = False, shared: int = SHARED,
     adapters: int = 1, masked: bool = False, activated: bool = False, strided: bool = False, rounds: bool = False,
+    tf32: bool = False,
 ) -> WgradConfig:  # fmt: skip
     """The tile for g `[wide, thin]` summed over `rows`, and where the sum is split.
 
     With `shrinks` a program owns more columns, so that there are fewer parts of ds. Several adapters have a sum each
     and, with a mask, a masked tile each: fewer columns. `activated` operands are made of three others, a tile of each.
     `strided` operands, which have no element next to another, take an address each. A program that `rounds` B holds it
-    in fp32 for a while, in the registers of more warps. `shared` is a multiprocessor's shared memory in bytes.
+    in fp32 for a while, in the registers of more warps. `shared` is a multiprocessor's shared memory in bytes. `tf32`
+    says that fp32 products may use TF32.
     """
     single = dtype.itemsize == 4
     small = shared < SHARED
@@ -253,11 +255,15 @@ def wgrad_config(
     wide_sums = adapters > 2 and thin > (16 if masked and small else 32) and (small or not masked)
     fewest = single if activated else wide_sums
     addressed = strided and (single or (masked and adapters > 1 and shared <= _LEAST_SHARED))
-    block_m = _fit(rows, (_TINY if fewest else 32 if few else 64) // (2 if addressed else 1))
+    most_rows = (_TINY if fewest else 32 if few else 64) // (2 if addressed else 1)
+    # in TF32 a tile of 64 rows passes through shared memory most smoothly, with half the bank conflicts of 32
+    block_m = 64 if shrinks and tf32 and not activated else _fit(rows, most_rows)
     rows_per_split = _split(rows, block_m, _tiles(wide, thin, block_c, block_r))
     # narrow tiles, all of fp32 among them, run many at once; some spill with more
     most = 3 if block_c > 64 and adapters == 1 and not activated and (shrinks or not small) else 2
     stages = _stages(most, block_m * (block_c + block_r * adapters) * dtype.itemsize, shared)
+    if shrinks and not activated and rows <= block_m:  # one step is no pipeline, and Triton's would be wrong on sm_90
+        stages = 1
     warps = 8 if (rounds and block_r > 16) or (activated and (single or block_c >= 64)) else 4
     return WgradConfig(block_m, block_c, block_r, rows_per_split, num_warps=warps, num_stages=stages)
 
@@ -273,9 +279,12 @@ def _padded(config: MatmulConfig, rows: int, cols: int) -> int:
 
 
 def _split(size: int, block: int, tiles: int) -> int:
-    """How much of a summed dimension a program takes: whole blocks, four or more, so that `_PROGRAMS` are busy."""
-    share = -(-size // max(1, _PROGRAMS // tiles))
-    return -(-max(share, 4 * block) // block) * block
+    """How much of a summed dimension a program takes: whole blocks, so that `_PROGRAMS` are busy.
+
+    Four blocks or more, as far as there are so many: a pipeline wants steps.
+    """
+    share = max(-(-size // max(1, _PROGRAMS // tiles)), 4 * block)
+    return max(1, -(-min(share, size) // block)) * block
 
 
 def _square(config: MatmulConfig, num_sms: int) -> MatmulConfig:

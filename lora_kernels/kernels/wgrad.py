@@ -145,6 +145,10 @@ def _wgrad_kernel(
             wide_ptr + offs_m[:, None] * stride_wm + offs_w[None, :] * stride_ww,
             mask=mask_m[:, None] & mask_w[None, :], other=0.0,
         )  # fmt: skip
+        # the products of a tile must all take it from registers, or all from shared memory (docs/traps.md), and in TF32
+        # one of two turns its tile in registers
+        if HAS_SHRINK and PRECISION == "tf32" and ACTIVATION is None:
+            wide = tl.where(mask_m[:, None], wide, tl.zeros((BLOCK_M, BLOCK_W), wide.dtype))
         wides = (wide,)
         if ACTIVATION is not None:
             mask = mask_m[:, None] & mask_w[None, :]
@@ -170,6 +174,8 @@ def _wgrad_kernel(
             if keep_ptrs[i] is not None:
                 words = load_kept(keep_ptrs[i], offs_m, M, block * BLOCK_W, W, BLOCK_W)
                 right = tl.where(kept(words, BLOCK_W), right, tl.zeros((BLOCK_M, BLOCK_W), right.dtype))
+            elif HAS_KEEP and ACTIVATION is None:  # from registers, as the masked ones
+                right = tl.where(mask_m[:, None], right, tl.zeros((BLOCK_M, BLOCK_W), right.dtype))
             sums = sums + (tl.dot(tl.trans(right), thin, accs[i], input_precision=PRECISION),)
             if b_ptrs[i] is not None:
                 part = tl.dot(wides[WIDE[i]], bs[i], input_precision=PRECISION)
@@ -330,7 +336,7 @@ def _settle(
     strided = all(1 not in t.strides for t in made_of if t) or any(1 not in b.strides for b in bs if b)
     config = config or wgrad_config(
         rows, width, max(widths, default=1), dtype, bool(shrunk), _launch.shared_per_sm(device), len(widths),
-        any(keeps), activation is not None, strided, any(b.dtype != dtype for b in bs if b),
+        any(keeps), activation is not None, strided, any(b.dtype != dtype for b in bs if b), precision == "tf32",
     )  # fmt: skip
     splits = triton.cdiv(rows, config.rows_per_split)
     blocks = triton.cdiv(width, config.block_c)
