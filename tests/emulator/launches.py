@@ -17,8 +17,11 @@ _FLAGS = (
     "ACTIVATION", "HAS_BIAS", "HAS_DROPOUT", "HAS_KEEP", "HAS_SHRINK", "IS_SPLIT", "ACCUMULATE", "READY", "PRECISION",
     "NUM_OUTPUTS", "NUM_SOURCES", "NUM_MASKED", "ROWS", "USE_TMA", "STORE_TMA", "Q_ROWS_ARE_N",
 )  # fmt: skip
-# of these a tile is made another for, so each tile is executed with and without
-_OF_TILES = "HAS_DROPOUT", "HAS_KEEP", "HAS_SHRINK", "PRECISION", "ROWS", "USE_TMA"
+# by these a kernel's rule picks another tile, so each tile is executed with each
+_OF_TILES = {
+    "matmul_expand": ("PRECISION", "USE_TMA"), "shrink": ("HAS_DROPOUT", "ROWS"),
+    "wgrad": ("HAS_KEEP", "HAS_SHRINK", "PRECISION", "ROWS"),
+}  # fmt: skip
 
 
 class Seen(NamedTuple):
@@ -48,7 +51,7 @@ class Seen(NamedTuple):
     def features(self) -> set[tuple]:
         """What executing it covers: its tile, and each of its flags."""
         flags = dict(self.flags)
-        of_tile = tuple((name, flags[name]) for name in _OF_TILES if name in flags)
+        of_tile = tuple((name, flags[name]) for name in _OF_TILES[self.kernel])
         masked = bool(flags.get("NUM_MASKED")), bool(flags.get("ACTIVATION"))
         tile = (self.kernel, self.itemsize, self.sides, self.warps, self.stages, of_tile, masked)
         return {tile, *((self.kernel, self.itemsize, name, value) for name, value in self.flags)}
