@@ -18,6 +18,14 @@ TINY = PRESETS["quick"].model
 # --- single launches
 
 
+def test_a_launch_beside_the_library_s_product_alone():
+    """Ours over it is what `strategy` assumes of the slowdown."""
+    case = sample_launch(ours=2e-3)
+    case["providers"]["base"] = sample_launch(ours=1.6e-3)["providers"]["ours"]
+    row = dict(zip(_level_view.KERNEL_HEADING, _level_view.kernel_row(case), strict=True))
+    assert (row["base ms"], row["ours / base"], row["operators / ours"]) == ("1.600 ±0%", "1.250", "1.500")
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("dtype", "backend"), [(torch.float32, "torch"), (torch.bfloat16, "torch"), (torch.float32, "triton")]
