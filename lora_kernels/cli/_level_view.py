@@ -64,7 +64,7 @@ def kernel_table(cases: list[dict[str, Any]]) -> Group:
         table.add_column(heading, justify="left" if i < 3 else "right", no_wrap=True)
     for case in cases:
         table.add_row(*kernel_row(case))
-    note = "  base: the large product alone, which the library computes; rates are of our launch, by the bytes it has to move"
+    note = "  base: the large product alone, by the library; rates are of our launch, by the bytes it has to move"
     return Group(table, Text(note, style="dim"), *_reasons(cases))
 
 
