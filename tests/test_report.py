@@ -56,7 +56,9 @@ def test_page_of_every_level(tmp_path):
     assert "One decoder layer: hidden 64, 4/2 heads, MLP 96; 2 x 32 tokens, r=16, p=0.1, bfloat16:" in page
     assert "| forward + backward ms | / floor | tokens/s |" in page
     assert "| lora_kernels [triton] | 2.000 | 1.250 | 32000 |" in page
-    assert "| s | shrink | 1 x 2 x 3 | 16 | 0.1 | - | 2.000 ±0% | 3.000 ±0% | - | 1.500 | 4000 | 80% | 0.5 | - |" in page
+    assert (
+        "| s | shrink | 1 x 2 x 3 | 16 | 0.1 | - | 2.000 ±0% | 3.000 ±0% | - | 1.500 | 4000 | 80% | 0.5 | - |" in page
+    )
     assert "(geometric mean; above 1 is faster), one launch" in page
 
 
