@@ -1,8 +1,8 @@
 """Faults that were missed, judged: what proves that a fault changes no result.
 
-Three proofs. The twin: the changed instruction runs beside the one in its place, into registers of its own, and a store
-to nowhere tells if ever a value differs. The dead value: in place of what the instruction gives or stores come numbers
-that mean nothing, and no result changes. For what only orders (waits, fences, barriers, atomics) there is no value to
+Three proofs. The second value: all that follows from the changed instruction is computed as without the change as well,
+and a store to nowhere tells if ever the two differ where they are used (`slices.py`). The dead value: in place of what
+the instruction gives or stores come numbers that mean nothing, and no result changes. For what only orders (waits, fences, barriers, atomics) there is no value to
 look at: the emulator itself watches each pair of accesses that it could order, so its silence in many more orders of
 warps, CTAs and asynchronous work says that this one orders nothing that another does not.
 """
@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 from emulator.planted import Fault
+from emulator.slices import REGISTER, bits_of, doubled, given, statement, tell, tell_among
 
 __all__ = ["ORDERS", "proofs"]
 
@@ -35,8 +36,6 @@ ORDERS = {
     "atomic: among its CTA alone": "no CTA touches what another one stored",
 }  # fmt: skip
 
-_STATEMENT = re.compile(r"^\s*(?P<guard>@!?%p\d+\s+)?(?P<op>[\w.:]+)\s+(?P<rest>.*);\s*(?://.*)?$")
-_REGISTER = re.compile(r"%(?P<prefix>[a-z]+)\d+")
 # bits that are NaN in 16 and 32 bits; bits that are finite numbers
 _RUBBISH = 0x7FC07FC0, 0x41424344
 
@@ -44,13 +43,12 @@ _RUBBISH = 0x7FC07FC0, 0x41424344
 def proofs(source: str, fault: Fault) -> Iterator[tuple[str, list[str]]]:
     """What a fault's changing nothing is proven by, with the programs of which none may go wrong then.
 
+    What only orders has none beside "it never runs": `ORDERS` says what it means that no order shows it.
+
     Args:
         source: The PTX without the fault.
         fault: What was planted and not noticed.
     """
-    if fault.kind in ORDERS:
-        yield ORDERS[fault.kind], [fault.text]
-        return
     lines = source.split("\n")
     at = fault.line - 1
     new = fault.text.split("\n")[at : at + 1 + fault.text.count("\n") - source.count("\n")]
@@ -58,118 +56,69 @@ def proofs(source: str, fault: Fault) -> Iterator[tuple[str, list[str]]]:
     def program(*statements: str) -> str:
         return "\n".join([*lines[:at], "\n".join(statements), *lines[at + 1 :]])
 
+    was = statement(lines[at])
+    if was and was.guard:
+        yield "it never runs", [program(was._replace(op="st.global.b32").text("[0], %r980000"), lines[at])]
+    if fault.kind in ORDERS:
+        return
+    if was and was.op.startswith("cp.async.c"):
+        yield "nobody reads what it copies", [program("")]
     if check := _condition(lines[at], fault.kind):
         yield "what it changes is the same each time it runs", [program(*check, lines[at])]
-    if len(new) == 1 and (twin := _twin(lines[at], new[0])):
-        yield "it gives the same values each time it runs", [program(*twin)]
+    if len(new) == 1 and (twice := doubled(lines, at, new[0])):
+        yield "what is computed from it is used nowhere that it differs", [twice]
     dead = [_dead(lines[at], bits) for bits in _RUBBISH]
     if all(dead):
         yield "what it gives reaches no result", [program(*statements) for statements in dead]
 
 
-def _tell(value: str, other: str, number: int) -> list[str]:
-    """Statements that store to nowhere in lanes where two registers, or a register and a number, differ."""
-    prefix = _REGISTER.match(value)["prefix"]
-    at = 980_000 + 10 * number
-    if prefix == "p":
-        numbers = f"%r{at}", f"%r{at + 1}"
-        head = [f"selp.b32 {n}, 1, 0, {p};" for n, p in zip(numbers, (value, other), strict=True)]
-        return [*head, *_tell(*numbers, number)]
-    bits = {"rs": 16, "h": 16, "rd": 64}.get(prefix, 32)
-    return [f"setp.ne.b{bits} %p{at}, {value}, {other};", f"@%p{at} st.global.b32 [0], %r{at};"]
-
-
-def _twin(old: str, new: str) -> list[str] | None:
-    """Both instructions, and a store to nowhere where what they give differs; None where they give nothing."""
-    was, becomes = _STATEMENT.match(old), _STATEMENT.match(new)
-    if not was or not becomes or re.match(r"st\.|stmatrix|cp\.|bra|atom|red|mbarrier|wgmma|bar\.", was["op"]):
-        return None
-    given = _given(was["rest"])
-    if not given or given != _given(becomes["rest"]):
-        return None
-    fresh = {one: f"%{_REGISTER.match(one)['prefix']}{970_000 + k}" for k, one in enumerate(given)}
-    head, tail = becomes["rest"].split("}" if becomes["rest"].startswith("{") else ",", 1)
-    close = "}" if becomes["rest"].startswith("{") else ","
-    renamed = _REGISTER.sub(lambda m: fresh.get(m[0], m[0]), head) + close + tail
-    return [
-        *(f"mov.{_bits(one)} {copy}, {one};" for one, copy in fresh.items()),
-        f"{becomes['guard'] or ''}{becomes['op']} {renamed};",
-        old,
-        *(line for k, (one, copy) in enumerate(fresh.items()) for line in _tell(one, copy, k)),
-    ]
-
-
 def _dead(old: str, rubbish: int) -> list[str] | None:
     """The instruction with rubbish in place of what it gives or stores; None where it does neither."""
-    was = _STATEMENT.match(old)
-    if not was or re.match(r"cp\.|bra|atom|red|mbarrier|wgmma|bar\.|griddep", was["op"]):
+    was = statement(old)
+    if not was or re.match(r"cp\.|bra|atom|red|mbarrier|wgmma|bar\.|griddep", was.op):
         return None
-    guard = was["guard"] or ""
-    if re.match(r"st\.|stmatrix", was["op"]):
-        address, data = was["rest"].split("]", 1)
-        used = dict.fromkeys(_REGISTER.findall(data))
-        head = [f"mov.{_bits(f'%{prefix}0')} %{prefix}960000, {_number(prefix, rubbish)};" for prefix in used]
-        data = _REGISTER.sub(lambda m: f"%{m['prefix']}960000", data)
-        return [*head, f"{guard}{was['op']} {address}]{data};"]
-    given = _given(was["rest"])
-    return [
-        old, *(f"{guard}mov.{_bits(one)} {one}, {_number(_REGISTER.match(one)['prefix'], rubbish)};" for one in given),
-    ] if given else None  # fmt: skip
-
-
-def _condition(old: str, kind: str) -> list[str] | None:
-    """Statements that store to nowhere unless the old instruction does what the changed one does."""
-    guard = re.match(r"\s*@(!?)(%p\d+)", old)
-    nowhere = "st.global.b32 [0], %r980000;"
-    if kind.endswith("without its mask"):
-        return [f"@{'' if guard[1] else '!'}{guard[2]} {nowhere}"]
-    if kind == "cp.async: reads what its mask forbids":
-        size, read = re.search(r", (0x\w+|\d+), (%r\d+);", old).groups()
-        tell = _tell(read, str(int(size, 0)), 0)
-        return tell if not guard else [tell[0], *_among(guard, tell[1])]
-    if kind == "mbarrier: always one parity":
-        parity = re.search(r", (%r\d+);", old)[1]
-        return [f"and.b32 %r980005, {parity}, 1;", *_tell("%r980005", "1", 0)]
-    if kind == "TMA: coordinates swapped":
-        one, other = re.search(r"\{(%r\d+), (%r\d+)\}", old).groups()
-        tell = _tell(one, other, 0)
-        return tell if not guard else [tell[0], *_among(guard, tell[1])]
-    if kind in ("wgmma: begins at 0", "wgmma: goes on from what is there"):
-        scale = re.search(r"%rd\d+, (%p\d+|[01]), 1", old)[1]
-        begins = kind == "wgmma: begins at 0"
-        if scale[0] == "%":
-            first = [f"selp.b32 %r980001, {'1, 0' if begins else '0, 1'}, {scale};"]
-        else:
-            first = ["mov.b32 %r980001, 1;"]
-        sums = re.search(r"\{(.*?)\}", old)[1].split(",")
-        checks = []
-        for one in sums:
-            # 0 and -0 are the same sum
-            checks += [f"and.b32 %r980002, {one.strip()}, 2147483647;", "setp.ne.b32 %p980003, %r980002, 0;"]
-            checks += ["selp.b32 %r980004, %r980001, 0, %p980003;", *_tell("%r980004", "0", 1)]
-        return first + checks
-    return None
-
-
-def _among(guard: re.Match, statement: str) -> list[str]:
-    """A guarded statement that runs only where another guard lets it."""
-    predicate = re.match(r"@(%p\d+) (.*)", statement)
-    way = "0, 1" if guard[1] else "1, 0"
-    return [
-        f"selp.b32 %r980006, {way}, {guard[2]};", f"selp.b32 %r980007, %r980006, 0, {predicate[1]};",
-        *_tell("%r980007", "0", 2),
-    ]  # fmt: skip
-
-
-def _given(rest: str) -> list[str]:
-    """The registers that an instruction writes: its first operand."""
-    first = rest[: rest.index("}")] if rest.startswith("{") else rest.split(",")[0]
-    return [m[0] for m in _REGISTER.finditer(first)]
-
-
-def _bits(register: str) -> str:
-    return {"p": "pred", "rs": "b16", "h": "b16", "rd": "b64"}.get(_REGISTER.match(register)["prefix"], "b32")
+    if re.match(r"st\.|stmatrix", was.op):
+        address, data = was.rest.split("]", 1)
+        used = dict.fromkeys(match["prefix"] for match in REGISTER.finditer(data))
+        head = [f"mov.{bits_of(f'%{prefix}0')} %{prefix}960000, {_number(prefix, rubbish)};" for prefix in used]
+        return [*head, was.text(f"{address}]" + REGISTER.sub(lambda m: f"%{m['prefix']}960000", data))]
+    moves = [
+        was._replace(op=f"mov.{bits_of(one)}").text(f"{one}, {_number(REGISTER.match(one)['prefix'], rubbish)}")
+        for one in given(was)
+    ]
+    return [old, *moves] if moves else None
 
 
 def _number(prefix: str, rubbish: int) -> int:
     return {"p": rubbish & 64 and 1, "rs": rubbish & 0xFFFF, "rd": rubbish << 32 | rubbish}.get(prefix, rubbish)
+
+
+def _condition(old: str, kind: str) -> list[str] | None:
+    """Statements that store to nowhere unless the old instruction does what the changed one does."""
+    was = statement(old)
+    if kind.endswith("without its mask"):
+        return [f"@{'' if was.negated else '!'}{was.guard} st.global.b32 [0], %r980000;"]
+    if kind == "cp.async: reads what its mask forbids":
+        size, read = re.search(r", (0x\w+|\d+), (%r\d+);", old).groups()
+        return tell_among(was.guard, was.negated, read, str(int(size, 0)))
+    if kind == "mbarrier: always one parity":
+        return [f"and.b32 %r980005, {re.search(r', (%r[0-9]+);', old)[1]}, 1;", *tell("%r980005", "1")]
+    if kind == "TMA: coordinates swapped":
+        return tell_among(was.guard, was.negated, *re.search(r"\{(%r\d+), (%r\d+)\}", old).groups())
+    if kind in ("wgmma: begins at 0", "wgmma: goes on from what is there"):
+        return _sums(old, begins=kind == "wgmma: begins at 0")
+    return None
+
+
+def _sums(old: str, begins: bool) -> list[str]:
+    """Likewise of a product's scale of what is there: where the two do not agree, what is there has to be 0."""
+    scale = re.search(r"%rd\d+, (%p\d+|[01]), 1", old)[1]
+    if scale.startswith("%"):
+        checks = [f"selp.b32 %r980001, {'1, 0' if begins else '0, 1'}, {scale};"]
+    else:
+        checks = ["mov.b32 %r980001, 1;"]
+    for one in re.search(r"\{(.*?)\}", old)[1].split(","):
+        # 0 and -0 are the same sum
+        checks += [f"and.b32 %r980002, {one.strip()}, 2147483647;", "setp.ne.b32 %p980003, %r980002, 0;"]
+        checks += ["selp.b32 %r980004, %r980001, 0, %p980003;", *tell("%r980004", "0", 1)]
+    return checks
