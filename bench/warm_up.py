@@ -61,15 +61,16 @@ def _gpu(arch: str | None) -> Any:
     if arch:
         return GPUS[arch]
     here = torch.device("cuda", 0)
-    (major, minor), shared = _launch.capability(here), _launch.shared_per_sm(here)
-    return ImaginedGPU(f"sm_{major}{minor}", _launch.num_sms(here), shared, shared, 0)
+    capability, shared = _launch.capability(here), _launch.shared_per_sm(here)
+    amd = "" if capability else torch.cuda.get_device_properties(here).gcnArchName.split(":")[0]
+    return ImaginedGPU(amd or "sm_{}{}".format(*capability), _launch.num_sms(here), shared, shared, 0)
 
 
 def _launcher() -> Callable | None:
     """Compiles Triton's own launchers and launches nothing by them, where each signature has one, as in Triton 3.6."""
     from triton.backends.nvidia import driver
 
-    if not hasattr(driver, "make_launcher"):  # one for all
+    if torch.version.hip or not hasattr(driver, "make_launcher"):  # one for all
         return None
 
     def compiled(source: Any, metadata: Any) -> Callable:

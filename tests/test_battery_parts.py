@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +52,22 @@ def test_another_process_finds_what_was_compiled(tmp_path):
         files.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")})
     assert len(files[0]) >= 4
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("capability", "name", "arch"),
+    [((9, 0), "", "sm_90"), ((12, 0), "", "sm_120"), (None, "gfx942:sramecc+:xnack-", "gfx942")],
+)
+def test_the_gpu_that_is_imagined_is_like_this_machine_s(capability, name, arch, monkeypatch):
+    from lora_kernels.kernels import _launch
+
+    monkeypatch.setattr(_launch, "capability", lambda device: capability)
+    monkeypatch.setattr(_launch, "num_sms", lambda device: 132)
+    monkeypatch.setattr(_launch, "shared_per_sm", lambda device: 1 << 16)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
+    gpu = warm_up._gpu(None)
+    assert (gpu.arch, gpu.num_sms, gpu.shared_per_sm, gpu.capability) == (arch, 132, 1 << 16, capability)
+    assert warm_up._gpu("sm_90").num_sms == 132
 
 
 @pytest.mark.parametrize("a_launcher_each", [False, True])
