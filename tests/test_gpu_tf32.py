@@ -36,10 +36,18 @@ def test_the_limits_are_those_of_dropped_bits():
     assert spread(twice, truth @ b.double()) < 3.2 * UNIT
 
 
+@pytest.fixture
+def allowed():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("allowed")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products_in_tf32(shape, monkeypatch, record_property):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+def test_products_in_tf32(shape, record_property):
     rows, k, n, r = shape
     problem = make_problem((rows,), k, n, r, torch.float32, "cuda")
     truth, eager = numerics.exact(problem), numerics.eager(problem)
