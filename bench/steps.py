@@ -9,6 +9,7 @@ __all__ = ["Stage", "everything", "first", "jobs"]
 
 Stage = tuple[Step, ...]
 BLOCKS = ("qkv", "mlp", "layer")
+_HANGS_S = 60  # a test that takes longer says where it is
 _LLAMA = ("--preset", "llama-8b", "--dtype", "bf16", "--p", "0", "0.1")
 _LEAN = ("--no-compile", "--rounds", "15")
 _TINY = ("--quick", "--no-compile", "--device", "cpu", "--rounds", "2", "--dtype", "bf16")
@@ -76,7 +77,8 @@ def _tests(name: str, rehearse: bool, cap: float, which: str = "") -> Step:
     spread = ("-n", str(jobs())) if importlib.util.find_spec("xdist") and not rehearse else ()
     command = (
         "-m", "pytest", *files, "-m", "gpu", *(("-k", which) if which else ()), *spread, "-q", "-rf",
-        "-o", "addopts=--strict-markers", "--tb=short", "-W", "ignore::pytest.PytestConfigWarning",
+        "-o", "addopts=--strict-markers", "-o", f"faulthandler_timeout={_HANGS_S}", "--tb=short",
+        "-W", "ignore::pytest.PytestConfigWarning",
         "--continue-on-collection-errors",
     )  # fmt: skip
     if rehearse:  # 5: no such tests
