@@ -102,6 +102,10 @@ KINDS: dict[str, tuple[str, str | Callable[[re.Match], str | None]]] = {
     "TMA: a coordinate one more": (
         rf"^(.*cp\.async\.bulk\.tensor.*\{{)({_R}), ({_R})(\}}.*)$", rf"add.s32 {_NEW}, \3, 1;\n\1\2, {_NEW}\4",
     ),
+    "TMA: writes what was just read, with no fence": (
+        r"^\s*(@%p\d+ )?(cp\.async\.bulk\.tensor\S*\.shared::cta\.global\S* \[(%r\d+)\].*)$",
+        rf"\1ld.shared.b32 {_NEW}, [\3];\n\1\2",
+    ),
     "TMA: a store not waited for": (r"cp\.async\.bulk\.wait_group\b.*", ""),
     "TMA: a store not committed": (r"cp\.async\.bulk\.commit_group\b.*", ""),
     "fence.proxy.async: none": (r"fence\.proxy\.async.*", ""),

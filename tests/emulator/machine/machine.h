@@ -108,14 +108,15 @@ struct MBar {
   s64 tx;
 };
 // Who wrote and read two bytes of shared memory, in which interval between barriers. `generic` is 0 or says when ld, st
-// or cp.async wrote it (clock << 9 | cp.async << 8 | warp): the asynchronous proxy may not see that.
+// or cp.async wrote it (clock << 9 | cp.async << 8 | warp): the asynchronous proxy may not see that. `generic_read` says
+// likewise when ld read it last: the asynchronous proxy may write too early.
 struct Shadow {
   u32 write_epoch, read_epoch;
   u32 readers;
   u8 writer;
   u8 set;
   u8 pad[2];
-  u64 generic;
+  u64 generic, generic_read;
 };
 // In the place of a shadow's writer.
 constexpr u8 BY_TMA = 255;

@@ -29,9 +29,14 @@ void touch(Warp &w, u32 at, u32 n, bool writes, bool generic, bool same, bool co
                           ? "note: the asynchronous proxy reads what cp.async wrote with no fence.proxy.async since"
                           : "the asynchronous proxy reads what was written with no fence.proxy.async since");
       }
+      if (generic) s->generic_read = c.clock << 9 | w.id;
       if (s->read_epoch != e) s->read_epoch = e, s->readers = 0;
       s->readers |= me;
     } else {
+      if (!generic && s->generic_read && c.warps[s->generic_read & 255].proxy_fence < s->generic_read >> 9 &&
+          w.proxy_fence < s->generic_read >> 9)
+        problem(&w, "note: the asynchronous proxy writes what ld read with no fence.proxy.async since");
+      if (!generic) s->generic_read = 0;
       if (same && s->set && s->write_epoch == e) continue;
       if (s->write_epoch == e && s->writer != w.id && s->writer != BY_TMA && s->set)
         problem(&w, "writes shared memory that another warp wrote with no barrier between");
