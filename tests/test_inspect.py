@@ -8,7 +8,7 @@ import pytest
 
 from lora_kernels import cli
 from lora_kernels.cli import inspect
-from lora_kernels.cli._binary import Facts, Loop
+from lora_kernels.cli._binary import Facts, Loop, late_stores
 from lora_kernels.cli._budget import broken
 from lora_kernels.cli._compiled import CASES, QUICK, Case, Kernel
 from lora_kernels.cli._stored import budget_file, regressions, renew
@@ -77,6 +77,7 @@ BAD = [
     (kernel("shrink", SHRINK, narrow_products=["%5 = arith.muli"]), "multiplies in 32 bits for a pointer: %5"),
     (kernel("shrink", SHRINK, warnings=["C7515"]), "ptxas serialises the tensor cores (C7515)"),
     (kernel("wgrad", WGRAD, both_ways=["2x16x256xbf16"]), "a buffer too few: 2x16x256xbf16"),
+    (kernel("shrink", SHRINK, arch="gfx942", late_stores=1), "while stores of other waves are on their way, 1 times"),
     (kernel("shrink", SHRINK, FP32, tf32=True), "rounds fp32 to TF32 unasked"),
     (kernel("shrink", SHRINK, mma={}, loop=None), "does not use tensor cores"),
     (kernel("wgrad", WGRAD, loop=None), "does not use tensor cores in a loop"),
@@ -116,6 +117,21 @@ def test_a_good_kernel_breaks_nothing(good):
 @pytest.mark.parametrize(("bad", "finding"), BAD, ids=[finding for _, finding in BAD])
 def test_every_budget_can_be_broken(bad, finding):
     assert any(finding in words for words in broken(bad, GPU)), list(broken(bad, GPU))
+
+
+STORE, WAIT, BARRIER, COUNT = (
+    "\tbuffer_store_dwordx4 v[2:5], v6, s[8:11], 0 offen\n",
+    "\ts_waitcnt vmcnt(0)\n",
+    "\ts_barrier\n",
+    "\tglobal_atomic_add v3, v3, v4, s[4:5] sc0\n",
+)
+
+
+def test_a_wave_waits_for_its_stores_before_the_barrier():
+    assert late_stores(STORE + WAIT + BARRIER + COUNT) == 0
+    assert late_stores(STORE + BARRIER + WAIT + COUNT) == 1  # what gfx942 gets by itself: the atomic's own wave waits
+    assert late_stores(STORE + WAIT + STORE + BARRIER + COUNT) == 1
+    assert late_stores(COUNT + (STORE + "\ts_waitcnt lgkmcnt(0)\n" + BARRIER + COUNT) * 2) == 2
 
 
 # stored budgets

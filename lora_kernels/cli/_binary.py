@@ -17,7 +17,7 @@ from typing import Any
 
 from lora_kernels.cli._pipeline import taken_both_ways
 
-__all__ = ["Facts", "Loop", "narrow_products", "read"]
+__all__ = ["Facts", "Loop", "late_stores", "narrow_products", "read"]
 
 _MMA = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA", "v_mfma")
 
@@ -66,6 +66,7 @@ class Facts:
             but not to read, "waits late", only "releases" the launch after it, or "".
         warnings: ptxas warnings that it serialised tensor-core instructions (C75xx).
         both_ways: Buffered tiles that tensor cores read from shared memory and that are loaded into registers as well.
+        late_stores: Barriers before an atomic that do not wait for each wave's own stores, on AMD.
     """
 
     registers: int
@@ -83,6 +84,7 @@ class Facts:
     dependent: str = ""
     warnings: list[str] = field(default_factory=list)
     both_ways: list[str] = field(default_factory=list)
+    late_stores: int = 0
 
 
 def read(kernel: Any, shared_per_sm: int) -> Facts:
@@ -176,7 +178,27 @@ def _amd(kernel: Any, narrow: list[str], shared_per_sm: int) -> Facts:
         loop=_loop(names, targets),
         narrow_products=narrow,
         tf32=any(name.startswith("v_mfma") and name.endswith("xf32") for name in names),
+        late_stores=late_stores(kernel.asm["amdgcn"]),
     )
+
+
+def late_stores(amdgcn: str) -> int:
+    """Count the barriers before an atomic at which stores of a wave may still be on their way.
+
+    The atomic waits for stores of its own wave alone. What other waves stored is there for whoever sees the atomic only
+    if each of them has waited, by `s_waitcnt vmcnt(0)`, before the barrier in between.
+    """
+    late, waited, at_barrier = 0, True, True
+    for line in map(str.strip, amdgcn.splitlines()):
+        if re.match(r"(global|buffer|flat)_store", line):
+            waited = False
+        elif re.match(r"s_waitcnt\b.*vmcnt\(0\)", line):
+            waited = True
+        elif line.startswith("s_barrier"):
+            at_barrier = waited
+        elif re.match(r"(global|buffer|flat)_atomic", line):
+            late += not at_barrier
+    return late
 
 
 def _tool(name: str, *arguments: object) -> str:

@@ -33,6 +33,8 @@ def broken(kernel: "Kernel", gpu: Any) -> Iterator[str]:
         yield f"ptxas serialises the tensor cores ({', '.join(facts.warnings)})"
     for tile in facts.both_ways:
         yield f"takes a tile by tensor cores and by registers at once, for which Triton has a buffer too few: {tile}"
+    if facts.late_stores:
+        yield f"counts programs in while stores of other waves are on their way, {facts.late_stores} times"
     yield from _dependent_launch(kernel)
     yield from _tensor_cores(kernel)
     yield from _occupancy(kernel, gpu)

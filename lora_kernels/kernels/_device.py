@@ -6,6 +6,7 @@ used in elementwise arithmetic (which Triton's interpreter does not have for bf1
 
 import triton
 import triton.language as tl
+from triton.language.target_info import current_target
 
 from lora_kernels.dropout import PHILOX_ROUNDS
 
@@ -24,6 +25,13 @@ def tile_position(tile, num_m, num_n, GROUP_M: tl.constexpr):
     return first_m + inside % height, inside // height
 
 
+@triton.constexpr_function
+def _waits_by_hand() -> bool:
+    """Whether a wave has to wait for its own stores before a barrier: on CDNA (gfx9)."""
+    target = current_target()
+    return target is not None and target.backend == "hip" and target.arch.startswith("gfx9")
+
+
 @triton.jit
 def last_to_arrive(arrivals_ptr, expected):
     """Count this program in; whether it is the last of `expected`, which then sees what all of them have stored.
@@ -31,6 +39,10 @@ def last_to_arrive(arrivals_ptr, expected):
     Who is last is chance, so it must add the others' partial sums in a fixed order, its own among them. It leaves the
     counter at 0 for the next launch. Nobody waits: no order of programs can hang.
     """
+    if _waits_by_hand():  # there a barrier does not wait for the stores of other waves than the one that counts
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)\ns_mov_b32 $0, 0", "=s,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1
+        )
     tl.debug_barrier()  # the stores of all threads come before the one thread's release
     last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == expected - 1
     if last:
