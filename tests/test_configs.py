@@ -58,3 +58,25 @@ def test_a_gpu_that_is_not_there_has_the_memory_of_the_default():
 )
 def test_descriptors_where_their_tiles_fit(capability, dtype, tma):
     assert descriptor_path(capability, dtype)[0] == tma
+
+
+@pytest.mark.parametrize(("rows", "splits"), [(8192, 7), (512, 1), (16, 1)])
+def test_made_operands_fill_the_multiprocessors_round_by_round(rows, splits):
+    """112 tiles leave a seventh of 132 multiprocessors idle, seven times as many next to none; few rows repay no parts."""
+    tile = wgrad_config(rows, 14336, 16, torch.bfloat16, shrinks=True, adapters=3, activated=True, num_sms=132)
+    assert -(-rows // tile.rows_per_split) == splits
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_program_walks_rows_that_are_not_there(dtype):
+    for rows in (1, 16, 17, 100, 1000):
+        tile = wgrad_config(rows, 4096, 16, dtype)
+        assert tile.rows_per_split < rows + tile.block_m
+        assert shrink_config(rows, 100, 16, dtype).k_per_split <= 128
+
+
+@pytest.mark.parametrize("rows", [1, 16, 32, 33, 64, 65])
+def test_ds_and_dB_of_few_rows_are_no_pipeline(rows):
+    """Of fewer than 64 rows ds takes its tile from registers and dB from shared memory: see docs/traps.md."""
+    tile = wgrad_config(rows, 4096, 16, torch.bfloat16, shrinks=True)
+    assert tile.num_stages == 1 if rows <= 64 else tile.block_m == 64 and tile.num_stages > 1

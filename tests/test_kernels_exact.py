@@ -151,6 +151,12 @@ def test_shrink_and_wgrad_from_one_read(rows_per_split, width, r, device):
     assert torch.equal(ds.cpu().long(), 4 * dy @ b)
 
 
+def test_what_stores_on_the_way_is_not_ready_early(device):
+    dy, s, b, ds = (torch.zeros(size, device=device) for size in ((75, 40), (75, 5), (40, 5), (75, 5)))
+    with pytest.raises(ValueError, match="makes ds on the way, so ready must be False"):
+        wgrad(dy, s, torch.float32, ready=True, shrink=(b, ds, 1.0))
+
+
 @pytest.mark.parametrize("r", [1, 32, 33, 70])
 def test_ds_and_dB_together_at_any_rank(r, device):
     generator = torch.Generator().manual_seed(0)

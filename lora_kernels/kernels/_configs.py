@@ -229,7 +229,7 @@ def shrink_wgrad_pays(rank: int, activated: bool = False) -> bool:
 def wgrad_config(
     rows: int, wide: int, thin: int, dtype: torch.dtype, shrinks: bool = False, shared: int = SHARED,
     adapters: int = 1, masked: bool = False, activated: bool = False, strided: bool = False, rounds: bool = False,
-    tf32: bool = False,
+    tf32: bool = False, num_sms: int = _PROGRAMS // 2,
 ) -> WgradConfig:  # fmt: skip
     """The tile for g `[wide, thin]` summed over `rows`, and where the sum is split.
 
@@ -237,7 +237,7 @@ def wgrad_config(
     and, with a mask, a masked tile each: fewer columns. `activated` operands are made of three others, a tile of each.
     `strided` operands, which have no element next to another, take an address each. A program that `rounds` B holds it
     in fp32 for a while, in the registers of more warps. `shared` is a multiprocessor's shared memory in bytes. `tf32`
-    says that fp32 products may use TF32.
+    says that fp32 products may use TF32. `num_sms` multiprocessors have a program each of what is `activated`.
     """
     single = dtype.itemsize == 4
     small = shared < SHARED
@@ -258,10 +258,16 @@ def wgrad_config(
     most_rows = (_TINY if fewest else 32 if few else 64) // (2 if addressed else 1)
     # in TF32 a tile of 64 rows passes through shared memory most smoothly, with half the bank conflicts of 32
     block_m = 64 if shrinks and tf32 and not activated else _fit(rows, most_rows)
-    rows_per_split = _split(rows, block_m, _tiles(wide, thin, block_c, block_r))
+    tiles = _tiles(wide, thin, block_c, block_r)
+    if activated:
+        part = 8 * thin * adapters / (5 * rows * dtype.itemsize)  # of what is read and written anyway: g, u, dh, dg, du
+        rows_per_split = _whole_rounds(rows, block_m, tiles, num_sms, part)
+    else:
+        rows_per_split = _split(rows, block_m, tiles)
     # narrow tiles, all of fp32 among them, run many at once; some spill with more
-    most = 3 if block_c > 64 and adapters == 1 and not activated and (shrinks or not small) else 2
-    stages = _stages(most, block_m * (block_c + block_r * adapters) * dtype.itemsize, shared)
+    alone = activated or adapters == 1
+    most = 3 if block_c > 64 and alone and (shrinks or not small) and not (activated and single) else 2
+    stages = _stages(most, block_m * (block_c * (3 if activated else 1) + block_r * adapters) * dtype.itemsize, shared)
     if shrinks and not activated and rows <= block_m:  # one step is no pipeline, and Triton's would be wrong on sm_90
         stages = 1
     warps = 8 if (rounds and block_r > 16) or (activated and (single or block_c >= 64)) else 4
@@ -285,6 +291,21 @@ def _split(size: int, block: int, tiles: int) -> int:
     """
     share = max(-(-size // max(1, _PROGRAMS // tiles)), 4 * block)
     return max(1, -(-min(share, size) // block)) * block
+
+
+def _whole_rounds(size: int, block: int, tiles: int, programs: int, part: float) -> int:
+    """As `_split`, where `programs` run at once and take long: so that the last of their rounds is nearly full.
+
+    With 112 tiles on 132 multiprocessors one to six splits leave 15 % of them idle on average, seven 1 %. A split more
+    costs `part` of the bytes that are moved anyway.
+    """
+
+    def busy(splits: int) -> float:
+        return -(-tiles * splits // programs) * programs / (tiles * splits) * (1 + splits * part)
+
+    most = max(1, min(8, size // (4 * block)))
+    splits = min(range(1, most + 1), key=busy)
+    return max(1, -(-size // (splits * block))) * block
 
 
 def _square(config: MatmulConfig, num_sms: int) -> MatmulConfig:

@@ -208,7 +208,10 @@ def _wgrad_kernel(
                 for ahead in tl.static_range(AT_ONCE):
                     k = tl.cast(j, tl.int64) + ahead
                     there = (offs_w * 0 + k < splits)[:, None]  # a block: the interpreter takes no scalar in a mask
-                    g_part = tl.load(g_part_ptrs + k * part_size, mask=mask_g & there, other=0.0, cache_modifier=".cg")
+                    here, there = g_part_ptrs + k * part_size, mask_g & there
+                    # in a shape of its own: in that of g a thread takes as many of them, half a sector at a time
+                    g_part = tl.load(here[None, :, :], mask=there[None, :, :], other=0.0, cache_modifier=".cg")
+                    g_part = tl.reshape(g_part, (BLOCK_W, BLOCK_T))
                     acc += g_part
             before += Ts[i]
             # the others have nothing more to store
@@ -256,7 +259,7 @@ def wgrad(
         keep: Packed mask `[M, ceil(D/32)]` of `right`, or None.
         into: A tensor `[C, D]` to which g is added; then nothing is returned.
         ready: Whether the launch before this one is a `matmul_expand` and wrote neither `left`, `right` nor `keep`,
-            so that they may be read while it still runs.
+            so that they may be read while it still runs; not with `shrink`, which stores on the way.
         shrink: b, ds and alpha, to compute ds = alpha · left b as well; not with `keep`, and D at most a tile wide.
         config: Tile to use in place of the rule's.
     """
@@ -303,8 +306,8 @@ def launch(
     Args:
         wide: The wide operand `[M, W]`; with `activation` the g of its formula.
         products: What is computed of it; with `activation` there may be none.
-        activation: Makes the wide operands.
-        ready: As in `wgrad`.
+        activation: Makes the wide operands, which are stored on the way.
+        ready: As in `wgrad`; not with `activation` either.
         config: Tile to use in place of the rule's.
     """
     a = activation or _AS_IT_IS
@@ -334,9 +337,15 @@ def _settle(
     (rows, width), dtype = made_of[0].shape, made_of[0].dtype
     widths, shrunk = [thin.shape[1] for thin in thins], [b.shape[1] for b in bs if b is not None]
     strided = all(1 not in t.strides for t in made_of if t) or any(1 not in b.strides for b in bs if b)
+    if ready and (shrunk or activation):
+        raise ValueError(
+            "wgrad: ready is for launches that store nothing before they have read all; this one makes "
+            f"{'ds' if shrunk else 'dg and du'} on the way, so ready must be False."
+        )
     config = config or wgrad_config(
         rows, width, max(widths, default=1), dtype, bool(shrunk), _launch.shared_per_sm(device), len(widths),
         any(keeps), activation is not None, strided, any(b.dtype != dtype for b in bs if b), precision == "tf32",
+        _launch.num_sms(device),
     )  # fmt: skip
     splits = triton.cdiv(rows, config.rows_per_split)
     blocks = triton.cdiv(width, config.block_c)
