@@ -63,6 +63,13 @@ def test_what_follows_from_a_change_is_computed_twice():
     assert not any("%r9000003" in line for line in text)
 
 
+def test_a_load_without_its_mask_is_followed():
+    lines = program("mov.b32 %r1, 0;", "@%p2 ld.global.b32 %r1, [%rd2];").split("\n")
+    text = slices.doubled(lines, 1, "ld.global.b32 %r1, [%rd2];").split("\n")
+    assert text[:4] == ["mov.b32 %r9000001, 0;", lines[0], "ld.global.b32 %r9000001, [%rd2];", lines[1]]
+    assert slices.doubled(["st.global.b32 [%rd1], %r1;"], 0, "st.global.b32 [%rd1], %r2;") is None
+
+
 def test_a_change_of_what_is_no_value_is_not_computed_twice():
     lines = program("bar.sync 0;").split("\n")
     assert slices.doubled(lines, 0, "") is None

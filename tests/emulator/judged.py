@@ -63,6 +63,8 @@ def proofs(source: str, fault: Fault) -> Iterator[tuple[str, list[str]]]:
         return
     if was and was.op.startswith("cp.async.c"):
         yield "nobody reads what it copies", [program("")]
+    if was and was.op.startswith("wgmma.mma_async"):
+        yield "its product adds nothing", [program("")]
     if check := _condition(lines[at], fault.kind):
         yield "what it changes is the same each time it runs", [program(*check, lines[at])]
     if len(new) == 1 and (twice := doubled(lines, at, new[0])):

@@ -89,7 +89,10 @@ def doubled(lines: list[str], at: int, new: str) -> str | None:
     """
     parsed, changed = [statement(line) for line in lines], statement(new)
     old = parsed[at]
-    if not old or not changed or _USES.match(old.op) or not given(old) or given(old) != given(changed):
+    if not old or not changed or not given(old) or given(old) != given(changed):
+        return None
+    # a load gives another value as well; nothing else that uses memory does
+    if _USES.match(old.op) and not re.match(r"(ld|ldmatrix)\b", old.op):
         return None
     second = set(given(old))
     while (
