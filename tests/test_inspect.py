@@ -77,6 +77,10 @@ BAD = [
     (kernel("shrink", SHRINK, narrow_products=["%5 = arith.muli"]), "multiplies in 32 bits for a pointer: %5"),
     (kernel("shrink", SHRINK, warnings=["C7515"]), "ptxas serialises the tensor cores (C7515)"),
     (kernel("wgrad", WGRAD, both_ways=["2x16x256xbf16"]), "a buffer too few: 2x16x256xbf16"),
+    (
+        kernel("shrink", SHRINK, overwritten=["MOV R4"] * 3),
+        "registers that tensor cores may still read, 3 times: MOV R4",
+    ),
     (kernel("shrink", SHRINK, arch="gfx942", late_stores=1), "while stores of other waves are on their way, 1 times"),
     (kernel("shrink", SHRINK, FP32, tf32=True), "rounds fp32 to TF32 unasked"),
     (kernel("shrink", SHRINK, mma={}, loop=None), "does not use tensor cores"),

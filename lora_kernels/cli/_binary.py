@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_kernels.cli._hgmma import overwritten
 from lora_kernels.cli._pipeline import taken_both_ways
 
 __all__ = ["Facts", "Loop", "late_stores", "narrow_products", "read"]
@@ -66,6 +67,7 @@ class Facts:
             but not to read, "waits late", only "releases" the launch after it, or "".
         warnings: ptxas warnings that it serialised tensor-core instructions (C75xx).
         both_ways: Buffered tiles that tensor cores read from shared memory and that are loaded into registers as well.
+        overwritten: Instructions that write a register of an operand that Hopper's tensor cores may still read.
         late_stores: Barriers before an atomic that do not wait for each wave's own stores, on AMD.
     """
 
@@ -84,6 +86,7 @@ class Facts:
     dependent: str = ""
     warnings: list[str] = field(default_factory=list)
     both_ways: list[str] = field(default_factory=list)
+    overwritten: list[str] = field(default_factory=list)
     late_stores: int = 0
 
 
@@ -133,6 +136,7 @@ def _nvidia(kernel: Any, narrow: list[str], shared_per_sm: int) -> Facts:
         dependent=_dependent(ptx),
         warnings=sorted(set(re.findall(r"\((C75\d\d)\)", said))),
         both_ways=taken_both_ways(kernel.asm["ttgir"]),
+        overwritten=overwritten(sass),
     )
 
 

@@ -33,6 +33,9 @@ def broken(kernel: "Kernel", gpu: Any) -> Iterator[str]:
         yield f"ptxas serialises the tensor cores ({', '.join(facts.warnings)})"
     for tile in facts.both_ways:
         yield f"takes a tile by tensor cores and by registers at once, for which Triton has a buffer too few: {tile}"
+    if facts.overwritten:
+        times = len(facts.overwritten)
+        yield f"writes registers that tensor cores may still read, {times} times: {facts.overwritten[0]}"
     if facts.late_stores:
         yield f"counts programs in while stores of other waves are on their way, {facts.late_stores} times"
     yield from _dependent_launch(kernel)

@@ -196,7 +196,9 @@ def shrink_config(
         activated: Whether x is made of two operands by an activation, which costs registers and a tile more.
         adapter_itemsize: Bytes an element of A, where it is wider than x.
     """
-    block_m = _fit(rows, 32 if dtype.itemsize == 4 else 64)  # 64 rows of fp32 with dropout spill
+    # 64 rows of fp32 with dropout spill. Of 16 bits they would be a wgmma of a masked x in registers, which some ptxas
+    # overwrite too early (docs/traps.md), and leave a multiprocessor two programs where 32 rows leave it five
+    block_m = _fit(rows, 32 if dtype.itemsize == 4 or dropout else 64)
     block_r = _fit(rank, 64 if adapters < 4 else 32)
     # 128 of K beside the mask, and addresses or sums, spill; several adapters take less of it anyway
     crowded = dropout and adapters == 1 and (strided or block_r == 64)
@@ -209,7 +211,7 @@ def shrink_config(
         crowded = (dropout and strided) or (wide and (dropout or of_a > of_x))
         block_k = max(_TINY, block_k // (8 if crowded else 4 if dropout or wide else 2))
     elif activated:
-        block_m, block_k = min(block_m, 32) if dropout else block_m, max(_TINY, block_k // 2)
+        block_k = max(_TINY, block_k // 2)
     k_per_split = _split(inner, block_k, _tiles(rows, rank, block_m, block_r))
     room = shared // 2 if block_r <= 32 else shared  # two programs hide the latency of each other's loads
     stages = _stages(most_stages, block_k * (block_m * (1 + activated) * of_x + block_r * adapters * of_a), room)
