@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
@@ -44,6 +45,7 @@ __all__ = [
 BACKENDS = ("auto", "triton", "torch")
 MAX_RANK = 512  # the largest the shipped tile configs are made for
 _OLDEST_CAPABILITY = (8, 0)
+_FENCELESS, _FENCES_SINCE = 10, (3, 7, 1)  # major capability, and Triton's version: see docs/traps.md
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _log = logging.getLogger("lora_kernels")
@@ -128,9 +130,15 @@ def automatic(device: torch.device, dtype: torch.dtype, rank: int = 16) -> Choic
         return Choice("torch", problem)
     if interpreting():
         return Choice("torch", "TRITON_INTERPRET=1 is set: kernels would run in the slow NumPy interpreter")
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
-        have = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        return Choice("torch", f"the kernels need compute capability 8.0 and this GPU has {have}")
+    if torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        have = ".".join(map(str, capability))
+        if capability < _OLDEST_CAPABILITY:
+            return Choice("torch", f"the kernels need compute capability 8.0 and this GPU has {have}")
+        if capability[0] == _FENCELESS and (installed := _triton_version()) < _FENCES_SINCE:
+            needed, found = (".".join(map(str, version)) for version in (_FENCES_SINCE, installed))
+            reason = f"compute capability {have} needs Triton {needed}, older ones miss a fence, and this is {found}"
+            return Choice("torch", reason)
     if dtype not in _KERNEL_DTYPES:
         return Choice("torch", f"the kernels have no {str(dtype).removeprefix('torch.')}")
     if rank > MAX_RANK:
@@ -146,6 +154,11 @@ def triton_problem() -> str:
     except ImportError as error:
         return f"Triton not importable ({error})"
     return ""
+
+
+def _triton_version() -> tuple[int, ...]:
+    """The version of Triton that is imported, as numbers."""
+    return tuple(map(int, re.findall(r"\d+", importlib.import_module("triton").__version__)[:3]))
 
 
 def interpreting() -> bool:

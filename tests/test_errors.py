@@ -182,6 +182,22 @@ def test_old_gpus_take_pytorch(fresh_plan, monkeypatch):
     assert plan.automatic(torch.device("cuda", 0), torch.float16, 513).backend == "torch"
 
 
+def test_sm_100_takes_pytorch_where_triton_misses_a_fence(fresh_plan, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for capability, version, backend in (
+        ((10, 0), "3.6.0", "torch"), ((10, 3), "3.7.0", "torch"), ((10, 0), "3.7.1+git12", "triton"),
+        ((10, 0), "3.10.0", "triton"), ((9, 0), "3.6.0", "triton"), ((12, 0), "3.6.0", "triton"),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        monkeypatch.setattr("triton.__version__", version)
+        choice = plan.automatic(torch.device("cuda", 0), torch.bfloat16)
+        assert choice.backend == backend
+        assert backend == "triton" or choice.reason == (
+            f"compute capability {capability[0]}.{capability[1]} needs Triton 3.7.1, older ones miss a fence, "
+            f"and this is {version}"
+        )
+
+
 def test_the_environment_overrides_auto(fresh_plan, monkeypatch):
     monkeypatch.setenv("LORA_KERNELS_BACKEND", "tritn")
     with pytest.raises(ValueError, match="LORA_KERNELS_BACKEND='tritn' is not one of: auto, torch, triton"):
