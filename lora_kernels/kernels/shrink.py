@@ -112,8 +112,6 @@ def _shrink_kernel(
                 inside = mask_m[:, None] & (8 * offs_byte < tl.where(pid_r == 0, K, 0))[None, :]  # by one of these
                 tl.store(keep_ptrs[i].to(tl.pointer_type(tl.uint8)) + counter, bits.to(tl.uint8), mask=inside)
                 kept = tl.where(unpack_bits(bits), x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))
-            elif HAS_DROPOUT:  # from registers, as the masked ones: all products of a tile must (docs/traps.md)
-                kept = tl.where(mask_m[:, None], x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))
             a = tl.load(
                 a_ptrs[i] + offs_k[:, None] * strides_ak[i] + offs_r[None, :] * strides_ar[i],
                 mask=mask_k[:, None] & (offs_r < Rs[i])[None, :], other=0.0,
