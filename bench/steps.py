@@ -23,7 +23,7 @@ def jobs() -> int:
 def everything(rehearse: bool) -> list[Stage]:
     """The whole battery: correctness, then times and memory of every level."""
     return [
-        (_warm_up(rehearse, 100),), _correctness(rehearse, 150, ""),
+        (_warm_up(rehearse, 110),), _correctness(rehearse, 145, ""),
         (_layers(rehearse, 80),), (_blocks(rehearse, 60),), (_kernels(rehearse, 50),), (_model(rehearse, 50),),
         (_bench("lorafusion", rehearse, 90, ("--preset", "lorafusion", "--m", "2048", "4096", "6144", "8192",
                 "--dtype", "bf16", "--p", "0", "0.1", *_LEAN), ("--m", "16", "32", "--p", "0.1")),),
@@ -35,7 +35,7 @@ def everything(rehearse: bool) -> list[Stage]:
 def first(rehearse: bool) -> list[Stage]:
     """The first run on a GPU: is it right, does it race, how far from the library; then variants, then the rest."""
     return [
-        (_warm_up(rehearse, 100),), _correctness(rehearse, 150, "not races and not compiled"),
+        (_warm_up(rehearse, 110),), _correctness(rehearse, 150, "not races and not compiled"),
         (_races(rehearse, 60), _graphs(rehearse, 60)),
         (_kernels(rehearse, 60),), (_variants(rehearse, 90),), (_layers(rehearse, 80),), (_blocks(rehearse, 60),),
     ]  # fmt: skip
@@ -43,7 +43,8 @@ def first(rehearse: bool) -> list[Stage]:
 
 def _warm_up(rehearse: bool, cap: float) -> Step:
     more = ("--arch", "sm_90", "--quick") if rehearse else ()
-    return Step("warm_up", ("-m", "bench.warm_up", "--jobs", str(jobs()), *more), cap if not rehearse else 300)
+    command = ("-m", "bench.warm_up", "--jobs", str(jobs()), "--minutes", "{minutes}", *more)
+    return Step("warm_up", command, cap if not rehearse else 300)
 
 
 def _correctness(rehearse: bool, cap: float, which: str) -> Stage:

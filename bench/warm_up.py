@@ -8,6 +8,7 @@ this machine's, so that Triton's cache has their kernels; `--arch` imagines anot
 """
 
 import argparse
+import math
 import multiprocessing
 import sys
 import time
@@ -30,7 +31,7 @@ Work = tuple[Any, str]  # a case of `verify`, of its blocks or of `inspect`, and
 
 def work(on_gpu: bool, quick: bool) -> list[Work]:
     """What is compiled, the largest kernels first."""
-    dtypes = ("bf16",) if quick else tuple(verify.DTYPES)
+    dtypes = ("bf16",) if quick else ("bf16", "fp32", "fp16")  # fp16 last: what bf16 finds wrong is wrong there, too
     checked = [
         (case, case.form)
         for dtype in dtypes
@@ -137,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench.warm_up", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after this long")
     parser.add_argument("--arch", metavar="ARCH", help="sm_80, sm_90, sm_100: for this GPU, and without one here")
     parser.add_argument("--quick", action="store_true", help="a few small layers in bf16")
     args = parser.parse_args(argv)
@@ -151,12 +153,19 @@ def main(argv: list[str] | None = None) -> int:
     # spawned, not forked: a process that has used CUDA cannot be
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, context, _begin, given) as pool:
-        for done, future in enumerate(as_completed([pool.submit(_compile, one) for one in todo]), 1):
+        futures, done = [pool.submit(_compile, one) for one in todo], 0
+        for future in as_completed(futures):
+            if future.cancelled():
+                continue
             name, found, problem = future.result()
             hashes |= found
-            failed += bool(problem)
+            failed, done = failed + bool(problem), done + 1
             print(f"{done}/{len(todo)} {name}: {problem or f'{len(found)} more kernels'}", flush=True)
-    print(f"{len(hashes)} kernels of {len(todo)} cases in {time.monotonic() - begun:.0f} s, {failed} cases failed")
+            if time.monotonic() > begun + args.minutes * 60:
+                for one in futures:
+                    one.cancel()
+    took = time.monotonic() - begun
+    print(f"{len(hashes)} kernels of {done} of {len(todo)} cases in {took:.0f} s, {failed} cases failed")
     return 1 if failed else 0
 
 

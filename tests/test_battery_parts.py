@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,6 +95,26 @@ def test_a_case_that_cannot_be_compiled_is_told_and_not_the_end():
     assert name == "4x4x4 r=0 bf16 p=0 fused"
     assert not found
     assert problem
+
+
+def test_what_there_is_no_time_for_is_left(monkeypatch, capsys):
+    ones, begun = [(_compiled.Case(8, 8, 8, i), "fused") for i in range(9)], []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, jobs, context, begin, given):
+            super().__init__(jobs)
+
+    monkeypatch.setattr(warm_up, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(warm_up, "work", lambda on_gpu, quick: ones)
+    monkeypatch.setattr(warm_up, "_gpu", lambda arch: None)
+    monkeypatch.setattr(warm_up._compiled, "problem", lambda: "")
+    monkeypatch.setattr(warm_up, "_compile", lambda one: begun.append(one) or (str(one[0]), {"a"}, ""))
+    assert warm_up.main(["--arch", "sm_90"]) == 0
+    assert "1 kernels of 9 of 9 cases" in capsys.readouterr().out
+    monkeypatch.setattr(warm_up, "_compile", lambda one: time.sleep(0.2) or (str(one[0]), {"a"}, ""))
+    assert warm_up.main(["--arch", "sm_90", "--minutes", "0"]) == 0
+    assert " of 9 cases" in (shown := capsys.readouterr().out)
+    assert "9 of 9" not in shown
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
