@@ -1,8 +1,8 @@
 """Whether a change of one value comes to nothing: the values that follow from it, computed a second time beside the first.
 
 From a changed instruction on, everything that is computed from what it gives is computed twice: from the old value and
-from the new. Where the values come to be used (an address or data of memory, a branch, a guard, a comparison, a product
-of wgmma), a store to nowhere tells if the two differ in a lane that uses them. If it never runs, nothing depends on the
+from the new, loads from either address among it. Where the values come to be used (an address or data of a store or an
+asynchronous copy, a branch, a guard, a comparison, a product of wgmma), a store to nowhere tells if the two differ in a lane that uses them. If it never runs, nothing depends on the
 change, however different the values on the way were.
 """
 
@@ -14,9 +14,7 @@ __all__ = ["REGISTER", "Statement", "bits_of", "doubled", "given", "statement", 
 REGISTER = re.compile(r"%(?P<prefix>[a-z]+)\d+")
 _STATEMENT = re.compile(r"^\s*(?:@(?P<not>!?)(?P<guard>%p\d+)\s+)?(?P<op>[a-z][\w.:]*)\s+(?P<rest>[^;]*);\s*(?://.*)?$")
 # what uses values and gives none that can be computed twice
-_USES = re.compile(
-    r"(ld|st|atom|red|cp|bra|ret|bar|fence|mbarrier|wgmma|griddepcontrol|ldmatrix|stmatrix|elect|trap|prefetch)\b"
-)
+_USES = re.compile(r"(st|atom|red|cp|bra|ret|bar|fence|mbarrier|wgmma|griddepcontrol|stmatrix|elect|trap|prefetch)\b")
 
 
 class Statement(NamedTuple):
@@ -89,10 +87,7 @@ def doubled(lines: list[str], at: int, new: str) -> str | None:
     """
     parsed, changed = [statement(line) for line in lines], statement(new)
     old = parsed[at]
-    if not old or not changed or not given(old) or given(old) != given(changed):
-        return None
-    # a load gives another value as well; nothing else that uses memory does
-    if _USES.match(old.op) and not re.match(r"(ld|ldmatrix)\b", old.op):
+    if not old or not changed or _USES.match(old.op) or not given(old) or given(old) != given(changed):
         return None
     second = set(given(old))
     while (
