@@ -208,10 +208,7 @@ def _wgrad_kernel(
                 for ahead in tl.static_range(AT_ONCE):
                     k = tl.cast(j, tl.int64) + ahead
                     there = (offs_w * 0 + k < splits)[:, None]  # a block: the interpreter takes no scalar in a mask
-                    here, there = g_part_ptrs + k * part_size, mask_g & there
-                    # in a shape of its own: in that of g a thread takes as many of them, half a sector at a time
-                    g_part = tl.load(here[None, :, :], mask=there[None, :, :], other=0.0, cache_modifier=".cg")
-                    g_part = tl.reshape(g_part, (BLOCK_W, BLOCK_T))
+                    g_part = tl.load(g_part_ptrs + k * part_size, mask=mask_g & there, other=0.0, cache_modifier=".cg")
                     acc += g_part
             before += Ts[i]
             # the others have nothing more to store
