@@ -149,7 +149,8 @@ def test_a_gated_mlp_in_nine_launches(p):
     weights, masks = 3 * 4096 * 14336 / MIB, (p > 0) * (6 * x + 3 * wide) / 16
     # x thrice, y, dy twice, dx; g and u thrice, h twice, dh twice, dg and du twice
     assert total == pytest.approx(2 * (7 * x + 14 * wide + 2 * weights + masks), rel=0.003)
-    assert sum(2 * moved.parts for moved in launches) / MIB < 300  # out of L2 for the most part
+    # out of L2 for the most part; 26 MiB of it fill the multiprocessors, see `_configs._whole_rounds`
+    assert sum(2 * moved.parts for moved in launches) / MIB < 310
 
 
 def test_the_wave_that_runs_together_touches_less_than_in_the_usual_order():
