@@ -3,7 +3,7 @@
 Every case runs a layer, or queries, keys and values, or a gated MLP, forward and backward and holds each output to two
 rules (lora_kernels.numerics, and numerics_mlp through an activation):
   rule 1   every element within its own a-priori error bound
-  rule 2   outputs of enough numbers: rms error at most twice that of PyTorch's operators
+  rule 2   outputs of enough numbers: rms error at most twice that of PyTorch's operators, or what one long sum comes to
 Shown is how much of each limit the worst output used; 1 and below passes. A case must also give the same bits twice,
 leave its inputs as they were, and drop exactly the elements that its backend's dropout rule says.
 
