@@ -1,7 +1,8 @@
 """The cases that reach every tile and flag that the rules can choose, found by asking the launchers themselves.
 
 A grid of calls on both sides of each threshold of the rules is launched dry, a fraction of a millisecond each, and
-the fewest that cover all that was seen become cases.
+the fewest that cover all that was seen become cases. Widths are 64 and more: the tiles that narrower layers are cut to
+are in the table alone. MLPs with no element next to another are left out, because Triton takes minutes over some of their kernels.
 """
 
 import itertools
@@ -21,7 +22,7 @@ _ROWS = 1, 17, 33, 70
 
 def _calls() -> Iterator[Case]:
     """The grid, the cheapest first."""
-    for (m, k), r, p in itertools.product(itertools.product((*_ROWS, 300), (16, 32, 64, 128, 264)), _RANKS, (0.0, 0.1)):
+    for (m, k), r, p in itertools.product(itertools.product((*_ROWS, 300), (64, 136, 264)), _RANKS, (0.0, 0.1)):
         n = 2 * k
         for dtype in ("bf16", "fp32"):
             yield layer(dtype, m, k, n, r, p=p)
@@ -34,9 +35,11 @@ def _calls() -> Iterator[Case]:
             for dtype in ("bf16", "fp32"):
                 yield block(dtype, m, k, (136, 48, 48), (r, r, r), (p, p, p), strided=strided)
                 yield block(dtype, m, k, (136, 48, 48), (r, r, r), (p, 0.0, 3 * p), strided=strided, bias=True)
-                yield block(dtype, m, k, (136,), (r, r, r), (p, p, p), "silu", strided=strided)
+                if not strided:
+                    yield block(dtype, m, k, (136,), (r, r, r), (p, p, p), "silu")
             yield block("fp16", m, k, (136, 48, 48), (r, r, r), (p, 0.0, p), strided=strided, fp32_adapters=True)
-            yield block("fp16", m, k, (136,), (r, r, r), (p, p, p), "silu", strided=strided, fp32_adapters=True)
+            if not strided:
+                yield block("fp16", m, k, (136,), (r, r, r), (p, p, p), "silu", fp32_adapters=True)
             ps = (0.5, 0.0, 0.5) if p else (0.0,)
             yield exact.projections("fp32", m, k, (136, 48, 48), (r, r, r), ps, "tf32", strided=strided)
         yield exact.mlp("fp32", m, k, 136, r, "tf32")
