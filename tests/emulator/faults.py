@@ -1,6 +1,6 @@
 """Check the emulator: plant faults in the PTX of kernels, one at a time, and see which are noticed.
 
-    python tests/emulator/faults.py [--arch sm_80 sm_90] [--kind REGEX] [--case REGEX] [--most 8] [--json FILE]
+    python tests/emulator/faults.py [--arch sm_80 sm_90] [--kind REGEX] [--case REGEX] [--most 4] [--json FILE]
 
 Of each kind of fault `--most` are planted, chosen by `--seed` and spread over the kernels of cases whose results are
 exact, so that one wrong bit is noticed. Each runs in a process of its own, late, at random and early, until it is
@@ -264,7 +264,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--kind", default="", help="regular expression that a kind of fault holds")
     parser.add_argument("--case", default="", help="regular expression that a case's name holds")
     parser.add_argument("--kernel", default="", help="regular expression that a kernel's name holds")
-    parser.add_argument("--most", type=int, default=8, help="of one kind on one architecture")
+    parser.add_argument("--most", type=int, default=4, help="of one kind on one architecture")
     parser.add_argument("--seed", type=int, default=0, help="which of the faults are planted")
     parser.add_argument("--minutes", type=float, default=12, help="begin no fault after so many")
     parser.add_argument("--json", metavar="FILE", help="write every fault and what became of it")
