@@ -4,6 +4,7 @@ NVIDIA's SASS comes from `cuobjdump` and `nvdisasm`, AMD's assembly from the com
 addresses from Triton's first intermediate form, where the types still stand.
 """
 
+import importlib
 import importlib.util
 import math
 import re
@@ -111,8 +112,7 @@ def _nvidia(kernel: Any, narrow: list[str], shared_per_sm: int) -> Facts:
         source.write_text(ptx)
         usage = _tool("cuobjdump", "-res-usage", cubin)
         sass = _tool("nvdisasm", "-c", cubin)
-        # compiled again, for Triton does not keep what the assembler said
-        said = _tool("ptxas", "-v", f"-arch=sm_{arch}a", source, "-o", Path(folder, "o")) if "wgmma" in ptx else ""
+        said = _said_by_ptxas(source, arch) if "wgmma" in ptx else ""
     lines, labels = _instructions(sass)
     names = [line.split()[0] for line in lines]
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
@@ -203,6 +203,13 @@ def late_stores(amdgcn: str) -> int:
         elif re.match(r"(global|buffer|flat)_atomic", line):
             late += not at_barrier
     return late
+
+
+def _said_by_ptxas(source: Path, arch: int) -> str:
+    """What the assembler says of a kernel, compiled again: Triton does not keep it."""
+    ptxas = importlib.import_module("triton.backends.nvidia.compiler").get_ptxas(arch).path  # of several it has
+    command = [ptxas, "-v", f"-arch=sm_{arch}a", source, "-o", source.with_suffix(".o")]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def _tool(name: str, *arguments: object) -> str:
