@@ -37,12 +37,10 @@ CASES = (
     Case(*_LAYER, 64, "fp16", p=0.1, place=1), Case(*_LAYER, 64, bias=True, place=2),
     Case(*_LAYER, 16, accumulate=True, place=3), Case(*_LAYER, 32, p=0.1, fp32_adapters=True, place=1),
     Case(*_LAYER, 9, p=0.1, place=0), Case(*_LAYER, 16, p=0.1, strided=True),
-    Case(512, 512, 64, 16, p=0.1, strategy="beta1"),
     Case(256, 512, 512, 16, others=_QKV, place=0), Case(256, 512, 512, 9, p=0.1, others=_QKV, place=0),
-    Case(256, 512, 512, 64, p=0.1, others=_QKV, place=0),
-    Case(*_MLP, 16, activation="silu", place=0), Case(*_MLP, 64, activation="gelu", place=0),
+    Case(*_MLP, 16, activation="silu", place=0),
     Case(256, 256, 256, 16, "fp32", p=0.1), Case(256, 256, 256, 16, "fp32", p=0.1, tf32=True, place=0),
-    Case(128, 256, 256, 16, "fp32", p=0.1, others=_QKV), Case(128, 128, 256, 16, "fp32", p=0.1, activation="silu"),
+    Case(128, 128, 256, 16, "fp32", p=0.1, activation="silu"),
     Case(128, 256, 256, 16, "fp32", p=0.1, strided=True),
 )  # fmt: skip
 
