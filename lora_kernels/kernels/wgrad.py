@@ -222,7 +222,6 @@ def _wgrad_kernel(
         last = last_to_arrive(arrivals_ptr + tiles + split, tiles)
         blocks, before = tiles // num_t, 0
         DS_AT_ONCE: tl.constexpr = 128 // BLOCK_T  # parts on their way at a time: one after the other takes too long
-        offs_j = tl.arange(0, DS_AT_ONCE)[:, None, None]
         offs_t = tl.arange(0, BLOCK_T)
         for i in tl.static_range(ROWS):
             if b_ptrs[i] is not None:
@@ -233,12 +232,17 @@ def _wgrad_kernel(
                     mask = (offs_m < M)[:, None] & (offs_t < Ts[i])[None, :]
                     ds = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
                     for j in range(0, blocks, DS_AT_ONCE):
-                        part_rows = (tl.cast(j, tl.int64) + offs_j) * M + offs_m[None, :, None]
-                        parts = tl.load(
-                            ds_parts_of_i + part_rows * Ts[i] + offs_t[None, None, :],
-                            mask=(j + offs_j < blocks) & mask[None, :, :], other=0.0, cache_modifier=".cg",
-                        )  # fmt: skip
-                        ds += tl.sum(parts, 0)
+                        # one by one: Triton 3.6 adds up the first side of a tile by way of shared memory, in sixteen
+                        # times the fewest passes, where rows of T are not known to lie on 16 bytes
+                        for ahead in tl.static_range(DS_AT_ONCE):
+                            k = tl.cast(j, tl.int64) + ahead
+                            part_rows = k * M + offs_m[None, :, None]
+                            parts = tl.load(
+                                ds_parts_of_i + part_rows * Ts[i] + offs_t[None, None, :],
+                                mask=(offs_m[None, :, None] * 0 + k < blocks) & mask[None, :, :],
+                                other=0.0, cache_modifier=".cg",
+                            )  # fmt: skip
+                            ds += tl.sum(parts, 0)
                     ds = (ds * tl.cast(alphas[i], tl.float32)).to(ds_ptrs[i].dtype.element_ty)
                     tl.store(ds_ptrs[i] + offs_m[:, None] * strides_dsm[i] + offs_t[None, :], ds, mask=mask)
 
