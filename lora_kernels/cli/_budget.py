@@ -122,7 +122,7 @@ def _streams(kernel: "Kernel") -> Iterator[str]:
     threads, (rows, wide, thin) = 32 * kernel.num_warps, kernel.sides
     large = rows * wide
     small = (rows if kernel.name == "wgrad" else wide) * thin
-    narrowest = min(128, 16 * small // threads)
+    narrowest = min(128, 16 * small // threads, 16 * large // threads)
     words = 32 if kernel.name == "wgrad" and _masks(kernel) else 0  # what a mask comes in
     found = {width: count for width, count in loop.loads.items() if width < narrowest and width != words}
     if found:

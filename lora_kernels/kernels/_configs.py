@@ -208,7 +208,7 @@ def shrink_config(
     of_x, of_a = dtype.itemsize, max(dtype.itemsize, adapter_itemsize)
     if adapters > 1:
         wide = adapters > 2 and block_r * of_a >= 128  # their sums, and rows of A on their way to 16 bits
-        crowded = (dropout and strided) or (wide and (dropout or of_a > of_x))
+        crowded = (dropout and strided) or (wide and (of_a > of_x or (dropout and of_x == 4)))
         block_k = max(_TINY, block_k // (8 if crowded else 4 if dropout or wide else 2))
     elif activated:
         block_k = max(_TINY, block_k // 2)
