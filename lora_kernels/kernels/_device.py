@@ -103,8 +103,12 @@ def load_kept(keep_ptr, offs_m, M, first, cols, SPAN: tl.constexpr):
     """
     row_words = tl.cdiv(cols, 32)
     offs_word = first // 32 + tl.arange(0, SPAN // 32 if SPAN > 32 else 1)
+    here = offs_m[:, None] * row_words + offs_word[None, :]
     mask = (offs_m < M)[:, None] & (offs_word < row_words)[None, :]
-    words = tl.load(keep_ptr + offs_m[:, None] * row_words + offs_word[None, :], mask=mask, other=0)
+    # As a row of words each thread loads one; as a tile the threads would take its shape, and its words meet in banks.
+    COUNT: tl.constexpr = here.shape[0] * here.shape[1]
+    words = tl.load(keep_ptr + tl.reshape(here, (COUNT,)), mask=tl.reshape(mask, (COUNT,)), other=0)
+    words = tl.reshape(words, here.shape)
     return words >> (first % 32).to(tl.int32) if SPAN < 32 else words
 
 
