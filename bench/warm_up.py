@@ -74,11 +74,11 @@ def _launcher() -> Callable | None:
     if torch.version.hip or not hasattr(driver, "make_launcher"):  # one for all
         return None
 
-    def compiled(source: Any, metadata: Any) -> Callable:
+    def compiled_late(source: Any, metadata: Any) -> Callable:
         driver.CudaLauncher(source, metadata)
         return lambda *args: None
 
-    return compiled
+    return compiled_late
 
 
 class _Compiler:

@@ -89,9 +89,9 @@ def test_flops_are_those_of_the_layers():
 
 
 def test_blocks_of_presets_and_shapes_of_one_s_own():
-    llama = PRESETS["llama-8b"].model
-    assert str(block_shape(llama, "qkv")) == "8192x4096x4096+1024+1024"
-    assert str(block_shape(llama, "mlp")) == "8192x4096x14336"
+    dims = PRESETS["llama-8b"].model
+    assert str(block_shape(dims, "qkv")) == "8192x4096x4096+1024+1024"
+    assert str(block_shape(dims, "mlp")) == "8192x4096x14336"
     assert block_shape(PRESETS["qwen-7b"].model, "qkv").widths == (3584, 512, 512)
     assert {"llama-1b", "qwen-32b", "tiny"} <= set(PRESETS)
     assert parse_shape("8x4x4+2+1", several=True) == Shape(8, 4, 4, others=(2, 1))

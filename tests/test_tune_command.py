@@ -184,12 +184,12 @@ def test_a_wrong_form_is_never_timed_nor_stored(monkeypatch):
 
 
 def test_a_form_that_cannot_run_here_is_said_and_is_no_failure(monkeypatch):
-    def judge(provider, truth):
+    def judged(provider, truth):
         if Form("padded") in provider.taken.values():
             raise RuntimeError("out of resource: shared memory")
         return _judge.Verdict("", 0.0, "none")
 
-    monkeypatch.setattr(_tune_case._judge, "judge", judge)
+    monkeypatch.setattr(_tune_case._judge, "judge", judged)
     status, shown = tuning("--p", 0)
     assert status == 0
     assert f"{KEY}, padded: RuntimeError: out of resource" in shown

@@ -186,9 +186,9 @@ def _device(args: argparse.Namespace) -> torch.device:
 def _cases(args: argparse.Namespace) -> list[Case]:
     if args.block and (args.level or args.model):
         raise ValueError("--block: in place of --level and of --model")
-    levels = [_levels.OF_BLOCK[block] for block in dict.fromkeys(args.block or ())]
-    levels = levels or [args.level or ("model" if args.model else "layer")]
-    args.level = levels[0] if len(levels) == 1 else "blocks"
+    chosen = [_levels.OF_BLOCK[block] for block in dict.fromkeys(args.block or ())]
+    chosen = chosen or [args.level or ("model" if args.model else "layer")]
+    args.level = chosen[0] if len(chosen) == 1 else "blocks"
     name = _preset_name(args)
     preset = PRESETS[name] if name else None
     ranks = args.r or (preset.r if preset else (16,))
@@ -197,7 +197,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     if args.model and args.level != "model":
         raise ValueError(f"--model {args.model}: a whole model, so not --level {args.level}")
     for option, given in ({**of_model, "--target-modules": args.target_modules}).items():
-        if given is not None and not {"decoder", "model"} & {*levels}:
+        if given is not None and not {"decoder", "model"} & {*chosen}:
             raise ValueError(f"{option}: of a model, so with --model or --level decoder or model")
     if args.m and args.batch:
         raise ValueError("--m and --batch: both say how many sequences there are")
@@ -210,20 +210,20 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         if not 0 <= p < 1:
             raise ValueError(f"--p {p:g}: a dropout probability is at least 0 and below 1")
     sizes = name, args.shape, args.m, args.model, args.layers, args.batch, args.seq
-    subjects = [(level, subject) for level in levels for subject in _levels.subjects(level, *sizes)]
+    subjects = [(level, subject) for level in chosen for subject in _levels.subjects(level, *sizes)]
     return [(*subject, r, p) for subject in subjects for r in ranks for p in probabilities]
 
 
-def _settings(args: argparse.Namespace, levels: set[str]) -> Settings:
+def _settings(args: argparse.Namespace, chosen: set[str]) -> Settings:
     device = _device(args)
     on_gpu = device.type == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA GPU here")
     if args.cuda_graph and not on_gpu:
         raise ValueError("--cuda-graph needs a GPU")
-    if "kernel" in levels and (args.passes or args.memory_only):
+    if "kernel" in chosen and (args.passes or args.memory_only):
         raise ValueError("--level kernel: a launch has neither passes nor memory of its own")
-    if (models := levels & {"decoder", "model"}) and (args.backend != "auto" or args.cache == "rotate"):
+    if (models := chosen & {"decoder", "model"}) and (args.backend != "auto" or args.cache == "rotate"):
         level = models.pop()
         raise ValueError(
             f"--level {level}: a model takes --backend auto (or LORA_KERNELS_BACKEND), and caches flushed or warm"
@@ -241,13 +241,13 @@ def _settings(args: argparse.Namespace, levels: set[str]) -> Settings:
     dtype = _DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
     for r in args.r or [16]:
         plan.choose(device, dtype, r, False, args.backend)  # says so now if that backend cannot run
-    passes = ("forward",) if "kernel" in levels else tuple(args.passes or _timing.PASSES)
+    passes = ("forward",) if "kernel" in chosen else tuple(args.passes or _timing.PASSES)
     settings = Settings(
         device, dtype, args.backend, () if args.memory_only else passes, rounds,
         not (args.no_compile or args.model), args.cuda_graph, only=tuple(args.providers),
         cache=args.cache or ("flush" if on_gpu else "warm"), targets=targets,
     )  # fmt: skip
-    for level in levels:
+    for level in chosen:
         _levels.names(level, settings, 1)  # says so now if one of them is not of this level
     if args.memory_only:
         return settings
