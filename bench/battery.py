@@ -24,7 +24,7 @@ import torch
 from bench import steps
 from bench.processes import Log, run_together
 from bench.steps import Stage
-from lora_kernels.cli._machine import write_json
+from lora_kernels.measure.machine import write_json
 
 __all__ = ["main", "run_stages"]
 

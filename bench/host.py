@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from bench.report import host_table
 from bench.stub_driver import StubDriver, launching
 from lora_kernels import LoRALinear, LoRAQKV, plan
-from lora_kernels.cli._machine import caption, machine, write_json
-from lora_kernels.cli._timing import Calls, Sample, cpu_timer, time_all
+from lora_kernels.measure.machine import caption, machine, write_json
+from lora_kernels.measure.timing import Calls, Sample, cpu_timer, time_all
 from lora_kernels.console import on_stdout
 
 ROWS, IN, OUT, R = 4, 8, 8, 4  # of the others: nothing to compute

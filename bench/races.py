@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import plan
-from lora_kernels.cli._machine import write_json
+from lora_kernels.measure.machine import write_json
 
 __all__ = ["LARGE", "SMALL", "Layer", "Machine", "gpu", "race"]
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.cli import _bench_plot
-from lora_kernels.cli._bench_view import (
+from lora_kernels.bench.show import plot
+from lora_kernels.bench.show.tables import (
     SPEEDUPS,
     host_bound_words,
     labels_of,
@@ -22,9 +22,9 @@ from lora_kernels.cli._bench_view import (
     shape_words,
     unsteady_words,
 )
-from lora_kernels.cli._level_view import KERNEL_HEADING, SHAPED, kernel_row, model_title, passes_of
-from lora_kernels.cli._machine import caption
-from lora_kernels.cli._timing import host_bound
+from lora_kernels.bench.show.levels import KERNEL_HEADING, SHAPED, kernel_row, model_title, passes_of
+from lora_kernels.measure.machine import caption
+from lora_kernels.measure.timing import host_bound
 
 __all__ = ["host_table", "main", "pictures", "render"]
 
@@ -283,11 +283,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     page, drawings, images = render(args.results), pictures(args.results), args.page.parent / "img"
     if not args.check:
-        if drawings and _bench_plot.missing():
-            print(f"bench.report: the page has pictures; {_bench_plot.missing()}", file=sys.stderr)
+        if drawings and plot.missing():
+            print(f"bench.report: the page has pictures; {plot.missing()}", file=sys.stderr)
             return 2
         for name, content in drawings.items():
-            _bench_plot.plot(content["cases"], caption(content["machine"]), str(images / name))
+            plot.plot(content["cases"], caption(content["machine"]), str(images / name))
         for old in set(images.glob(f"{_PREFIX}*.png")) - {images / name for name in drawings}:
             old.unlink()
         args.page.write_text(page, encoding="utf-8")

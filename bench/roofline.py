@@ -14,9 +14,11 @@ from typing import NamedTuple
 import torch
 
 from bench import counted
-from lora_kernels import strategy
-from lora_kernels.cli import _block_cost, _cost, _traffic
-from lora_kernels.cli._cost import Cost, Size
+from lora_kernels.plan import model
+from lora_kernels.bench.cost import block as block_cost
+from lora_kernels.bench.cost import layer as layer_cost
+from lora_kernels.bench.cost import traffic
+from lora_kernels.bench.cost.layer import Cost, Size
 
 __all__ = ["Limits", "main", "render", "seconds"]
 
@@ -41,15 +43,15 @@ SHAPES = ((4096, 4096), (5120, 5120), (8192, 8192), (4096, 14336), (14336, 4096)
 ROWS = (1, 256, 2048, 8192)
 FORM_ROWS = (16, 2048, 8192)
 CHAINS: dict[str, tuple[Callable[[Size, bool], Cost], int]] = {
-    "PEFT, fp32 adapters": (_cost.COSTS["peft"], 4),
-    "PEFT": (_cost.COSTS["peft"], 2),
-    "Unsloth": (lambda z, dropout: _cost.unsloth(z), 2),
-    "LoRAFusion": (_cost.lorafusion, 2),
-    "addmm chain": (_cost.COSTS["addmm"], 2),
-    "lora_kernels": (_cost.COSTS["triton"], 2),
-    "split minimum": (lambda z, dropout: _cost.split_minimum(z), 2),
-    "floor": (lambda z, dropout: _cost.floor(z), 2),
-    "frozen layer": (_cost.COSTS["frozen"], 2),
+    "PEFT, fp32 adapters": (layer_cost.COSTS["peft"], 4),
+    "PEFT": (layer_cost.COSTS["peft"], 2),
+    "Unsloth": (lambda z, dropout: layer_cost.unsloth(z), 2),
+    "LoRAFusion": (layer_cost.lorafusion, 2),
+    "addmm chain": (layer_cost.COSTS["addmm"], 2),
+    "lora_kernels": (layer_cost.COSTS["triton"], 2),
+    "split minimum": (lambda z, dropout: layer_cost.split_minimum(z), 2),
+    "floor": (lambda z, dropout: layer_cost.floor(z), 2),
+    "frozen layer": (layer_cost.COSTS["frozen"], 2),
 }
 WITHOUT_DROPOUT = ("Unsloth",)
 BLOCK_CHAINS = {  # to a formula of `_block_cost`, and bytes an element of the adapters
@@ -58,10 +60,10 @@ BLOCK_CHAINS = {  # to a formula of `_block_cost`, and bytes an element of the a
     "floor": ("floor", 2),
 }  # fmt: skip
 BLOCKS = {
-    "queries, keys and values, 4096 to 4096, 1024 and 1024": lambda adapter: _block_cost.projections(
+    "queries, keys and values, 4096 to 4096, 1024 and 1024": lambda adapter: block_cost.projections(
         8192, 4096, (4096, 1024, 1024), 16, 2, adapter
     ),
-    "gated MLP, 4096 to twice 14336 and back": lambda adapter: _block_cost.mlp(8192, 4096, 14336, 16, 2, adapter),
+    "gated MLP, 4096 to twice 14336 and back": lambda adapter: block_cost.mlp(8192, 4096, 14336, 16, 2, adapter),
 }
 
 _HEAD = """# Roofline
@@ -84,7 +86,7 @@ _COUNTED = (  # cases of `tests/emulator/counting.py`
 
 def seconds(cost: Cost, z: Size, limits: Limits) -> float:
     """The least time of a chain: its passes over memory, and each base product by whichever limit binds it."""
-    base_flops, _ = _cost.flops(z.m, z.k, z.n, 0)
+    base_flops, _ = layer_cost.flops(z.m, z.k, z.n, 0)
     passes = (cost.total - sum(cost.base)) / limits.bandwidth
     products = sum(max(moved / limits.bandwidth, base_flops / limits.flops) for moved in cost.base)
     return passes + products + cost.launches * LAUNCH
@@ -108,7 +110,7 @@ def _launches() -> list[str]:
     ]
     for dropout, title in ((False, "Without dropout"), (True, "With dropout, p > 0")):
         rows = []
-        launches = _traffic.layer(8192, 4096, 4096, 16, torch.bfloat16, dropout, num_sms=132, tma=True)
+        launches = traffic.layer(8192, 4096, 4096, 16, torch.bfloat16, dropout, num_sms=132, tma=True)
         whats = ("s", "y", "ds, dB", "dx", "dA")
         for what, moved in zip(whats, launches, strict=True):
             figures = (moved.touched, moved.issued, moved.stored, moved.parts)
@@ -180,9 +182,9 @@ def _blocks() -> list[str]:
     ]
     for title, block in BLOCKS.items():
         rows = []
-        least = _block_cost.COSTS["floor"](block(2), False).total
+        least = block_cost.COSTS["floor"](block(2), False).total
         for name, (formula, adapter) in BLOCK_CHAINS.items():
-            costs = [_block_cost.COSTS[formula](block(adapter), dropout) for dropout in (False, True)]
+            costs = [block_cost.COSTS[formula](block(adapter), dropout) for dropout in (False, True)]
             cells = [f"{cost.total / MIB:.0f}" for cost in costs] + [str(cost.launches) for cost in costs]
             cells += [f"{(cost.total - least) / limits.bandwidth * 1e6:.0f}" for cost in costs]
             if name in WITHOUT_DROPOUT:
@@ -195,20 +197,20 @@ def _blocks() -> list[str]:
 
 def _forms() -> list[str]:
     """What each form of the large products needs, and the slowdown of the fused kernel at which the next one ties."""
-    gpu = strategy.limits((9, 0), torch.bfloat16)
+    gpu = model.limits((9, 0), torch.bfloat16)
     rows = []
     for m, (k, n) in itertools.product(FORM_ROWS, SHAPES):
         for what, q in (
-            ("y", strategy.Product(m, k, n, 16, 2)),
-            ("dx", strategy.Product(m, n, k, 16, 2, masked=False, backward=True)),
-            ("dx, masked", strategy.Product(m, n, k, 16, 2, masked=True, backward=True)),
+            ("y", model.Product(m, k, n, 16, 2)),
+            ("dx", model.Product(m, n, k, 16, 2, masked=False, backward=True)),
+            ("dx, masked", model.Product(m, n, k, 16, 2, masked=True, backward=True)),
         ):
             alone = max(2 * m * k * n / gpu.flops, 2 * (m * k + k * n + m * n) / gpu.bandwidth)
-            times = {name: strategy.seconds(name, q, gpu._replace(slowdown=0)) for name in strategy.allowed(q)}
+            times = {name: model.seconds(name, q, gpu._replace(slowdown=0)) for name in model.allowed(q)}
             others = min(seconds for name, seconds in times.items() if name != "fused")
-            cells = [f"{times[name] / alone:.3f}" if name in times else "-" for name in strategy.NAMES]
+            cells = [f"{times[name] / alone:.3f}" if name in times else "-" for name in model.NAMES]
             ties = f"{100 * (others / times['fused'] - 1):.1f} %"
-            rows.append([f"{m} x {k} x {n}", what, f"{alone * 1e6:.0f}", *cells, ties, strategy.best(q, gpu)])
+            rows.append([f"{m} x {k} x {n}", what, f"{alone * 1e6:.0f}", *cells, ties, model.best(q, gpu)])
     return [
         "## Forms of the large products",
         f"H200, bf16, r = 16, at {gpu.flops / 1e12:.0f} TFLOP/s (an assumption: three quarters of the datasheet's) and "
@@ -216,7 +218,7 @@ def _forms() -> list[str]:
         "a ratio to it if our kernel were as fast as cuBLAS. *Ties* is how much slower it may be before another form "
         f"is as good; *taken* is what the rule takes, which assumes {100 * gpu.slowdown:.0f} %. `lora-kernels tune` "
         "measures.",
-        _table(["shape", "product", "alone, µs", *strategy.NAMES, "ties", "taken"], rows),
+        _table(["shape", "product", "alone, µs", *model.NAMES, "ties", "taken"], rows),
     ]
 
 
@@ -227,7 +229,7 @@ def _times(gpu: str, limits: Limits) -> list[str]:
             for r in (16, 64):
                 for dropout in (False, True):
                     row = [f"{m} x {k} x {n}", str(r), "0.1" if dropout else "0"]
-                    frozen = seconds(_cost.COSTS["frozen"](Size(m, k, n, r), dropout), Size(m, k, n, r), limits)
+                    frozen = seconds(layer_cost.COSTS["frozen"](Size(m, k, n, r), dropout), Size(m, k, n, r), limits)
                     row.append(f"{frozen * 1e6:.0f}")
                     for name, (cost, adapter) in CHAINS.items():
                         if name == "frozen layer":

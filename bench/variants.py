@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import lora_kernels
-from lora_kernels.cli._machine import write_json
+from lora_kernels.measure.machine import write_json
 
 __all__ = ["VARIANTS", "Variant", "copied", "main"]
 

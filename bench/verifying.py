@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.cli._machine import write_json
+from lora_kernels.measure.machine import write_json
 from lora_kernels.cli.verify import DTYPES
 
 __all__ = ["main", "merged"]

@@ -21,8 +21,11 @@ import torch
 
 from bench import races
 from lora_kernels import plan
-from lora_kernels.cli import _compiled, _presets, _verify_blocks, verify
-from lora_kernels.cli._cases import run_problem
+from lora_kernels.cli import verify
+from lora_kernels.inspect import compiled
+from lora_kernels.measure import presets
+from lora_kernels.verify import block_matrix
+from lora_kernels.verify.problems import run_problem
 
 __all__ = ["main", "work"]
 
@@ -35,21 +38,21 @@ def work(on_gpu: bool, quick: bool) -> list[Work]:
     checked = [
         (case, case.form)
         for dtype in dtypes
-        for matrix in (verify._matrix, _verify_blocks.matrix)
+        for matrix in (verify._matrix, block_matrix.matrix)
         for case in matrix("triton", dtype, on_gpu, quick)
     ]
-    raced = [_compiled.Case(*shape, p=0.1, bias=True) for shape in (races.SMALL if quick else races.LARGE)]
+    raced = [compiled.Case(*shape, p=0.1, bias=True) for shape in (races.SMALL if quick else races.LARGE)]
     return [*([] if quick else _timed()), *((case, "fused") for case in raced), *checked]
 
 
 def _timed() -> list[Work]:
     """The layers and blocks of `bench --preset llama-8b`, in both forms that the rules may choose."""
-    preset, found = _presets.PRESETS["llama-8b"], []
-    mlp, qkv = (_presets.block_shape(preset.model, block) for block in ("mlp", "qkv"))
+    preset, found = presets.PRESETS["llama-8b"], []
+    mlp, qkv = (presets.block_shape(preset.model, block) for block in ("mlp", "qkv"))
     for p in (0.0, 0.1):
-        found += [_compiled.Case(mlp.m, mlp.k, mlp.n, 16, p=p, activation="silu")]
-        found += [_compiled.Case(qkv.m, qkv.k, qkv.n, 16, p=p, others=qkv.others)]
-        found += [_compiled.Case(shape.m, shape.k, shape.n, 16, p=p, fp32_adapters=wide)
+        found += [compiled.Case(mlp.m, mlp.k, mlp.n, 16, p=p, activation="silu")]
+        found += [compiled.Case(qkv.m, qkv.k, qkv.n, 16, p=p, others=qkv.others)]
+        found += [compiled.Case(shape.m, shape.k, shape.n, 16, p=p, fp32_adapters=wide)
                   for shape in preset.shapes for wide in (False, True)]  # fmt: skip
     return [(case, form) for case in found for form in ("fused", "beta1")]
 
@@ -88,7 +91,7 @@ class _Compiler:
 
 
 def _begin(gpu: Any, launchers: bool) -> None:
-    problem = _compiled.problem()
+    problem = compiled.problem()
     if problem:
         raise RuntimeError(problem)
     torch.set_num_threads(1)
@@ -115,19 +118,19 @@ def _compile(one: Work) -> tuple[str, set[str], str]:
 
 
 def _name(case: Any, form: str) -> str:
-    if isinstance(case, _compiled.Case):
+    if isinstance(case, compiled.Case):
         return f"{case} {form}"
     return f"verify {case.dtype} {case.shape()} {case.layout} p={case.p:g} {form}"
 
 
 def _run(case: Any) -> None:
     """Launch a case's kernels, on numbers where `verify` would draw some."""
-    if isinstance(case, _compiled.Case):
-        ys = _compiled._forward(case)
+    if isinstance(case, compiled.Case):
+        ys = compiled._forward(case)
         torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
-    elif isinstance(case, _verify_blocks.BlockCase):
-        problem = _verify_blocks._draw(case, verify.DTYPES[case.dtype], "cpu", 0)
-        _verify_blocks._run(problem, "triton", 0)
+    elif isinstance(case, block_matrix.BlockCase):
+        problem = block_matrix._draw(case, verify.DTYPES[case.dtype], "cpu", 0)
+        block_matrix._run(problem, "triton", 0)
     else:
         run_problem(verify.draw(case, torch.device("cpu"), 0), "triton", 0)
 
@@ -145,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.arch and not torch.cuda.is_available():
         print("bench.warm_up: there is no CUDA GPU here; --arch sm_90 compiles for one", file=sys.stderr)
         return 2
-    if problem := _compiled.problem():
+    if problem := compiled.problem():
         print(f"bench.warm_up: {problem}", file=sys.stderr)
         return 2
     begun, hashes, failed = time.monotonic(), set(), 0

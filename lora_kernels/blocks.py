@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import checks, eager, mlp, mlp_ops, plan, projection_ops, projections
+from lora_kernels import mlp, mlp_ops, plan, projection_ops, projections
+from lora_kernels.functional import checks
+from lora_kernels import torch_backend
 from lora_kernels.activations import activated
 from lora_kernels.autograd import autocasts
 from lora_kernels.functional import arrived, as_autocast, as_number, compute, transforming, watched
@@ -48,7 +50,7 @@ def lora_projections(
         TypeError, ValueError, RuntimeError: As `lora_linear`, naming the projection.
 
     Numerics: as `lora_linear`, and dx is rounded once. Where large products are left to the vendor's library (see
-    `lora_kernels.strategy`) and for a few elements on a CPU, it is `lora_linear` n times.
+    `lora_kernels.plan.model`) and for a few elements on a CPU, it is `lora_linear` n times.
 
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
@@ -183,7 +185,7 @@ def _fused_backend(x: Tensor, entries: list[Projection], backend: str) -> str | 
     if watched():
         return None if empty else plan.overridden(backend)
     chosen = plan.choose(x.device, x.dtype, max(q.lora_A.shape[0] for q in adapted), empty, backend, "lora_mlp")
-    small = chosen == "torch" and all(eager.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted)
+    small = chosen == "torch" and all(torch_backend.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted)
     return None if small or empty else chosen
 
 
@@ -269,7 +271,7 @@ def _shared_backend(x: Tensor, entries: list[Projection], backend: str) -> str |
         return plan.overridden(backend)
     widths, rank = [q.weight.shape[0] for q in entries], max(q.lora_A.shape[0] for q in adapted)
     chosen = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or 0 in widths, backend, "lora_projections")
-    if chosen == "torch" and all(eager.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted):
+    if chosen == "torch" and all(torch_backend.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted):
         return None
     return chosen
 

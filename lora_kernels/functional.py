@@ -6,7 +6,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-from lora_kernels import add_ops, autograd, checks, eager, low_rank, ops, plan, reference
+from lora_kernels import add_ops, autograd, low_rank, ops, plan, reference
+from lora_kernels.functional import checks
+from lora_kernels import torch_backend
 
 __all__ = ["arrived", "as_autocast", "as_number", "compute", "lora_add", "lora_linear", "transforming", "watched"]
 
@@ -92,7 +94,7 @@ def compute(
     sharded = type(x) is not Tensor and checks.is_sharded(x)
     if sharded:
         checks.check_sharded(dropout_p)
-        from lora_kernels import sharding  # noqa: F401  registers its rules; not before there are DTensors
+        from lora_kernels.autograd import sharding  # noqa: F401  registers its rules; not before there are DTensors
     if sharded or watched():
         backend = plan.overridden(backend)
         if base_only:
@@ -106,8 +108,8 @@ def compute(
     if base_only:
         return _base_only(x, weight, lora_A, lora_B, bias)
     noise = ops.draw_shard(x, backend, dropout_shard) if dropout_p > 0 and dropout_shard[1] > 1 else None
-    if backend == "torch" and not accumulate_grad and eager.composes(x, weight, lora_A, lora_B):
-        return eager.composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, noise)
+    if backend == "torch" and not accumulate_grad and torch_backend.composes(x, weight, lora_A, lora_B):
+        return torch_backend.composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, noise)
     args = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
     trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or weight.requires_grad
     if torch.is_grad_enabled() and (trained or (bias is not None and bias.requires_grad)):

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from lora_kernels import autograd, ops, packed, plan
+from lora_kernels import autograd, ops, plan
+from lora_kernels.autograd import packing
 from lora_kernels import mlp as products
 from lora_kernels.dropout import keep_scale
 
@@ -44,10 +45,10 @@ def _mlp(
     """Compute y `[*, out]` of arguments that `blocks` has checked and cast; `dropout_ps` are below 1."""
     if "torch.utils.flop_counter" in sys.modules:
         ops.register_flops({mlp_forward: _forward_flops, mlp_backward: _backward_flops})
-    chosen, tensors, places, numbers = packed.prepared(x, weights, lora_As, lora_Bs, biases, scalings, backend)
+    chosen, tensors, places, numbers = packing.prepared(x, weights, lora_As, lora_Bs, biases, scalings, backend)
     h = x.new_empty(1).expand(*x.shape[:-1], weights[-1].shape[1])  # of its shape in name alone
-    noise = packed.draw(x, chosen, lora_As[:-1], dropout_ps[:-1])
-    noise_down = packed.draw(h, chosen, lora_As[-1:], dropout_ps[-1:])
+    noise = packing.draw(x, chosen, lora_As[:-1], dropout_ps[:-1])
+    noise_down = packing.draw(h, chosen, lora_As[-1:], dropout_ps[-1:])
     return mlp_forward(x, tensors, places, noise, noise_down, numbers, dropout_ps, activation, recompute, chosen)[0]
 
 
@@ -69,10 +70,10 @@ def _mlp_forward(
         recompute: Whether to return no outputs of gate and up: backward computes them again.
         backend: "triton" or "torch".
     """
-    *before, down = packed.entries(tensors, places, scalings, dropout_ps)
+    *before, down = packing.entries(tensors, places, scalings, dropout_ps)
     flat = autograd.rows(x)
     y, outs, shrunk, keeps = products.forward(flat, before, down, activation, backend, (noise, noise_down))
-    s, s_down = (packed.side_by_side(flat, own, backend) for own in (shrunk[:-1], shrunk[-1:]))
+    s, s_down = (packing.side_by_side(flat, own, backend) for own in (shrunk[:-1], shrunk[-1:]))
     kept = [keep for keep in keeps if keep is not None]
     return y.view(*x.shape[:-1], y.shape[1]), [] if recompute else outs, s, s_down, kept
 
@@ -96,7 +97,7 @@ def _mlp_backward(
         need_x: Whether dx is needed.
         needs: Whether the gradients of W, A, B and bias are, of each layer.
     """
-    groups = packed.unpack(tensors, places, len(alphas), products.SAVED)
+    groups = packing.unpack(tensors, places, len(alphas), products.SAVED)
     numbers = [
         (alpha, (dtype, dtype) if any(t is not None for t in group[1:4]) else None, own)
         for alpha, group, own in zip(alphas, groups, products.by_layer(needs), strict=True)
@@ -121,11 +122,11 @@ def _sizes(dy, x, outs, groups) -> list[tuple[int, int, int]]:
 def _fake_forward(
     x, tensors, places, noise, noise_down, scalings, dropout_ps, activation, recompute, backend
 ):  # fmt: skip
-    *before, down = packed.entries(tensors, places, scalings, dropout_ps)
+    *before, down = packing.entries(tensors, places, scalings, dropout_ps)
     rows, hidden = math.prod(x.shape[:-1]), down.weight.shape[1]
     flat, h = x.new_empty(rows, x.shape[-1]), x.new_empty(rows, hidden)
     s, s_down = (
-        x.new_empty(rows, sum(packed.pitches(packed.ranks(own), x.dtype, backend))) for own in (before, [down])
+        x.new_empty(rows, sum(packing.pitches(packing.ranks(own), x.dtype, backend))) for own in (before, [down])
     )
     dropped = [(flat if q is not down else h, q) for q in (*before, down) if q.lora_A is not None and q.dropout_p > 0]
     keeps = [plan.contractions(backend).outputs(wide, 0, q.dropout_p)[1] for wide, q in dropped]
@@ -134,7 +135,7 @@ def _fake_forward(
 
 
 def _fake_backward(dy, x, outs, tensors, places, alphas, activation, backend, dtype, need_x, needs):
-    shapes = packed.unpack([t.shape for t in tensors], places, len(alphas), products.SAVED)
+    shapes = packing.unpack([t.shape for t in tensors], places, len(alphas), products.SAVED)
     sizes = _sizes(dy.shape, None if x is None else x.shape, [t.shape for t in outs], shapes)
     results = [dy.new_empty(*dy.shape[:-1], sizes[0][0])] if need_x else []
     for (inner, cols, rank), own in zip(sizes, products.by_layer(needs), strict=True):
@@ -146,10 +147,10 @@ def _fake_backward(dy, x, outs, tensors, places, alphas, activation, backend, dt
 def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, tensors, places, _, _, scalings, dropout_ps, activation, recompute, backend = inputs
     _, outs, s, s_down, kept = output
-    layers, drawn = packed.entries(tensors, places, scalings, dropout_ps), iter(kept)
+    layers, drawn = packing.entries(tensors, places, scalings, dropout_ps), iter(kept)
     need_x, *flags = ctx.needs_input_grad[: 1 + len(tensors)]  # flat, here
-    needs, of = packed.needed(flags, places, len(layers)), packed.ranks(layers)
-    shrunk = [*packed.columns(s, of[:-1], backend), *packed.columns(s_down, of[-1:], backend)]
+    needs, of = packing.needed(flags, places, len(layers)), packing.ranks(layers)
+    shrunk = [*packing.columns(s, of[:-1], backend), *packing.columns(s_down, of[-1:], backend)]
     keeps = [next(drawn) if rank and q.dropout_p > 0 else None for q, rank in zip(layers, of, strict=True)]
     ctx.save_for_backward(*products.to_save(x, layers, outs, shrunk, keeps, need_x, needs, recompute))
     ctx.mark_non_differentiable(*outs, s, s_down)
@@ -170,15 +171,15 @@ def _differentiate(ctx: FunctionCtx, dy: Tensor | None, *_: Any) -> tuple[Any, .
 def _gradients(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx, and a gradient or None for each of the tensors."""
     need_x, flags = ctx.needs_input_grad[:2]
-    needs = [need for own in packed.needed(flags, ctx.places, len(ctx.alphas)) for need in own]
+    needs = [need for own in packing.needed(flags, ctx.places, len(ctx.alphas)) for need in own]
     x, *saved = ctx.saved_tensors
     end = products.SAVED * len(ctx.alphas)
-    tensors, places = packed.pack([saved[:end]])
-    how = ctx.alphas, ctx.activation, ctx.backend, packed.widest(ctx.dtypes), need_x, needs
+    tensors, places = packing.pack([saved[:end]])
+    how = ctx.alphas, ctx.activation, ctx.backend, packing.widest(ctx.dtypes), need_x, needs
     results = iter(mlp_backward(dy, x, saved[end:], tensors, places, *how))
     dx = next(results) if need_x else None
     grads = [next(results) if need else None for need in needs]
-    return dx, packed.gradients_of(grads, ctx.places, ctx.dtypes)
+    return dx, packing.gradients_of(grads, ctx.places, ctx.dtypes)
 
 
 _library.impl("mlp", _mlp, "CompositeImplicitAutograd")
@@ -196,14 +197,14 @@ mlp_backward = torch.ops.lora_kernels.mlp_backward.default
 
 def _forward_flops(x, tensors, places, noise, noise_down, scalings, *_: Any, **__: Any) -> int:
     """2 M (K N + r K + r N) of each, of shapes."""
-    return packed.forward_flops(x, tensors, places, len(scalings))
+    return packing.forward_flops(x, tensors, places, len(scalings))
 
 
 def _backward_flops(
     dy, x, outs, tensors, places, alphas, activation, backend, dtype, need_x: bool, needs: list[bool], **_: Any
 ) -> int:  # fmt: skip
     """Of each: 2 M K N for dW and for what comes before it, and 2 M r (K or N) for each thin product, of shapes."""
-    groups, wanted = packed.unpack(tensors, places, len(alphas), products.SAVED), products.by_layer(needs)
+    groups, wanted = packing.unpack(tensors, places, len(alphas), products.SAVED), products.by_layer(needs)
     sizes, total = _sizes(dy, x, outs, groups), 0
     again, need_dh = not outs and products.reads_outs(need_x, wanted), need_x or any(map(any, wanted[:-1]))
     for i, ((inner, cols, rank), (need_weight, need_A, need_B, _)) in enumerate(zip(sizes, wanted, strict=True)):

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from lora_kernels.modules import LoRALinear
+from lora_kernels.modules.linear import LoRALinear
 
 __all__ = ["LoRAColwise", "LoRARowwise"]
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from lora_kernels import autograd, ops, packed, plan
+from lora_kernels import autograd, ops, plan
+from lora_kernels.autograd import packing
 from lora_kernels import projections as products
 from lora_kernels.dropout import keep_scale
 from lora_kernels.projections import Part
@@ -48,8 +49,8 @@ def _projections(
     """Compute each y `[*, outᵢ]` of arguments that `blocks` has checked and cast; `dropout_ps` are below 1."""
     if "torch.utils.flop_counter" in sys.modules:
         ops.register_flops({projections_forward: _forward_flops, projections_backward: _backward_flops})
-    backend, tensors, places, numbers = packed.prepared(x, weights, lora_As, lora_Bs, biases, scalings, backend)
-    noise = packed.draw(x, backend, lora_As, dropout_ps)
+    backend, tensors, places, numbers = packing.prepared(x, weights, lora_As, lora_Bs, biases, scalings, backend)
+    noise = packing.draw(x, backend, lora_As, dropout_ps)
     return projections_forward(x, tensors, places, noise, numbers, dropout_ps, backend)[0]
 
 
@@ -68,9 +69,9 @@ def _projections_forward(
         dropout_ps: Probability of dropping an element, of each.
         backend: "triton" or "torch".
     """
-    entries, flat = packed.entries(tensors, places, scalings, dropout_ps), autograd.rows(x)
+    entries, flat = packing.entries(tensors, places, scalings, dropout_ps), autograd.rows(x)
     ys, shrunk, keeps = products.forward(flat, entries, backend, noise)
-    s = packed.side_by_side(flat, shrunk, backend)
+    s = packing.side_by_side(flat, shrunk, backend)
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys], s, [keep for keep in keeps if keep is not None]
 
 
@@ -90,7 +91,7 @@ def _projections_backward(
         need_x: Whether dx is needed.
         need_As: Whether dA of each is; dB is where there is its s.
     """
-    saved = packed.unpack(tensors, places, len(alphas), _SAVED)
+    saved = packing.unpack(tensors, places, len(alphas), _SAVED)
     x, shape = None if x is None else autograd.rows(x), saved[0][0].shape[:-1]
     parts = [
         Part(autograd.rows(dy), *five, alpha, (dtype, dtype), need_A)
@@ -102,16 +103,16 @@ def _projections_backward(
 
 
 def _fake_forward(x, tensors, places, noise, scalings, dropout_ps, backend):
-    entries, contractions = packed.entries(tensors, places, scalings, dropout_ps), plan.contractions(backend)
+    entries, contractions = packing.entries(tensors, places, scalings, dropout_ps), plan.contractions(backend)
     rows = x.new_empty(math.prod(x.shape[:-1]), x.shape[-1])
-    s = rows.new_empty(rows.shape[0], sum(packed.pitches(packed.ranks(entries), x.dtype, backend)))
+    s = rows.new_empty(rows.shape[0], sum(packing.pitches(packing.ranks(entries), x.dtype, backend)))
     masks = [contractions.outputs(rows, 0, q.dropout_p)[1] for q in entries if q.lora_A is not None and q.dropout_p > 0]
     return [x.new_empty(*x.shape[:-1], q.weight.shape[0]) for q in entries], s, masks
 
 
 def _fake_backward(x, tensors, places, alphas, backend, dtype, need_x, need_As):
     results = []
-    for i, (dy, weight, _, lora_B, s, _) in enumerate(packed.unpack(tensors, places, len(alphas), _SAVED)):
+    for i, (dy, weight, _, lora_B, s, _) in enumerate(packing.unpack(tensors, places, len(alphas), _SAVED)):
         if need_x and not results:
             results.append(dy.new_empty(*dy.shape[:-1], weight.shape[1]))
         if need_As[i]:
@@ -125,8 +126,8 @@ def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Any, ...]) ->
     x, tensors, places, _, scalings, dropout_ps, backend = inputs
     _, s, keeps = output
     need_x, *flags = ctx.needs_input_grad[: 1 + len(tensors)]  # flat, here
-    needs, drawn, saved = packed.needed(flags, places, len(scalings)), iter(keeps), []
-    entries = packed.entries(tensors, places, scalings, dropout_ps)
+    needs, drawn, saved = packing.needed(flags, places, len(scalings)), iter(keeps), []
+    entries = packing.entries(tensors, places, scalings, dropout_ps)
     for q, (_, need_A, _, _) in zip(entries, needs, strict=True):
         keep = next(drawn) if q.lora_A is not None and q.dropout_p > 0 else None
         to_ds = need_x or need_A
@@ -139,7 +140,7 @@ def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Any, ...]) ->
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
     ctx.alphas = [scaling * keep_scale(p) for scaling, p in zip(scalings, dropout_ps, strict=True)]
-    ctx.ranks, ctx.backend, ctx.places = packed.ranks(entries), backend, places
+    ctx.ranks, ctx.backend, ctx.places = packing.ranks(entries), backend, places
     ctx.dtypes = [t.dtype for t in tensors]
 
 
@@ -149,15 +150,15 @@ def _differentiate(ctx: FunctionCtx, dys: Sequence[Tensor | None], *_: Any) -> t
         return None, [None] * len(ctx.dtypes), None, None, None, None, None
     with autograd.autocast_off(there[0]):
         dx, grads = _gradients(ctx, dys)
-    return dx, packed.gradients_of(grads, ctx.places, ctx.dtypes), None, None, None, None, None
+    return dx, packing.gradients_of(grads, ctx.places, ctx.dtypes), None, None, None, None, None
 
 
 def _gradients(ctx: FunctionCtx, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx, and a gradient or None for the four tensors of each projection."""
     x, s, *saved = ctx.saved_tensors
     need_x, flags = ctx.needs_input_grad[:2]
-    needs = packed.needed(flags, ctx.places, len(dys))
-    shrunk = [None] * len(dys) if s is None else packed.columns(s, ctx.ranks, ctx.backend)
+    needs = packing.needed(flags, ctx.places, len(dys))
+    shrunk = [None] * len(dys) if s is None else packing.columns(s, ctx.ranks, ctx.backend)
     groups, alphas, need_As = [], [], []
     for i, dy in enumerate(dys):
         weight, lora_A, lora_B, keep = saved[4 * i : 4 * i + 4]
@@ -168,14 +169,14 @@ def _gradients(ctx: FunctionCtx, dys: Sequence[Tensor | None]) -> tuple[Tensor |
             need_As.append(need_A)
     results = iter(())
     if need_x or any(need_A or need_B for _, need_A, need_B, _ in needs):
-        tensors, places = packed.pack(groups)
-        rows, dtype = x if any(need_As) else None, packed.widest(ctx.dtypes)
+        tensors, places = packing.pack(groups)
+        rows, dtype = x if any(need_As) else None, packing.widest(ctx.dtypes)
         results = iter(projections_backward(rows, tensors, places, alphas, ctx.backend, dtype, need_x, need_As))
     dx = next(results) if need_x else None
     grads = []
     for dy, (need_weight, need_A, need_B, need_bias) in zip(dys, needs, strict=True):
         if dy is None:
-            grads += [None] * packed.GIVEN
+            grads += [None] * packing.GIVEN
             continue
         dweight = torch.mm(autograd.rows(dy).t(), autograd.rows(x)) if need_weight else None
         low_rank = [next(results) if need else None for need in (need_A, need_B)]
@@ -198,13 +199,13 @@ projections_backward = torch.ops.lora_kernels.projections_backward.default
 
 def _forward_flops(x, tensors, places, noise, scalings, *_: Any, **__: Any) -> int:
     """2 M (K N + r K + r N) of each, of shapes."""
-    return packed.forward_flops(x, tensors, places, len(scalings))
+    return packing.forward_flops(x, tensors, places, len(scalings))
 
 
 def _backward_flops(x, tensors, places, alphas, backend, dtype, need_x: bool, need_As: list[bool], **_: Any) -> int:
     """2 M K N + 2 M r K for dx, 2 M r K for dA, 2 M r N for dB and once more for ds, of each, of shapes."""
     total = 0
-    groups = packed.unpack(tensors, places, len(alphas), _SAVED)
+    groups = packing.unpack(tensors, places, len(alphas), _SAVED)
     for (dy, weight, _, lora_B, s, _), need_A in zip(groups, need_As, strict=True):
         rank, inner = (lora_B or s or (0, 0))[1], weight[1] if need_x else x[-1] if need_A else 0
         total += ops.backward_products(inner, dy[-1], rank, need_x, need_A, s is not None)

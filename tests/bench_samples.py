@@ -7,9 +7,9 @@ import torch
 from rich.console import Console
 
 from lora_kernels.cli import bench
-from lora_kernels.cli._baselines import PROVIDERS, Provider
-from lora_kernels.cli._bench_case import Settings
-from lora_kernels.cli._presets import PRESETS, Shape
+from lora_kernels.bench.providers.layer import PROVIDERS, Provider
+from lora_kernels.bench.cases.layer import Settings
+from lora_kernels.measure.presets import PRESETS, Shape
 
 CPU = torch.device("cpu")
 SHAPE = Shape(48, 64, 40)

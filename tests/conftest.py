@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels import eager, plan
+from lora_kernels import plan
+from lora_kernels import torch_backend
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -65,7 +66,7 @@ def path_dtype(tma, device) -> torch.dtype:
 def size_of_small(request, monkeypatch):
     """Test problems are small, real ones are not: only what is marked `small` takes the way of small calls."""
     if not request.node.get_closest_marker("small"):
-        monkeypatch.setattr(eager, "_SMALL", -1)
+        monkeypatch.setattr(torch_backend, "_SMALL", -1)
 
 
 @pytest.fixture(autouse=True)

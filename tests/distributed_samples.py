@@ -19,7 +19,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lora_kernels import LoRALinear, eager
+from lora_kernels import LoRALinear
+from lora_kernels import torch_backend
 
 CASES = {}
 ROWS = 8
@@ -117,7 +118,7 @@ def main(folder, *names):
     import distributed_data  # noqa: F401
     import distributed_tensor  # noqa: F401
 
-    folder, found, eager._SMALL = Path(folder), {}, -1  # the way of calls that are not small; see `small_calls`
+    folder, found, torch_backend._SMALL = Path(folder), {}, -1  # the way of calls that are not small; see `small_calls`
     for name in names or CASES:
         begin = time.perf_counter()
         try:

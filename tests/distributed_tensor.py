@@ -36,7 +36,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import LoRALinear, eager, lora_linear, patch_peft
+from lora_kernels import LoRALinear, lora_linear, patch_peft
+from lora_kernels import torch_backend
 from lora_kernels.parallel import LoRAColwise, LoRARowwise
 from lora_kernels.peft import explain
 
@@ -228,7 +229,7 @@ def small_calls(folder):
     """The same where small calls on a CPU take the way that is theirs."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eager, "_SMALL", 1 << 15)
+        patch.setattr(torch_backend, "_SMALL", 1 << 15)
         for run in (ddp, fsdp_by_leaf, tensor_parallel, column_wise_dropout, row_wise_dropout):
             found |= {f"{run.__name__} {name}": value for name, value in run(folder).items()}
     return found

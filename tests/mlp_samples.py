@@ -5,8 +5,10 @@ from dataclasses import replace
 import torch
 from oracles import philox
 
-from lora_kernels import Projection, dropout, eager, lora_mlp, numerics_mlp
-from lora_kernels.numerics_mlp import MLPProblem
+from lora_kernels import Projection, dropout, lora_mlp
+from lora_kernels import torch_backend
+from lora_kernels.verify import numerics_mlp
+from lora_kernels.verify.numerics_mlp import MLPProblem
 
 BACKENDS = ["triton", "torch"]
 FIELDS = {"weight": "dweight", "lora_A": "d_lora_A", "lora_B": "d_lora_B", "bias": "dbias"}
@@ -84,7 +86,7 @@ def with_masks(problem, backend, seed=3):
             if backend == "triton":
                 keep = philox.keep_mask(seeds[i], rows, width, p).to(device)
             else:
-                keep = eager.draw_mask(torch.Size((rows, width)), p, device).bool()
+                keep = torch_backend.draw_mask(torch.Size((rows, width)), p, device).bool()
             keeps[name] = keep.view(*problem.x.shape[:-1], width)
     return replace(problem, keeps=keeps)
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from bench_samples import arguments, settings
 
-from lora_kernels.cli import _levels, bench
+from lora_kernels.cli import bench
+from lora_kernels.bench import levels
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import battery, processes, steps, verifying
@@ -238,7 +239,7 @@ def test_every_command_line_of_bench_is_one_that_it_takes(plan, rehearse):
             args = arguments(*argv)
             cases = bench._cases(args)
             assert cases
-            assert all(_levels.names(level, settings(only=tuple(args.providers)), r) for level, _, r, _ in cases)
+            assert all(levels.names(level, settings(only=tuple(args.providers)), r) for level, _, r, _ in cases)
 
 
 def test_the_tests_of_a_first_run_are_all_there_is_between_its_steps():

@@ -15,7 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import variants, warm_up
 from bench.processes import ROOT
-from lora_kernels.cli import _compiled, verify
+from lora_kernels.cli import verify
+from lora_kernels.inspect import compiled
 
 # --- kernels compiled ahead
 
@@ -24,7 +25,7 @@ def test_what_is_compiled_ahead_is_what_verify_runs_on_a_gpu():
     cases = [case for case, _ in warm_up.work(on_gpu=True, quick=False)]
     for dtype in verify.DTYPES:
         assert set(verify._matrix("triton", dtype, True, False)) <= set(cases)
-    timed = [case for case in cases if isinstance(case, _compiled.Case) and case.m == 8192]
+    timed = [case for case in cases if isinstance(case, compiled.Case) and case.m == 8192]
     assert {case.activation for case in timed} == {"", "silu"}
     assert {case.p for case in timed} == {0.0, 0.1}
     assert any(case.others for case in timed)
@@ -88,7 +89,7 @@ def test_launchers_are_compiled_where_each_signature_has_one(a_launcher_each, mo
 
 
 def test_a_case_that_cannot_be_compiled_is_told_and_not_the_end():
-    class Wrong(_compiled.Case):
+    class Wrong(compiled.Case):
         pass
 
     name, found, problem = warm_up._compile((Wrong(4, 4, 4, 0), "fused"))
@@ -98,7 +99,7 @@ def test_a_case_that_cannot_be_compiled_is_told_and_not_the_end():
 
 
 def test_what_there_is_no_time_for_is_left(monkeypatch, capsys):
-    ones, begun = [(_compiled.Case(8, 8, 8, i), "fused") for i in range(9)], []
+    ones, begun = [(compiled.Case(8, 8, 8, i), "fused") for i in range(9)], []
 
     class Pool(ThreadPoolExecutor):
         def __init__(self, jobs, context, begin, given):
@@ -107,7 +108,7 @@ def test_what_there_is_no_time_for_is_left(monkeypatch, capsys):
     monkeypatch.setattr(warm_up, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(warm_up, "work", lambda on_gpu, quick: ones)
     monkeypatch.setattr(warm_up, "_gpu", lambda arch: None)
-    monkeypatch.setattr(warm_up._compiled, "problem", lambda: "")
+    monkeypatch.setattr(warm_up.compiled, "problem", lambda: "")
     monkeypatch.setattr(warm_up, "_compile", lambda one: begun.append(one) or (str(one[0]), {"a"}, ""))
     assert warm_up.main(["--arch", "sm_90"]) == 0
     assert "1 kernels of 9 of 9 cases" in capsys.readouterr().out

@@ -12,11 +12,16 @@ from bench_samples import CPU, SHAPE, broken, printed, settings
 from oracles import philox
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels import dropout, eager
-from lora_kernels.cli import _baselines, _bench_view, _cost, _judge, _timing
-from lora_kernels.cli._baselines import Provider
-from lora_kernels.cli._bench_case import draw, run_case, saved_bytes
-from lora_kernels.cli._presets import PRESETS, Shape, parse_shape, with_rows
+from lora_kernels import dropout
+from lora_kernels import torch_backend
+from lora_kernels.bench.providers import layer as providers
+from lora_kernels.bench.show import tables
+from lora_kernels.bench.cost import layer as layer_cost
+from lora_kernels.verify import judge
+from lora_kernels.measure import timing
+from lora_kernels.bench.providers.layer import Provider
+from lora_kernels.bench.cases.layer import draw, run_case, saved_bytes
+from lora_kernels.measure.presets import PRESETS, Shape, parse_shape, with_rows
 
 # --- arithmetic
 
@@ -37,29 +42,29 @@ from lora_kernels.cli._presets import PRESETS, Shape, parse_shape, with_rows
     ],
 )
 def test_bytes_at_8192_rows_of_4096_squared(formula, dropout_, adapter, mib, launches):
-    cost = _cost.COSTS[formula](_cost.Size(8192, 4096, 4096, 16, 2, adapter), dropout_)
+    cost = layer_cost.COSTS[formula](layer_cost.Size(8192, 4096, 4096, 16, 2, adapter), dropout_)
     assert round(cost.total / 2**20, 1) == mib
     assert cost.launches == launches
 
 
 def test_bytes_of_the_split_minimum_and_of_others():
-    size = _cost.Size(8192, 4096, 4096, 16)
-    assert round(_cost.split_minimum(size).total / 2**20, 1) == 514.2
-    assert _cost.split_minimum(size).launches == 5
-    assert _cost.unsloth(size).total == 963 * 2**20
-    published = [_cost.lorafusion(size, dropout_) for dropout_ in (False, True)]
+    size = layer_cost.Size(8192, 4096, 4096, 16)
+    assert round(layer_cost.split_minimum(size).total / 2**20, 1) == 514.2
+    assert layer_cost.split_minimum(size).launches == 5
+    assert layer_cost.unsloth(size).total == 963 * 2**20
+    published = [layer_cost.lorafusion(size, dropout_) for dropout_ in (False, True)]
     assert [cost.total / 2**20 for cost in published] == [516.5, 708.5]
     assert [cost.launches for cost in published] == [9, 10]
-    wide = _cost.Size(8192, 4096, 14336, 16)  # tells in_features from out_features
-    assert round(_cost.COSTS["peft"](wide, True).total / 2**20) == 3747
-    assert round(_cost.split_minimum(wide).total / 2**20) == 1155
+    wide = layer_cost.Size(8192, 4096, 14336, 16)  # tells in_features from out_features
+    assert round(layer_cost.COSTS["peft"](wide, True).total / 2**20) == 3747
+    assert round(layer_cost.split_minimum(wide).total / 2**20) == 1155
 
 
 def test_flops():
-    base = sum(_cost.flops(8192, 4096, 4096, 0))
+    base = sum(layer_cost.flops(8192, 4096, 4096, 0))
     assert base == 4 * 8192 * 4096**2
-    assert sum(_cost.flops(8192, 4096, 4096, 16)) - base == 6 * 2 * 8192 * 4096 * 16
-    assert _cost.flops(2, 3, 5, 7) == (2 * 2 * (15 + 7 * 8), 2 * 2 * (15 + 2 * 7 * 8))
+    assert sum(layer_cost.flops(8192, 4096, 4096, 16)) - base == 6 * 2 * 8192 * 4096 * 16
+    assert layer_cost.flops(2, 3, 5, 7) == (2 * 2 * (15 + 7 * 8), 2 * 2 * (15 + 2 * 7 * 8))
 
 
 def test_presets():
@@ -93,7 +98,7 @@ def test_a_shape_is_rows_in_out():
 
 
 def test_rounds_are_interleaved_and_begun_by_each_in_turn():
-    order = list(_timing.schedule("abc", 4))
+    order = list(timing.schedule("abc", 4))
     rounds = ["".join(name for i, name in order if i == which) for which in range(4)]
     assert rounds == ["abc", "bca", "cab", "abc"]
 
@@ -101,7 +106,7 @@ def test_rounds_are_interleaved_and_begun_by_each_in_turn():
 def test_backward_is_timed_without_its_forward():
     log, timed = [], []
     calls = {
-        name: _timing.Calls(lambda n=name: log.append(f"{n}.f") or n, lambda y: log.append(f"{y}.b")) for name in "ab"
+        name: timing.Calls(lambda n=name: log.append(f"{n}.f") or n, lambda y: log.append(f"{y}.b")) for name in "ab"
     }
 
     def measure(prepare, call):
@@ -109,9 +114,9 @@ def test_backward_is_timed_without_its_forward():
         before = len(log)
         call(state)
         timed.append(log[before:])
-        return _timing.Sample(float(len(timed)))
+        return timing.Sample(float(len(timed)))
 
-    taken = _timing.time_all(calls, _timing.PASSES, 2, measure)
+    taken = timing.time_all(calls, timing.PASSES, 2, measure)
     one = [["{}.f"], ["{}.b"], ["{}.f", "{}.b"]]
     assert timed == [[step.format(name) for step in steps] for name in "abba" for steps in one]
     assert log[:6] == ["a.f", "a.b"] * 3  # warm-up, before anything is timed
@@ -120,21 +125,21 @@ def test_backward_is_timed_without_its_forward():
 
 
 def test_summary_is_median_and_quartiles():
-    taken = _timing.summary([_timing.Sample(s) for s in (5.0, 1.0, 2.0, 4.0, 100.0)])
+    taken = timing.summary([timing.Sample(s) for s in (5.0, 1.0, 2.0, 4.0, 100.0)])
     assert (taken["q1"], taken["median"], taken["q3"], taken["min"], taken["max"]) == (2, 4, 5, 1, 100)
     assert taken["host_median"] is taken["spin_median"] is None
-    one = _timing.summary([_timing.Sample(3.0, 0.5, 0.6)])
+    one = timing.summary([timing.Sample(3.0, 0.5, 0.6)])
     assert (one["median"], one["host_median"], one["spin_median"]) == (3, 0.5, 0.6)
 
 
 @pytest.mark.parametrize(("host", "spin", "bound"), [(0.9, 1.0, True), (0.7, 1.0, False), (None, None, False)])
 def test_a_call_that_the_host_takes_long_to_issue_is_told(host, spin, bound):
-    assert _timing.host_bound(_timing.summary([_timing.Sample(2.0, host, spin)] * 3)) is bound
+    assert timing.host_bound(timing.summary([timing.Sample(2.0, host, spin)] * 3)) is bound
 
 
 def test_cpu_clock_times_the_call_alone(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    taken = _timing.clock(CPU)(lambda: time.sleep(0.2), lambda _: time.sleep(0.01))
+    taken = timing.clock(CPU)(lambda: time.sleep(0.2), lambda _: time.sleep(0.01))
     assert 0.01 <= taken.seconds < 0.15
     assert taken.host is taken.spin is None
 
@@ -162,11 +167,11 @@ def test_gpu_clock_reads_what_it_has_written_and_lets_the_host_ahead(monkeypatch
             done.append(func.__name__)
             return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(_timing, "_FLUSH_BYTES", 64)
+    monkeypatch.setattr(timing, "_FLUSH_BYTES", 64)
     monkeypatch.setattr(torch, "empty", lambda *args, device: stock(*args))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("spin"))
-    measure = _timing.clock(SimpleNamespace(type="cuda"))
+    measure = timing.clock(SimpleNamespace(type="cuda"))
     with Operators():
         taken = measure(lambda: done.append("prepared"), lambda _: done.append("called"))
     assert done[:3] == ["prepared", "zero_.default", "sum.IntList_out"]
@@ -184,8 +189,8 @@ def test_one_thread_is_timed_by_its_own_clock(monkeypatch):
         while time.thread_time() < until:
             pass
 
-    assert 0.01 <= _timing.clock(CPU)(lambda: None, work)[0] < 0.15
-    assert _timing.cpu_timer() is time.thread_time
+    assert 0.01 <= timing.clock(CPU)(lambda: None, work)[0] < 0.15
+    assert timing.cpu_timer() is time.thread_time
 
 
 # --- nothing wrong is timed
@@ -203,7 +208,7 @@ def test_every_provider_is_right_and_timed(dtype, p):
         assert row["reason"] == ""
         assert row["check"]["ok"]
         assert 0 < row["check"]["worst"] <= 1
-        assert set(row["seconds"]) == set(_timing.PASSES)
+        assert set(row["seconds"]) == set(timing.PASSES)
         assert all(taken["median"] > 0 and taken["n"] == 2 for taken in row["seconds"].values())
     assert rows["frozen"]["seconds"]["both"]["to_floor"] == 1
     assert rows["peft"]["label"].startswith("PEFT arithmetic")
@@ -227,7 +232,7 @@ def test_no_time_for_a_wrong_result(what, rule):
 
     def one(name, problem, backend):
         if name != "peft":
-            return _baselines.build(name, problem, backend)
+            return providers.build(name, problem, backend)
         return dataclasses.replace(build(problem, backend), rule=rule)
 
     case = run_case(SHAPE, 4, 0.0, settings(build=one, only=("frozen", "ours", "peft")))
@@ -237,19 +242,19 @@ def test_no_time_for_a_wrong_result(what, rule):
     assert not row["check"]["ok"]
     assert len(calls) == 1  # the check, and never again
     assert case["providers"]["ours"]["seconds"]
-    text = printed(_bench_view.case_table(case))
+    text = printed(tables.case_table(case))
     shown = next(line for line in text.splitlines() if line.strip().startswith("broken "))
     assert not any(character.isdigit() for character in shown)
     assert "broken: wrong result, not timed" in text
-    assert _bench_view.speedups([case]).keys() == {"frozen"}
+    assert tables.speedups([case]).keys() == {"frozen"}
 
 
 @pytest.mark.parametrize(("times", "ok"), [(1.0, True), (1.9, True), (3.5, False)])
 def test_peers_may_be_twice_as_far_off_as_pytorch(times, ok):
     problem = draw(SHAPE, 4, 0.0, settings())
-    exact, by_pytorch = _judge.Truth().of(problem)
+    exact, by_pytorch = judge.Truth().of(problem)
     actual = {name: exact[name] + times * (by_pytorch[name].double() - exact[name]) for name in exact}
-    verdict = _judge._peer(actual, problem, _judge.Truth())
+    verdict = judge._peer(actual, problem, judge.Truth())
     assert verdict.ok == ok
     assert (verdict.worst <= 1) == ok
 
@@ -258,7 +263,7 @@ def test_peers_may_be_twice_as_far_off_as_pytorch(times, ok):
 def test_a_provider_that_drops_nothing_fails():
     def one(name, problem, backend):
         return dataclasses.replace(
-            _baselines.build(name, dataclasses.replace(problem, dropout_p=0.0), backend), problem=problem
+            providers.build(name, dataclasses.replace(problem, dropout_p=0.0), backend), problem=problem
         )
 
     row = run_case(SHAPE, 4, 0.1, settings(build=one, only=("peft",)))["providers"]["peft"]
@@ -270,7 +275,7 @@ def test_a_provider_that_cannot_run_says_why():
     def one(name, problem, backend):
         if name == "addmm":
             raise RuntimeError("no compiler\nand more")
-        return _baselines.build(name, problem, backend)
+        return providers.build(name, problem, backend)
 
     rows = run_case(SHAPE, 4, 0.0, settings(build=one, only=("frozen", "addmm")))["providers"]
     assert rows["addmm"]["reason"] == "RuntimeError: no compiler"
@@ -282,29 +287,29 @@ def test_a_provider_that_cannot_run_says_why():
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_the_split_graph_is_right(backend, p):
     shape = Shape(48, 60, 40)  # a mask whose rows are no whole bytes
-    provider = _baselines.build("split", draw(shape, 4, p, settings()), backend)
-    verdict = _judge.judge(provider, _judge.Truth())
+    provider = providers.build("split", draw(shape, 4, p, settings()), backend)
+    verdict = judge.judge(provider, judge.Truth())
     assert verdict.ok, verdict.reason
     assert provider.label == f"split graph [{backend}]"
     assert provider.cost == ("split" if backend == "triton" else "")
 
 
 def test_the_split_graph_stands_beside_kernels_alone():
-    assert "split" in _baselines.names_for(torch.bfloat16, "triton", compiled=False)
-    assert "split" not in _baselines.names_for(torch.bfloat16, "torch", compiled=False)
+    assert "split" in providers.names_for(torch.bfloat16, "triton", compiled=False)
+    assert "split" not in providers.names_for(torch.bfloat16, "torch", compiled=False)
 
 
 def test_a_mask_is_packed_little_end_first():
     keep = torch.rand(5, 70) < 0.5
-    assert torch.equal(_baselines._packed(keep), philox.packed(keep))
+    assert torch.equal(providers._packed(keep), philox.packed(keep))
 
 
 def test_the_mask_is_read_off_the_provider():
     problem = draw(SHAPE, 4, 0.3, settings())
     weight = problem.weight.clone()
-    keep, reason = _judge.find_mask(_baselines.build("ours", problem), seed=5)
+    keep, reason = judge.find_mask(providers.build("ours", problem), seed=5)
     torch.manual_seed(5)
-    assert torch.equal(keep, eager.draw_mask(problem.x.shape, problem.dropout_p, CPU).bool())
+    assert torch.equal(keep, torch_backend.draw_mask(problem.x.shape, problem.dropout_p, CPU).bool())
     assert reason == ""
     assert torch.equal(problem.weight, weight)
     assert problem.dropout_p == dropout.threshold(0.3) / 65536
@@ -318,8 +323,8 @@ def test_peft_itself():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages that PEFT imports
         problem = draw(SHAPE, 4, 0.1, settings(torch.bfloat16))
-        provider = _baselines.build("peft_fp32", problem)
-        verdict = _judge.judge(provider, _judge.Truth())
+        provider = providers.build("peft_fp32", problem)
+        verdict = judge.judge(provider, judge.Truth())
     assert provider.label == "PEFT fp32"
     assert verdict.ok, verdict.reason
     assert provider.leaves["d_lora_A"].dtype == torch.float32
@@ -334,12 +339,12 @@ def test_peft_itself():
 def test_saved_bytes():
     plain, dropping = (draw(SHAPE, 4, p, settings()) for p in (0.0, 0.1))
     s, x, mask = 48 * 4 * 4, 48 * 64 * 4, 48 * 64
-    assert saved_bytes(_baselines.build("frozen", plain)) == 0
-    assert saved_bytes(_baselines.build("ours", plain)) == s
-    assert saved_bytes(_baselines.build("addmm", plain)) == s
-    assert saved_bytes(_baselines.build("addmm", dropping)) == s + x + mask
-    assert saved_bytes(_baselines.build("ours", dropping)) == s + mask
-    assert saved_bytes(_baselines.build("split", dropping)) == s + x + mask  # what LoRAFusion keeps
+    assert saved_bytes(providers.build("frozen", plain)) == 0
+    assert saved_bytes(providers.build("ours", plain)) == s
+    assert saved_bytes(providers.build("addmm", plain)) == s
+    assert saved_bytes(providers.build("addmm", dropping)) == s + x + mask
+    assert saved_bytes(providers.build("ours", dropping)) == s + mask
+    assert saved_bytes(providers.build("split", dropping)) == s + x + mask  # what LoRAFusion keeps
 
 
 def test_a_storage_is_saved_once_however_often_it_is_kept():

@@ -10,22 +10,20 @@ import pytest
 import torch
 from bench_samples import CPU, arguments, printed, sample_case, settings
 
-from lora_kernels import eager
-from lora_kernels.cli import (
-    _bench_view,
-    _block_case,
-    _block_cost,
-    _block_judge,
-    _block_providers,
-    _level_view,
-    _levels,
-    _model,
-    _model_case,
-    _traffic,
-    bench,
-)
-from lora_kernels.cli._block_cases import check_mlp, outputs
-from lora_kernels.cli._presets import PRESETS, Shape, block_shape, parse_shape
+from lora_kernels import torch_backend
+from lora_kernels.cli import bench
+from lora_kernels.bench.show import tables
+from lora_kernels.bench.cases import block as block_case
+from lora_kernels.bench.cost import block as block_cost
+from lora_kernels.verify import block_judge
+from lora_kernels.bench.providers import block as block_providers
+from lora_kernels.bench.show import levels as level_tables
+from lora_kernels.bench import levels
+from lora_kernels.bench.providers import llama
+from lora_kernels.bench.cases import model as model_case
+from lora_kernels.bench.cost import traffic
+from lora_kernels.verify.block_problems import check_mlp, outputs
+from lora_kernels.measure.presets import PRESETS, Shape, block_shape, parse_shape
 
 QKV, MLP = Shape(48, 40, 36, others=(12, 20)), Shape(48, 40, 56)
 SHAPES = {"qkv": QKV, "mlp": MLP}
@@ -34,8 +32,8 @@ MIB = 2**20
 # --- arithmetic
 
 LLAMA = {
-    "qkv": lambda adapter=0: _block_cost.projections(8192, 4096, (4096, 1024, 1024), 16, 2, adapter),
-    "mlp": lambda adapter=0: _block_cost.mlp(8192, 4096, 14336, 16, 2, adapter),
+    "qkv": lambda adapter=0: block_cost.projections(8192, 4096, (4096, 1024, 1024), 16, 2, adapter),
+    "mlp": lambda adapter=0: block_cost.mlp(8192, 4096, 14336, 16, 2, adapter),
 }
 
 
@@ -50,7 +48,7 @@ LLAMA = {
     ],
 )  # fmt: skip
 def test_bytes_of_llama_8b_s_blocks(block, formula, dropout, mib, launches):
-    cost = _block_cost.COSTS[formula](LLAMA[block](), dropout)
+    cost = block_cost.COSTS[formula](LLAMA[block](), dropout)
     assert cost.total / MIB == pytest.approx(mib, rel=2e-3)
     assert cost.launches == launches
 
@@ -58,7 +56,7 @@ def test_bytes_of_llama_8b_s_blocks(block, formula, dropout, mib, launches):
 @pytest.mark.parametrize("block", LLAMA)
 def test_dropout_costs_a_bit_an_element_each_of_three_times(block):
     b = LLAMA[block]()
-    plain, dropped = (_block_cost.COSTS["ours"](b, dropout) for dropout in (False, True))
+    plain, dropped = (block_cost.COSTS["ours"](b, dropout) for dropout in (False, True))
     of_A = 2 * sum(z.a for z in b.layers) if block == "qkv" else 0  # copied side by side without dropout
     assert dropped.total - plain.total == 3 * sum(z.m * z.k // 8 for z in b.layers) - of_A
 
@@ -67,15 +65,15 @@ def test_dropout_costs_a_bit_an_element_each_of_three_times(block):
 def test_fp32_adapters_cost_a_copy_of_each_B_and_without_dropout_of_each_A(block):
     launches = {"qkv": 7, "mlp": 9}[block]
     for dropout, copies in ((False, 6), (True, 3)):
-        assert _block_cost.COSTS["ours"](LLAMA[block](4), dropout).launches == launches + copies
+        assert block_cost.COSTS["ours"](LLAMA[block](4), dropout).launches == launches + copies
 
 
 @pytest.mark.parametrize("r", [5, 16, 64])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_the_model_of_projections_agrees_with_the_kernels(r, p):
     widths = (2048, 512, 256)
-    launches = _traffic.block(4096, 2048, widths, (r,) * 3, torch.bfloat16, p > 0, num_sms=132, tma=True)
-    modelled = _block_cost.COSTS["ours"](_block_cost.projections(4096, 2048, widths, r), p > 0)
+    launches = traffic.block(4096, 2048, widths, (r,) * 3, torch.bfloat16, p > 0, num_sms=132, tma=True)
+    modelled = block_cost.COSTS["ours"](block_cost.projections(4096, 2048, widths, r), p > 0)
     copies = [2 * 2 * 3 * r * 2048] if r == 16 and not p else []  # of all A side by side, by PyTorch
     assert modelled.launches == len(launches) + len(copies)
     moved = sum(copies) + sum(one.total for one in launches)
@@ -83,9 +81,9 @@ def test_the_model_of_projections_agrees_with_the_kernels(r, p):
 
 
 def test_flops_are_those_of_the_layers():
-    block = _block_cost.mlp(2, 3, 5, 7)
-    assert _block_cost.flops(block, 0) == (3 * 2 * 2 * 15,) * 2
-    assert _block_cost.flops(block, 7) == (3 * 2 * 2 * (15 + 7 * 8), 3 * 2 * 2 * (15 + 2 * 7 * 8))
+    block = block_cost.mlp(2, 3, 5, 7)
+    assert block_cost.flops(block, 0) == (3 * 2 * 2 * 15,) * 2
+    assert block_cost.flops(block, 7) == (3 * 2 * 2 * (15 + 7 * 8), 3 * 2 * 2 * (15 + 2 * 7 * 8))
 
 
 def test_blocks_of_presets_and_shapes_of_one_s_own():
@@ -107,7 +105,7 @@ def test_blocks_of_presets_and_shapes_of_one_s_own():
 @pytest.mark.parametrize("block", SHAPES)
 @pytest.mark.parametrize(("dtype", "p"), [(torch.float32, 0.0), (torch.float32, 0.1), (torch.bfloat16, 0.1)])
 def test_every_provider_is_right_and_timed(block, dtype, p):
-    case = _block_case.run_case(block, SHAPES[block], 8, p, settings(dtype))
+    case = block_case.run_case(block, SHAPES[block], 8, p, settings(dtype))
     rows = case["providers"]
     half = dtype == torch.bfloat16
     assert set(rows) == {"frozen", "ours", "per_layer", "peft"} | ({"ours_fp32", "peft_fp32"} if half else set())
@@ -122,7 +120,7 @@ def test_every_provider_is_right_and_timed(block, dtype, p):
     assert rows["frozen"]["seconds"]["both"]["to_floor"] == 1
     assert rows["ours"]["saved_bytes"] < rows["peft"]["saved_bytes"] or not p
     assert rows["peft"]["model"]["forward_bytes"] > rows["frozen"]["model"]["forward_bytes"] > 0
-    shown = printed(_bench_view.case_table(case))
+    shown = printed(tables.case_table(case))
     assert "lora_kernels [torch]" in shown
     assert "lora_linear alone [torch]" in shown
     assert "if frozen and each large tensor once a pass" in shown
@@ -132,7 +130,7 @@ def test_every_provider_is_right_and_timed(block, dtype, p):
 def test_the_kernels_are_right_as_well(block, p, rule):
     chosen = settings(backend="triton", only=("ours",), passes=())
     shape = dataclasses.replace(SHAPES[block], m=9, k=24)
-    row = _block_case.run_case(block, shape, 4, p, chosen)["providers"]["ours"]
+    row = block_case.run_case(block, shape, 4, p, chosen)["providers"]["ours"]
     assert row["reason"] == ""
     assert rule in row["check"]["rule"]
     assert row["label"] == "lora_kernels [triton]"
@@ -145,7 +143,7 @@ def test_peft_itself(block):
         pytest.skip("PEFT is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages that PEFT imports
-        case = _block_case.run_case(block, SHAPES[block], 8, 0.1, settings(torch.bfloat16, only=("peft", "peft_fp32")))
+        case = block_case.run_case(block, SHAPES[block], 8, 0.1, settings(torch.bfloat16, only=("peft", "peft_fp32")))
     assert [row["label"] for row in case["providers"].values()] == ["PEFT bf16", "PEFT fp32"]
     assert all(row["reason"] == "" and row["seconds"] for row in case["providers"].values())
 
@@ -156,7 +154,7 @@ def off(which):
     def change(provider):
         place = list(provider.leaves).index(which)
 
-        class Off(_block_providers.BlockProvider):
+        class Off(block_providers.BlockProvider):
             def backward(self, ys, dys=None):
                 return tuple(g * (1.001 if i == place else 1) for i, g in enumerate(super().backward(ys, dys)))
 
@@ -171,7 +169,7 @@ def with_layers(change):
     def changed(provider):
         problem = provider.problem
         other = dataclasses.replace(problem, layers={n: change(n, q) for n, q in problem.layers.items()})
-        return dataclasses.replace(_block_providers.build("per_layer", other), problem=problem)
+        return dataclasses.replace(block_providers.build("per_layer", other), problem=problem)
 
     return changed
 
@@ -202,10 +200,10 @@ def test_no_time_for_a_wrong_result(what, block):
     breaks, said = BREAKS[what]
 
     def build(name, problem, backend):
-        provider = _block_providers.build(name, problem, backend)
+        provider = block_providers.build(name, problem, backend)
         return breaks(block)(provider) if name == "per_layer" else provider
 
-    case = _block_case.run_case(
+    case = block_case.run_case(
         block, SHAPES[block], 8, 0.1, settings(only=("frozen", "ours", "per_layer"), passes=("both",)), build=build
     )
     row = case["providers"]["per_layer"]
@@ -213,43 +211,43 @@ def test_no_time_for_a_wrong_result(what, block):
     assert row["reason"].startswith("wrong result, not timed: ")
     assert said in row["reason"]
     assert case["providers"]["ours"]["seconds"]
-    assert "not timed" in printed(_bench_view.case_table(case))
+    assert "not timed" in printed(tables.case_table(case))
 
 
 def test_other_masks_than_those_that_were_found_are_an_error():
-    problem = _block_case.draw("mlp", MLP, 8, 0.3, settings())
-    provider = _block_providers.build("per_layer", problem)
+    problem = block_case.draw("mlp", MLP, 8, 0.3, settings())
+    provider = block_providers.build("per_layer", problem)
     forward = provider.forward
 
     def draws_others():
         torch.rand(1)
         return forward()
 
-    verdict = _block_judge.judge(provider, _block_judge.Truth())
+    verdict = block_judge.judge(provider, block_judge.Truth())
     assert verdict.ok, verdict.reason
-    masks = _block_judge.find_masks(problem, provider.leaves, lambda dys: _block_judge.run_once(provider, dys, 1)["dx"])
+    masks = block_judge.find_masks(problem, provider.leaves, lambda dys: block_judge.run_once(provider, dys, 1)["dx"])
     other = dataclasses.replace(provider, forward=draws_others)
-    actual = _block_judge.run_once(other, problem.dys, 1)
+    actual = block_judge.run_once(other, problem.dys, 1)
     truth = [outputs(problem, masks, dtype) for dtype in (torch.float64, torch.float32)]
     assert not all(finding.ok for finding in check_mlp(actual, *truth, torch.float32, problem.summed))
 
 
 @pytest.mark.parametrize("block", SHAPES)
 def test_masks_are_read_off_the_provider(block):
-    problem = _block_case.draw(block, SHAPES[block], 8, 0.3, settings())
+    problem = block_case.draw(block, SHAPES[block], 8, 0.3, settings())
     before = {name: [t.clone() for t in q[:3]] for name, q in problem.layers.items()}
-    provider = _block_providers.build("per_layer", problem)
-    found = _block_judge.find_masks(problem, provider.leaves, lambda dys: _block_judge.run_once(provider, dys, 5)["dx"])
+    provider = block_providers.build("per_layer", problem)
+    found = block_judge.find_masks(problem, provider.leaves, lambda dys: block_judge.run_once(provider, dys, 5)["dx"])
     torch.manual_seed(5)
     for name, q in problem.layers.items():
         width = q.weight.shape[1]
-        assert torch.equal(found[name], eager.draw_mask(torch.Size((48, width)), q.dropout_p, CPU).bool()), name
+        assert torch.equal(found[name], torch_backend.draw_mask(torch.Size((48, width)), q.dropout_p, CPU).bool()), name
         assert all(map(torch.equal, q[:3], before[name]))  # and nothing is left changed
 
 
 @pytest.mark.parametrize(("times", "ok"), [(1.0, True), (1.9, True), (3.5, False), (math.nan, False)])
 def test_an_mlp_may_be_twice_as_far_off_as_pytorch(times, ok):
-    problem = _block_case.draw("mlp", MLP, 8, 0.0, settings())
+    problem = block_case.draw("mlp", MLP, 8, 0.0, settings())
     exact, by_pytorch = (outputs(problem, {}, dtype) for dtype in (torch.float64, torch.float32))
     actual = {name: exact[name] + times * (by_pytorch[name].double() - exact[name]) for name in exact}
     findings = check_mlp(actual, exact, by_pytorch, torch.float32, summed=0)
@@ -260,15 +258,15 @@ def test_an_mlp_may_be_twice_as_far_off_as_pytorch(times, ok):
 
 @pytest.mark.usefixtures("no_peft")
 def test_blocks_in_rotated_buffers(monkeypatch):
-    monkeypatch.setattr(_block_case._timing, "_MOST_COPIES", 3)
+    monkeypatch.setattr(block_case.timing, "_MOST_COPIES", 3)
     built = []
 
     def build(name, problem, backend):
         built.append((name, problem.x.data_ptr(), problem.layers["down"].weight.data_ptr()))
-        return _block_providers.build(name, problem, backend)
+        return block_providers.build(name, problem, backend)
 
     chosen = settings(cache="rotate", only=("frozen", "ours"))
-    case = _block_case.run_case("mlp", MLP, 8, 0.0, chosen, build=build)
+    case = block_case.run_case("mlp", MLP, 8, 0.0, chosen, build=build)
     assert case["copies"] == 3
     assert len({place for name, *place in map(tuple, built) if name == "ours" for place in [tuple(place)]}) == 3
     assert case["providers"]["ours"]["seconds"]["both"]["n"] == 2
@@ -280,15 +278,15 @@ def test_blocks_in_rotated_buffers(monkeypatch):
 def test_the_decoder_s_own_row_is_made_of_blocks(monkeypatch):
     calls = []
     for name in ("lora_qkv", "lora_mlp"):
-        real = getattr(_model, name)
+        real = getattr(llama, name)
         monkeypatch.setattr(
-            _model, name, lambda *args, _real=real, _name=name, **more: calls.append(_name) or _real(*args, **more)
+            llama, name, lambda *args, _real=real, _name=name, **more: calls.append(_name) or _real(*args, **more)
         )
-    bench_of_one = _model_case.Bench(PRESETS["quick"].model, 4, 0.1, settings(targets=("q", "v", "up")), False)
+    bench_of_one = model_case.Bench(PRESETS["quick"].model, 4, 0.1, settings(targets=("q", "v", "up")), False)
     for name, expected in (("ours", ["lora_qkv", "lora_mlp"]), ("per_layer", [])):
         calls.clear()
         trial = bench_of_one.trial(name)
-        _, reason = _model_case.check(trial, bench_of_one)
+        _, reason = model_case.check(trial, bench_of_one)
         assert reason == ""
         assert calls == expected * 2  # without dropout and with it
         assert trial.label.startswith("lora_kernels" if name == "ours" else "lora_linear alone")
@@ -339,7 +337,7 @@ def test_a_shape_of_one_s_own_at_other_rows():
     assert [(level, str(shape), r, p) for level, shape, r, p in cases] == [
         ("qkv", "3x16x16+4+4", 16, 0.2), ("qkv", "5x16x16+4+4", 16, 0.2)
     ]  # fmt: skip
-    assert "per_layer" in _levels.names("qkv", settings(), 16)
+    assert "per_layer" in levels.names("qkv", settings(), 16)
 
 
 # --- times that mean nothing
@@ -348,18 +346,18 @@ def test_a_shape_of_one_s_own_at_other_rows():
 def test_times_that_spread_too_far_are_said_to_mean_nothing(capsys):
     steady, shaky = sample_case(), sample_case()
     shaky["providers"]["ours"]["seconds"]["both"] |= {"median": 1.0, "q1": 0.8, "q3": 1.4}
-    assert _bench_view.unsteady([steady]) == []
-    assert _bench_view.unsteady_words([steady]) == ""
-    (found,) = _bench_view.unsteady([steady, shaky])
+    assert tables.unsteady([steady]) == []
+    assert tables.unsteady_words([steady]) == ""
+    (found,) = tables.unsteady([steady, shaky])
     assert (found["case"], found["provider"], found["pass"]) == (1, "ours", "both")
     assert found["spread"] == pytest.approx(0.6)
-    words = _bench_view.unsteady_words([steady, shaky])
+    words = tables.unsteady_words([steady, shaky])
     assert "in 1 of 6 times the middle half of the rounds spans more than 50% of the median" in words
     assert "ratios of those mean nothing. Worst: lora_kernels [triton], forward + backward, 60%." in words
 
 
 def test_the_command_warns_of_them(monkeypatch, tmp_path, capsys):
-    real = bench._levels.run
+    real = bench.levels.run
 
     def shaky(*args):
         cases = real(*args)
@@ -367,7 +365,7 @@ def test_the_command_warns_of_them(monkeypatch, tmp_path, capsys):
         taken["q3"] = taken["q1"] + 2 * taken["median"]
         return cases
 
-    monkeypatch.setattr(bench._levels, "run", shaky)
+    monkeypatch.setattr(bench.levels, "run", shaky)
     file = tmp_path / "b.json"
     argv = ("--block", "qkv", "--quick", "--p", 0, "--providers", "frozen", "ours", "--json", file)
     assert bench.run(arguments(*argv)) == 0
@@ -381,7 +379,7 @@ def test_tables_of_several_levels():
 
     console = Console(width=150, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     block = sample_case() | {"level": "mlp", "floor_bytes": 2**20}
-    _level_view.show(console, [sample_case(), block], full=False)
+    level_tables.show(console, [sample_case(), block], full=False)
     console.file.close()
     text = console.export_text()
     assert "1 x 2 x 3 (q, o), r=16" in text

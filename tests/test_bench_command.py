@@ -12,10 +12,13 @@ import torch
 from bench_samples import arguments, broken, printed, sample_case, sample_launch, sample_model
 from rich.console import Console
 
-from lora_kernels.cli import _bench_plot, _bench_view, _level_view, bench
-from lora_kernels.cli._baselines import PROVIDERS
-from lora_kernels.cli._machine import write_json
-from lora_kernels.cli._presets import PRESETS, Shape
+from lora_kernels.cli import bench
+from lora_kernels.bench.show import plot
+from lora_kernels.bench.show import tables
+from lora_kernels.bench.show import levels as level_tables
+from lora_kernels.bench.providers.layer import PROVIDERS
+from lora_kernels.measure.machine import write_json
+from lora_kernels.measure.presets import PRESETS, Shape
 
 
 @pytest.mark.usefixtures("no_peft")
@@ -93,7 +96,7 @@ def test_ctrl_c_keeps_what_was_measured(finished, monkeypatch, tmp_path, capsys)
         ran.append(given)
         return [sample_case()]
 
-    monkeypatch.setattr(bench._levels, "run", interrupted)
+    monkeypatch.setattr(bench.levels, "run", interrupted)
     file = tmp_path / "b.json"
     assert bench.run(arguments("--shape", "8x8x8", "--r", 1, 2, 3, "--json", file)) == 130
     shown = capsys.readouterr().out
@@ -130,8 +133,8 @@ def test_what_cannot_be_asked_for_is_refused(monkeypatch, capsys, tmp_path):
 def test_labels_are_those_that_were_built():
     unbuilt = sample_case()
     unbuilt["providers"]["peft"]["label"] = "peft"
-    assert _bench_view.labels_of([unbuilt, sample_case()])["peft"] == "PEFT"
-    assert list(_bench_view.labels_of([unbuilt])) == ["frozen", "ours", "peft", "addmm"]
+    assert tables.labels_of([unbuilt, sample_case()])["peft"] == "PEFT"
+    assert list(tables.labels_of([unbuilt])) == ["frozen", "ours", "peft", "addmm"]
 
 
 @pytest.mark.usefixtures("no_peft")
@@ -168,7 +171,7 @@ def test_what_a_level_does_not_have_is_refused(argv, message, capsys):
 
 
 def test_geometric_mean():
-    over_peft = _bench_view.speedups([sample_case(peft=2.0), sample_case(peft=8.0)])["peft"]
+    over_peft = tables.speedups([sample_case(peft=2.0), sample_case(peft=8.0)])["peft"]
     assert over_peft == {"geometric_mean": pytest.approx(4.0), "worst": 2.0, "best": 8.0, "cases": 2}
 
 
@@ -187,31 +190,31 @@ def test_one_pass_alone(capsys):
     [(None, "-"), (0, "0.0"), (32 << 10, "0.031"), (1 << 18, "0.25"), (4 << 20, "4"), (1346 << 20, "1346.0")],
 )
 def test_little_memory_is_not_nothing(size, shown):
-    assert _bench_view.mib(size) == shown
+    assert tables.mib(size) == shown
 
 
 def test_host_time_is_shown_where_it_was_taken():
     case = sample_case()
-    assert "host us" not in printed(_bench_view.case_table(case))
+    assert "host us" not in printed(tables.case_table(case))
     case["providers"]["ours"]["seconds"]["both"]["host_median"] = 0.000123
-    assert " 123 " in printed(_bench_view.case_table(case))
+    assert " 123 " in printed(tables.case_table(case))
 
 
 @pytest.mark.parametrize(("width", "parts"), [(60, 2), (80, 2), (150, 1)])
 def test_no_width_costs_a_number(width, parts):
     for table in (
-        _bench_view.case_table(sample_case()), _level_view.kernel_table([sample_launch()]),
-        _level_view.model_table(sample_model("model")),
+        tables.case_table(sample_case()), level_tables.kernel_table([sample_launch()]),
+        level_tables.model_table(sample_model("model")),
     ):  # fmt: skip
         wide, narrow = ({word.strip("─") for word in printed(table, w).split()} for w in (150, width))
         assert wide == narrow
-    assert printed(_bench_view.case_table(sample_case()), width).count("lora_kernels [triton]") == parts
+    assert printed(tables.case_table(sample_case()), width).count("lora_kernels [triton]") == parts
 
 
 def test_a_sweep_is_a_row_a_case():
     lean = sample_case(peft=8.0)
     lean["providers"]["ours"]["saved_bytes"] = 2**18
-    text = printed(_bench_view.sweep_table([sample_case(peft=2.0), lean]))
+    text = printed(tables.sweep_table([sample_case(peft=2.0), lean]))
     assert text.count("1x2x3") == 2
     assert "8.000 0.250" in " ".join(text.split())  # PEFT / ours, and what is saved beside PEFT
     assert "chain: RuntimeError: no such thing" in text
@@ -220,7 +223,7 @@ def test_a_sweep_is_a_row_a_case():
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     for cases in ([sample_case(), sample_case(peft=3.0)], [sample_launch()], [sample_model("model")]):
-        _bench_plot.plot(cases, "made on paper", str(tmp_path / "p.png"))
+        plot.plot(cases, "made on paper", str(tmp_path / "p.png"))
         assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
         (tmp_path / "p.png").unlink()
 
@@ -246,7 +249,7 @@ def test_json_is_json_and_never_half(tmp_path):
 def test_a_share_of_peak_above_all_is_explained_where_it_is_shown(case, of_peak, said, capsys):
     for taken in case["providers"]["ours"]["seconds"].values():
         taken["of_peak"] = of_peak
-    _level_view.show(Console(width=150), [case], full=False)
+    level_tables.show(Console(width=150), [case], full=False)
     shown = capsys.readouterr().out
     assert ("A share of peak is above 100 %" in shown) == said == ("120%" in shown)
     assert ("peak: the most of forward + backward" in shown) == (case["level"] != "kernel")
@@ -255,7 +258,7 @@ def test_a_share_of_peak_above_all_is_explained_where_it_is_shown(case, of_peak,
 def test_a_share_of_peak_in_a_row_a_case_is_not_shown_nor_explained(capsys):
     case = sample_case()
     case["providers"]["ours"]["seconds"]["both"]["of_peak"] = 1.2
-    _level_view.show(Console(width=150), [case] * 4, full=False)
+    level_tables.show(Console(width=150), [case] * 4, full=False)
     assert "above 100 %" not in capsys.readouterr().out
 
 
@@ -263,14 +266,14 @@ def test_a_share_of_peak_in_a_row_a_case_is_not_shown_nor_explained(capsys):
     ("number", "shown"), [(11843.7, "11844"), (1234.5, "1234"), (123.45, "123.5"), (0.0, "0"), (0.00123456, "0.001235")]
 )
 def test_numbers_are_plain(number, shown):
-    assert _bench_view.plain(number, 4) == shown
+    assert tables.plain(number, 4) == shown
 
 
 @pytest.mark.parametrize(("threads", "remedy"), [(1, False), (4, True)])
 def test_unsteady_times_on_many_threads_come_with_the_remedy(threads, remedy, monkeypatch, capsys):
     shaky = sample_case()
     shaky["providers"]["ours"]["seconds"]["both"] |= {"median": 1.0, "q1": 0.8, "q3": 1.4}
-    monkeypatch.setattr(bench._levels, "run", lambda *given: [shaky])
+    monkeypatch.setattr(bench.levels, "run", lambda *given: [shaky])
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert bench.run(arguments("--quick")) == 0
     shown = capsys.readouterr().out

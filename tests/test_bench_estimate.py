@@ -6,8 +6,10 @@ import pytest
 import torch
 from bench_samples import SHAPE, arguments, settings
 
-from lora_kernels.cli import _cost, _estimate, bench
-from lora_kernels.cli._presets import MODELS, PRESETS, Shape
+from lora_kernels.cli import bench
+from lora_kernels.bench.cost import layer as layer_cost
+from lora_kernels.bench import estimate
+from lora_kernels.measure.presets import MODELS, PRESETS, Shape
 
 PEAKS = {"matmul_flops_per_second": 1e11}
 SLOW = [("layer", shape, 16, 0.0) for shape in PRESETS["llama-8b"].shapes]
@@ -15,13 +17,13 @@ SLOW = [("layer", shape, 16, 0.0) for shape in PRESETS["llama-8b"].shapes]
 
 def test_the_flops_of_every_level():
     k, n = SHAPE.k, SHAPE.n
-    one = sum(_cost.flops(48, k, n, 4))
-    assert _estimate.flops("layer", SHAPE, 4) == _estimate.flops("kernel", SHAPE, 4) == one
-    assert _estimate.flops("mlp", SHAPE, 4) == 3 * one
+    one = sum(layer_cost.flops(48, k, n, 4))
+    assert estimate.flops("layer", SHAPE, 4) == estimate.flops("kernel", SHAPE, 4) == one
+    assert estimate.flops("mlp", SHAPE, 4) == 3 * one
     several = dataclasses.replace(SHAPE, others=(n, n))
-    assert _estimate.flops("qkv", several, 4) == 3 * one
+    assert estimate.flops("qkv", several, 4) == 3 * one
     dims = PRESETS["tiny"].model
-    layer, whole = (_estimate.flops(level, dims, 16) for level in ("decoder", "model"))
+    layer, whole = (estimate.flops(level, dims, 16) for level in ("decoder", "model"))
     of_linears = 256 * 4 * (256 * 256 * 2 + 256 * 128 * 2 + 256 * 688 * 3)
     assert of_linears < layer < 1.5 * of_linears  # adapters and attention come on top
     assert whole == 2 * layer + 4 * 256 * 256 * 1024
@@ -30,26 +32,26 @@ def test_the_flops_of_every_level():
 def test_more_rounds_rows_and_providers_take_longer():
     few = settings(peaks=PEAKS, only=("frozen", "ours"))
     case = ("layer", SHAPE, 4, 0.0)
-    taken = _estimate.seconds(case, few)
+    taken = estimate.seconds(case, few)
     assert 0 < taken < 1
-    assert _estimate.seconds(case, dataclasses.replace(few, rounds=40)) > 5 * taken
-    assert _estimate.seconds(("layer", dataclasses.replace(SHAPE, m=4800), 4, 0.0), few) == pytest.approx(100 * taken)
-    assert _estimate.seconds(case, dataclasses.replace(few, only=("frozen", "ours", "peft"))) > 1.2 * taken
+    assert estimate.seconds(case, dataclasses.replace(few, rounds=40)) > 5 * taken
+    assert estimate.seconds(("layer", dataclasses.replace(SHAPE, m=4800), 4, 0.0), few) == pytest.approx(100 * taken)
+    assert estimate.seconds(case, dataclasses.replace(few, only=("frozen", "ours", "peft"))) > 1.2 * taken
 
 
 def test_a_long_run_says_so_with_the_ways_out():
     on_cpu = settings(peaks=PEAKS)
-    words = _estimate.warning(SLOW, on_cpu, None)
+    words = estimate.warning(SLOW, on_cpu, None)
     assert "minutes on this CPU (4 cases; " in words or "hours on this CPU (4 cases; " in words
     assert "Less: --preset tiny, --m 64, --rounds 3, --minutes 5. Ctrl-C keeps the cases that are done." in words
     assert "\n" not in words
-    assert "--model tiny, --layers 1" in _estimate.warning([("model", MODELS["llama-1b"], 16, 0.0)], on_cpu, None)
+    assert "--model tiny, --layers 1" in estimate.warning([("model", MODELS["llama-1b"], 16, 0.0)], on_cpu, None)
     short = [("layer", Shape(512, 1024, 1024), 16, 0.0)]
-    assert _estimate.warning(short, on_cpu, None) == ""
-    assert _estimate.warning(short * 1000, on_cpu, None) != ""
-    assert _estimate.warning(short * 1000, on_cpu, 1.0) == ""  # none is begun after a minute
-    assert _estimate.warning(SLOW, dataclasses.replace(on_cpu, device=torch.device("cuda")), None) == ""
-    assert "hours" in _estimate.warning(
+    assert estimate.warning(short, on_cpu, None) == ""
+    assert estimate.warning(short * 1000, on_cpu, None) != ""
+    assert estimate.warning(short * 1000, on_cpu, 1.0) == ""  # none is begun after a minute
+    assert estimate.warning(SLOW, dataclasses.replace(on_cpu, device=torch.device("cuda")), None) == ""
+    assert "hours" in estimate.warning(
         SLOW * 9, dataclasses.replace(on_cpu, passes=(), peaks={}), None
     )  # weighed alone
 

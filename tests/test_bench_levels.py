@@ -8,10 +8,16 @@ import pytest
 import torch
 from bench_samples import CPU, SHAPE, printed, sample_launch, sample_model, settings
 
-from lora_kernels import eager
-from lora_kernels.cli import _bench_case, _cost, _kernel_case, _level_view, _model, _model_case, _timing
-from lora_kernels.cli._kernel_case import LAUNCHES, Sum, share_used
-from lora_kernels.cli._presets import PRESETS, with_tokens
+from lora_kernels import torch_backend
+from lora_kernels.bench.cases import layer as layer_case
+from lora_kernels.bench.cost import layer as layer_cost
+from lora_kernels.bench.cases import kernel as kernel_case
+from lora_kernels.bench.show import levels as level_tables
+from lora_kernels.bench.providers import llama
+from lora_kernels.bench.cases import model as model_case
+from lora_kernels.measure import timing
+from lora_kernels.bench.cases.kernel import LAUNCHES, Sum, share_used
+from lora_kernels.measure.presets import PRESETS, with_tokens
 
 TINY = PRESETS["quick"].model
 
@@ -22,7 +28,7 @@ def test_a_launch_beside_the_library_s_product_alone():
     """Ours over it is what `strategy` assumes of the slowdown."""
     case = sample_launch(ours=2e-3)
     case["providers"]["base"] = sample_launch(ours=1.6e-3)["providers"]["ours"]
-    row = dict(zip(_level_view.KERNEL_HEADING, _level_view.kernel_row(case), strict=True))
+    row = dict(zip(level_tables.KERNEL_HEADING, level_tables.kernel_row(case), strict=True))
     assert (row["base ms"], row["ours / base"], row["operators / ours"]) == ("1.600 ±0%", "1.250", "1.500")
 
 
@@ -31,7 +37,7 @@ def test_a_launch_beside_the_library_s_product_alone():
     ("dtype", "backend"), [(torch.float32, "torch"), (torch.bfloat16, "torch"), (torch.float32, "triton")]
 )
 def test_every_launch_is_right_and_timed(dtype, backend, p):
-    cases = _kernel_case.run_case(SHAPE, 4, p, settings(dtype, backend=backend))
+    cases = kernel_case.run_case(SHAPE, 4, p, settings(dtype, backend=backend))
     assert [case["launch"] for case in cases] == list(LAUNCHES)
     for case in cases:
         with_base = case["launch"] in ("y", "dx")
@@ -44,14 +50,14 @@ def test_every_launch_is_right_and_timed(dtype, backend, p):
             assert taken["bytes_per_second"] == case["bytes"] / taken["median"]
             flops = case["flops"] if name != "base" else 2 * 48 * 64 * 40
             assert taken["flops_per_second"] == flops / taken["median"]
-    size = _cost.Size(48, 64, 40, 4, dtype.itemsize)
-    assert sum(case["bytes"] for case in cases) == _cost.COSTS["triton"](size, p > 0).total
-    assert sum(case["flops"] for case in cases) == sum(_cost.flops(48, 64, 40, 4))
+    size = layer_cost.Size(48, 64, 40, 4, dtype.itemsize)
+    assert sum(case["bytes"] for case in cases) == layer_cost.COSTS["triton"](size, p > 0).total
+    assert sum(case["flops"] for case in cases) == sum(layer_cost.flops(48, 64, 40, 4))
 
 
 def off(name, change):
     """A contraction of the torch backend with something wrong in it."""
-    right = getattr(eager, name)
+    right = getattr(torch_backend, name)
     return name, lambda *args, **kwargs: change(right, *args, **kwargs)
 
 
@@ -69,14 +75,14 @@ WRONG = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_no_time_for_a_wrong_launch(what, monkeypatch):
-    monkeypatch.setattr(eager, *WRONG[what])
-    cases = {case["launch"]: case for case in _kernel_case.run_case(SHAPE, 4, 0.1, settings())}
+    monkeypatch.setattr(torch_backend, *WRONG[what])
+    cases = {case["launch"]: case for case in kernel_case.run_case(SHAPE, 4, 0.1, settings())}
     name = what.partition(", a share")[0]
     row = cases[name]["providers"]["ours"]
     assert row["seconds"] == {}
     assert row["reason"].startswith("wrong result, not timed: ")
     assert cases[name]["providers"]["operators"]["seconds"]
-    assert "not timed" in printed(_level_view.kernel_table(list(cases.values())))
+    assert "not timed" in printed(level_tables.kernel_table(list(cases.values())))
     others = [case for launch, case in cases.items() if launch != name]
     assert all(case["providers"]["ours"]["seconds"] for case in others)
 
@@ -95,21 +101,21 @@ def test_an_element_may_be_off_by_its_sum_and_its_roundings(ulps, fused, ok):
 
 def test_a_packed_mask_unpacks_to_the_bool_one():
     packed = torch.tensor([[0b110000001]], dtype=torch.int32)
-    assert _kernel_case.unpacked(packed, 10).tolist() == [[True, *[False] * 6, True, True, False]]
+    assert kernel_case.unpacked(packed, 10).tolist() == [[True, *[False] * 6, True, True, False]]
 
 
 # --- buffers in turn, caches flushed
 
 
 def test_so_many_copies_that_none_is_in_a_cache_when_its_turn_comes():
-    assert [_timing.copies_for(size) for size in (2**30, 2**28, 2**27, 3 * 2**26, 2**22, 1)] == [2, 2, 3, 3, 64, 64]
+    assert [timing.copies_for(size) for size in (2**30, 2**28, 2**27, 3 * 2**26, 2**22, 1)] == [2, 2, 3, 3, 64, 64]
 
 
 def test_buffers_take_turns_across_providers_and_backward_stays_with_its_forward():
     log, turn = [], itertools.count()
     calls = [
-        _timing.rotated(
-            [_timing.Calls(lambda i=i: log.append(i) or i, lambda y, i=i: log.append((i, y))) for i in range(3)], turn
+        timing.rotated(
+            [timing.Calls(lambda i=i: log.append(i) or i, lambda y, i=i: log.append((i, y))) for i in range(3)], turn
         )
         for _ in range(2)
     ]
@@ -122,14 +128,14 @@ def test_buffers_take_turns_across_providers_and_backward_stays_with_its_forward
 
 @pytest.mark.usefixtures("no_peft")
 def test_rotated_providers_read_their_own_copies(monkeypatch):
-    monkeypatch.setattr(_timing, "_MOST_COPIES", 3)
+    monkeypatch.setattr(timing, "_MOST_COPIES", 3)
     built = []
 
     def build(name, problem, backend):
         built.append((name, problem.x.data_ptr()))
-        return _bench_case._baselines.build(name, problem, backend)
+        return layer_case.providers.build(name, problem, backend)
 
-    case = _bench_case.run_case(
+    case = layer_case.run_case(
         SHAPE, 4, 0.1, settings(cache="rotate", build=build, only=("frozen", "ours", "peft_compiled"))
     )
     rows = case["providers"]
@@ -138,11 +144,11 @@ def test_rotated_providers_read_their_own_copies(monkeypatch):
     assert {pointer for name, pointer in built if name == "ours"} == {p for name, p in built if name == "frozen"}
     assert rows["ours"]["seconds"]["both"]["n"] == 2
     assert rows["peft_compiled"]["seconds"] == {}
-    assert {case["copies"] for case in _kernel_case.run_case(SHAPE, 4, 0.0, settings(cache="rotate"))} == {3}
+    assert {case["copies"] for case in kernel_case.run_case(SHAPE, 4, 0.0, settings(cache="rotate"))} == {3}
 
 
 def test_a_flush_is_not_timed():
-    measure, done = _timing.clock(CPU, flush=True), []
+    measure, done = timing.clock(CPU, flush=True), []
     taken = min(measure(lambda: None, lambda _: done.append(1))[0] for _ in range(3))
     assert taken < 0.005  # writing 256 MiB takes longer
     assert len(done) == 3
@@ -155,7 +161,7 @@ def test_a_flush_is_not_timed():
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize(("dtype", "p"), [(torch.float32, 0.0), (torch.bfloat16, 0.1)])
 def test_every_model_is_right_and_timed(dtype, p, whole):
-    case = _model_case.run_case(TINY, 4, p, settings(dtype), whole=whole)
+    case = model_case.run_case(TINY, 4, p, settings(dtype), whole=whole)
     rows = case["providers"]
     half = dtype == torch.bfloat16
     assert set(rows) == {"frozen", "ours", "per_layer", "peft"} | ({"ours_fp32", "peft_fp32"} if half else set())
@@ -164,7 +170,7 @@ def test_every_model_is_right_and_timed(dtype, p, whole):
         assert row["reason"] == ""
         assert row["check"]["ok"]
         assert 0 < row["check"]["worst"] <= 1
-        assert set(row["seconds"]) == set(_timing.PASSES)
+        assert set(row["seconds"]) == set(timing.PASSES)
         taken = row["seconds"]["both"]
         assert taken["tokens_per_second"] == 64 / taken["median"]
         assert row["peak_bytes"] > row["saved_bytes"]
@@ -177,12 +183,12 @@ def test_every_model_is_right_and_timed(dtype, p, whole):
 
 
 def break_scaling(model, held):
-    next(m for m in model.modules() if isinstance(m, _model.LoRALinear)).scaling *= 1.01
+    next(m for m in model.modules() if isinstance(m, llama.LoRALinear)).scaling *= 1.01
 
 
 def break_dropout(model, held):
     for module in model.modules():
-        if isinstance(module, _model.LoRALinear):
+        if isinstance(module, llama.LoRALinear):
             module.lora_dropout = 0.5
 
 
@@ -199,25 +205,25 @@ BREAKS = {
 @pytest.mark.parametrize("breaks", BREAKS)
 def test_no_time_for_a_wrong_model(breaks, monkeypatch):
     def adapted(base, form, *args):
-        model, held = _model.adapted(base, form, *args)
+        model, held = llama.adapted(base, form, *args)
         if form == "ours":
             breaks(model, held)
         return model, held
 
-    monkeypatch.setattr(_model_case, "adapted", adapted)
-    case = _model_case.run_case(TINY, 4, 0.1, settings(only=("frozen", "ours", "peft")))
+    monkeypatch.setattr(model_case, "adapted", adapted)
+    case = model_case.run_case(TINY, 4, 0.1, settings(only=("frozen", "ours", "peft")))
     row = case["providers"]["ours"]
     assert row["seconds"] == {}
     assert "wrong result, not timed" in row["reason"]
     assert BREAKS[breaks] in row["reason"]
     assert case["providers"]["peft"]["seconds"]
-    assert "not timed" in printed(_level_view.model_table(case))
+    assert "not timed" in printed(level_tables.model_table(case))
 
 
 @pytest.mark.usefixtures("no_peft")
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_training_step_moves_the_adapters_and_nothing_else(whole):
-    bench = _model_case.Bench(TINY, 4, 0.0, settings(), whole)
+    bench = model_case.Bench(TINY, 4, 0.0, settings(), whole)
     frozen = [t.clone() for t in bench.base.parameters()]
     trial = bench.trial("ours")
     before = {name: t.detach().clone() for name, t in trial.leaves.items()}
@@ -241,21 +247,21 @@ def test_a_model_by_peft_itself():
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages that PEFT imports
-        rows = _model_case.run_case(TINY, 4, 0.1, settings(torch.bfloat16, only=("peft", "peft_fp32")))["providers"]
+        rows = model_case.run_case(TINY, 4, 0.1, settings(torch.bfloat16, only=("peft", "peft_fp32")))["providers"]
     assert {row["label"] for row in rows.values()} == {"PEFT bf16", "PEFT fp32"}
     assert all(row["reason"] == "" and row["seconds"] for row in rows.values())
 
 
 def test_the_layer_is_that_of_llama_8b():
     with torch.device("meta"):
-        layer = _model.Stack(PRESETS["llama-8b"].model)
+        layer = llama.Stack(PRESETS["llama-8b"].model)
     assert sum(t.numel() for t in layer.parameters()) == 218_112_000
-    assert len(_model.projections(layer)) == 7
+    assert len(llama.projections(layer)) == 7
 
 
 def test_attention_is_causal_and_knows_distances():
     torch.manual_seed(0)
-    layer = _model.Stack(TINY).double()
+    layer = llama.Stack(TINY).double()
     x = torch.randn(1, TINY.seq, TINY.hidden, dtype=torch.float64)
     later = x.clone()
     later[:, 9:] = 0
@@ -263,7 +269,7 @@ def test_attention_is_causal_and_knows_distances():
     q, k = torch.randn(2, 1, TINY.head_dim, dtype=torch.float64)
 
     def score(i, j):
-        q_i, k_j = (_model._turned(t, layer.cos[n], layer.sin[n]) for t, n in ((q, i), (k, j)))
+        q_i, k_j = (llama._turned(t, layer.cos[n], layer.sin[n]) for t, n in ((q, i), (k, j)))
         return (q_i * k_j).sum()
 
     assert torch.allclose(score(5, 3), score(20, 18), rtol=1e-6)
@@ -282,15 +288,15 @@ def test_tokens_are_whole_sequences():
 
 
 def test_tables_of_launches_and_models():
-    text = printed(_level_view.kernel_table([sample_launch()]))
+    text = printed(level_tables.kernel_table([sample_launch()]))
     assert "1.500" in text
     assert "single launches: lora_kernels [triton] beside" in text
     assert "4000" in text
-    text = printed(_level_view.model_table(sample_model("model")))
+    text = printed(level_tables.model_table(sample_model("model")))
     assert "training step ms" in text
     assert "2 layers, vocabulary 128" in text
     assert " 32000 " in text
     one = sample_model("model")
     one["model"]["layers"] = 1
-    assert "1 layer, vocabulary 128" in printed(_level_view.model_table(one))
+    assert "1 layer, vocabulary 128" in printed(level_tables.model_table(one))
     assert str(replace(TINY, layers=1)).endswith(", 1 layer")

@@ -7,8 +7,12 @@ import pytest
 import torch
 from bench_samples import CPU, arguments, settings
 
-from lora_kernels.cli import _bench_case, _model, _model_case, _timing, bench
-from lora_kernels.cli._presets import MODELS, HostedDims
+from lora_kernels.cli import bench
+from lora_kernels.bench.cases import layer as layer_case
+from lora_kernels.bench.providers import llama
+from lora_kernels.bench.cases import model as model_case
+from lora_kernels.measure import timing
+from lora_kernels.measure.presets import MODELS, HostedDims
 
 HAS_BOTH = all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
 needs_both = pytest.mark.skipif(not HAS_BOTH, reason="needs transformers and PEFT")
@@ -48,7 +52,7 @@ def test_the_command_times_stock_and_patched(tmp_path, capsys, monkeypatch):
 
 @needs_both
 def test_in_16_bits_with_peft_s_fp32_adapters_as_well():
-    case = _model_case.run_case(SMALL, 4, 0.0, settings(torch.bfloat16, passes=()), whole=True)
+    case = model_case.run_case(SMALL, 4, 0.0, settings(torch.bfloat16, passes=()), whole=True)
     rows = case["providers"]
     assert list(rows) == ["frozen", "ours", "ours_fp32", "peft", "peft_fp32"]
     assert all(row["check"]["ok"] and not row["seconds"] for row in rows.values())
@@ -57,7 +61,7 @@ def test_in_16_bits_with_peft_s_fp32_adapters_as_well():
 
 @needs_both
 def test_it_is_peft_s_model_and_patched_where_it_says_so():
-    trials = {name: _model_case.Bench(SMALL, 4, 0.0, settings(), True).trial(name) for name in ("ours", "peft")}
+    trials = {name: model_case.Bench(SMALL, 4, 0.0, settings(), True).trial(name) for name in ("ours", "peft")}
     for name, trial in trials.items():
         layers = [m for m in trial.model.modules() if type(m).__module__ == "peft.tuners.lora.layer"]
         linear = [m for m in layers if type(m).__name__ == "Linear"]
@@ -85,13 +89,13 @@ def break_dropout(model):
 )
 def test_no_time_for_a_wrong_patch(breaks, said, monkeypatch, capsys):
     def adapted(base, form, *args):
-        model, held = _model.adapted(base, form, *args)
+        model, held = llama.adapted(base, form, *args)
         if form == "patched":
             breaks(model)
         return model, held
 
     monkeypatch.setitem(MODELS, "tiny", SMALL)
-    monkeypatch.setattr(_model_case, "adapted", adapted)
+    monkeypatch.setattr(model_case, "adapted", adapted)
     assert bench.run(arguments("--model", "tiny", "--r", 4, "--p", 0.2, "--pass", "both")) == 1
     shown = capsys.readouterr().out
     assert "patched PEFT fp32 [torch]: wrong result, not timed: " in shown
@@ -107,7 +111,7 @@ def test_its_size_and_its_adapters_can_be_chosen(tmp_path, capsys):
     (case,) = json.loads(file.read_text())["cases"]
     assert (case["model"]["layers"], case["tokens"], case["targets"]) == (1, 8, ["q_proj", "v_proj"])
     assert "r=2 on q_proj v_proj, p=0" in " ".join(capsys.readouterr().out.split())
-    bench_of_two = _model_case.Bench(SMALL, 2, 0.0, settings(targets=("q_proj", "v")), True)
+    bench_of_two = model_case.Bench(SMALL, 2, 0.0, settings(targets=("q_proj", "v")), True)
     assert {name.rpartition(".")[2] for name in bench_of_two.adapters} == {"q_proj", "v_proj"}
     assert len(bench_of_two.adapters) == 2 * SMALL.layers
 
@@ -116,7 +120,7 @@ def test_the_named_models_are_those_of_llama():
     transformers = pytest.importorskip("transformers")
     for name, parameters in (("llama-1b", 1_235_814_400), ("llama-8b", 8_030_261_248)):
         dims = MODELS[name]
-        from lora_kernels.cli._hosted import HostedModel
+        from lora_kernels.bench.providers.hosted import HostedModel
 
         with torch.device("meta"):
             model = HostedModel(dims, torch.bfloat16)
@@ -147,7 +151,7 @@ def test_without_peft_it_says_what_to_install(capsys):
 )
 def test_what_a_model_does_not_have_is_refused(argv, message, capsys, monkeypatch):
     monkeypatch.setattr(bench, "_run_all", lambda *_: pytest.fail("it was measured first"))
-    monkeypatch.setattr(bench._hosted, "missing", lambda: "")
+    monkeypatch.setattr(bench.hosted, "missing", lambda: "")
     assert bench.run(arguments(*argv)) == 2
     assert message in capsys.readouterr().err
 
@@ -159,13 +163,13 @@ def test_peak_memory_of_a_cpu_is_what_lives_at_once():
         del a
         return b * 1  # 8000 more, without the first
 
-    calls = _timing.Calls(forward, lambda y: (y.new_ones(500),))
-    assert _bench_case.peak_bytes(calls, CPU) == pytest.approx(16_000, abs=1000)
+    calls = timing.Calls(forward, lambda y: (y.new_ones(500),))
+    assert layer_case.peak_bytes(calls, CPU) == pytest.approx(16_000, abs=1000)
     held = torch.ones(10_000)
-    calls = _timing.Calls(lambda: torch.ones(100), lambda y: held)
-    assert _bench_case.peak_bytes(calls, CPU) == pytest.approx(400, abs=200)
+    calls = timing.Calls(lambda: torch.ones(100), lambda y: held)
+    assert layer_case.peak_bytes(calls, CPU) == pytest.approx(400, abs=200)
 
 
 def test_profiling_says_nothing_on_the_terminal(capfd):
-    _bench_case.peak_bytes(_timing.Calls(lambda: torch.ones(3), lambda y: y), CPU)
+    layer_case.peak_bytes(timing.Calls(lambda: torch.ones(3), lambda y: y), CPU)
     assert capfd.readouterr() == ("", "")

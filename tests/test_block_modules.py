@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 
-from lora_kernels import LoRALinear, LoRAMLP, LoRAQKV, block_modules, load_adapter, merge_and_unload, save_adapter
+from lora_kernels import LoRALinear, LoRAMLP, LoRAQKV, load_adapter, merge_and_unload, save_adapter
+from lora_kernels.modules import blocks
 from lora_kernels.parallel import LoRAColwise, LoRARowwise
 from lora_kernels.peft import swap_linear
 
@@ -72,13 +73,13 @@ def calls(monkeypatch):
     """Of the function that computes a block at once."""
     made = []
     for name in ("lora_qkv", "lora_mlp"):
-        function = getattr(block_modules, name)
+        function = getattr(blocks, name)
 
         def spy(*args, _function=function, **kwargs):
             made.append(kwargs)
             return _function(*args, **kwargs)
 
-        monkeypatch.setattr(block_modules, name, spy)
+        monkeypatch.setattr(blocks, name, spy)
     return made
 
 

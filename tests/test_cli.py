@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import cli, eager, tuned
+from lora_kernels import cli
+from lora_kernels import torch_backend
+from lora_kernels.plan import tuned
 from lora_kernels.cli import doctor, verify
-from lora_kernels.cli._cases import make_problem, run_problem, with_mask
+from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 
 ON_GPU = torch.cuda.is_available()
 
@@ -113,7 +115,7 @@ def test_verify_quick_passes(tmp_path):
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_no_two_lines_of_verify_are_labelled_alike(backend, on_gpu, quick):
-    matrices = verify._matrix, verify._verify_blocks.matrix
+    matrices = verify._matrix, verify.block_matrix.matrix
     cases = [case for dtype in verify.DTYPES for matrix in matrices for case in matrix(backend, dtype, on_gpu, quick)]
     labels = [verify._label(case) for case in cases]
     assert len(set(labels)) == len(labels) > 10
@@ -127,9 +129,9 @@ def _quick_torch(*more: str) -> int:
 
 
 def test_verify_fails_on_a_wrong_scale(monkeypatch, tmp_path, capsys):
-    shrink_all = eager.shrink_all
+    shrink_all = torch_backend.shrink_all
     monkeypatch.setattr(
-        eager,
+        torch_backend,
         "shrink_all",
         lambda x, rows, **more: shrink_all(x, [(a, alpha * 1.001, p) for a, alpha, p in rows], **more),
     )
@@ -141,14 +143,14 @@ def test_verify_fails_on_a_wrong_scale(monkeypatch, tmp_path, capsys):
 
 
 def test_verify_fails_on_nan_and_still_writes_json(monkeypatch, tmp_path):
-    matmul_expand = eager.matmul_expand
-    monkeypatch.setattr(eager, "matmul_expand", lambda *args, **kwargs: matmul_expand(*args, **kwargs) * float("nan"))
+    matmul_expand = torch_backend.matmul_expand
+    monkeypatch.setattr(torch_backend, "matmul_expand", lambda *args, **kwargs: matmul_expand(*args, **kwargs) * float("nan"))
     assert _quick_torch("--json", str(tmp_path / "v.json")) == 1
     assert "NaN or inf" in json.loads((tmp_path / "v.json").read_text())["cases"][0]["message"]
 
 
 def test_verify_fails_on_an_input_that_is_written(monkeypatch, capsys):
-    shrink = eager.shrink
+    shrink = torch_backend.shrink
 
     def scribble(x, *rest, **more):
         result = shrink(x, *rest, **more)
@@ -156,21 +158,21 @@ def test_verify_fails_on_an_input_that_is_written(monkeypatch, capsys):
         first.mul_(1 + 2**-20)  # within the error bounds, after it was read
         return result
 
-    monkeypatch.setattr(eager, "shrink", scribble)
+    monkeypatch.setattr(torch_backend, "shrink", scribble)
     assert _quick_torch() == 1
     assert "was written to" in capsys.readouterr().out
 
 
 def test_verify_fails_on_results_that_differ_from_run_to_run(monkeypatch, capsys):
     calls = iter(range(10**6))
-    wgrad = eager.wgrad
+    wgrad = torch_backend.wgrad
 
     def jitter(*args, **kwargs):
         g = wgrad(*args, **kwargs)
         g.view(-1)[0] *= 1 + 2**-22 * (next(calls) % 4)
         return g
 
-    monkeypatch.setattr(eager, "wgrad", jitter)
+    monkeypatch.setattr(torch_backend, "wgrad", jitter)
     assert _quick_torch() == 1
     assert "differs from run to run" in capsys.readouterr().out
 
@@ -179,7 +181,7 @@ def test_verify_fails_a_case_that_raises_and_goes_on(monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise RuntimeError("no such tile")
 
-    monkeypatch.setattr(eager, "wgrad", broken)
+    monkeypatch.setattr(torch_backend, "wgrad", broken)
     assert _quick_torch() == 1
     assert capsys.readouterr().out.count("RuntimeError: no such tile") > 1
 

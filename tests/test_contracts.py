@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels import LoRALinear, dropout, lora_linear, numerics, reference
+from lora_kernels import LoRALinear, dropout, lora_linear, reference
+from lora_kernels.verify import numerics
 from lora_kernels.autograd import LoRALinearFunction
-from lora_kernels.cli._cases import make_problem, run_problem, with_mask
+from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 
 BACKENDS = ["torch", "triton"]
 WAYS = [*BACKENDS, pytest.param("torch", marks=pytest.mark.small, id="small")]

@@ -7,8 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from lora_kernels import LoRALinear, cli
-from lora_kernels.cli import _demo_adapter, _demo_chart, _demo_text, demo
-from lora_kernels.cli._demo_model import CONTEXT, PROJECTIONS, Transformer, add_lora, lora_layers
+from lora_kernels.cli import demo
+from lora_kernels.demo import adapter as demo_adapter
+from lora_kernels.demo import chart as demo_chart
+from lora_kernels.demo import text as demo_text
+from lora_kernels.demo.model import CONTEXT, PROJECTIONS, Transformer, add_lora, lora_layers
 
 SHORT = ("demo", "--quick", "--device", "cpu", "--dtype", "fp32")
 
@@ -88,12 +91,12 @@ def test_a_loss_that_is_not_finite_fails(monkeypatch, tmp_path, capsys):
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
     model = Transformer()
     add_lora(model, 4, 8, 0.0)
-    paths = _demo_adapter.save(model, tmp_path, 0.0)
+    paths = demo_adapter.save(model, tmp_path, 0.0)
     adapter = load_file(paths["adapter"])
     adapter.pop("blocks.0.attention.q.lora_A")
-    _demo_adapter.save_file(adapter, paths["adapter"])
+    demo_adapter.save_file(adapter, paths["adapter"])
     with pytest.raises(RuntimeError, match=r"blocks\.0\.attention\.q\.lora_A"):
-        _demo_adapter.load(tmp_path, torch.device("cpu"), torch.float32)
+        demo_adapter.load(tmp_path, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -110,11 +113,11 @@ def test_three_models_agree_in_every_dtype_and_half_an_update_shows(dtype):
     tokens = torch.randint(256, (4, CONTEXT))
     with torch.no_grad():
         fused = model(tokens)
-        for other in (_demo_adapter.reference_copy(model), _demo_adapter.merged_copy(model)):
-            assert _demo_adapter.compare(other(tokens), fused, dtype, len(lora_layers(model))).ok
+        for other in (demo_adapter.reference_copy(model), demo_adapter.merged_copy(model)):
+            assert demo_adapter.compare(other(tokens), fused, dtype, len(lora_layers(model))).ok
         for layer in lora_layers(model):
             layer.scaling *= 0.5
-        assert not _demo_adapter.compare(model(tokens), fused, dtype, len(lora_layers(model))).ok
+        assert not demo_adapter.compare(model(tokens), fused, dtype, len(lora_layers(model))).ok
 
 
 def test_the_model_is_causal():
@@ -132,7 +135,7 @@ def test_the_model_is_causal():
 
 
 def test_held_out_text_is_not_trained_on():
-    for corpus in (_demo_text.prose(), _demo_text.code()):
+    for corpus in (demo_text.prose(), demo_text.code()):
         train = bytes(corpus.train.tolist())
         windows = corpus.measure(64, CONTEXT + 1)
         assert windows.shape == (64, CONTEXT + 1)
@@ -145,7 +148,7 @@ def test_chart_fits_its_width_and_shows_both_curves():
         "prose, training": [(i, 5 - i / 20) for i in range(60)],
         "code, adapting": [(60 + i, 3) for i in range(9)],
     }
-    chart = _demo_chart.draw_text(curves, 80).plain
+    chart = demo_chart.draw_text(curves, 80).plain
     assert max(len(line) for line in chart.splitlines()) <= 80
     assert "•" in chart.splitlines()[0]
     assert "+" in chart

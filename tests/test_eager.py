@@ -5,12 +5,14 @@ import torch
 from bench_samples import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels import eager, lora_linear, numerics
+from lora_kernels import lora_linear
+from lora_kernels import torch_backend
+from lora_kernels.verify import numerics
 from lora_kernels.autograd import LoRALinearFunction
-from lora_kernels.cli import _baselines
-from lora_kernels.cli._bench_case import draw, saved_bytes
-from lora_kernels.cli._cases import make_problem, run_problem, with_mask
-from lora_kernels.cli._presets import Shape
+from lora_kernels.bench.providers import layer as providers
+from lora_kernels.bench.cases.layer import draw, saved_bytes
+from lora_kernels.verify.problems import make_problem, run_problem, with_mask
+from lora_kernels.measure.presets import Shape
 
 
 class Allocations(TorchDispatchMode):
@@ -36,21 +38,21 @@ class Allocations(TorchDispatchMode):
 @pytest.fixture(params=["native", "in fp32"])
 def products(request, monkeypatch):
     """Both ways to multiply 16-bit matrices, whatever this machine would take."""
-    monkeypatch.setattr(eager, "_slow", lambda dtype: request.param == "in fp32" and dtype in eager._HALF)
+    monkeypatch.setattr(torch_backend, "_slow", lambda dtype: request.param == "in fp32" and dtype in torch_backend._HALF)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks, tiles and draws so small that a small problem has many, and a last one that is not full."""
     for name, value in (("_BLOCK", 96), ("_LEAST_ROWS", 3), ("_DRAWN", 40), ("_TILE", (7, 64))):
-        monkeypatch.setattr(eager, name, value)
+        monkeypatch.setattr(torch_backend, name, value)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_of_the_size_of_x_is_made_but_y_dx_and_the_mask(dtype, p, monkeypatch):
     rows, width = 8192, 128  # eight blocks, and two draws
-    monkeypatch.setattr(eager, "_slow", lambda dtype: False)
+    monkeypatch.setattr(torch_backend, "_slow", lambda dtype: False)
     problem = make_problem((rows,), width, width, 4, dtype, "cpu", dropout_p=p)
     x, a, b = (t.requires_grad_() for t in (problem.x, problem.lora_A, problem.lora_B))
     with Allocations(at_least=rows * width) as forward:
@@ -115,7 +117,7 @@ def test_which_calls_are_small(rows, dtype, adapters, small, monkeypatch):
 
 @pytest.mark.usefixtures("small_blocks")
 def test_sums_in_fp32_tiles_are_rounded_once(monkeypatch):
-    monkeypatch.setattr(eager, "_slow", lambda dtype: True)
+    monkeypatch.setattr(torch_backend, "_slow", lambda dtype: True)
     problem = make_problem((64,), 96, 80, 5, torch.bfloat16, "cpu", bias=True)
     outputs = run_problem(problem, "torch", 0)
     findings = numerics.check(outputs, problem, split=False)  # the kernels' own, stricter rule
@@ -126,10 +128,10 @@ def test_sums_in_fp32_tiles_are_rounded_once(monkeypatch):
 @pytest.mark.usefixtures("products", "small_blocks")
 def test_a_masked_product_alone(dtype):
     p, q, bias = torch.randn(9, 3, dtype=dtype), torch.randn(40, 3, dtype=dtype), torch.randn(40, dtype=dtype)
-    keep = eager.draw_mask(torch.Size((9, 40)), 0.5, torch.device("cpu"))
+    keep = torch_backend.draw_mask(torch.Size((9, 40)), 0.5, torch.device("cpu"))
     expected = keep * (p.double() @ q.double().t())
     for with_bias, total in ((None, expected), (bias, expected + bias.double())):
-        y = eager.matmul_expand([(p, q)], with_bias, keep)
+        y = torch_backend.matmul_expand([(p, q)], with_bias, keep)
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), total, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
@@ -137,10 +139,10 @@ def test_a_masked_product_alone(dtype):
 def test_a_mask_drawn_in_parts_is_the_mask_drawn_at_once(monkeypatch):
     shape = torch.Size((37, 11))
     torch.manual_seed(2)
-    at_once = eager.draw_mask(shape, 0.3, torch.device("cpu"))
-    monkeypatch.setattr(eager, "_DRAWN", 40)
+    at_once = torch_backend.draw_mask(shape, 0.3, torch.device("cpu"))
+    monkeypatch.setattr(torch_backend, "_DRAWN", 40)
     torch.manual_seed(2)
-    assert torch.equal(eager.draw_mask(shape, 0.3, torch.device("cpu")), at_once)
+    assert torch.equal(torch_backend.draw_mask(shape, 0.3, torch.device("cpu")), at_once)
     assert set(at_once.unique().tolist()) == {0, 1}
 
 
@@ -163,7 +165,7 @@ def test_fewer_bytes_are_saved_than_by_peft(shape, r, p):
     s, mask = shape.m * r, shape.m * shape.k * bool(p)
     for dtype, suffix in ((torch.float32, ""), (torch.bfloat16, ""), (torch.bfloat16, "_fp32")):
         problem = draw(shape, r, p, settings(dtype))
-        ours, peft = (saved_bytes(_baselines.build(name + suffix, problem, "torch")) for name in ("ours", "peft"))
+        ours, peft = (saved_bytes(providers.build(name + suffix, problem, "torch")) for name in ("ours", "peft"))
         assert ours == s * dtype.itemsize + mask
         assert ours < peft if p or suffix else ours == peft
 
@@ -174,6 +176,6 @@ def test_fewer_bytes_are_saved_than_by_peft(shape, r, p):
 def test_small_calls_save_no_more_than_peft(p, saved):
     """s, and with dropout the dropped x in fp32 and a byte of mask an element."""
     problem = draw(Shape(32, 256, 256), 8, p, settings(torch.float32))
-    ours, peft = (saved_bytes(_baselines.build(name, problem, "torch")) for name in ("ours", "peft"))
+    ours, peft = (saved_bytes(providers.build(name, problem, "torch")) for name in ("ours", "peft"))
     assert ours == 32 * 8 * 4 + 32 * 256 * saved
     assert ours <= peft

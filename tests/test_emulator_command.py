@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_kernels import cli
-from lora_kernels.cli import _emulate
+from lora_kernels.verify import emulate
 
 pytest.importorskip("triton")
 from emulator import build
@@ -28,7 +28,7 @@ def checkout(tmp_path, monkeypatch):
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "lora_kernels", tmp_path / "lora_kernels", ignore=ignore)
     shutil.copytree(ROOT / "tests" / "emulator", tmp_path / "tests" / "emulator", ignore=ignore)
-    monkeypatch.setattr(_emulate, "_CHECKOUT", tmp_path)
+    monkeypatch.setattr(emulate, "_CHECKOUT", tmp_path)
     return tmp_path
 
 
@@ -66,7 +66,7 @@ def test_no_time_is_nothing_to_execute(capsys):
 
 
 def test_without_a_checkout_it_says_where_the_emulator_is(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(_emulate, "_CHECKOUT", tmp_path)
+    monkeypatch.setattr(emulate, "_CHECKOUT", tmp_path)
     assert verify() == 2
     assert "clone the repository" in capsys.readouterr().out
 

@@ -9,9 +9,10 @@ from mlp_samples import draw as draw_mlp
 from mlp_samples import run as run_mlp
 from test_projections import assert_accurate, draw
 
-from lora_kernels import LoRALinear, lora_linear, lora_projections, lora_qkv, numerics, plan
+from lora_kernels import LoRALinear, lora_linear, lora_projections, lora_qkv, plan
+from lora_kernels.verify import numerics
 from lora_kernels.activations import ACTIVATIONS
-from lora_kernels.cli._cases import make_problem, run_problem, with_mask
+from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 from lora_kernels.kernels import matmul_expand, shrink
 from lora_kernels.kernels.repeat import _AS_WRITTEN
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lora_kernels import numerics
-from lora_kernels.cli._cases import make_problem, run_problem
+from lora_kernels.verify import numerics
+from lora_kernels.verify.problems import make_problem, run_problem
 
 UNIT = 2.0**-11  # half a unit in the last place of TF32
 SHAPES = [(4096, 4096, 4096, 16), (777, 1001, 333, 17), (512, 1024, 1024, 16)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_kernels.cli._hgmma import overwritten
+from lora_kernels.inspect.hgmma import overwritten
 
 _PRODUCT = "HGMMA.64x16x16.F32.BF16 R24, R40, gdesc[UR20].tnspB, R24"
 _WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_kernels import numerics, reference
+from lora_kernels import reference
+from lora_kernels.verify import numerics
 from lora_kernels.dropout import keep_scale
 from lora_kernels.functional import lora_add, lora_linear
 

@@ -94,7 +94,7 @@ def test_the_module_says_it_for_each_child(monkeypatch):
     block, told = LoRAMLP(8, 12, r=2), []
     block.down_proj.accumulate_grad = True
     monkeypatch.setattr(
-        "lora_kernels.block_modules.lora_mlp", lambda x, *_, accumulate_grad, **__: told.append(accumulate_grad) or x
+        "lora_kernels.modules.blocks.lora_mlp", lambda x, *_, accumulate_grad, **__: told.append(accumulate_grad) or x
     )
     block(torch.randn(2, 8))
     assert told == [[False, False, True]]

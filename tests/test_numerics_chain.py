@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lora_kernels import numerics
-from lora_kernels.cli._cases import make_problem
+from lora_kernels.verify import numerics
+from lora_kernels.verify.problems import make_problem
 
 U = numerics.unit_roundoff(torch.float32)
 COLUMNS = 2048  # independent sums

@@ -6,7 +6,9 @@ import pytest
 import torch
 from mlp_samples import assert_accurate, draw, findings, run, with_masks
 
-from lora_kernels import eager, numerics_mlp, projections, reference
+from lora_kernels import projections, reference
+from lora_kernels import torch_backend
+from lora_kernels.verify import numerics_mlp
 from lora_kernels.activations import ACTIVATIONS, activated
 
 HALF = (torch.bfloat16, torch.float16)
@@ -39,12 +41,12 @@ def of_gradients(change):
     """A torch backend in which h, dg and du of every block are changed."""
 
     def plant(monkeypatch):
-        stock = eager.gradients
+        stock = torch_backend.gradients
 
         def changed(gate, up, dh, activation):
             return change(*stock(gate, up, dh, activation), gate, up, dh)
 
-        monkeypatch.setattr(eager, "gradients", changed)
+        monkeypatch.setattr(torch_backend, "gradients", changed)
 
     return plant
 
@@ -53,9 +55,9 @@ def of_wgrad(change):
     """A torch backend in which what is asked of the pass over g, u and dh is changed."""
 
     def plant(monkeypatch):
-        stock = eager.activation_wgrad
+        stock = torch_backend.activation_wgrad
         monkeypatch.setattr(
-            eager, "activation_wgrad",
+            torch_backend, "activation_wgrad",
             lambda gate, up, dh, activation, *asked: stock(gate, up, dh, activation, *change(*asked)),
         )  # fmt: skip
 
@@ -65,23 +67,23 @@ def of_wgrad(change):
 def another_activation(name):
     def plant(monkeypatch):
         for function in ("activated", "gradients"):
-            stock = getattr(eager, function)
-            monkeypatch.setattr(eager, function, lambda *args, _stock=stock: _stock(*args[:-1], name))
+            stock = getattr(torch_backend, function)
+            monkeypatch.setattr(torch_backend, function, lambda *args, _stock=stock: _stock(*args[:-1], name))
 
     return plant
 
 
 def no_scaling_of_down(monkeypatch):
-    stock = eager.activate_shrink
+    stock = torch_backend.activate_shrink
     monkeypatch.setattr(
-        eager, "activate_shrink",
+        torch_backend, "activate_shrink",
         lambda gate, up, activation, rows, **how: stock(gate, up, activation, [(a, 1.0, p) for a, _, p in rows], **how),
     )  # fmt: skip
 
 
 def no_low_rank_term_in_dh(monkeypatch):
-    stock = eager.matmul_expand
-    monkeypatch.setattr(eager, "matmul_expand", lambda sources, bias=None, keep=None: stock(
+    stock = torch_backend.matmul_expand
+    monkeypatch.setattr(torch_backend, "matmul_expand", lambda sources, bias=None, keep=None: stock(
         sources if keep is None else sources[:1], bias
     ))  # fmt: skip
 
@@ -103,7 +105,7 @@ MISTAKES = {  # and the outputs in which each must show
     "du and dg swapped": (
         of_gradients(lambda h, made, *_: (h, made[::-1])), {"dx", "gate.d_lora_B", "up.d_lora_B", "gate.dbias"},
     ),
-    "h without u": (of_gradients(lambda h, made, gate, up, dh: (eager.activated(gate, None, "gelu_tanh"), made)),
+    "h without u": (of_gradients(lambda h, made, gate, up, dh: (torch_backend.activated(gate, None, "gelu_tanh"), made)),
                     {"down.d_lora_A"}),
     "h of another row": (of_gradients(lambda h, made, *_: (h.roll(1, 0), made)), {"down.d_lora_A"}),
     "dg without u": (of_gradients(lambda h, made, gate, up, dh: (h, (made[0] / up, made[1]))),

@@ -8,7 +8,7 @@ from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import lora_linear, ops, plan
-from lora_kernels.cli._cases import make_problem
+from lora_kernels.verify.problems import make_problem
 
 BACKENDS = ["torch", "triton"]
 PROBABILITIES = [0.0, 0.3]

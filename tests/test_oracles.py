@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from oracles import philox, sanitizer
 
-from lora_kernels import dropout, numerics, reference
-from lora_kernels.cli._cases import make_problem, with_mask
+from lora_kernels import dropout, reference
+from lora_kernels.verify import numerics
+from lora_kernels.verify.problems import make_problem, with_mask
 from lora_kernels.kernels import matmul_expand
 from lora_kernels.kernels._device import _kept_halves, keep_bits
 

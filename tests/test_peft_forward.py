@@ -13,7 +13,8 @@ import peft
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from peft_samples import IN, OUT, call, check, config, layer, tiny, truth
 
-from lora_kernels import eager, patch_peft
+from lora_kernels import patch_peft
+from lora_kernels import torch_backend
 from lora_kernels.dropout import keep_scale
 from lora_kernels.peft import explain
 
@@ -221,8 +222,8 @@ def test_without_gradients(computed):
 @pytest.mark.parametrize("lin", [None, FakeQuantized])
 def test_each_adapter_draws_its_own_mask_with_its_own_probability(dtype, lin, computed, monkeypatch):
     dtype, masks = DTYPES[dtype], []
-    draw = eager.draw_mask
-    monkeypatch.setattr(eager, "draw_mask", lambda *args: masks.append((args[1], draw(*args))) or masks[-1][1])
+    draw = torch_backend.draw_mask
+    monkeypatch.setattr(torch_backend, "draw_mask", lambda *args: masks.append((args[1], draw(*args))) or masks[-1][1])
     model = two_adapters(lora_dropout=0.5)(dtype, lin=lin and lin(dtype), lora_dropout=0.25)
     exact = copy.deepcopy(model).double()
     model.add_adapter("third", config(r=2))

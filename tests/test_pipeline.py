@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_kernels.cli._pipeline import taken_both_ways
+from lora_kernels.inspect.pipeline import taken_both_ways
 
 BUFFERS = """
     %wide = ttg.local_alloc : () -> !ttg.memdesc<2x16x256xbf16, #shared, #smem, mutable>

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from oracles import philox
 
-from lora_kernels import dropout, eager, lora_linear, lora_projections, lora_qkv, numerics, plan, reference
-from lora_kernels.cli._cases import make_problem
+from lora_kernels import dropout, lora_linear, lora_projections, lora_qkv, plan, reference
+from lora_kernels import torch_backend
+from lora_kernels.verify import numerics
+from lora_kernels.verify.problems import make_problem
 
 BACKENDS = ["triton", "torch"]
 GROUPED = ((48, 5, 0.0), (16, 5, 0.0), (24, 3, 0.0))  # out_features, rank, dropout of each
@@ -101,7 +103,7 @@ def with_masks(problems, backend, seed=3):
         if q.dropout_p and backend == "triton":
             q = replace(q, keep=philox.keep_mask(next(seeds), *rows.shape, q.dropout_p).to(device).view(q.x.shape))
         elif q.dropout_p:
-            q = replace(q, keep=eager.draw_mask(rows.shape, q.dropout_p, device).bool().view(q.x.shape))
+            q = replace(q, keep=torch_backend.draw_mask(rows.shape, q.dropout_p, device).bool().view(q.x.shape))
         filled.append(q)
     return filled
 

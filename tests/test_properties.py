@@ -8,8 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracles import exact, philox
 
-from lora_kernels import dropout, lora_linear, numerics
-from lora_kernels.cli._cases import make_problem, run_problem, with_mask
+from lora_kernels import dropout, lora_linear
+from lora_kernels.verify import numerics
+from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 from lora_kernels.kernels import matmul_expand, shrink, wgrad
 from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from bench_samples import sample_case, sample_launch, sample_model
 
-from lora_kernels.cli import _bench_plot
+from lora_kernels.bench.show import plot
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import report
@@ -76,7 +76,7 @@ def test_pictures_come_and_go_with_the_page(tmp_path, monkeypatch, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert {file.name for file in old.parent.iterdir()} == {picture.name, "logo.png"}
     assert f"(img/{picture.name})" in (tmp_path / "page.md").read_text()
-    monkeypatch.setattr(_bench_plot, "missing", lambda: "no matplotlib")  # as in CI: a check draws nothing
+    monkeypatch.setattr(plot, "missing", lambda: "no matplotlib")  # as in CI: a check draws nothing
     assert report.main([*where, "--check"]) == 0
     assert report.main(where) == 2
     assert "no matplotlib" in capsys.readouterr().err

@@ -4,7 +4,8 @@ import pytest
 import torch
 from test_projections import assert_accurate, draw, run
 
-from lora_kernels import kernels, plan, strategy
+from lora_kernels import kernels, plan
+from lora_kernels.plan import model
 
 STACKED = ((48, 8, 0.0), (16, 0, 0.0), (16, 16, 0.0), (24, 8, 0.0))  # out_features, rank, dropout of each
 LLAMA = (8192, 4096)
@@ -35,18 +36,18 @@ def of_dx(monkeypatch):
     ],
 )  # fmt: skip
 def test_where_it_pays(shape, ranks, element, copied, expected):
-    assert strategy.stacks(*shape, ranks, element, copied) is expected
+    assert model.stacks(*shape, ranks, element, copied) is expected
 
 
 def test_short_steps_save_less():
-    assert strategy.stacks(*LLAMA, (32, 32), 2, True)
-    assert not strategy.stacks(*LLAMA, (32, 32), 2, True, k_step=32)
+    assert model.stacks(*LLAMA, (32, 32), 2, True)
+    assert not model.stacks(*LLAMA, (32, 32), 2, True, k_step=32)
 
 
 @pytest.mark.parametrize("adapters", [torch.float32, None])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_within_the_rules(dtype, adapters, device, monkeypatch):
-    monkeypatch.setattr(strategy, "_STACKED", 0)
+    monkeypatch.setattr(model, "_STACKED", 0)
     assert_accurate(*draw(STACKED, dtype, device, adapter_dtype=adapters), "triton")
 
 
@@ -59,10 +60,10 @@ def test_the_same_sums_in_fewer_steps(adapters, of_dx, device, monkeypatch):
     with torch.no_grad():
         for t in (*block.leaves(), *block.weights, *block.dys):
             t.copy_(torch.randint(-1, 2, t.shape, generator=generator))
-    monkeypatch.setattr(strategy, "_STACKED", 0)
+    monkeypatch.setattr(model, "_STACKED", 0)
     with plan.forced("fused"):
         own, dx = run(block, lambda: block.together("triton"))
-        monkeypatch.setattr(strategy, "stacks", lambda *_: False)
+        monkeypatch.setattr(model, "stacks", lambda *_: False)
         alone, dx_alone = run(block, lambda: block.together("triton"))
     assert of_dx[1::2] == [[5], [7]]  # four of W, and one of A in place of three
     assert torch.equal(dx, dx_alone)
@@ -75,7 +76,7 @@ def test_only_where_ds_and_dB_come_together_and_nothing_is_dropped(device, monke
     def stack(*_):
         raise AssertionError("these products should not be one")
 
-    monkeypatch.setattr(strategy, "_STACKED", 0)
+    monkeypatch.setattr(model, "_STACKED", 0)
     monkeypatch.setattr(kernels, "stack", stack)
     taken, _ = draw(STACKED, torch.float16, device)
     with pytest.raises(AssertionError, match="should not"):

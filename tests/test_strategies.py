@@ -9,8 +9,9 @@ import torch
 from oracles import exact, philox
 from test_kernels_numerics import LAYOUTS
 
-from lora_kernels import LoRALinear, dropout, lora_linear, numerics, plan
-from lora_kernels.cli._cases import make_problem, run_problem, with_mask
+from lora_kernels import LoRALinear, dropout, lora_linear, plan
+from lora_kernels.verify import numerics
+from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 from lora_kernels.kernels import hybrid, matmul_expand
 from lora_kernels.kernels._configs import matmul_configs
 

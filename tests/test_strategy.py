@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from bench import roofline
-from lora_kernels import strategy
-from lora_kernels.cli import _cost
+from lora_kernels.plan import model
+from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.kernels import _configs
-from lora_kernels.strategy import Limits, Product
+from lora_kernels.plan.model import Limits, Product
 
 H200 = Limits(700e12, 4.8e12, 0.05)
-GPUS = {name: strategy.limits(capability, torch.bfloat16)
+GPUS = {name: model.limits(capability, torch.bfloat16)
         for name, capability in (("sm_80", (8, 0)), ("sm_89", (8, 9)), ("sm_90", (9, 0)), ("sm_100", (10, 0)),
                                   ("sm_120", (12, 0)), ("amd", None))}  # fmt: skip
 
@@ -23,14 +23,14 @@ def crossing(q, gpu=H200):
     for _ in range(60):
         middle = (low + high) / 2
         limits = gpu._replace(slowdown=middle)
-        fused, beta1 = (strategy.seconds(name, q, limits) for name in ("fused", "beta1"))
+        fused, beta1 = (model.seconds(name, q, limits) for name in ("fused", "beta1"))
         low, high = (middle, high) if fused < beta1 else (low, middle)
     return low
 
 
 @pytest.mark.parametrize("inner", [4096, 8192, 14336])
 def test_break_even_is_the_formula_of_the_docstring(monkeypatch, inner):
-    monkeypatch.setattr(strategy, "_LAUNCH", 0.0)
+    monkeypatch.setattr(model, "_LAUNCH", 0.0)
     q = Product(8192, inner, 4096, 0, 2)  # rank 0: the low-rank K step costs nothing on either side
     formula = q.element * H200.flops / (inner * H200.bandwidth)
     assert crossing(q) == pytest.approx(formula, rel=1e-9)
@@ -38,7 +38,7 @@ def test_break_even_is_the_formula_of_the_docstring(monkeypatch, inner):
 
 
 def test_the_low_rank_step_shifts_it_by_its_share_of_k(monkeypatch):
-    monkeypatch.setattr(strategy, "_LAUNCH", 0.0)
+    monkeypatch.setattr(model, "_LAUNCH", 0.0)
     at_0, at_16 = (1 + crossing(Product(8192, 4096, 4096, r, 2)) for r in (0, 16))
     assert at_0 / at_16 == pytest.approx((4096 + 64) / 4096, rel=1e-9)
 
@@ -49,7 +49,7 @@ def test_few_rows_take_the_fused_kernel(gpu, backward):
     """There W is all there is to read, and every other launch is a loss."""
     for rows, (inner, cols) in itertools.product((1, 2, 16, 64), roofline.SHAPES):
         for rank, masked in itertools.product((1, 16, 64), {False, backward}):
-            assert strategy.best(Product(rows, inner, cols, rank, 2, masked, backward), GPUS[gpu]) == "fused"
+            assert model.best(Product(rows, inner, cols, rank, 2, masked, backward), GPUS[gpu]) == "fused"
 
 
 def every_product():
@@ -62,72 +62,72 @@ def every_product():
 @pytest.mark.parametrize("slowdown", [0.0, 0.05, 0.3, 3.0])
 def test_only_what_can_compute_a_product_is_chosen(slowdown):
     for q in every_product():
-        allowed = strategy.allowed(q)
+        allowed = model.allowed(q)
         assert ("padded" in allowed) == (not q.masked)
         assert ("joint" in allowed) == q.backward
-        assert strategy.best(q, H200._replace(slowdown=slowdown)) in allowed
+        assert model.best(q, H200._replace(slowdown=slowdown)) in allowed
 
 
 def test_joint_pays_where_its_pass_of_dy_is_more_than_its_copy_of_w():
     slow = H200._replace(slowdown=3.0)
     for rank, masked in itertools.product((16, 32), (False, True)):  # ds and dB come from one read in any case
-        assert strategy.best(Product(65536, 14336, 1024, rank, 2, masked, True), slow) != "joint"
-    assert strategy.best(Product(65536, 14336, 1024, 64, 2, False, True), slow) == "joint"
-    assert strategy.best(Product(1024, 14336, 65536, 64, 2, False, True), slow) != "joint"
+        assert model.best(Product(65536, 14336, 1024, rank, 2, masked, True), slow) != "joint"
+    assert model.best(Product(65536, 14336, 1024, 64, 2, False, True), slow) == "joint"
+    assert model.best(Product(1024, 14336, 65536, 64, 2, False, True), slow) != "joint"
 
 
 def test_padded_pays_where_both_operands_are_less_than_the_result():
     slow = H200._replace(slowdown=3.0)
-    assert strategy.best(Product(16384, 1024, 28672, 16, 2), slow) == "padded"
-    assert strategy.best(Product(16384, 28672, 1024, 16, 2), slow) == "beta1"
+    assert model.best(Product(16384, 1024, 28672, 16, 2), slow) == "padded"
+    assert model.best(Product(16384, 28672, 1024, 16, 2), slow) == "beta1"
 
 
 def test_the_rank_of_one_read_is_the_kernels_own():
     ranks = range(1, 513)
-    assert [r <= strategy._ONE_READ_RANK for r in ranks] == [_configs.shrink_wgrad_pays(r) for r in ranks]
+    assert [r <= model._ONE_READ_RANK for r in ranks] == [_configs.shrink_wgrad_pays(r) for r in ranks]
 
 
-@pytest.mark.parametrize("name", strategy.NAMES)
+@pytest.mark.parametrize("name", model.NAMES)
 def test_more_work_never_takes_less_time(name):
     for q in every_product():
-        if name not in strategy.allowed(q):
+        if name not in model.allowed(q):
             continue
         for field in ("rows", "inner", "cols"):
             more = q._replace(**{field: 2 * getattr(q, field)})
-            saved = name == "joint" and q.rank > strategy._ONE_READ_RANK  # a saved pass of dy grows with dy
+            saved = name == "joint" and q.rank > model._ONE_READ_RANK  # a saved pass of dy grows with dy
             if not (saved and field in ("rows", "inner")):
-                assert strategy.seconds(name, more, H200) >= strategy.seconds(name, q, H200)
+                assert model.seconds(name, more, H200) >= model.seconds(name, q, H200)
         faster = Limits(2 * H200.flops, 2 * H200.bandwidth, H200.slowdown)
-        assert strategy.seconds(name, q, faster) <= strategy.seconds(name, q, H200)
+        assert model.seconds(name, q, faster) <= model.seconds(name, q, H200)
 
 
 def test_a_slower_kernel_is_never_chosen_where_a_faster_one_was_not():
     for q in every_product():
-        chosen = [strategy.best(q, H200._replace(slowdown=step / 100)) == "fused" for step in range(0, 60, 2)]
+        chosen = [model.best(q, H200._replace(slowdown=step / 100)) == "fused" for step in range(0, 60, 2)]
         assert chosen == sorted(chosen, reverse=True)
         assert chosen[0]
     large = Product(8192, 14336, 4096, 16, 2)
-    assert strategy.best(large, H200) == "beta1"
-    assert strategy.best(large, H200._replace(slowdown=0.0)) == "fused"
+    assert model.best(large, H200) == "beta1"
+    assert model.best(large, H200._replace(slowdown=0.0)) == "fused"
 
 
-def layer_seconds(z, dropout, gpu, pick=strategy.best):
+def layer_seconds(z, dropout, gpu, pick=model.best):
     """Forward and backward with the strategies that the rules pick, by the model that the baselines are timed by."""
-    cost = _cost.COSTS["triton"](z, dropout)
+    cost = layer_cost.COSTS["triton"](z, dropout)
     other = (cost.total - sum(cost.base)) / gpu.bandwidth + cost.launches * roofline.LAUNCH
     forward = Product(z.m, z.k, z.n, z.r, z.element)
     backward = Product(z.m, z.n, z.k, z.r, z.element, dropout, True)
-    return other + sum(strategy.seconds(pick(q, gpu), q, gpu) for q in (forward, backward))
+    return other + sum(model.seconds(pick(q, gpu), q, gpu) for q in (forward, backward))
 
 
-def worst_against_baselines(gpu, dropout, pick=strategy.best):
+def worst_against_baselines(gpu, dropout, pick=model.best):
     """Our modelled time over the least of PEFT's, the addmm chain's and Unsloth's, the library's rate for all."""
     library = roofline.Limits(gpu.flops, gpu.bandwidth)
-    baselines = [_cost.COSTS["peft"], _cost.COSTS["addmm"]] + [lambda z, _: _cost.unsloth(z)] * (not dropout)
+    baselines = [layer_cost.COSTS["peft"], layer_cost.COSTS["addmm"]] + [lambda z, _: layer_cost.unsloth(z)] * (not dropout)
     return max(
         layer_seconds(z, dropout, gpu, pick) / min(roofline.seconds(cost(z, dropout), z, library) for cost in baselines)
         for z in (
-            _cost.Size(m, k, n, r) for m in roofline.ROWS for k, n in roofline.SHAPES for r in (16, 64, 256)
+            layer_cost.Size(m, k, n, r) for m in roofline.ROWS for k, n in roofline.SHAPES for r in (16, 64, 256)
         )
     )  # fmt: skip
 
@@ -144,7 +144,7 @@ def test_the_choice_is_never_slower_than_the_best_baseline(gpu, dropout, slowdow
 def test_one_strategy_for_everything_would_be_slower(name):
     """So that the test before has something to find."""
     gpu = GPUS["sm_90"]._replace(slowdown=0.15)
-    sizes = [_cost.Size(m, k, n, 16) for m in roofline.ROWS for k, n in roofline.SHAPES]
+    sizes = [layer_cost.Size(m, k, n, 16) for m in roofline.ROWS for k, n in roofline.SHAPES]
     gains = [layer_seconds(z, False, gpu, lambda q, gpu: name) / layer_seconds(z, False, gpu) for z in sizes]
     assert min(gains) > 0.99
     assert max(gains) > 1.03
@@ -152,18 +152,18 @@ def test_one_strategy_for_everything_would_be_slower(name):
 
 def test_a_gpu_is_like_its_own_architecture():
     """FLOPs a byte decide: consumer GPUs have fewer than the data centre's of their generation."""
-    intensity = {name: gpu.flops / strategy._REACHED / gpu.bandwidth for name, gpu in GPUS.items()}
+    intensity = {name: gpu.flops / model._REACHED / gpu.bandwidth for name, gpu in GPUS.items()}
     assert intensity["sm_120"] == pytest.approx(117, abs=1)
     assert intensity["sm_89"] == pytest.approx(164, abs=1)
     assert intensity["sm_100"] == pytest.approx(281, abs=1)
     like = {(8, 6): "8", (8, 9): "8.9", (9, 0): "9", (10, 3): "10", (12, 1): "12", (13, 0): "10"}
-    assert {capability: strategy._like(capability) for capability in like} == like
+    assert {capability: model._like(capability) for capability in like} == like
 
 
 def test_limits_know_every_gpu_and_dtype():
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (13, 0), None):
         half, tf32, fp32 = (
-            strategy.limits(capability, dtype, tf32)
+            model.limits(capability, dtype, tf32)
             for dtype, tf32 in ((torch.float16, False), (torch.float32, True), (torch.float32, False))
         )
         assert half.flops > tf32.flops >= fp32.flops > 0  # tensor cores of GeForce have no more in TF32

@@ -6,7 +6,8 @@ import torch
 from bench import roofline
 from lora_kernels import Projection, lora_mlp, lora_projections
 from lora_kernels.autograd import LoRALinearFunction
-from lora_kernels.cli import _cost, _traffic
+from lora_kernels.bench.cost import layer as layer_cost
+from lora_kernels.bench.cost import traffic
 from lora_kernels.kernels import _configs, matmul_expand, shrink, wgrad
 from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
 from lora_kernels.kernels._launch import num_sms
@@ -40,7 +41,7 @@ def test_a_layer_moves_what_its_formulas_say(m, k, n, r, dtype, p, log):
     y = LoRALinearFunction.apply(x, w, a, b, torch.ones(n, dtype=dtype), 2.0, p, "triton")
     y.backward(torch.ones_like(y))
     sms = num_sms(torch.device("cpu"))
-    check(log, _traffic.layer(m, k, n, r, dtype, p > 0, sms, tma=False, bias=dtype.itemsize))
+    check(log, traffic.layer(m, k, n, r, dtype, p > 0, sms, tma=False, bias=dtype.itemsize))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -57,7 +58,7 @@ def test_projections_move_what_their_formulas_say(m, k, widths, ranks, p, log):
     ys = lora_projections(x, weights, adapters, biases=biases, dropout_p=p, backend="triton")
     torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
     sms = num_sms(torch.device("cpu"))
-    check(log, _traffic.block(m, k, widths, ranks, torch.float32, p > 0, sms, tma=False, bias=4))
+    check(log, traffic.block(m, k, widths, ranks, torch.float32, p > 0, sms, tma=False, bias=4))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -75,7 +76,7 @@ def test_a_gated_mlp_moves_what_its_formulas_say(m, k, hidden, n, ranks, p, log)
     y = lora_mlp(x, *([None] * (2 - len(before))), *before, down, backend="triton")
     y.backward(torch.ones_like(y))
     sms = num_sms(torch.device("cpu"))
-    check(log, _traffic.mlp(m, k, hidden, n, ranks, torch.float32, p > 0, sms, tma=False, bias=4))
+    check(log, traffic.mlp(m, k, hidden, n, ranks, torch.float32, p > 0, sms, tma=False, bias=4))
 
 
 @pytest.mark.parametrize("k_per_split", [16, 32, 96])
@@ -83,7 +84,7 @@ def test_a_gated_mlp_moves_what_its_formulas_say(m, k, hidden, n, ranks, p, log)
 def test_a_split_shrink(k_per_split, p, log):
     config = ShrinkConfig(16, 16, 16, k_per_split, 4, 2)
     shrink(torch.ones(37, 70), torch.ones(20, 70), 1.0, p, config)
-    check(log, [_traffic.shrink(37, 70, 20, 4, p > 0, config)])
+    check(log, [traffic.shrink(37, 70, 20, 4, p > 0, config)])
 
 
 @pytest.mark.parametrize("shrinks", [False, True])
@@ -92,7 +93,7 @@ def test_a_split_wgrad(rows_per_split, shrinks, log):
     config = WgradConfig(16, 32, 32, rows_per_split, 4, 2)
     dy, s, b = torch.ones(60, 70), torch.ones(60, 20), torch.ones(70, 20)
     wgrad(dy, s, torch.float16, shrink=(b, torch.empty(60, 20), 1.0) if shrinks else None, config=config)
-    check(log, [_traffic.wgrad(60, 70, 20, 4, 2, config, shrinks=shrinks)])
+    check(log, [traffic.wgrad(60, 70, 20, 4, 2, config, shrinks=shrinks)])
 
 
 @pytest.mark.parametrize("tma", [False, True])
@@ -102,7 +103,7 @@ def test_a_matmul_of_many_tiles(masked, tma, log):
     keep = torch.full((50, 3), -1, dtype=torch.int32) if masked else None
     sources = [(torch.ones(50, k), torch.ones(68, k)) for k in (36, 8)]
     matmul_expand(sources, torch.ones(68), keep, config=config, tma=tma)
-    check(log, [_traffic.matmul_expand(50, 68, (36, 8), 4, config, 4, masked)])
+    check(log, [traffic.matmul_expand(50, 68, (36, 8), 4, config, 4, masked)])
 
 
 def test_the_count_sees_a_second_read(log):
@@ -111,13 +112,13 @@ def test_the_count_sees_a_second_read(log):
     shrink(x, a, 1.0, config=ShrinkConfig(32, 64, 16, 64, 4, 2))
     assert log[0].moved["issued"] - log[0].moved["touched"] == x.numel() * 4
     with pytest.raises(AssertionError):
-        check(log, [_traffic.shrink(20, 40, 32, 4, False, ShrinkConfig(32, 64, 32, 64, 4, 2))])
+        check(log, [traffic.shrink(20, 40, 32, 4, False, ShrinkConfig(32, 64, 32, 64, 4, 2))])
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_the_split_minimum_in_five_launches(p):
     """M = 8192, 4096 x 4096, r = 16, bf16: every operand once, and a bit an element for the mask, three times."""
-    launches = _traffic.layer(8192, 4096, 4096, 16, torch.bfloat16, p > 0, num_sms=132, tma=True)
+    launches = traffic.layer(8192, 4096, 4096, 16, torch.bfloat16, p > 0, num_sms=132, tma=True)
     mask = 8192 * 4096 / 8
     assert len(launches) == 5
     assert sum(moved.total for moved in launches) / MIB == pytest.approx(514.2 + 3 * (p > 0) * mask / MIB, abs=0.1)
@@ -127,13 +128,13 @@ def test_the_split_minimum_in_five_launches(p):
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_queries_keys_and_values_in_seven_launches(p):
     """Llama-8B's, M = 8192, r = 16, bf16: x twice forward and once backward, and a bit an element for each mask."""
-    launches = _traffic.block(8192, 4096, (4096, 1024, 1024), (16,) * 3, torch.bfloat16, p > 0, num_sms=132, tma=True)
+    launches = traffic.block(8192, 4096, (4096, 1024, 1024), (16,) * 3, torch.bfloat16, p > 0, num_sms=132, tma=True)
     mask = 8192 * 4096 / 8 / MIB
     assert len(launches) == 7
     assert sum(moved.total for moved in launches) / MIB == pytest.approx(646.2 + 9 * (p > 0) * mask, abs=0.1)
     assert sum(2 * moved.parts for moved in launches) / MIB < 60  # out of L2 for the most part
     alone = [
-        _traffic.layer(8192, 4096, n, 16, torch.bfloat16, p > 0, num_sms=132, tma=True) for n in (4096, 1024, 1024)
+        traffic.layer(8192, 4096, n, 16, torch.bfloat16, p > 0, num_sms=132, tma=True) for n in (4096, 1024, 1024)
     ]
     assert sum(moved.total for layer in alone for moved in layer) / MIB > 1.5 * (646.2 + 9 * (p > 0) * mask)
 
@@ -141,7 +142,7 @@ def test_queries_keys_and_values_in_seven_launches(p):
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_a_gated_mlp_in_nine_launches(p):
     """Llama-8B's, M = 8192, r = 16, bf16: g, u and h once each way, dh, dg and du; no more than the plan allows."""
-    launches = _traffic.mlp(8192, 4096, 14336, 4096, (16,) * 3, torch.bfloat16, p > 0, num_sms=132, tma=True)
+    launches = traffic.mlp(8192, 4096, 14336, 4096, (16,) * 3, torch.bfloat16, p > 0, num_sms=132, tma=True)
     total = sum(moved.total for moved in launches) / MIB
     assert len(launches) == 9
     assert total <= 1.05 * 4490
@@ -172,8 +173,8 @@ def test_the_wave_that_runs_together_touches_less_than_in_the_usual_order():
 @pytest.mark.parametrize("r", [1, 16, 32, 33, 64, 256])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_the_model_of_the_chain_agrees_with_the_kernels(r, p):
-    launches = _traffic.layer(4096, 2048, 4096, r, torch.bfloat16, p > 0, num_sms=132, tma=True)
-    modelled = _cost.COSTS["triton"](_cost.Size(4096, 2048, 4096, r), p > 0)
+    launches = traffic.layer(4096, 2048, 4096, r, torch.bfloat16, p > 0, num_sms=132, tma=True)
+    modelled = layer_cost.COSTS["triton"](layer_cost.Size(4096, 2048, 4096, r), p > 0)
     assert modelled.launches == len(launches)
     assert modelled.total == pytest.approx(sum(moved.total for moved in launches), rel=1e-4)  # but seed and counters
 
@@ -187,8 +188,8 @@ def test_the_page_is_what_the_formulas_say(monkeypatch, tmp_path, capsys):
 
 
 def test_time_at_the_limits_is_bound_by_whichever_is_slower():
-    z, limits = _cost.Size(1024, 1024, 1024, 16), roofline.Limits(flops=1e12, bandwidth=1e30)
-    frozen = _cost.COSTS["frozen"](z, False)
+    z, limits = layer_cost.Size(1024, 1024, 1024, 16), roofline.Limits(flops=1e12, bandwidth=1e30)
+    frozen = layer_cost.COSTS["frozen"](z, False)
     assert roofline.seconds(frozen, z, limits) == pytest.approx(2 * 2 * 1024**3 / 1e12 + 2 * roofline.LAUNCH)
     slow_memory = roofline.Limits(flops=1e30, bandwidth=1e9)
     assert roofline.seconds(frozen, z, slow_memory) == pytest.approx(frozen.total / 1e9 + 2 * roofline.LAUNCH)

@@ -9,13 +9,16 @@ import torch
 from rich.console import Console
 from tuned_samples import GPU, folder_of_its_own  # noqa: F401
 
-from lora_kernels import cli, kernels, plan, tuned
-from lora_kernels.cli import _judge, _tune_case, tune
-from lora_kernels.cli._bench_case import Settings
-from lora_kernels.cli._presets import Shape
+from lora_kernels import cli, kernels, plan
+from lora_kernels.plan import tuned
+from lora_kernels.cli import tune
+from lora_kernels.verify import judge
+from lora_kernels.measure import tune_case
+from lora_kernels.bench.cases.layer import Settings
+from lora_kernels.measure.presets import Shape
 from lora_kernels.kernels import hybrid
 from lora_kernels.plan import Form
-from lora_kernels.strategy import Product
+from lora_kernels.plan.model import Product
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = ("--shape", "40x48x64", "--r", 4, "--dtype", "fp16", "--rounds", 3)
@@ -51,7 +54,7 @@ def timer(seconds=None, spread=0.0, seen=None):
 @pytest.fixture
 def unchecked(monkeypatch):
     """For tests of what comes after: every form passes, and nothing is computed."""
-    monkeypatch.setattr(_tune_case._judge, "judge", lambda provider, truth: _judge.Verdict("", 0.0, "none"))
+    monkeypatch.setattr(tune_case.judge, "judge", lambda provider, truth: judge.Verdict("", 0.0, "none"))
 
 
 def tuning(*argv, time=None):
@@ -101,7 +104,7 @@ def test_every_form_is_tried():
     """Each allowed strategy, and each shipped tile of the path that the shape takes."""
     seen = []
     assert tuning("--p", 0, time=timer(seen=seen))[0] == 0
-    tried = {which: [form for (w,), form, _ in seen if w == which] for which in _tune_case.PASSES}
+    tried = {which: [form for (w,), form, _ in seen if w == which] for which in tune_case.PASSES}
     tiles = [Form("fused", place) for place in range(4 if DEVICE.type == "cpu" else 8)]
     assert set(tried["forward"]) == {Form("fused"), *tiles, Form("beta1"), Form("padded")}
     assert set(tried["backward"]) == {*tried["forward"], Form("joint")}
@@ -137,7 +140,7 @@ def test_each_form_is_the_one_that_runs(monkeypatch):
                 assert ran == [("fused", form.place)], (form, ran)
         return {form: {which: taken(1e-3) for which in passes} for form in calls}
 
-    rows = _tune_case.tune_case(Shape(32, 48, 64), 4, 0.0, settings, time)
+    rows = tune_case.tune_case(Shape(32, 48, 64), 4, 0.0, settings, time)
     assert [row["choice"] for row in rows] == [Form("fused")] * 2
 
 
@@ -153,7 +156,7 @@ def test_each_form_is_the_one_that_runs(monkeypatch):
     ],
 )  # fmt: skip
 def test_the_rule_is_kept_unless_another_is_clearly_faster(times, chosen):
-    assert _tune_case.choose(times, Form("fused")) == chosen
+    assert tune_case.choose(times, Form("fused")) == chosen
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -171,7 +174,7 @@ def test_a_wrong_form_is_never_timed_nor_stored(monkeypatch):
     seen = []
     status, shown = tuning("--p", 0.1, "--dtype", "fp32", time=timer({Form("beta1"): 1e-6}, seen=seen))
     assert status == 1
-    forms = {which: {form for (w,), form, _ in seen if w == which} for which in _tune_case.PASSES}
+    forms = {which: {form for (w,), form, _ in seen if w == which} for which in tune_case.PASSES}
     assert forms == {
         "forward": {Form("fused"), Form("fused", 0), Form("padded")},
         "backward": {Form("fused"), Form("fused", 0), Form("joint")},
@@ -187,9 +190,9 @@ def test_a_form_that_cannot_run_here_is_said_and_is_no_failure(monkeypatch):
     def judged(provider, truth):
         if Form("padded") in provider.taken.values():
             raise RuntimeError("out of resource: shared memory")
-        return _judge.Verdict("", 0.0, "none")
+        return judge.Verdict("", 0.0, "none")
 
-    monkeypatch.setattr(_tune_case._judge, "judge", judged)
+    monkeypatch.setattr(tune_case.judge, "judge", judged)
     status, shown = tuning("--p", 0)
     assert status == 0
     assert f"{KEY}, padded: RuntimeError: out of resource" in shown
@@ -235,7 +238,7 @@ def test_out_of_time_and_out_of_memory_are_said(monkeypatch, tmp_path):
     def full(*args):
         raise torch.OutOfMemoryError("no")
 
-    monkeypatch.setattr(_tune_case, "draw", full)
+    monkeypatch.setattr(tune_case, "draw", full)
     assert "2 of 2 cases were not run: out of memory" in tuning()[1]
 
 

@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
-from lora_kernels import cli, eager
-from lora_kernels.cli import _verify_blocks, verify
-from lora_kernels.cli._block_cases import check_projections
-from lora_kernels.cli._verify_blocks import BlockCase, examine, matrix
-from lora_kernels.numerics_mlp import ACTIVATIONS
+from lora_kernels import cli
+from lora_kernels import torch_backend
+from lora_kernels.cli import verify
+from lora_kernels.verify import block_matrix
+from lora_kernels.verify.block_problems import check_projections
+from lora_kernels.verify.block_matrix import BlockCase, examine, matrix
+from lora_kernels.verify.numerics_mlp import ACTIVATIONS
 
 CPU = torch.device("cpu")
 SMALL = dict(m=17, k=24, ranks=(8, 8, 8))
@@ -67,27 +69,27 @@ BREAKS = {
 @pytest.mark.parametrize("what", BREAKS)
 def test_a_wrong_block_fails(what, monkeypatch):
     case, name, change = BREAKS[what]
-    real = getattr(_verify_blocks, name)
-    monkeypatch.setattr(_verify_blocks, name, lambda *args, **more: change(real, *args, **more))
+    real = getattr(block_matrix, name)
+    monkeypatch.setattr(block_matrix, name, lambda *args, **more: change(real, *args, **more))
     assert any("allowed" in message for message in wrong(case))
 
 
 def test_a_block_that_writes_to_its_input_fails(monkeypatch):
-    real = _verify_blocks.lora_mlp
+    real = block_matrix.lora_mlp
 
     def scribble(x, *args, **more):
         y = real(x, *args, **more)
         args[2].weight.data[:1, :1].mul_(1 + 2**-20)  # as a kernel would, unseen by autograd
         return y
 
-    monkeypatch.setattr(_verify_blocks, "lora_mlp", scribble)
+    monkeypatch.setattr(block_matrix, "lora_mlp", scribble)
     assert "down's weight was written to" in wrong(MLP)
 
 
 def test_dx_is_held_to_the_sum_of_the_projections(monkeypatch):
     """Off by little in dx alone, which no projection has of its own."""
-    problem = _verify_blocks._draw(QKV, torch.float32, "cpu", 0)
-    actual, keeps = _verify_blocks._run(problem, "torch", 0), _verify_blocks._masks(problem, "torch", 0)
+    problem = block_matrix._draw(QKV, torch.float32, "cpu", 0)
+    actual, keeps = block_matrix._run(problem, "torch", 0), block_matrix._masks(problem, "torch", 0)
     assert all(finding.ok for finding in check_projections(actual, problem, keeps, split=True))
     actual["dx"] = actual["dx"] * (1 + 1e-4)
     wrong = [finding.name for finding in check_projections(actual, problem, keeps, split=True) if not finding.ok]
@@ -107,6 +109,6 @@ def test_the_command_shows_blocks(tmp_path, capsys, monkeypatch):
     assert float(mlp.split()[7]) == pytest.approx(records[1]["rule_1"], abs=0.005)
     assert [record["activation"] for record in records] == ["", "silu"]
     assert records[0]["ranks"] == [8, 3, 5]
-    monkeypatch.setattr(eager, "matmul_expand_all", lambda *args, **more: 1 / 0)
+    monkeypatch.setattr(torch_backend, "matmul_expand_all", lambda *args, **more: 1 / 0)
     assert cli.main(argv) == 1
     assert "ZeroDivisionError" in capsys.readouterr().out

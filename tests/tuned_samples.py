@@ -6,8 +6,9 @@ import warnings
 import pytest
 import torch
 
-from lora_kernels import plan, tuned
-from lora_kernels.strategy import Product
+from lora_kernels import plan
+from lora_kernels.plan import tuned
+from lora_kernels.plan.model import Product
 
 GPU = "NVIDIA H200"
 CUDA = torch.device("cuda", 0)

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if args.json:
         try:
-            importlib.import_module("lora_kernels.cli._machine").check_file("--json", args.json)
+            importlib.import_module("lora_kernels.measure.machine").check_file("--json", args.json)
         except ValueError as error:
             parser.error(str(error))
     try:

@@ -32,11 +32,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lora_kernels import plan
-from lora_kernels.cli import _bench_plot, _bench_view, _estimate, _hosted, _level_view, _levels, _timing
-from lora_kernels.cli._bench_case import Settings
-from lora_kernels.cli._kernel_case import LAUNCHES
-from lora_kernels.cli._machine import caption, check_file, machine, write_json
-from lora_kernels.cli._presets import MODELS, PRESETS, PROJECTIONS, Dims, Shape, parse_shape
+from lora_kernels.bench.show import plot
+from lora_kernels.bench.show import tables
+from lora_kernels.bench import estimate
+from lora_kernels.bench.providers import hosted
+from lora_kernels.bench.show import levels as level_tables
+from lora_kernels.bench import levels
+from lora_kernels.measure import timing
+from lora_kernels.bench.cases.layer import Settings
+from lora_kernels.bench.cases.kernel import LAUNCHES
+from lora_kernels.measure.machine import caption, check_file, machine, write_json
+from lora_kernels.measure.presets import MODELS, PRESETS, PROJECTIONS, Dims, Shape, parse_shape
 from lora_kernels.console import on_stdout
 
 __all__ = ["add_arguments", "run"]
@@ -55,8 +61,8 @@ Case = tuple[str, Shape | Dims, int, float]  # level, what is timed, rank, drop 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lora-kernels bench`."""
     what = parser.add_argument_group("what is timed")
-    what.add_argument("--level", choices=_levels.LEVELS, help="a layer by default, the model with --model")
-    what.add_argument("--block", choices=_levels.OF_BLOCK, nargs="+", help="blocks of a decoder layer, or all of it")
+    what.add_argument("--level", choices=levels.LEVELS, help="a layer by default, the model with --model")
+    what.add_argument("--block", choices=levels.OF_BLOCK, nargs="+", help="blocks of a decoder layer, or all of it")
     which = what.add_mutually_exclusive_group()
     which.add_argument("--preset", choices=PRESETS, help="named shapes; llama-8b on a GPU, cpu on a CPU by default")
     which.add_argument(
@@ -75,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--p", type=float, nargs="+", metavar="P", help="dropout probabilities; the preset's, or 0")
     what.add_argument("--dtype", choices=_DTYPES, help="of x and W; bf16 on a GPU, fp32 on a CPU by default")
     what.add_argument("--backend", choices=plan.BACKENDS, default="auto", help="of this package's own rows")
-    what.add_argument("--pass", dest="passes", choices=_timing.PASSES, nargs="+")
-    what.add_argument("--providers", choices=_levels.PROVIDERS, nargs="+", default=(), help="only these")
+    what.add_argument("--pass", dest="passes", choices=timing.PASSES, nargs="+")
+    what.add_argument("--providers", choices=levels.PROVIDERS, nargs="+", default=(), help="only these")
     what.add_argument("--no-compile", action="store_true", help="leave torch.compile out, as --model does")
     what.add_argument("--memory-only", action="store_true", help="check and weigh, time nothing")
     how = parser.add_argument_group("how")
@@ -84,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--rounds", type=int, help="timed calls of each; 30 on a GPU, 10 on a CPU by default")
     how.add_argument("--cuda-graph", action="store_true", help="replay CUDA graphs: no launch overhead for anyone")
     how.add_argument(
-        "--cache", choices=_timing.CACHES,
+        "--cache", choices=timing.CACHES,
         help="before a call: overwrite the caches (on a GPU by default), take turns over copies of the operands, or "
         "leave them as they are (on a CPU)",
     )  # fmt: skip
@@ -102,17 +108,17 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, RuntimeError, TypeError) as error:
         print(f"lora-kernels bench: {error}", file=sys.stderr)
         return 2
-    if long := _estimate.warning(cases, settings, args.minutes):
+    if long := estimate.warning(cases, settings, args.minutes):
         print(long, file=sys.stderr, flush=True)
     console = on_stdout()
     done, skipped = _run_all(args, settings, cases)
     made_on = machine()
-    _level_view.show(console, done, args.full)
+    level_tables.show(console, done, args.full)
     console.print(f"{caption(made_on)}\n{_footnote(settings)}", style="dim")
     threads = settings.device.type == "cpu" and torch.get_num_threads() > 1
-    if unsteady := _bench_view.unsteady_words(done, _STEADIER if threads else ""):
+    if unsteady := tables.unsteady_words(done, _STEADIER if threads else ""):
         console.print(unsteady, style="bold yellow", markup=False)
-    if host_bound := _bench_view.host_bound_words(done):
+    if host_bound := tables.host_bound_words(done):
         console.print(host_bound, style="bold yellow", markup=False)
     interrupted = any(case["why"] == _INTERRUPTED for case in skipped)
     if interrupted:
@@ -121,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         why = ", ".join(dict.fromkeys(case["why"] for case in skipped))
         console.print(f"{len(skipped)} of {len(cases)} cases were not run: {why}", style="yellow")
     if args.plot and done:
-        _bench_plot.plot(done, caption(made_on), args.plot)
+        plot.plot(done, caption(made_on), args.plot)
     wrong = [case for case in done for name in ("ours", "ours_fp32") if case["providers"].get(name, {}).get("reason")]
     return 130 if interrupted else 1 if wrong else 0
 
@@ -131,7 +137,7 @@ def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) ->
     began, done, skipped = time.monotonic(), [], []
     turns = 1 + settings.rounds * bool(settings.passes)
     steps = [
-        len(_levels.names(level, settings, r, subject)) * turns * (len(LAUNCHES) if level == "kernel" else 1)
+        len(levels.names(level, settings, r, subject)) * turns * (len(LAUNCHES) if level == "kernel" else 1)
         for level, subject, r, _ in cases
     ]
     with _progress(sum(steps)) as advance_to:
@@ -148,7 +154,7 @@ def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) ->
 
             outcome = "done"
             try:
-                done += _levels.run(level, shape, r, p, settings, tick)
+                done += levels.run(level, shape, r, p, settings, tick)
             except torch.OutOfMemoryError:
                 outcome = "out of memory"
                 skipped.append({"shape": str(shape), "r": r, "p": p, "why": outcome})
@@ -168,8 +174,8 @@ def _write(args: argparse.Namespace, settings: Settings, done: list, skipped: li
         write_json(args.json, {
             "command": "bench", "level": args.level, "preset": _preset_name(args), "model": args.model,
             "complete": complete, "skipped": skipped, "method": _method(settings), "peaks": settings.peaks,
-            "speedups": _bench_view.speedups(done), "unsteady": _bench_view.unsteady(done),
-            "host_bound": _bench_view.host_bound(done), "cases": done,
+            "speedups": tables.speedups(done), "unsteady": tables.unsteady(done),
+            "host_bound": tables.host_bound(done), "cases": done,
         })  # fmt: skip
 
 
@@ -186,7 +192,7 @@ def _device(args: argparse.Namespace) -> torch.device:
 def _cases(args: argparse.Namespace) -> list[Case]:
     if args.block and (args.level or args.model):
         raise ValueError("--block: in place of --level and of --model")
-    chosen = [_levels.OF_BLOCK[block] for block in dict.fromkeys(args.block or ())]
+    chosen = [levels.OF_BLOCK[block] for block in dict.fromkeys(args.block or ())]
     chosen = chosen or [args.level or ("model" if args.model else "layer")]
     args.level = chosen[0] if len(chosen) == 1 else "blocks"
     name = _preset_name(args)
@@ -210,7 +216,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         if not 0 <= p < 1:
             raise ValueError(f"--p {p:g}: a dropout probability is at least 0 and below 1")
     sizes = name, args.shape, args.m, args.model, args.layers, args.batch, args.seq
-    subjects = [(level, subject) for level in chosen for subject in _levels.subjects(level, *sizes)]
+    subjects = [(level, subject) for level in chosen for subject in levels.subjects(level, *sizes)]
     return [(*subject, r, p) for subject in subjects for r in ranks for p in probabilities]
 
 
@@ -231,27 +237,27 @@ def _settings(args: argparse.Namespace, chosen: set[str]) -> Settings:
     targets = tuple(args.target_modules or PROJECTIONS)
     if unknown := [name for name in targets if name.removesuffix("_proj") not in PROJECTIONS]:
         raise ValueError(f"--target-modules {' '.join(unknown)}: a model has {', '.join(PROJECTIONS)}")
-    if args.model and _hosted.missing():
-        raise RuntimeError(f"--model {args.model} {_hosted.missing()}")
-    if args.plot and _bench_plot.missing():
-        raise RuntimeError(_bench_plot.missing())
+    if args.model and hosted.missing():
+        raise RuntimeError(f"--model {args.model} {hosted.missing()}")
+    if args.plot and plot.missing():
+        raise RuntimeError(plot.missing())
     if args.plot:
         check_file("--plot", args.plot)
     rounds = args.rounds or (3 if args.quick else 30 if on_gpu else 10)
     dtype = _DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
     for r in args.r or [16]:
         plan.choose(device, dtype, r, False, args.backend)  # says so now if that backend cannot run
-    passes = ("forward",) if "kernel" in chosen else tuple(args.passes or _timing.PASSES)
+    passes = ("forward",) if "kernel" in chosen else tuple(args.passes or timing.PASSES)
     settings = Settings(
         device, dtype, args.backend, () if args.memory_only else passes, rounds,
         not (args.no_compile or args.model), args.cuda_graph, only=tuple(args.providers),
         cache=args.cache or ("flush" if on_gpu else "warm"), targets=targets,
     )  # fmt: skip
     for level in chosen:
-        _levels.names(level, settings, 1)  # says so now if one of them is not of this level
+        levels.names(level, settings, 1)  # says so now if one of them is not of this level
     if args.memory_only:
         return settings
-    return replace(settings, peaks=_timing.measure_peaks(device, dtype, _timing.clock(device)))
+    return replace(settings, peaks=timing.measure_peaks(device, dtype, timing.clock(device)))
 
 
 def _method(settings: Settings) -> dict[str, Any]:
@@ -259,7 +265,7 @@ def _method(settings: Settings) -> dict[str, Any]:
     return {
         "device": str(settings.device), "rounds": settings.rounds, "interleaved": True,
         "statistic": "median, quartiles",
-        "timer": "CUDA events" if on_gpu else _timing.cpu_timer().__name__,
+        "timer": "CUDA events" if on_gpu else timing.cpu_timer().__name__,
         "cache": _CACHE_WORDS[settings.cache],
         "launch": "CUDA graph replays" if settings.cuda_graph else "calls",
         "saved_bytes": "held for backward beyond x and parameters, each storage once",
@@ -274,8 +280,8 @@ def _footnote(settings: Settings) -> str:
     return (
         f"median ± half the interquartile range of {settings.rounds} interleaved rounds; "
         f"{how['timer']}, {how['launch']}; cache: {how['cache']}; a dtype after a name is the adapters'\n"
-        f"peak: {_bench_view.plain(peaks['matmul_flops_per_second'] / 1e12, 3)} TFLOP/s ({peaks['matmul']}); "
-        f"copy: {_bench_view.plain(peaks['copy_bytes_per_second'] / 1e9, 3)} GB/s ({peaks['copy']})"
+        f"peak: {tables.plain(peaks['matmul_flops_per_second'] / 1e12, 3)} TFLOP/s ({peaks['matmul']}); "
+        f"copy: {tables.plain(peaks['copy_bytes_per_second'] / 1e9, 3)} GB/s ({peaks['copy']})"
     )
 
 

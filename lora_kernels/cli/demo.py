@@ -22,10 +22,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from lora_kernels import plan
-from lora_kernels.cli import _demo_adapter, _demo_chart, _demo_text, _machine
-from lora_kernels.cli._demo_chart import Curves
-from lora_kernels.cli._demo_model import CONTEXT, Transformer, add_lora, lora_layers
-from lora_kernels.cli._demo_text import Corpus
+from lora_kernels.demo import adapter as demo_adapter
+from lora_kernels.demo import chart as demo_chart
+from lora_kernels.demo import text as demo_text
+from lora_kernels.measure import machine
+from lora_kernels.demo.chart import Curves
+from lora_kernels.demo.model import CONTEXT, Transformer, add_lora, lora_layers
+from lora_kernels.demo.text import Corpus
 
 __all__ = ["add_arguments", "run"]
 
@@ -97,7 +100,7 @@ class _Demo:
     def run(self) -> int:
         start = time.perf_counter()
         self.out.mkdir(parents=True, exist_ok=True)
-        self.prose, self.code = _demo_text.prose(), _demo_text.code()
+        self.prose, self.code = demo_text.prose(), demo_text.code()
         torch.manual_seed(self.args.seed)
         self.model = Transformer().to(self.device)
         self._tell_text()
@@ -155,19 +158,19 @@ class _Demo:
         )  # fmt: skip
 
     def _draw(self) -> None:
-        self.console.print(_demo_chart.draw_text(self.curves, min(self.console.width, 100)))
-        caption = _machine.caption(_machine.machine())
-        if _demo_chart.draw_png(self.curves, self.out / "losses.png", self.steps, caption):
+        self.console.print(demo_chart.draw_text(self.curves, min(self.console.width, 100)))
+        caption = machine.caption(machine.machine())
+        if demo_chart.draw_png(self.curves, self.out / "losses.png", self.steps, caption):
             self._say(f"The same as a picture: {self.out / 'losses.png'}")
         else:
             self._say("For a picture as well, install matplotlib: pip install 'matplotlib>=3.8'")
 
     def _save_and_reload(self) -> None:
         self._heading("Save the adapter, reload it")
-        paths = _demo_adapter.save(self.model, self.out, _DROPOUT)
+        paths = demo_adapter.save(self.model, self.out, _DROPOUT)
         adapter_bytes, base_bytes = (paths[name].stat().st_size for name in ("adapter", "base"))
         self._say(f"{paths['adapter']}: {adapter_bytes / 1e3:,.0f} kB; the base is {base_bytes / 1e3:,.0f} kB.")
-        reloaded = _demo_adapter.load(self.out, self.device, self.dtype)
+        reloaded = demo_adapter.load(self.out, self.device, self.dtype)
         same = torch.equal(self._logits(reloaded), self._logits(self.model))
         self._check("reloaded model is the same", same, "a new model with the files loaded: the same bits")
         self.facts |= dict(adapter_bytes=adapter_bytes, base_bytes=base_bytes)
@@ -175,20 +178,20 @@ class _Demo:
     def _agree(self) -> None:
         self._heading("Three ways, one answer")
         fused, layers = self._logits(self.model), len(lora_layers(self.model))
-        base_alone = _demo_adapter.reference_copy(self.model)
+        base_alone = demo_adapter.reference_copy(self.model)
         for name, parameter in base_alone.named_parameters():
             if name.endswith("lora_B"):
                 parameter.data.zero_()
         others = {
-            "fused and reference": self._logits(_demo_adapter.reference_copy(self.model)),
-            "fused and merged": self._logits(_demo_adapter.merged_copy(self.model)),
+            "fused and reference": self._logits(demo_adapter.reference_copy(self.model)),
+            "fused and merged": self._logits(demo_adapter.merged_copy(self.model)),
         }
         for name, logits in others.items():
-            found = _demo_adapter.compare(logits, fused, self.dtype, layers)
+            found = demo_adapter.compare(logits, fused, self.dtype, layers)
             apart = f"{found.rms:.1e} apart, {found.limit:.1e} allowed; largest {found.largest:.1e}"
             self._check(name, found.ok, f"{name}: {apart if found.largest else 'the same bits'}")
             self.facts[name] = asdict(found)
-        moved = _demo_adapter.compare(self._logits(base_alone), fused, self.dtype, layers)
+        moved = demo_adapter.compare(self._logits(base_alone), fused, self.dtype, layers)
         self._check(
             "the check can see the adapter", moved.rms > 2 * moved.limit,
             f"without the adapter: {moved.rms:.1e} apart, so a lost update would show",
@@ -205,14 +208,14 @@ class _Demo:
             self.console.print(f"FAIL: {', '.join(failed)}. {seconds:.0f} s.", style="bold red")
         else:
             self.console.print(f"All {len(self.checks)} checks pass. {seconds:.0f} s.", style="bold green")
-        self.console.print(_machine.caption(_machine.machine()), style="dim")
+        self.console.print(machine.caption(machine.machine()), style="dim")
         if self.args.json:
             options = dict(
                 steps=self.steps, lora_steps=self.lora_steps, r=self.args.r, seed=self.args.seed,
                 device=str(self.device), dtype=_name(self.dtype),
             )  # fmt: skip
             payload = dict(command="demo", options=options, checks=self.checks, **self.facts, curves=self.curves)
-            _machine.write_json(self.args.json, payload | dict(seconds=seconds))
+            machine.write_json(self.args.json, payload | dict(seconds=seconds))
         return 1 if failed else 0
 
     # The tools

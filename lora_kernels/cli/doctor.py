@@ -16,8 +16,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from lora_kernels import cache, plan, tuned
-from lora_kernels.cli import _machine
+from lora_kernels import plan
+from lora_kernels.plan import cache
+from lora_kernels.plan import tuned
+from lora_kernels.measure import machine
 from lora_kernels.console import on_stdout
 
 __all__ = ["add_arguments", "run"]
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the report; 0 unless a setting makes every call fail."""
     console = on_stdout()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    made_on = _machine.machine()
+    made_on = machine.machine()
     routes = {name: _route(device, dtype) for name, dtype in _DTYPES.items()}
     variables, measured = _variables(), _tuned(device, routes)
     verdict, next_command, ok = _verdict(device, routes, made_on)
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(Text(verdict, "bold green" if ok else "bold red"))
     console.print(Text(f"Next: {next_command}"))
     if args.json:
-        _machine.write_json(
+        machine.write_json(
             args.json,
             dict(command="doctor", device=str(device), dtypes=routes, environment=variables, tuned=measured,
                  verdict=verdict, ok=ok, next=next_command),

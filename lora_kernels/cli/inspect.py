@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lora_kernels.cli import _machine
-from lora_kernels.cli._compiled import CASES, DTYPES, QUICK, Case, Kernel, compile_case, problem
-from lora_kernels.cli._stored import budget_file, regressions, renew
+from lora_kernels.measure import machine
+from lora_kernels.inspect.compiled import CASES, DTYPES, QUICK, Case, Kernel, compile_case, problem
+from lora_kernels.inspect.stored import budget_file, regressions, renew
 from lora_kernels.console import SplitTable, on_stdout
 
 __all__ = ["add_arguments", "run"]
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(_table(arch, [kernel for kernel in kernels if kernel.arch == arch]))
     console.print(_LEGEND, style="dim")
     bad = [f"{kernel}: {'; '.join(kernel.broken)}" for kernel in kernels if kernel.broken]
-    triton = _machine.version_of("triton")
+    triton = machine.version_of("triton")
     if args.budgets:
         bad += _hold(console, kernels, args, triton)
     for line in bad:
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     summary = f"{len(kernels)} kernels compiled by Triton {triton}, {len(bad)} broken budgets."
     console.print(summary, style="bold red" if bad else "bold green")
     if args.json:
-        _machine.write_json(
+        machine.write_json(
             args.json, dict(command="inspect", summary=summary, broken=bad, kernels=[asdict(k) for k in kernels])
         )
     return 1 if bad else 0

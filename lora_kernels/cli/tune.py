@@ -25,12 +25,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from lora_kernels import plan, tuned
-from lora_kernels.cli import _timing, _tune_case
-from lora_kernels.cli._bench_case import Settings
-from lora_kernels.cli._machine import caption, machine, write_json
-from lora_kernels.cli._presets import PRESETS, Shape, parse_shape, with_rows
-from lora_kernels.cli._tune_case import Time
+from lora_kernels import plan
+from lora_kernels.plan import tuned
+from lora_kernels.measure import timing
+from lora_kernels.measure import tune_case
+from lora_kernels.bench.cases.layer import Settings
+from lora_kernels.measure.machine import caption, machine, write_json
+from lora_kernels.measure.presets import PRESETS, Shape, parse_shape, with_rows
+from lora_kernels.measure.tune_case import Time
 from lora_kernels.console import SplitTable, on_stdout
 
 __all__ = ["add_arguments", "run", "tune"]
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         return _refuse("there is no GPU here, so there is nothing to tune: on a CPU every product has one form")
     device = torch.device("cuda", torch.cuda.current_device())
-    timer = functools.partial(_timing.time_all, measure=_timing.clock(device))
+    timer = functools.partial(timing.time_all, measure=timing.clock(device))
     return tune(args, console, device, torch.cuda.get_device_name(device), timer)
 
 
@@ -124,7 +126,7 @@ def _tune_all(
             why = "out of time" if args.minutes is not None and time.monotonic() - began > args.minutes * 60 else ""
             if not why:
                 try:
-                    new = _tune_case.tune_case(shape, r, p, settings, timer, passes, tick)
+                    new = tune_case.tune_case(shape, r, p, settings, timer, passes, tick)
                 except torch.OutOfMemoryError:
                     why = "out of memory"
             if why:
@@ -159,7 +161,7 @@ def _cases(args: argparse.Namespace, settings: Settings) -> list[Case]:
             plan.choose(settings.device, settings.dtype, r, False, "triton")  # says so now if the kernels cannot run
             for p in args.p:
                 bucket = replace(shape, m=tuned.bucket(shape.m))
-                new = {w: key for w, key in _tune_case.keys(bucket, r, p, settings.dtype).items() if key not in seen}
+                new = {w: key for w, key in tune_case.keys(bucket, r, p, settings.dtype).items() if key not in seen}
                 seen.update(new.values())
                 if new:
                     cases.append((bucket, r, p, tuple(new)))

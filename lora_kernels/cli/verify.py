@@ -28,12 +28,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from torch import Tensor
 
-from lora_kernels import numerics, plan, strategy
-from lora_kernels.cli import _emulate, _machine, _verify_blocks
-from lora_kernels.cli._cases import every_other, make_problem, run_problem, same_bits, storages, with_mask
-from lora_kernels.cli._verify_blocks import BlockCase
+from lora_kernels import plan
+from lora_kernels.verify import numerics
+from lora_kernels.plan import model
+from lora_kernels.verify import emulate
+from lora_kernels.measure import machine
+from lora_kernels.verify import block_matrix
+from lora_kernels.verify.problems import every_other, make_problem, run_problem, same_bits, storages, with_mask
+from lora_kernels.verify.block_matrix import BlockCase
 from lora_kernels.console import on_stdout
-from lora_kernels.numerics import Finding, Problem
+from lora_kernels.verify.numerics import Finding, Problem
 
 __all__ = ["Case", "Result", "add_arguments", "draw", "lay_out", "run"]
 
@@ -61,7 +65,7 @@ class Case:
     r: int
     layout: str = "contiguous"
     p: float = 0.0
-    form: str = "fused"  # of the large products, see `lora_kernels.strategy`; means nothing to the torch backend
+    form: str = "fused"  # of the large products, see `lora_kernels.plan.model`; means nothing to the torch backend
 
     def shape(self) -> str:
         """The shape as the table shows it."""
@@ -94,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
     parser.add_argument("--backend", choices=("triton", "torch"), help="only this backend")
     parser.add_argument(
-        "--emulate", choices=_emulate.ARCHES, help="execute what is compiled for this GPU in the checkout's emulator"
+        "--emulate", choices=emulate.ARCHES, help="execute what is compiled for this GPU in the checkout's emulator"
     )
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after this long")
     parser.add_argument("--seed", type=int, default=0, help="of the numbers and the dropout masks (default: 0)")
@@ -103,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run every case that the filters leave; 0 if all pass, 1 if any fails, 2 if nothing could be run."""
     if args.emulate:
-        return _emulate.run(args)
+        return emulate.run(args)
     console, start = on_stdout(), time.perf_counter()
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -127,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(summary, style="bold red" if failed else "bold green")
     if args.json:
         records = [asdict(case) | asdict(result) for case, result in zip(cases, results, strict=False)]
-        _machine.write_json(
+        machine.write_json(
             args.json,
             dict(command="verify", device=str(device), seed=args.seed, quick=args.quick, notes=notes, summary=summary,
                  passed=len(results) - failed, failed=failed, not_run=len(cases) - len(results), cases=records),
@@ -152,7 +156,7 @@ def _select(args: argparse.Namespace, device: torch.device) -> tuple[list[Case |
             if problem:
                 notes.append(problem)
             else:
-                for matrix in (_matrix, _verify_blocks.matrix):
+                for matrix in (_matrix, block_matrix.matrix):
                     cases += matrix(backend, dtype, device.type == "cuda", args.quick)
     return cases, list(dict.fromkeys(notes))
 
@@ -197,7 +201,7 @@ def _matrix(backend: str, dtype: str, on_gpu: bool, quick: bool) -> list[Case]:
     cases += [Case(backend, dtype, *base, layout, p) for layout in layouts for p in ((0.0, 0.1) if fast else (0.1,))]
     cases += [Case(backend, dtype, *base, p=p) for p in (0.5, 0.999)]
     if backend == "triton":  # a mask keeps "padded" from dx alone
-        cases += [Case(backend, dtype, *base, p=p, form=form) for form in strategy.NAMES[1:] for p in (0.0, 0.1)]
+        cases += [Case(backend, dtype, *base, p=p, form=form) for form in model.NAMES[1:] for p in (0.0, 0.1)]
     return cases
 
 
@@ -257,7 +261,7 @@ def draw(case: Case, device: torch.device, seed: int) -> Problem:
 
 def _examine(case: Case | BlockCase, device: torch.device, seed: int) -> Result:
     if isinstance(case, BlockCase):
-        return _result(*_verify_blocks.examine(case, DTYPES[case.dtype], device, seed))
+        return _result(*block_matrix.examine(case, DTYPES[case.dtype], device, seed))
     problem = with_mask(draw(case, device, seed), case.backend, seed)
     operands = {name: getattr(problem, name) for name in _OPERANDS if getattr(problem, name) is not None}
     before = storages(operands)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.modules import LoRALinear
+from lora_kernels.modules.linear import LoRALinear
 from lora_kernels.peft import known
 from lora_kernels.peft.swap import lora_layers, named_modules, pattern_value, select, swap_named
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from lora_kernels import checks, plan
+from lora_kernels import plan
+from lora_kernels.functional import checks
 from lora_kernels.peft.layer import stock_forward
 
 __all__ = [

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from lora_kernels.checks import is_sharded
-from lora_kernels.modules import LoRALinear, check_base
+from lora_kernels.functional.checks import is_sharded
+from lora_kernels.modules.linear import LoRALinear, check_base
 from lora_kernels.peft import known
 
 __all__ = [

@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 import torch
 
-from lora_kernels import numerics_mlp, plan
+from lora_kernels import plan
+from lora_kernels.verify import numerics_mlp
 from lora_kernels.blocks import lora_mlp
-from lora_kernels.cli import _verify_blocks, verify
-from lora_kernels.cli._cases import make_problem, run_problem
-from lora_kernels.numerics_mlp import MLPProblem
+from lora_kernels.cli import verify
+from lora_kernels.verify import block_matrix
+from lora_kernels.verify.problems import make_problem, run_problem
+from lora_kernels.verify.numerics_mlp import MLPProblem
 from lora_kernels.projections import Projection
 
 __all__ = ["CPU", "DTYPES", "Case", "block", "layer", "precision_of_products", "ungated"]
@@ -78,19 +80,19 @@ def layer(dtype, m, k, n, r, layout="contiguous", p=0.0, form="fused", place=Non
 
 def block(dtype, m, k, widths, ranks, ps, activation="", place=None, **more) -> Case:
     """Queries, keys and values, or a gated MLP; `more`: bias, fp32_adapters, strided."""
-    case = _verify_blocks.BlockCase("triton", dtype, m, k, widths, ranks, ps, activation, **more)
+    case = block_matrix.BlockCase("triton", dtype, m, k, widths, ranks, ps, activation, **more)
 
     def placed() -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if place is None else plan.forced("fused", place)
 
     def judge() -> str:
         with placed():
-            findings, messages = _verify_blocks.examine(case, DTYPES[dtype], CPU, 0)
+            findings, messages = block_matrix.examine(case, DTYPES[dtype], CPU, 0)
         return "; ".join(messages + [f.message for f in findings if not f.ok])
 
     def launch() -> None:
         with placed():
-            _verify_blocks._run(_verify_blocks._draw(case, DTYPES[dtype], "cpu", 0), "triton", 0)
+            block_matrix._run(block_matrix._draw(case, DTYPES[dtype], "cpu", 0), "triton", 0)
 
     kind = f"mlp {activation}" if activation else "qkv"
     shape = f"{m}x{k}x{'+'.join(map(str, widths))} r{'/'.join(map(str, ranks))} p={'/'.join(f'{p:g}' for p in ps)}"

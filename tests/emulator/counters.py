@@ -5,7 +5,7 @@
     python tests/emulator/counters.py --lines REGEX                          shows launches by line of their kernels
 
 Of each launch, by exact count: instructions may grow by a twentieth; products by tensor cores, bytes and sectors may
-not grow; bytes are those of the formula in `lora_kernels.cli._traffic`; and operands of 16 bits on 16 bytes pass over
+not grow; bytes are those of the formula in `lora_kernels.bench.cost.traffic`; and operands of 16 bits on 16 bytes pass over
 the banks of shared memory as few times as can be, except where the budget says why not.
 """
 

@@ -14,8 +14,8 @@ from emulator.cases import precision_of_products
 from emulator.emulator import EARLY, Emulator
 from emulator.launches import Seen, recorded
 from lora_kernels import plan
-from lora_kernels.cli import _traffic
-from lora_kernels.cli._compiled import DTYPES, Case, _forward
+from lora_kernels.bench.cost import traffic
+from lora_kernels.inspect.compiled import DTYPES, Case, _forward
 from lora_kernels.kernels._imagined import GPUS
 
 __all__ = ["CASES", "KINDS", "QUICK", "Counted", "count"]
@@ -79,7 +79,7 @@ def count(emu: Emulator, arch: str, case: Case) -> Iterator[Counted]:
         yield Counted(f"{arch} {case}: {i} {one.kernel}", _figures(case, one, counters, moved), counters)
 
 
-def _figures(case: Case, one: Seen, counters: dict, moved: _traffic.Moved | None) -> dict:
+def _figures(case: Case, one: Seen, counters: dict, moved: traffic.Moved | None) -> dict:
     passes = {kind: [counters[f"waves_{key}"], counters[f"ideal_{key}"]] for kind, key in KINDS.items()}
     by_pointer = "ldg", "stg", "cp"
     return {
@@ -109,7 +109,7 @@ def _tile(one: Seen) -> str:
     return "x".join(str(sides[f"BLOCK_{side}"]) for side in names)
 
 
-def _formulas(case: Case, arch: str) -> list[_traffic.Moved] | None:
+def _formulas(case: Case, arch: str) -> list[traffic.Moved] | None:
     """The formula of each launch of a case, in order; None for what the formulas do not have."""
     if case.strided or case.accumulate or case.tf32 or case.strategy != "fused" or case.fp32_adapters:
         return None
@@ -118,8 +118,8 @@ def _formulas(case: Case, arch: str) -> list[_traffic.Moved] | None:
     bias = dtype.itemsize * case.bias
     ways = dtype, case.p > 0, gpu.num_sms, tma
     if case.activation:
-        return _traffic.mlp(case.m, case.k, case.n, case.k, (case.r,) * 3, *ways, bias, place=case.place)
+        return traffic.mlp(case.m, case.k, case.n, case.k, (case.r,) * 3, *ways, bias, place=case.place)
     if case.others:
         widths = case.n, *case.others
-        return _traffic.block(case.m, case.k, widths, (case.r,) * len(widths), *ways, bias, place=case.place)
-    return _traffic.layer(case.m, case.k, case.n, case.r, *ways, bias=bias, place=case.place)
+        return traffic.block(case.m, case.k, widths, (case.r,) * len(widths), *ways, bias, place=case.place)
+    return traffic.layer(case.m, case.k, case.n, case.r, *ways, bias=bias, place=case.place)

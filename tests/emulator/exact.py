@@ -10,7 +10,7 @@ from torch import Tensor
 from emulator.cases import CPU, DTYPES, Case, precision_of_products
 from lora_kernels import dropout, plan, reference
 from lora_kernels.blocks import lora_mlp, lora_projections
-from lora_kernels.cli._cases import every_other
+from lora_kernels.verify.problems import every_other
 from lora_kernels.functional import lora_linear
 from lora_kernels.projections import Projection
 

@@ -1,0 +1,135 @@
+"""`bench --block qkv` and `--block mlp`: projections of one x, or a gated MLP, beside what else one would run."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.bench.cases import layer as layer_case
+from lora_kernels.bench.cost import block as block_cost
+from lora_kernels.verify import block_judge
+from lora_kernels.bench.providers import block as block_providers
+from lora_kernels.measure import timing
+from lora_kernels.bench.cases.layer import Settings, first_line, held_bytes, peak_bytes
+from lora_kernels.verify.block_problems import MLP, QKV, BlockProblem
+from lora_kernels.bench.cost.block import Block
+from lora_kernels.bench.providers.block import BlockProvider
+from lora_kernels.measure.presets import Shape
+from lora_kernels.dropout import threshold
+from lora_kernels.projections import Projection
+
+__all__ = ["BLOCKS", "clone", "draw", "run_case"]
+
+BLOCKS = ("qkv", "mlp")
+SCALING = 2.0
+
+
+def draw(block: str, shape: Shape, r: int, p: float, settings: Settings) -> BlockProblem:
+    """Draw a block in which every term matters, on the device; `p` is resolved to 1/65536, as the kernels do."""
+    generator = torch.Generator(settings.device).manual_seed(0)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(size, generator=generator, device=settings.device).mul_(scale).to(settings.dtype)
+
+    def layer(k: int, n: int) -> Projection:
+        weight, a = normal(n, k, scale=k**-0.5), normal(r, k, scale=k**-0.5)
+        return Projection(weight, a, normal(n, r, scale=r**-0.5), None, SCALING, threshold(p) / 65536)
+
+    m, k, n = shape.m, shape.k, shape.n
+    if block == "mlp":
+        layers = dict(zip(MLP, (layer(k, n), layer(k, n), layer(n, k)), strict=True))
+        return BlockProblem(normal(m, k), layers, (normal(m, k),), "silu")
+    layers = dict(zip(QKV, (layer(k, width) for width in shape.widths), strict=True))
+    return BlockProblem(normal(m, k), layers, tuple(normal(m, width) for width in shape.widths))
+
+
+def clone(problem: BlockProblem) -> BlockProblem:
+    """The same problem in memory of its own."""
+    layers = {
+        name: q._replace(weight=q.weight.clone(), lora_A=q.lora_A.clone(), lora_B=q.lora_B.clone())
+        for name, q in problem.layers.items()
+    }
+    return replace(problem, x=problem.x.clone(), layers=layers, dys=tuple(dy.clone() for dy in problem.dys))
+
+
+def run_case(
+    block: str, shape: Shape, r: int, p: float, settings: Settings, tick: Callable[[str], None] = lambda doing: None,
+    build: Callable[[str, BlockProblem, str], BlockProvider] = block_providers.build,
+) -> dict[str, Any]:  # fmt: skip
+    """Check, weigh and time every provider on a block of `BLOCKS`; what comes back is plain data.
+
+    Args:
+        block: "qkv" or "mlp".
+        shape: Of it.
+        r: Rank.
+        p: Drop probability.
+        settings: Of the run.
+        tick: Told what is being done.
+        build: Provider name, problem and backend to provider.
+    """
+    if settings.compiled:
+        torch._dynamo.reset()  # its cache is by code, not by layer
+    problem, truth = draw(block, shape, r, p, settings), block_judge.Truth()
+    copies = layer_case.copies_of(problem, sum(t.nbytes for t in _operands(problem)), clone, settings)
+    rows, timed = layer_case.admit_all(
+        list(settings.only) or block_providers.names_for(settings.dtype, settings.compiled),
+        lambda name: _admit(name, lambda: build(name, problem, settings.backend), truth, r, settings),
+        lambda name: [build(name, copy, settings.backend) for copy in copies[1:]], settings, tick,
+    )  # fmt: skip
+    truth.forget()
+    layer_case.take_times(rows, timed, settings, tick)
+    cost = _cost_of(problem, r)
+    base, work = (block_cost.flops(cost, rank) for rank in (0, r))
+    layer_case.compare(rows, base, work, settings)
+    return {
+        "level": block, "copies": len(copies),
+        "shape": {"m": shape.m, "k": shape.k, "n": shape.n, "label": shape.label, "others": list(shape.others)},
+        "r": r, "p": p, "dtype": str(settings.dtype).removeprefix("torch."),
+        "flops": dict(zip(("forward", "backward"), work, strict=True)),
+        "floor_bytes": block_cost.COSTS["floor"](cost, p > 0).total,
+        "providers": rows,
+    }  # fmt: skip
+
+
+def _operands(problem: BlockProblem) -> list[Tensor]:
+    of_layers = (t for q in problem.layers.values() for t in (q.weight, q.lora_A, q.lora_B) if t is not None)
+    return [problem.x, *problem.dys, *of_layers]
+
+
+def _cost_of(problem: BlockProblem, r: int) -> Block:
+    (m, k), element = problem.x.shape, problem.x.element_size()
+    first, adapted = next(iter(problem.layers.values())), problem.adapted
+    adapter = next(iter(adapted.values())).lora_A.element_size() if adapted else 0
+    if problem.activation:
+        return block_cost.mlp(m, k, first.weight.shape[0], r, element, adapter)
+    widths = tuple(q.weight.shape[0] for q in problem.layers.values())
+    return block_cost.projections(m, k, widths, r, element, adapter)
+
+
+def _admit(
+    name: str, construct: Callable[[], BlockProvider], truth: block_judge.Truth, r: int, settings: Settings
+) -> tuple[dict[str, Any], BlockProvider | None]:
+    """A provider's row, and the provider itself if it may be timed."""
+    row: dict[str, Any] = {"label": name, "reason": "", "check": None, "seconds": {}}
+    try:
+        provider = construct()
+        row["label"] = provider.label
+        verdict = block_judge.judge(provider, truth)
+        row["check"] = {"ok": verdict.ok, "worst": verdict.worst, "rule": verdict.rule}
+        if not verdict.ok:
+            row["reason"] = f"wrong result, not timed: {verdict.reason}"
+            return row, None
+        row["saved_bytes"] = held_bytes(provider.forward, [*_operands(provider.problem), *provider.leaves.values()])
+        row["peak_bytes"] = peak_bytes(timing.Calls(provider.forward, provider.backward), settings.device)
+    except Exception as error:  # a baseline that cannot run here is a line in the table, not the end of it
+        row["reason"] = first_line(error)
+        return row, None
+    if provider.cost:
+        dropout = any(q.dropout_p for q in provider.problem.adapted.values())
+        cost = block_cost.COSTS[provider.cost](_cost_of(provider.problem, r), dropout)
+        row["model"] = {
+            "forward_bytes": sum(cost.forward), "backward_bytes": sum(cost.backward), "launches": cost.launches
+        }  # fmt: skip
+    return row, provider

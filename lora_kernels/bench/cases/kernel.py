@@ -1,0 +1,260 @@
+"""`bench --level kernel`: each launch of the layer alone, beside the best PyTorch operators for the same work.
+
+    s        shrink          s = α D(x) Aᵀ
+    y        matmul_expand   y = x Wᵀ + s Bᵀ
+    ds, dB   shrink_wgrad    ds = α dy B,  dB = dyᵀ s
+    dx       matmul_expand   dx = dy W + keep · (ds A)
+    dA       wgrad           dA = dsᵀ (keep · x)
+
+Operands are random, s and ds as well. Bytes are what this package's launch has to move, for all rows of a table alike:
+a rate is useful work done, whoever did it. Every result is held to the componentwise bound of `lora_kernels.verify.numerics`
+before its time is taken, operators with the roundings that they cannot help.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_kernels import plan
+from lora_kernels.bench.cost import layer as layer_cost
+from lora_kernels.verify import judge
+from lora_kernels.measure import timing
+from lora_kernels.bench.providers.layer import scaled_mm
+from lora_kernels.bench.cases.layer import Settings, clone, draw, first_line, ready
+from lora_kernels.measure.presets import Shape
+from lora_kernels.dropout import keep_scale
+from lora_kernels.verify.numerics import Problem, unit_roundoff
+
+__all__ = ["LAUNCHES", "PROVIDERS", "Launch", "launches", "run_case"]
+
+LAUNCHES = ("s", "y", "ds, dB", "dx", "dA")
+PROVIDERS = ("base", "ours", "operators")
+_SLACK = 1.05  # as `numerics` has it
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What an output should be: alpha · Σᵢ pᵢ qᵢ, the last product masked by `keep` where there is a mask.
+
+    Attributes:
+        terms: Pairs (p `[*, Kᵢ]`, q `[Kᵢ, *]`).
+        alpha: Multiplies the sum.
+        keep: Bool mask of the last product, or None.
+    """
+
+    terms: tuple[tuple[Tensor, Tensor], ...]
+    alpha: float = 1.0
+    keep: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch and what does the same.
+
+    Attributes:
+        kernel: Its name.
+        calls: Provider name to a function that gives the outputs.
+        sums: Outputs to what each should be; a mask that was drawn comes last and is taken as it is.
+        flops: FLOPs it needs.
+        bytes: Bytes it has to move.
+        like: Tensors as large as the outputs.
+        base_flops: FLOPs of the base product alone, where there is one.
+        mask: Outputs to the mask that was drawn, where one is.
+    """
+
+    kernel: str
+    calls: dict[str, Callable[[], tuple[Tensor, ...]]]
+    sums: Callable[[tuple[Tensor, ...]], list[Sum]]
+    flops: int
+    bytes: int
+    like: tuple[Tensor, ...]
+    base_flops: int = 0
+    mask: Callable[[tuple[Tensor, ...]], Tensor] | None = None
+
+
+def launches(problem: Problem, backend: str, seed: int = 2) -> dict[str, Launch]:
+    """The launches of `LAUNCHES` for a problem.
+
+    Args:
+        problem: Its x, W, A, B, dy, scaling and drop probability are used.
+        backend: "triton" or "torch", for this package's own.
+        seed: Of s and ds.
+    """
+    ops, p = plan.contractions(backend), problem.dropout_p
+    x, w, a, b, dy = problem.x, problem.weight, problem.lora_A, problem.lora_B, problem.dy
+    (m, k), n, r = x.shape, w.shape[0], a.shape[0]
+    generator = torch.Generator(x.device).manual_seed(seed)
+    s, ds = (torch.randn(m, r, generator=generator, device=x.device).to(x.dtype) for _ in range(2))
+    alpha = problem.scaling * keep_scale(p)
+    keep = ops.shrink(x, a, alpha, p)[1]
+    mask = None if keep is None else unpacked(keep, k)
+    x_kept = x if mask is None else x * mask  # as a chain of operators has it stored by now
+
+    def shrink_by_operators() -> tuple[Tensor, ...]:
+        if not p:
+            return (scaled_mm(x, a.t(), alpha),)
+        x_d, drawn = torch.native_dropout(x, p, True)
+        return scaled_mm(x_d, a.t(), problem.scaling), drawn
+
+    def dx_by_operators() -> tuple[Tensor, ...]:
+        dx = dy @ w
+        return (dx.addmm_(ds, a) if mask is None else dx.addcmul_(ds @ a, mask),)
+
+    def shrunk(out: tuple[Tensor, ...]) -> list[Sum]:
+        x_d = x if len(out) == 1 or out[1] is None else x * unpacked(out[1], k)
+        return [Sum(((x_d, a.t()),), alpha)]
+
+    cost = layer_cost.COSTS["triton"](layer_cost.Size(m, k, n, r, x.element_size()), p > 0)
+    *from_dy, dx_bytes, d_a_bytes = cost.backward
+    return {
+        "s": Launch(
+            "shrink", {"ours": lambda: ops.shrink(x, a, alpha, p), "operators": shrink_by_operators},
+            shrunk, 2 * m * k * r, cost.forward[0], (s,), mask=lambda out: unpacked(out[1], k),
+        ),
+        "y": Launch(
+            "matmul_expand",
+            {
+                "base": lambda: (F.linear(x, w),),
+                "ours": lambda: (ops.matmul_expand([(x, w), (s, b)]),),
+                "operators": lambda: (F.linear(x, w).addmm_(s, b.t()),),
+            },
+            lambda _: [Sum(((x, w.t()), (s, b.t())))], 2 * m * n * (k + r), cost.forward[1], (dy,), 2 * m * n * k,
+        ),
+        "ds, dB": Launch(
+            "shrink_wgrad",
+            {
+                "ours": lambda: ops.shrink_wgrad(dy, s, b, alpha, b.dtype),
+                "operators": lambda: (scaled_mm(dy, b, alpha), dy.t() @ s),
+            },
+            lambda _: [Sum(((dy, b),), alpha), Sum(((dy.t(), s),))], 4 * m * n * r, sum(from_dy), (s, b),
+        ),
+        "dx": Launch(
+            "matmul_expand",
+            {
+                "base": lambda: (dy @ w,),
+                "ours": lambda: (ops.matmul_expand([(dy, w.t()), (ds, a.t())], keep=keep),),
+                "operators": dx_by_operators,
+            },
+            lambda _: [Sum(((dy, w), (ds, a)), keep=mask)], 2 * m * k * (n + r), dx_bytes, (x,), 2 * m * k * n,
+        ),
+        "dA": Launch(
+            "wgrad",
+            {"ours": lambda: (ops.wgrad(ds, x, a.dtype, keep),), "operators": lambda: (ds.t() @ x_kept,)},
+            lambda _: [Sum(((ds.t(), x_kept),))], 2 * m * k * r, d_a_bytes, (a,),
+        ),
+    }  # fmt: skip
+
+
+def unpacked(keep: Tensor, cols: int) -> Tensor:
+    """A mask as bool `[M, cols]`, whichever backend drew it."""
+    if keep.dtype != torch.int32:  # a byte an element, 0 or 1
+        return keep.bool()
+    bits = keep[..., None] >> torch.arange(32, dtype=torch.int32, device=keep.device) & 1
+    return bits.flatten(-2)[:, :cols].bool()
+
+
+def run_case(
+    shape: Shape, r: int, p: float, settings: Settings, tick: Callable[[str], None] = lambda doing: None
+) -> list[dict[str, Any]]:
+    """Check and time every launch of a layer; a case for each of `LAUNCHES`."""
+    backend = plan.choose(settings.device, settings.dtype, r, False, settings.backend)
+    problem = draw(shape, r, p, settings)
+    copies = [problem]
+    if settings.cache == "rotate":
+        wanted = timing.copies_for(min(problem.x.nbytes, problem.dy.nbytes))  # each launch reads at least one of them
+        copies += [clone(problem) for _ in range(wanted - 1)]
+    sets, turn = [launches(copy, backend) for copy in copies], itertools.count()
+    cases = []
+    for name in LAUNCHES:
+        rows, timed = {}, {}
+        for provider in settings.only or PROVIDERS:
+            tick(f"checking {name} of {provider}")
+            if provider not in sets[0][name].calls:
+                continue
+            row, right = _admit(provider, sets[0][name], backend, problem.dropout_p)
+            rows[provider] = row
+            if right:
+                try:
+                    calls = [timing.Calls(one[name].calls[provider]) for one in sets]
+                    timed[provider] = ready(calls, settings, turn)
+                except Exception as error:
+                    row["reason"] = f"cannot be timed so: {first_line(error)}"
+        times = timing.time_all(timed, ("forward",), settings.rounds, settings.clock(), lambda: tick("timing"))
+        for provider, taken in times.items():
+            rows[provider]["seconds"] = taken
+        launch = sets[0][name]
+        _rate(rows, launch, settings)
+        cases.append({
+            "level": "kernel", "copies": len(copies), "launch": name, "kernel": launch.kernel,
+            "shape": {"m": shape.m, "k": shape.k, "n": shape.n, "label": shape.label}, "r": r, "p": p,
+            "dtype": str(settings.dtype).removeprefix("torch."), "flops": launch.flops, "bytes": launch.bytes,
+            "providers": rows,
+        })  # fmt: skip
+    return cases
+
+
+def _label(provider: str, backend: str) -> str:
+    return {"base": "base product alone", "ours": f"lora_kernels [{backend}]"}.get(provider, "PyTorch's operators")
+
+
+def _admit(provider: str, launch: Launch, backend: str, p: float) -> tuple[dict[str, Any], bool]:
+    """A provider's row, and whether it may be timed."""
+    row: dict[str, Any] = {"label": _label(provider, backend), "reason": "", "check": None, "seconds": {}}
+    fused = provider == "ours" and backend == "triton"
+    try:
+        judge.poison(*launch.like)
+        out = launch.calls[provider]()
+        sums = launch.sums(out)
+        if provider == "base":
+            sums = [Sum(one.terms[:1], one.alpha) for one in sums]
+        dropped = launch.mask is not None and p > 0
+        used = [share_used(tensor, one, fused, dropped) for tensor, one in zip(out, sums, strict=False)]  # no mask
+        reason = judge.wrong_share(launch.mask(out), p) if launch.mask and p else ""
+    except Exception as error:  # what cannot run here is a line in the table, not the end of it
+        row["reason"] = first_line(error)
+        return row, False
+    worst = max(used)
+    if worst > 1:
+        reason = f"an element is off by {worst:.3g} times what is allowed"
+    row["check"] = {"ok": not reason, "worst": worst, "rule": "every element within its bound"}
+    row["reason"] = reason and f"wrong result, not timed: {reason}"
+    return row, not reason
+
+
+def share_used(actual: Tensor, expected: Sum, fused: bool, dropped: bool) -> float:
+    """The largest error of an output as a fraction of what its element is allowed; inf if one is not finite.
+
+    |T - T64| <= 1.05 (g(Σ Kᵢ) |α| Σ |pᵢ||qᵢ| + u |T64|), g and u as `numerics` has them. Operators round each term on
+    its own as well, u |α| Σ |pᵢ qᵢ|, and `dropped` elements of p, u |α| Σ |pᵢ||qᵢ|.
+    """
+    unit = unit_roundoff(actual.dtype)
+    products = [p.double() @ q.double() for p, q in expected.terms]
+    sizes = [p.double().abs() @ q.double().abs() for p, q in expected.terms]
+    if expected.keep is not None:
+        products[-1], sizes[-1] = products[-1] * expected.keep, sizes[-1] * expected.keep
+    exact, size, alpha = expected.alpha * sum(products), abs(expected.alpha) * sum(sizes), abs(expected.alpha)
+    inner = sum(p.shape[1] for p, _ in expected.terms)
+    allowed = (inner + 8) * min(unit, unit_roundoff(torch.float32)) * size + unit * exact.abs()
+    if not fused:
+        allowed += unit * (alpha * sum(product.abs() for product in products) + dropped * size)
+    error = (actual.double() - exact).abs()
+    if not error.isfinite().all():
+        return float("inf")
+    return torch.where(error > 0, error / (_SLACK * allowed), 0.0).max().item()
+
+
+def _rate(rows: dict[str, dict[str, Any]], launch: Launch, settings: Settings) -> None:
+    """Fill in what follows from the times: useful work and bytes a second, and shares of what was measured here."""
+    for name, row in rows.items():
+        flops = launch.base_flops if name == "base" else launch.flops
+        for taken in row["seconds"].values():
+            taken["flops_per_second"] = flops / taken["median"]
+            taken["bytes_per_second"] = launch.bytes / taken["median"]
+            for share, rate in (("of_peak", "flops_per_second"), ("of_copy", "bytes_per_second")):
+                best = settings.peaks.get({"of_peak": "matmul_", "of_copy": "copy_"}[share] + rate)
+                taken[share] = taken[rate] / best if best else None

@@ -1,0 +1,264 @@
+"""`bench --level decoder` and `--level model`: a whole decoder layer, and training steps of a small full model.
+
+The decoder layer is timed forward and backward, with the gradient of its input, as one layer among many. The small
+model is trained: embedding, a few layers, head, cross-entropy, backward to the adapters and to the embedded tokens,
+AdamW on the adapters. The floor is the same model without adapters: every dx, no low-rank term, no optimizer.
+
+This package's rows are blocks, `lora_qkv` and `lora_mlp`; beside them stands each layer by `lora_linear` alone.
+
+Checked before anything is timed, without dropout, in a wider dtype (float64 over fp32, fp32 over 16 bit): output, loss
+and the gradient of every adapter have an rms error of at most twice that of PyTorch's operators. With dropout, it must
+move the output as far as PyTorch's moves it. Masks differ by provider here; `--level layer` holds them bit by bit.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_kernels import plan
+from lora_kernels.measure import timing
+from lora_kernels.bench.cases.layer import Settings, first_line, held_bytes, peak_bytes, ready
+from lora_kernels.bench.providers.hosted import HostedModel
+from lora_kernels.bench.providers.llama import Adapters, LanguageModel, Stack, adapted, draw_adapters
+from lora_kernels.measure.presets import Dims, HostedDims
+from lora_kernels.dropout import threshold
+from lora_kernels.verify.numerics import allowed_rms, rms
+
+__all__ = ["PROVIDERS", "Bench", "Trial", "check", "names_for", "run_case"]
+
+PROVIDERS = (
+    "frozen", "ours", "ours_fp32", "per_layer", "peft", "peft_fp32", "frozen_compiled", "peft_compiled",
+    "peft_fp32_compiled",
+)  # fmt: skip
+SCALING = 2.0
+_DROPOUT_BAND = (0.8, 1.25)  # how far dropout moves the output, over how far PyTorch's moves it
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model that can be run.
+
+    Attributes:
+        label: For the tables.
+        model: With its adapters.
+        leaves: What gradients are taken of: the input as "dx", and every adapter.
+        forward: Computes the output of the timed pass: y, or the loss.
+        backward: Takes that to the gradients, and the optimizer's step where there is one.
+        outputs: Forward and gradients by name, for the check.
+    """
+
+    label: str
+    model: nn.Module
+    leaves: dict[str, Tensor]
+    forward: Callable[[], Tensor]
+    backward: Callable[[Tensor], Any]
+    outputs: Callable[[], dict[str, Tensor]]
+
+
+class Bench:
+    """The model of a case, and what its providers share: weights, adapters, inputs.
+
+    Args:
+        dims: The model.
+        r: Rank.
+        p: Drop probability.
+        settings: Of the run.
+        whole: Whether it is the full model, not a layer of it.
+    """
+
+    def __init__(self, dims: Dims, r: int, p: float, settings: Settings, whole: bool) -> None:
+        torch.manual_seed(0)
+        self.dims, self.p, self.settings, self.whole = dims, threshold(p) / 65536, settings, whole
+        with settings.device:
+            if isinstance(dims, HostedDims):
+                base: nn.Module = HostedModel(dims, settings.dtype)
+            else:
+                base = (LanguageModel(dims) if whole else Stack(dims)).to(settings.dtype)
+            self.base = base.requires_grad_(False)
+            self.x = torch.randn(dims.batch, dims.seq, dims.hidden).to(settings.dtype)
+            self.dy = torch.randn(dims.batch, dims.seq, dims.hidden).to(settings.dtype)
+            self.tokens, self.targets = torch.randint(dims.vocab, (2, dims.batch, dims.seq))
+        self.adapters: Adapters = draw_adapters(self.base, r, settings.targets)
+        self._references: dict[tuple[bool, bool, bool], dict[str, Tensor]] = {}
+
+    def trial(self, name: str) -> Trial:
+        """A provider of `PROVIDERS`; raises where this machine cannot run it."""
+        form = name.removesuffix("_compiled").removesuffix("_fp32")
+        dtype = torch.float32 if "fp32" in name else self.settings.dtype
+        words = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+        r = next(iter(self.adapters.values()))[0].shape[0]
+        if form == "frozen":
+            label = "frozen model"
+        elif form in ("ours", "per_layer"):
+            chosen = plan.choose(self.settings.device, self.settings.dtype, r, False, "auto")
+            what = "lora_kernels" if form == "ours" else "lora_linear alone"
+            label = f"{what} [{chosen}]" + (f" {words}" if dtype != self.settings.dtype else "")
+            if form == "per_layer":
+                form = "layers"
+            elif isinstance(self.dims, HostedDims):
+                form, label = "patched", f"patched PEFT {words} [{chosen}]"
+        else:
+            label = f"PEFT {words}"
+        try:
+            model, held = adapted(self.base, form, self.adapters, dtype, SCALING, self.p)
+        except ImportError:
+            model, held = adapted(self.base, "arithmetic", self.adapters, dtype, SCALING, self.p)
+            label = f"PEFT arithmetic {words}"
+        if name.endswith("_compiled"):
+            return self._trial(f"{label}, compiled", model, held, torch.compile(model, dynamic=False))
+        return self._trial(label, model, held, model)
+
+    def forget(self) -> None:
+        """Free what only checks need."""
+        self._references.clear()
+
+    def reference(self, wide: bool, adapters: bool, training: bool = False) -> dict[str, Tensor]:
+        """Outputs by PyTorch's operators, in a wider dtype or the model's own; computed once.
+
+        Args:
+            wide: Whether in float64 over fp32, in fp32 over 16 bit: the truth.
+            adapters: Whether with them.
+            training: Whether with dropout.
+        """
+        key = (wide, adapters, training)
+        if key not in self._references:
+            narrow = self.settings.dtype
+            dtype = narrow if not wide else torch.float32 if narrow.itemsize == 2 else torch.float64
+            base = copy.deepcopy(self.base).to(dtype) if wide else self.base
+            form = "arithmetic" if adapters else "frozen"
+            model, held = adapted(base, form, self.adapters, dtype, SCALING, self.p)
+            self._references[key] = self._trial("", model.train(training), held, model, dtype).outputs()
+        return self._references[key]
+
+    def _trial(
+        self, label: str, model: nn.Module, held: dict[str, nn.Parameter], call: Callable[[Tensor], Tensor],
+        dtype: torch.dtype | None = None,
+    ) -> Trial:  # fmt: skip
+        leaves: dict[str, Tensor] = {"dx": self._input(model, dtype or self.settings.dtype).requires_grad_(), **held}
+        wrt, dy = tuple(leaves.values()), self.dy.to(dtype or self.settings.dtype)
+
+        def loss(logits: Tensor) -> Tensor:
+            return F.cross_entropy(logits.flatten(0, 1).to(_at_least_fp32(logits.dtype)), self.targets.flatten())
+
+        def gradients(end: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(end, wrt, None if self.whole else dy)
+
+        def forward() -> Tensor:
+            return loss(call(leaves["dx"])) if self.whole else call(leaves["dx"])
+
+        def outputs() -> dict[str, Tensor]:
+            y = call(leaves["dx"])
+            end = loss(y) if self.whole else y
+            named = {"y": y.detach(), **({"loss": end.detach()} if self.whole else {})}
+            return named | dict(zip(leaves, gradients(end), strict=True))
+
+        if not (self.whole and held):
+            return Trial(label, model, leaves, forward, gradients, outputs)
+        on_gpu = self.settings.device.type == "cuda"
+        optimizer = torch.optim.AdamW(held.values(), lr=1e-4, fused=True, capturable=on_gpu)
+
+        def backward(end: Tensor) -> tuple[Tensor, ...]:
+            found = gradients(end)
+            for parameter, gradient in zip(wrt[1:], found[1:], strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            return found
+
+        return Trial(label, model, leaves, forward, backward, outputs)
+
+    def _input(self, model: nn.Module, dtype: torch.dtype) -> Tensor:
+        """Embedded tokens, whose gradient everyone computes; or activations, for a layer."""
+        return model.embedding(self.tokens).detach() if self.whole else self.x.to(dtype, copy=True)
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def names_for(dtype: torch.dtype, compiled: bool, hosted: bool = False) -> list[str]:
+    """The providers that make sense: no fp32-adapter rows where x is fp32 itself, one way to patch a hosted model."""
+    names = [name for name in PROVIDERS if compiled or "compiled" not in name]
+    names = [name for name in names if not hosted or name != "per_layer"]
+    return names if dtype.itemsize == 2 else [name for name in names if "fp32" not in name]
+
+
+def run_case(
+    dims: Dims, r: int, p: float, settings: Settings, tick: Callable[[str], None] = lambda doing: None,
+    whole: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Check, weigh and time every provider on a decoder layer, or on the `whole` small model."""
+    if settings.compiled:
+        torch._dynamo.reset()  # its cache is by code, not by model
+    bench, rows, timed = Bench(dims, r, p, settings, whole), {}, {}
+    for name in settings.only or names_for(settings.dtype, settings.compiled, isinstance(dims, HostedDims)):
+        tick(f"checking {name}")
+        rows[name], trial = _admit(name, bench)
+        if trial is not None:
+            try:
+                timed[name] = ready([timing.Calls(trial.forward, trial.backward)], settings, itertools.count())
+            except Exception as error:
+                rows[name]["reason"] = f"cannot be timed so: {first_line(error)}"
+    bench.forget()
+    if settings.passes:
+        times = timing.time_all(timed, settings.passes, settings.rounds, settings.clock(), lambda: tick("timing"))
+        for name, taken in times.items():
+            rows[name]["seconds"] = taken
+    floor = rows.get("frozen", {}).get("seconds", {})
+    for row in rows.values():
+        for which, taken in row["seconds"].items():
+            taken["to_floor"] = taken["median"] / floor[which]["median"] if floor else None
+            taken["tokens_per_second"] = dims.tokens / taken["median"]
+    return {
+        "level": "model" if whole else "decoder", "model": asdict(dims), "tokens": dims.tokens, "r": r, "p": p,
+        "targets": list(settings.targets), "dtype": str(settings.dtype).removeprefix("torch."), "providers": rows,
+    }  # fmt: skip
+
+
+def _admit(name: str, bench: Bench) -> tuple[dict[str, Any], Trial | None]:
+    """A provider's row, and the provider itself if it may be timed."""
+    row: dict[str, Any] = {"label": name, "reason": "", "check": None, "seconds": {}}
+    try:
+        trial = bench.trial(name)
+        row["label"] = trial.label
+        worst, reason = check(trial, bench)
+        row["check"] = {"ok": not reason, "worst": worst, "rule": "rms error at most twice that of PyTorch's operators"}
+        if reason:
+            row["reason"] = f"wrong result, not timed: {reason}"
+            return row, None
+        given = (*bench.base.parameters(), *bench.base.buffers(), *trial.leaves.values())
+        row["saved_bytes"] = held_bytes(trial.forward, given)
+        row["peak_bytes"] = peak_bytes(timing.Calls(trial.forward, trial.backward), bench.settings.device)
+    except Exception as error:  # a baseline that cannot run here is a line in the table, not the end of it
+        row["reason"] = first_line(error)
+        return row, None
+    return row, trial
+
+
+def check(trial: Trial, bench: Bench) -> tuple[float, str]:
+    """The largest error of a provider as a fraction of what is allowed, and what is wrong, or ""."""
+    adapters = len(trial.leaves) > 1
+    trial.model.train(not bench.p)
+    actual = trial.outputs()
+    trial.model.train()
+    exact, eager = bench.reference(True, adapters), bench.reference(False, adapters)
+    worst, wrong = 0.0, []
+    for name, tensor in actual.items():
+        error = rms(tensor.double() - exact[name].double())
+        beside = rms(eager[name].double() - exact[name].double())
+        allowed = allowed_rms(beside, rms(exact[name]), bench.settings.dtype, summed=0)  # as of one rounding
+        used = error / allowed if allowed else (float("inf") if error else 0.0)
+        worst = max(worst, used) if used == used else float("inf")
+        if not used <= 1:
+            wrong.append(f"{name} has rms error {error:.3g}, {allowed:.3g} allowed")
+    if adapters and bench.p and not wrong:
+        moved = rms(trial.outputs()["y"].double() - actual["y"].double())
+        usual = rms(bench.reference(False, True, training=True)["y"].double() - eager["y"].double())
+        if not _DROPOUT_BAND[0] <= moved / usual <= _DROPOUT_BAND[1]:
+            wrong.append(f"dropout moves the output by {moved:.3g}, PyTorch's by {usual:.3g}")
+    return worst, "; ".join(wrong[:3])

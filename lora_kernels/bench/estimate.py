@@ -1,0 +1,68 @@
+"""About how long a run of `bench` takes, by arithmetic: so that nobody waits for one that does not end."""
+
+from collections.abc import Sequence
+
+import torch
+
+from lora_kernels.bench.cost import layer as layer_cost
+from lora_kernels.bench import levels
+from lora_kernels.bench.cases.layer import Settings
+from lora_kernels.measure.presets import Dims, HostedDims, Shape
+
+__all__ = ["flops", "seconds", "warning"]
+
+_LONG = 300.0  # seconds: who waits for more wants to know first
+_PASSES = {"forward": 0.5, "backward": 1.0, "both": 1.0}  # of forward and backward; backward has its forward before it
+_ONCE = 8.0  # the same, a case: the truth in float64 and its bounds
+_EACH = 6.0  # the same, a provider: checked, weighed, warmed up
+_COMPILING = 10.0  # seconds a provider
+_ASSUMED = 1e11  # FLOP/s of a matmul, where nothing is timed and so none was measured
+_REACHED = 0.4  # of the best matmul's rate, by all that is timed and checked
+
+
+def flops(level: str, subject: Shape | Dims, r: int) -> int:
+    """FLOPs of forward and backward of what a case is about."""
+    if isinstance(subject, Dims):
+        m, hidden = subject.tokens, subject.hidden
+        key_value = subject.kv_heads * subject.head_dim
+        sides = [(hidden, hidden)] * 2 + [(hidden, key_value)] * 2 + [(hidden, subject.intermediate)] * 3
+        layer = sum(sum(layer_cost.flops(m, k, n, r)) for k, n in sides) + 12 * m * subject.seq * hidden  # and attention
+        head = sum(layer_cost.flops(m, hidden, subject.vocab, 0))
+        return subject.layers * layer + head if level == "model" else layer
+    widths = (subject.n,) * 3 if level == "mlp" else subject.widths
+    return sum(sum(layer_cost.flops(subject.m, subject.k, n, r)) for n in widths)
+
+
+def seconds(case: tuple[str, Shape | Dims, int, float], settings: Settings) -> float:
+    """Seconds of a case, from the rate of the matmul that this run measured; right to a factor of about 3."""
+    level, subject, r, _ = case
+    names = levels.names(level, settings, r, subject)
+    timed = settings.rounds * sum(_PASSES[which] for which in settings.passes)
+    if level == "kernel":  # each launch is timed as a forward, and all together are forward and backward
+        timed *= 2
+    work = flops(level, subject, r) * (_ONCE + len(names) * (_EACH + timed))
+    compiling = _COMPILING * sum("compiled" in name for name in names)
+    return work / settings.peaks.get("matmul_flops_per_second", _ASSUMED) / _REACHED + compiling
+
+
+def warning(cases: Sequence[tuple[str, Shape | Dims, int, float]], settings: Settings, minutes: float | None) -> str:
+    """One line for a run that takes long on a CPU, and the ways out; "" for any other.
+
+    Args:
+        cases: Level, what is timed, rank and drop probability of each.
+        settings: Of the run.
+        minutes: After which no case is begun; None if any is.
+    """
+    if settings.device.type != "cpu":
+        return ""
+    each = [seconds(case, settings) for case in cases]
+    total = sum(each) if minutes is None else min(sum(each), minutes * 60 + max(each))
+    if total <= _LONG:
+        return ""
+    about = f"{total / 60:.0f} minutes" if total < 2 * 3600 else f"{total / 3600:.0f} hours"
+    many = f"{len(cases)} case{'s' * (len(cases) > 1)}"
+    smaller = "--model tiny, --layers 1, --seq 64" if isinstance(cases[0][1], HostedDims) else "--preset tiny, --m 64"
+    return (
+        f"By arithmetic this takes about {about} on this CPU ({many}; threads: {torch.get_num_threads()}). "
+        f"Less: {smaller}, --rounds 3, --minutes 5. Ctrl-C keeps the cases that are done."
+    )

@@ -1,0 +1,101 @@
+"""The levels of `bench`: which cases and providers each has, and who runs them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from lora_kernels.bench.providers import layer as providers
+from lora_kernels.bench.cases import layer as layer_case
+from lora_kernels.bench.cases import block as block_case
+from lora_kernels.bench.providers import block as block_providers
+from lora_kernels.bench.cases import kernel as kernel_case
+from lora_kernels.bench.cases import model as model_case
+from lora_kernels.measure import presets
+from lora_kernels.bench.cases.layer import Settings
+from lora_kernels.bench.cases.block import BLOCKS
+from lora_kernels.measure.presets import Dims, HostedDims, Shape
+
+__all__ = ["LEVELS", "OF_BLOCK", "PROVIDERS", "names", "run", "subjects"]
+
+LEVELS = ("layer", "kernel", "decoder", "model")
+OF_BLOCK = {"qkv": "qkv", "mlp": "mlp", "layer": "decoder"}  # what --block calls the others, to their level
+_WIDTHS = {"qkv": 3}  # of a shape, where it is not one
+_OF_LEVEL = {
+    "layer": tuple(providers.PROVIDERS), "kernel": kernel_case.PROVIDERS,
+    "decoder": model_case.PROVIDERS, "model": model_case.PROVIDERS,
+    **dict.fromkeys(BLOCKS, tuple(block_providers.PROVIDERS)),
+}  # fmt: skip
+PROVIDERS = tuple(dict.fromkeys(name for names in _OF_LEVEL.values() for name in names))
+
+
+def subjects(
+    level: str, preset: str | None, shapes: list[Shape] | None, rows: list[int] | None, model: str | None = None,
+    layers: int | None = None, batch: int | None = None, seq: int | None = None,
+) -> list[Shape | Dims]:  # fmt: skip
+    """What is timed: shapes of a layer or a block, or models.
+
+    Args:
+        level: One of `LEVELS`, or "qkv" or "mlp".
+        preset: One of `_presets.PRESETS`; None if there are `shapes` or a `model`.
+        shapes: In place of a preset's.
+        rows: Other numbers of rows, or of tokens.
+        model: One of `_presets.MODELS`.
+        layers: Another number of a model's decoder layers.
+        batch: Other sequences at once.
+        seq: Another length of theirs.
+
+    Raises:
+        ValueError: The level needs a model and there is none, the rows do not fit one, or a shape is not the level's.
+    """
+    wanted = _WIDTHS.get(level, 1)
+    for shape in shapes or ():
+        if len(shape.widths) != wanted:
+            form = "+".join(["OUT"] * wanted)
+            raise ValueError(f"--shape {shape}: here a shape is ROWSxINx{form}, {wanted} of out_features")
+    if level in ("layer", "kernel"):
+        found = presets.PRESETS[preset].shapes if preset else tuple(shapes or ())
+        return list(presets.with_rows(found, rows) if rows else found)
+    if level in BLOCKS and shapes:
+        return list(presets.with_rows(tuple(shapes), rows) if rows else shapes)
+    dims: Dims | None = presets.MODELS[model] if model else presets.PRESETS[preset].model if preset else None
+    if dims is None:
+        models = ", ".join(name for name, one in presets.PRESETS.items() if one.model)
+        option = "--block" if level in BLOCKS else "--level"
+        raise ValueError(f"{option} {level} takes a --preset that is a model: {models}")
+    dims = presets.sized(dims, layers, batch, seq)
+    if level in BLOCKS:
+        shape = presets.block_shape(dims, level)
+        return list(presets.with_rows((shape,), rows)) if rows else [shape]
+    return [presets.with_tokens(dims, m) for m in rows] if rows else [dims]
+
+
+def names(level: str, settings: Settings, r: int, subject: Shape | Dims | None = None) -> list[str]:
+    """The providers of a case, in the tables' order.
+
+    Raises:
+        ValueError: `settings.only` asks for one that the level does not have.
+    """
+    unknown = [name for name in settings.only if name not in _OF_LEVEL[level]]
+    if unknown:
+        option = "--block" if level in BLOCKS else "--level"
+        raise ValueError(f"--providers {' '.join(unknown)}: {option} {level} has {', '.join(_OF_LEVEL[level])}")
+    if level == "layer":
+        return settings.names(r)
+    if level == "kernel":
+        return list(settings.only or kernel_case.PROVIDERS)
+    if level in BLOCKS:
+        return list(settings.only) or block_providers.names_for(settings.dtype, settings.compiled)
+    hosted = isinstance(subject, HostedDims)
+    return list(settings.only) or model_case.names_for(settings.dtype, settings.compiled, hosted)
+
+
+def run(
+    level: str, subject: Shape | Dims, r: int, p: float, settings: Settings, tick: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Run what is to be timed at a level; one case, or one for each launch."""
+    if level == "kernel":
+        return kernel_case.run_case(subject, r, p, settings, tick)
+    if level == "layer":
+        return [layer_case.run_case(subject, r, p, settings, tick)]
+    if level in BLOCKS:
+        return [block_case.run_case(level, subject, r, p, settings, tick)]
+    return [model_case.run_case(subject, r, p, settings, tick, whole=level == "model")]

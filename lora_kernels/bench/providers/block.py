@@ -1,0 +1,199 @@
+"""The providers of `bench --block`: this package's block, and what one would run in its place.
+
+A provider gets a `BlockProblem` and gives a forward; autograd does the rest. All read the same tensors.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_kernels import plan
+from lora_kernels.blocks import lora_mlp, lora_qkv
+from lora_kernels.bench.providers.layer import short
+from lora_kernels.verify.block_problems import BlockProblem, compose, leaves_of
+from lora_kernels.functional import lora_linear
+
+__all__ = ["PROVIDERS", "BlockProvider", "build", "names_for"]
+
+
+@dataclass(frozen=True)
+class BlockProvider:
+    """A block that can be timed.
+
+    Attributes:
+        label: For the tables; a dtype in it is the adapters'.
+        problem: What it computes; its adapters may be wider than the case's.
+        forward: Computes the outputs from the leaves.
+        leaves: Gradient's name to the tensor whose gradient that is.
+        rule: What projections are held to: "kernel" and "operators" are `numerics`' rules without and with `split`;
+            "peer" is an rms error of at most twice that of PyTorch's operators, which an MLP is held to whoever it is.
+        cost: Its formula in `_block_cost.COSTS`; "" where its launches are a compiler's choice or none is written.
+    """
+
+    label: str
+    problem: BlockProblem
+    forward: Callable[[], tuple[Tensor, ...]]
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    rule: str = "peer"
+    cost: str = ""
+
+    def backward(self, ys: tuple[Tensor, ...], dys: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
+        """The gradients of the leaves, in their order, from `dys` or else the problem's own."""
+        return torch.autograd.grad(ys, tuple(self.leaves.values()), self.problem.dys if dys is None else dys)
+
+
+def build(name: str, problem: BlockProblem, backend: str = "auto") -> BlockProvider:
+    """Build a provider of `PROVIDERS`; raises where this machine cannot run it."""
+    return PROVIDERS[name](problem, backend)
+
+
+def names_for(dtype: torch.dtype, compiled: bool) -> list[str]:
+    """The providers that make sense: no fp32-adapter rows where x is fp32 itself."""
+    names = [name for name in PROVIDERS if compiled or "compiled" not in name]
+    return names if dtype.itemsize == 2 else [name for name in names if "fp32" not in name]
+
+
+def _frozen(problem: BlockProblem, backend: str) -> BlockProvider:
+    problem = problem.frozen()
+    leaves = leaves_of(problem)
+
+    def forward() -> tuple[Tensor, ...]:
+        return compose(problem, leaves["dx"], lambda name, x: F.linear(x, problem.layers[name].weight))
+
+    return BlockProvider("frozen block", problem, forward, leaves, cost="frozen")
+
+
+def _backend(problem: BlockProblem, backend: str) -> str:
+    return plan.choose(problem.x.device, problem.x.dtype, problem.rank, False, backend)
+
+
+def _tag(problem: BlockProblem, chosen: str) -> str:
+    """The backend, and the adapters' dtype where it is another than x's."""
+    dtype = next(iter(problem.layers.values())).lora_A.dtype
+    return f"[{chosen}]" + ("" if dtype == problem.x.dtype else f" {short(dtype)}")
+
+
+def _ours(problem: BlockProblem, backend: str) -> BlockProvider:
+    chosen, leaves = _backend(problem, backend), leaves_of(problem)
+    layers = {
+        name: q._replace(lora_A=leaves[f"dA {name}"], lora_B=leaves[f"dB {name}"]) for name, q in problem.layers.items()
+    }
+    weights = [q.weight for q in layers.values()]
+    numbers = {what: [getattr(q, what) for q in layers.values()] for what in ("scaling", "dropout_p")}
+
+    def qkv() -> tuple[Tensor, ...]:
+        adapters = [(q.lora_A, q.lora_B) for q in layers.values()]
+        return lora_qkv(leaves["dx"], weights, adapters, **numbers, backend=chosen)
+
+    def mlp() -> tuple[Tensor, ...]:
+        return (lora_mlp(leaves["dx"], *layers.values(), activation=problem.activation, backend=chosen),)
+
+    fused = _fused(problem, chosen)
+    return BlockProvider(
+        f"lora_kernels {_tag(problem, chosen)}", problem, mlp if problem.activation else qkv, leaves,
+        "kernel" if fused else "operators", "ours" if fused else "",
+    )  # fmt: skip
+
+
+def _fused(problem: BlockProblem, backend: str) -> bool:
+    """Whether every large product comes from one accumulator with its low-rank part."""
+    x, rank = problem.x, problem.rank
+    masked = any(q.dropout_p for q in problem.layers.values())
+    widths = [q.weight.shape[0] for q in problem.layers.values()]
+    forms = set()
+    if problem.activation:
+        *widths, out = widths
+        h, dy = (x.flatten()[:1].expand(x.shape[0], width) for width in (widths[0], out))  # of their shapes alone
+        forms |= {
+            plan.expander(backend, h, out, rank, masked=False, backward=False)[0],
+            plan.expander(backend, dy, widths[0], rank, masked=masked, backward=True)[0],
+        }
+    cols, inner = sum(widths), x.shape[1]
+    forms |= {
+        plan.expander_all(backend, x, inner, cols, rank, masked=False, backward=False)[0],
+        plan.expander_all(backend, x, cols, inner, rank, masked, backward=True, sources=len(widths))[0],
+    }
+    return forms == {"fused"}
+
+
+def _per_layer(problem: BlockProblem, backend: str) -> BlockProvider:
+    chosen, leaves = _backend(problem, backend), leaves_of(problem)
+
+    def apply(name: str, x: Tensor) -> Tensor:
+        q = problem.layers[name]
+        return lora_linear(
+            x, q.weight, leaves[f"dA {name}"], leaves[f"dB {name}"], scaling=q.scaling, dropout_p=q.dropout_p,
+            backend=chosen,
+        )  # fmt: skip
+
+    label = f"lora_linear alone {_tag(problem, chosen)}"
+    return BlockProvider(label, problem, lambda: compose(problem, leaves["dx"], apply), leaves, cost=chosen)
+
+
+def _peft(problem: BlockProblem, backend: str) -> BlockProvider:
+    """PEFT's own layers, put together by PEFT itself; its arithmetic where it is not installed."""
+    leaves, dtype = leaves_of(problem), next(iter(problem.layers.values())).lora_A.dtype
+    try:
+        model, words = _injected(problem, leaves), "PEFT"
+    except ImportError:
+        model, words = None, "PEFT arithmetic"
+
+    def arithmetic(name: str, x: Tensor) -> Tensor:
+        q, a, b = problem.layers[name], leaves[f"dA {name}"], leaves[f"dB {name}"]
+        wide = x.to(a.dtype)
+        low_rank = F.linear(F.linear(F.dropout(wide, q.dropout_p) if q.dropout_p else wide, a), b)
+        y = F.linear(x, q.weight)
+        return (y + low_rank * q.scaling).to(y.dtype)
+
+    apply = arithmetic if model is None else (lambda name, x: getattr(model, name)(x))
+    return BlockProvider(
+        f"{words} {short(dtype)}", problem, lambda: compose(problem, leaves["dx"], apply), leaves, cost="peft"
+    )
+
+
+def _injected(problem: BlockProblem, leaves: dict[str, Tensor]) -> nn.Module:
+    """A module with a PEFT layer for each of the block's; its adapters become the leaves."""
+    peft = importlib.import_module("peft")
+    model = nn.Module()
+    for name, q in problem.layers.items():
+        n, k = q.weight.shape
+        linear = nn.Linear(k, n, bias=False, device="meta")
+        linear.weight = nn.Parameter(q.weight, requires_grad=False)
+        setattr(model, name, linear)
+    q = next(iter(problem.layers.values()))
+    config = peft.LoraConfig(
+        r=problem.rank, lora_alpha=q.scaling * problem.rank, lora_dropout=q.dropout_p,
+        target_modules=list(problem.layers), init_lora_weights=False,
+    )  # fmt: skip
+    model = peft.inject_adapter_in_model(config, model).train()
+    for name in problem.layers:
+        for which in "AB":
+            module = getattr(getattr(model, name), f"lora_{which}")["default"]
+            module.weight = leaves[f"d{which} {name}"] = nn.Parameter(leaves[f"d{which} {name}"].detach())
+    return model
+
+
+def _compiled(provider: BlockProvider) -> BlockProvider:
+    """The same under torch.compile with static shapes; it compiles at the first call, which is never timed."""
+    forward = torch.compile(provider.forward, dynamic=False)
+    return replace(provider, label=f"{provider.label}, compiled", forward=forward, cost="")
+
+
+def _fp32(problem: BlockProblem) -> BlockProblem:
+    return problem.with_adapters_in(torch.float32)
+
+
+PROVIDERS: dict[str, Callable[[BlockProblem, str], BlockProvider]] = {
+    "frozen": _frozen,
+    "ours": _ours,
+    "ours_fp32": lambda problem, backend: _ours(_fp32(problem), backend),
+    "per_layer": _per_layer,
+    "peft": _peft,
+    "peft_fp32": lambda problem, backend: _peft(_fp32(problem), backend),
+    "peft_compiled": lambda problem, backend: _compiled(_peft(problem, backend)),
+    "peft_fp32_compiled": lambda problem, backend: _compiled(_peft(_fp32(problem), backend)),
+}

@@ -1,0 +1,262 @@
+"""The providers `bench` times: this package, and what one would run in its place. Each in its best form.
+
+A provider gets a `Problem` and gives a forward; autograd does the rest. All read the same tensors.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lora_kernels import plan
+from lora_kernels.functional import lora_linear
+from lora_kernels.verify.numerics import Problem
+
+__all__ = ["PROVIDERS", "Provider", "build", "names_for", "scaled_mm", "short"]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Something that can be timed.
+
+    Attributes:
+        label: For the tables; a dtype in it is the adapters'.
+        problem: What it computes; its adapters may be wider than the case's.
+        forward: Computes y from the leaves.
+        leaves: Output name (dx, d_lora_A, d_lora_B, dbias) to the tensor whose gradient that is.
+        rule: What it is held to: "kernel" and "operators" are `numerics.check` without and with `split`; "peer" is
+            an rms error of at most twice that of PyTorch's operators.
+        cost: Its formula in `_cost.COSTS`; "" where its launches are a compiler's choice.
+    """
+
+    label: str
+    problem: Problem
+    forward: Callable[[], Tensor]
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    rule: str = "peer"
+    cost: str = ""
+
+    def backward(self, y: Tensor, dy: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The gradients of the leaves, in their order, from `dy` or else the problem's own."""
+        return torch.autograd.grad(y, tuple(self.leaves.values()), self.problem.dy if dy is None else dy)
+
+
+def build(name: str, problem: Problem, backend: str = "auto") -> Provider:
+    """Build a provider of `PROVIDERS`; raises where this machine cannot run it."""
+    return PROVIDERS[name](problem, backend)
+
+
+def names_for(dtype: torch.dtype, backend: str, compiled: bool) -> list[str]:
+    """Which providers make sense: no fp32-adapter rows where x is fp32 itself, no row that would stand there twice."""
+    names = [name for name in PROVIDERS if compiled or "compiled" not in name]
+    if dtype not in (torch.bfloat16, torch.float16):
+        names = [name for name in names if "fp32" not in name]
+    # in PyTorch's operators the split graph is the addmm chain
+    return [name for name in names if name not in ("ours_torch", "split") or backend == "triton"]
+
+
+def _leaves(problem: Problem, *names: str) -> dict[str, Tensor]:
+    of = {"dx": problem.x, "d_lora_A": problem.lora_A, "d_lora_B": problem.lora_B}
+    return {name: of[name].detach().requires_grad_() for name in names or of}
+
+
+def _fp32_adapters(problem: Problem) -> Problem:
+    """The same numbers in fp32, so that the truth stays the same."""
+    return replace(problem, lora_A=problem.lora_A.float(), lora_B=problem.lora_B.float())
+
+
+def _frozen(problem: Problem, backend: str) -> Provider:
+    leaves = _leaves(problem, "dx")
+    problem = replace(problem, lora_B=torch.zeros_like(problem.lora_B), dropout_p=0.0)
+    return Provider(
+        "frozen linear", problem, lambda: F.linear(leaves["dx"], problem.weight, problem.bias), leaves,
+        cost="frozen",
+    )  # fmt: skip
+
+
+def _backend(problem: Problem, backend: str) -> str:
+    return plan.choose(problem.x.device, problem.x.dtype, problem.lora_A.shape[0], False, backend)
+
+
+def _ours(problem: Problem, backend: str) -> Provider:
+    chosen, leaves = _backend(problem, backend), _leaves(problem)
+
+    def forward() -> Tensor:
+        return lora_linear(
+            leaves["dx"], problem.weight, leaves["d_lora_A"], leaves["d_lora_B"],
+            scaling=problem.scaling, bias=problem.bias, dropout_p=problem.dropout_p, backend=chosen,
+        )  # fmt: skip
+
+    fused = plan.fuses(chosen, problem.x, problem.weight, problem.lora_A.shape[0], problem.dropout_p > 0)
+    rule = "kernel" if fused else "operators"
+    wide = "" if problem.lora_A.dtype == problem.x.dtype else f" {short(problem.lora_A.dtype)}"
+    return Provider(f"lora_kernels [{chosen}]{wide}", problem, forward, leaves, rule, chosen)
+
+
+def _peft(problem: Problem, backend: str) -> Provider:
+    """PEFT's own layer, put together by PEFT itself."""
+    try:
+        peft = importlib.import_module("peft")
+    except ImportError:
+        return _peft_arithmetic(problem)
+    (r, k), n = problem.lora_A.shape, problem.weight.shape[0]
+    model = nn.Module()
+    model.linear = nn.Linear(k, n, bias=problem.bias is not None, device="meta")
+    model.linear.weight = nn.Parameter(problem.weight, requires_grad=False)
+    if problem.bias is not None:
+        model.linear.bias = nn.Parameter(problem.bias, requires_grad=False)
+    config = peft.LoraConfig(
+        r=r, lora_alpha=problem.scaling * r, lora_dropout=problem.dropout_p, target_modules=["linear"],
+        init_lora_weights=False,
+    )  # fmt: skip
+    layer = peft.inject_adapter_in_model(config, model).linear.train()
+    leaves = _leaves(problem, "dx")
+    for which, tensor in (("A", problem.lora_A), ("B", problem.lora_B)):
+        module = getattr(layer, f"lora_{which}")["default"]
+        module.weight = leaves[f"d_lora_{which}"] = nn.Parameter(tensor.detach())
+    label = f"PEFT {short(problem.lora_A.dtype)}"
+    return Provider(label, problem, lambda: layer(leaves["dx"]), leaves, cost="peft")
+
+
+def _peft_arithmetic(problem: Problem) -> Provider:
+    leaves, p, scaling = _leaves(problem), problem.dropout_p, problem.scaling
+
+    def forward() -> Tensor:
+        x, a, b = leaves.values()
+        y = F.linear(x, problem.weight, problem.bias)
+        low_rank = F.linear(F.linear(F.dropout(x.to(a.dtype), p) if p else x.to(a.dtype), a), b)
+        return (y + low_rank * scaling).to(y.dtype)
+
+    label = f"PEFT arithmetic {short(problem.lora_A.dtype)}"
+    return Provider(label, problem, forward, leaves, cost="peft")
+
+
+def _compiled(provider: Provider) -> Provider:
+    """The same under torch.compile with static shapes; it compiles at the first call, which is never timed."""
+    forward = torch.compile(provider.forward, dynamic=False)
+    return replace(provider, label=f"{provider.label}, compiled", forward=forward, cost="")
+
+
+class _AddmmChain(torch.autograd.Function):
+    """What a careful author writes without kernels: low-rank products accumulated in place, s kept for backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, bias, scaling, p):
+        y = F.linear(x, weight, bias)
+        x_d, keep = torch.native_dropout(x, p, True) if p else (x, None)
+        s = scaled_mm(x_d, lora_A.t(), scaling)
+        y.addmm_(s, lora_B.t())
+        ctx.save_for_backward(x_d, weight, lora_A, lora_B, s, keep)
+        ctx.scaling, ctx.p = scaling, p
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x_d, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
+        ds = scaled_mm(dy, lora_B, ctx.scaling)
+        dx = dy @ weight
+        if keep is None:
+            dx.addmm_(ds, lora_A)
+        else:
+            dx.addcmul_(ds @ lora_A, keep, value=1 / (1 - ctx.p))
+        return dx, None, ds.t() @ x_d, dy.t() @ s, None, None, None
+
+
+def scaled_mm(left: Tensor, right: Tensor, alpha: float) -> Tensor:
+    """Compute alpha · left right in one launch."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=alpha)  # the first is not read
+
+
+def _addmm(problem: Problem, backend: str) -> Provider:
+    leaves = _leaves(problem)
+
+    def forward() -> Tensor:
+        x, a, b = leaves.values()
+        return _AddmmChain.apply(x, problem.weight, a, b, problem.bias, problem.scaling, problem.dropout_p)
+
+    return Provider("in-place addmm chain", problem, forward, leaves, cost="addmm")
+
+
+class _SplitGraph(torch.autograd.Function):
+    """LoRAFusion's scheme (arXiv:2510.00206): the graph split at s, dropped x and a byte mask stored for backward.
+
+    Dropout and shrink are launches of their own before a fused GEMM. The published backward sums ds and dB by atomics;
+    here they come from this package's launch, which has none. Its GEMM reads the mask as bits, so they are packed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, bias, scaling, p, backend):
+        ops = plan.contractions(backend)
+        x_d, keep = torch.native_dropout(x, p, True) if p else (x, None)
+        s, _ = ops.shrink(x_d, lora_A, scaling)
+        ctx.save_for_backward(x_d, weight, lora_A, lora_B, s, keep)
+        ctx.scaling, ctx.p, ctx.backend = scaling, p, backend
+        return ops.matmul_expand([(x, weight), (s, lora_B)], bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x_d, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
+        ops = plan.contractions(ctx.backend)
+        ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, ctx.scaling, lora_B.dtype)
+        d_lora_A = ops.wgrad(ds, x_d, lora_A.dtype)
+        if keep is not None:
+            lora_A = lora_A / (1 - ctx.p)  # the scale of what is kept, on the smallest of the operands
+            keep = _packed(keep) if ctx.backend == "triton" else keep
+        dx = ops.matmul_expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
+        return dx, None, d_lora_A, d_lora_B, None, None, None, None
+
+
+def _packed(keep: Tensor) -> Tensor:
+    """Pack a bool mask `[M, K]` into `[M, ceil(K/32)]` words, bit i of a word for the i-th of its 32 elements."""
+    words = F.pad(keep, (0, -keep.shape[1] % 32)).view(torch.int64)
+    return (_compiled_gather() if keep.is_cuda else _gather_bits)(words).view(torch.int32)
+
+
+def _gather_bits(words: Tensor) -> Tensor:
+    """Bit 0 of each byte of a word, gathered in its top byte: b·2^(8i) · 2^(56-7i) = b·2^(56+i)."""
+    return ((words * 0x0102040810204080) >> 56).bitwise_and(255).to(torch.uint8)
+
+
+@functools.cache
+def _compiled_gather() -> Callable[[Tensor], Tensor]:
+    return torch.compile(_gather_bits, dynamic=True)  # one launch in place of four
+
+
+def _split(problem: Problem, backend: str) -> Provider:
+    chosen, leaves = _backend(problem, backend), _leaves(problem)
+    if chosen == "triton" and problem.dropout_p:
+        with torch.no_grad():  # compiles now and here, not in the thread of the first backward
+            _packed(torch.ones_like(problem.x, dtype=torch.bool))
+
+    def forward() -> Tensor:
+        x, a, b = leaves.values()
+        return _SplitGraph.apply(
+            x, problem.weight, a, b, problem.bias, problem.scaling, problem.dropout_p, chosen
+        )  # fmt: skip
+
+    return Provider(f"split graph [{chosen}]", problem, forward, leaves, cost="split" if chosen == "triton" else "")
+
+
+def short(dtype: torch.dtype) -> str:
+    """A dtype in the tables' words, such as bf16."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}.get(dtype, str(dtype)[6:])
+
+
+PROVIDERS: dict[str, Callable[[Problem, str], Provider]] = {
+    "frozen": _frozen,
+    "ours": _ours,
+    "ours_fp32": lambda problem, backend: _ours(_fp32_adapters(problem), backend),
+    "ours_torch": lambda problem, backend: _ours(problem, "torch"),
+    "peft": _peft,
+    "peft_fp32": lambda problem, backend: _peft(_fp32_adapters(problem), backend),
+    "peft_compiled": lambda problem, backend: _compiled(_peft(problem, backend)),
+    "peft_fp32_compiled": lambda problem, backend: _compiled(_peft(_fp32_adapters(problem), backend)),
+    "addmm": _addmm,
+    "split": _split,
+}

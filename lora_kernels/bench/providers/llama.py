@@ -1,0 +1,219 @@
+"""A Llama-shaped model with random weights, and its adapters in every form that `bench` compares.
+
+Grouped-query attention with rotary positions, RMSNorm, SwiGLU; no biases. All forms of one model share its frozen
+weights and hold the same numbers in their adapters. Shapes: activations `[batch, seq, hidden]`, tokens `[batch, seq]`.
+"""
+
+import copy
+import importlib
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_kernels.blocks import lora_mlp, lora_qkv
+from lora_kernels.demo.model import MLP
+from lora_kernels.measure.presets import PROJECTIONS, Dims
+from lora_kernels.modules.linear import LoRALinear
+from lora_kernels.peft import patch_peft
+from lora_kernels.projections import Projection
+
+__all__ = ["Adapters", "LanguageModel", "Stack", "adapted", "draw_adapters", "projections"]
+
+Adapters = dict[str, tuple[Tensor, Tensor]]  # name of a projection to its A and B
+
+
+class Attention(nn.Module):
+    """Causal self-attention with fewer key and value heads than query heads."""
+
+    def __init__(self, dims: Dims) -> None:
+        super().__init__()
+        self.head_dim = dims.head_dim
+        self.q, self.o = (nn.Linear(dims.hidden, dims.hidden, bias=False) for _ in range(2))
+        self.k, self.v = (nn.Linear(dims.hidden, dims.kv_heads * dims.head_dim, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Mix information across positions, `[batch, seq, hidden]`."""
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.project(x))
+        q, k = _turned(q, cos, sin), _turned(k, cos, sin)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o(mixed.transpose(1, 2).flatten(-2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values."""
+        return self.q(x), self.k(x), self.v(x)
+
+
+class BlockAttention(Attention):
+    """The same with queries, keys and values by `lora_qkv`."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values."""
+        layers = [_projection(layer) for layer in (self.q, self.k, self.v)]
+        adapters = [None if q.lora_A is None else (q.lora_A, q.lora_B) for q in layers]
+        numbers = {what: [getattr(q, what) for q in layers] for what in ("scaling", "dropout_p")}
+        return lora_qkv(x, [q.weight for q in layers], adapters, **numbers)
+
+
+class BlockMLP(MLP):
+    """The same by `lora_mlp`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each position on its own, `[batch, seq, hidden]`."""
+        return lora_mlp(x, *map(_projection, (self.gate, self.up, self.down)))
+
+
+def _projection(layer: nn.Module) -> Projection:
+    if not isinstance(layer, LoRALinear):
+        return Projection(layer.weight)
+    p = layer.lora_dropout if layer.training else 0.0
+    return Projection(layer.weight, layer.lora_A, layer.lora_B, None, layer.scaling, p)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Encode positions by turning pairs of features (RoPE, arXiv:2104.09864); the pairs are half a head apart."""
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat((-right, left), -1) * sin
+
+
+class Block(nn.Module):
+    """A decoder layer: attention, then MLP, each on normalised input and added to the stream."""
+
+    def __init__(self, dims: Dims) -> None:
+        super().__init__()
+        self.attention_norm, self.mlp_norm = (nn.RMSNorm(dims.hidden, eps=1e-5) for _ in range(2))
+        self.attention, self.mlp = Attention(dims), MLP(dims.hidden, dims.intermediate)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """One layer, `[batch, seq, hidden]`."""
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Stack(nn.Module):
+    """Decoder layers and the angles of their positions."""
+
+    def __init__(self, dims: Dims, layers: int = 1) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dims) for _ in range(layers))
+        speed = 500_000.0 ** (-torch.arange(0, dims.head_dim, 2) / dims.head_dim)
+        angle = (torch.arange(dims.seq)[:, None] * speed).repeat(1, 2)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All layers, `[batch, seq, hidden]`."""
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin)
+        return x
+
+
+class LanguageModel(nn.Module):
+    """Embedding, decoder layers, norm and head."""
+
+    def __init__(self, dims: Dims) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(dims.vocab, dims.hidden)
+        self.stack, self.norm = Stack(dims, dims.layers), nn.RMSNorm(dims.hidden, eps=1e-5)
+        self.head = nn.Linear(dims.hidden, dims.vocab, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `[batch, seq, vocab]` from embedded tokens `[batch, seq, hidden]`."""
+        return self.head(self.norm(self.stack(x)))
+
+
+def projections(model: nn.Module, targets: Sequence[str] = PROJECTIONS) -> dict[str, nn.Linear]:
+    """The layers that get an adapter, by name; "q" is what transformers calls "q_proj"."""
+    short = [target.removesuffix("_proj") for target in targets]
+    return {
+        name: module for name, module in model.named_modules() if name.rpartition(".")[2].removesuffix("_proj") in short
+    }
+
+
+def draw_adapters(model: nn.Module, r: int, targets: Sequence[str] = PROJECTIONS, seed: int = 3) -> Adapters:
+    """Draw adapters in which every term matters, in the dtype and on the device of the model."""
+    drawn = {}
+    for name, linear in projections(model, targets).items():
+        n, k = linear.weight.shape
+        generator = torch.Generator(linear.weight.device).manual_seed(seed + len(drawn))
+        a, b = (torch.randn(size, generator=generator, device=linear.weight.device) for size in ((r, k), (n, r)))
+        drawn[name] = ((a * k**-0.5).to(linear.weight.dtype), (b * 0.5 * r**-0.5).to(linear.weight.dtype))
+    return drawn
+
+
+class PeftArithmetic(nn.Module):
+    """What PEFT's layer computes, where PEFT is not installed."""
+
+    def __init__(self, linear: nn.Linear, lora_A: nn.Parameter, lora_B: nn.Parameter, scaling: float, p: float) -> None:
+        super().__init__()
+        self.linear, self.scaling, self.p = linear, scaling, p
+        self.lora_A, self.lora_B = lora_A, lora_B
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute y, `[*, out]`."""
+        y = self.linear(x)
+        x = F.dropout(x.to(self.lora_A.dtype), self.p, self.training and self.p > 0)
+        return (y + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling).to(y.dtype)
+
+
+def adapted(
+    base: nn.Module, form: str, adapters: Adapters, dtype: torch.dtype, scaling: float, p: float
+) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """The model with its adapters, sharing every frozen tensor of `base`.
+
+    Args:
+        base: A frozen model; not changed.
+        form: "frozen" for no adapters, "layers" for `LoRALinear`, "ours" for the same in blocks (`lora_qkv` and
+            `lora_mlp`), "peft" for PEFT's own layers and "patched" for the same after `patch_peft` (`ImportError`
+            where PEFT is not installed), "arithmetic" for `PeftArithmetic`.
+        adapters: Their numbers.
+        dtype: What they are held in.
+        scaling: Multiplies the low-rank term.
+        p: Drop probability in training mode.
+
+    Returns:
+        The model in training mode, and its trainable parameters: "<projection>.A" and "<projection>.B", in order.
+    """
+    shared = {id(t): t for t in itertools.chain(base.parameters(), base.buffers())}
+    model = copy.deepcopy(base, shared).train()
+    if form == "frozen":
+        return model, {}
+    held = {
+        f"{name}.{which}": nn.Parameter(t.detach().to(dtype, copy=True))
+        for name, pair in adapters.items() for which, t in zip("AB", pair, strict=True)
+    }  # fmt: skip
+    if form in ("peft", "patched"):
+        _inject_peft(model, adapters, held, scaling, p)
+        if form == "patched":
+            patch_peft(model)
+        return model, held
+    for name in adapters:
+        linear = model.get_submodule(name)
+        parent, _, last = name.rpartition(".")
+        a, b = held[f"{name}.A"], held[f"{name}.B"]
+        if form in ("layers", "ours"):
+            layer: nn.Module = LoRALinear.from_linear(linear, a.shape[0], scaling * a.shape[0], p, dtype=dtype)
+            layer.lora_A, layer.lora_B = a, b
+        else:
+            layer = PeftArithmetic(linear, a, b, scaling, p)
+        setattr(model.get_submodule(parent), last, layer)
+    for module in model.modules() if form == "ours" else ():
+        if isinstance(module, (Attention, MLP)):
+            module.__class__ = BlockAttention if isinstance(module, Attention) else BlockMLP
+    return model, held
+
+
+def _inject_peft(model: nn.Module, adapters: Adapters, held: dict[str, Any], scaling: float, p: float) -> None:
+    peft = importlib.import_module("peft")
+    r = next(iter(adapters.values()))[0].shape[0]
+    config = peft.LoraConfig(
+        r=r, lora_alpha=scaling * r, lora_dropout=p, target_modules=list(adapters), init_lora_weights=False
+    )  # fmt: skip
+    peft.inject_adapter_in_model(config, model)
+    for name in adapters:
+        layer = model.get_submodule(name)
+        layer.lora_A["default"].weight, layer.lora_B["default"].weight = held[f"{name}.A"], held[f"{name}.B"]
+    model.train()

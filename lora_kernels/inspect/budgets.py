@@ -1,0 +1,133 @@
+"""What a compiled kernel must keep to, as rules: each says what is wrong with a kernel, or nothing."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_kernels.inspect.compiled import Kernel
+
+__all__ = ["broken"]
+
+# instructions for 64 of K, with room beside what is needed: 80 to 92 and, where the tensor cores have a memory of their
+# own that is waited for by hand, 135 on Triton 3.6
+_LOOPS = {"sm_90": 100, "sm_100": 140}
+_SOURCE = 5  # more for each source beyond two, which is selected there
+_FAST_ROWS = 64  # a dot of fewer rows cannot use Hopper's asynchronous tensor-core instructions
+
+
+def broken(kernel: "Kernel", gpu: Any) -> Iterator[str]:
+    """Name every budget that a kernel breaks.
+
+    Args:
+        kernel: The kernel.
+        gpu: The `ImaginedGPU` that it is for.
+    """
+    facts = kernel.facts
+    if facts.spills:
+        yield f"spills {facts.spills}"
+    if facts.shared > gpu.shared:
+        yield f"takes {facts.shared} B of shared memory of {gpu.shared}"
+    if facts.narrow_products:
+        yield f"multiplies in 32 bits for a pointer: {facts.narrow_products[0]}"
+    if facts.warnings:
+        yield f"ptxas serialises the tensor cores ({', '.join(facts.warnings)})"
+    for tile in facts.both_ways:
+        yield f"takes a tile by tensor cores and by registers at once, for which Triton has a buffer too few: {tile}"
+    if facts.overwritten:
+        times = len(facts.overwritten)
+        yield f"writes registers that tensor cores may still read, {times} times: {facts.overwritten[0]}"
+    if facts.late_stores:
+        yield f"counts programs in while stores of other waves are on their way, {facts.late_stores} times"
+    yield from _dependent_launch(kernel)
+    yield from _tensor_cores(kernel)
+    yield from _occupancy(kernel, gpu)
+    if kernel.name == "matmul_expand":
+        yield from _matmul(kernel)
+    elif kernel.case.dtype != "fp32" and not kernel.case.strided:
+        yield from _streams(kernel)
+
+
+def _dependent_launch(kernel: "Kernel") -> Iterator[str]:
+    """Hold what comes up before the launch in front of it has ended to wait in time."""
+    found = kernel.facts.dependent
+    if kernel.name == "matmul_expand" and kernel.constants["PDL"] and found != "waits":
+        yield "does not wait for the launch before it, and then let the next come up, before it touches memory"
+    if kernel.constants.get("READY") and found not in ("waits", "waits to write"):
+        yield "does not wait for the launch before it before it writes"
+
+
+def _tensor_cores(kernel: "Kernel") -> Iterator[str]:
+    facts, loop = kernel.facts, kernel.facts.loop
+    tf32 = kernel.constants.get("PRECISION") == "tf32"
+    if facts.tf32 and not tf32:
+        yield "rounds fp32 to TF32 unasked"
+    if kernel.case.dtype == "fp32" and not tf32:
+        return
+    if not facts.mma or loop is None:
+        yield "does not use tensor cores in a loop"
+    elif kernel.arch == "sm_90" and _rows_of_dots(kernel) >= _FAST_ROWS:
+        if any(name.startswith("HMMA") for name in facts.mma):
+            yield "falls back to mma.sync"
+        dots = kernel.constants.get("ROWS", 1) + bool(kernel.constants.get("HAS_SHRINK"))
+        # an operand that is masked or made in registers is waited for before its registers are written again
+        in_registers = kernel.name != "matmul_expand" and (_masks(kernel) or kernel.constants.get("ACTIVATION"))
+        if not in_registers and max(loop.waits, loop.arrives) > dots:
+            yield f"begins its tensor cores {loop.arrives} times a K step and waits {loop.waits} times, for {dots} dots"
+
+
+def _rows_of_dots(kernel: "Kernel") -> int:
+    """Rows of the dot that has the fewest."""
+    constants = kernel.constants
+    if kernel.name == "wgrad":
+        return min(constants["BLOCK_W"], constants["BLOCK_M"] if constants["HAS_SHRINK"] else constants["BLOCK_W"])
+    return constants.get("BLOCK_M", 0)
+
+
+def _masks(kernel: "Kernel") -> bool:
+    return bool(kernel.constants.get("HAS_KEEP") or kernel.constants.get("HAS_DROPOUT"))
+
+
+def _occupancy(kernel: "Kernel", gpu: Any) -> Iterator[str]:
+    facts, constants = kernel.facts, kernel.constants
+    if facts.per_sm < 1:
+        yield "does not fit a multiprocessor"
+    # as many programs as are meant to run at once; one too many waits for a whole program to end
+    if kernel.name == "matmul_expand" and kernel.programs > facts.per_sm * gpu.num_sms:
+        yield f"launches {kernel.programs} programs at once and {facts.per_sm * gpu.num_sms} fit"
+    if kernel.name == "shrink" and constants["BLOCK_R"] <= 32 and facts.per_sm < 2:
+        yield "leaves a multiprocessor one program, which cannot hide the latency of its loads"
+
+
+def _matmul(kernel: "Kernel") -> Iterator[str]:
+    loop, constants = kernel.facts.loop, kernel.constants
+    if loop is None or not constants["NUM_SOURCES"]:  # the masked product alone is always loaded by pointers
+        return
+    if constants["USE_TMA"]:
+        if loop.tma_loads != 2:
+            yield f"loads {loop.tma_loads} tiles by descriptor in the K loop, not 2"
+        if loop.loads:
+            yield f"loads by pointer in the K loop: {sum(loop.loads.values())}"
+        most = (_LOOPS[kernel.arch] + _SOURCE * max(constants["NUM_SOURCES"] - 2, 0)) * constants["BLOCK_K"] // 64
+        if loop.instructions > most:
+            yield f"has {loop.instructions} instructions in the K loop, more than {most}"
+    elif kernel.arch == "sm_80" and not kernel.case.strided and not loop.async_copies:
+        yield "is not pipelined: no asynchronous copy in the K loop"
+
+
+def _streams(kernel: "Kernel") -> Iterator[str]:
+    """Hold a shrink or wgrad of contiguous, aligned 16-bit operands to loads as wide as its tiles allow."""
+    loop = kernel.facts.loop
+    if loop is None or kernel.arch == "gfx942":  # there a tile goes through other instructions
+        return
+    threads, (rows, wide, thin) = 32 * kernel.num_warps, kernel.sides
+    large = rows * wide
+    small = (rows if kernel.name == "wgrad" else wide) * thin
+    narrowest = min(128, 16 * small // threads, 16 * large // threads)
+    words = 32 if kernel.name == "wgrad" and _masks(kernel) else 0  # what a mask comes in
+    found = {width: count for width, count in loop.loads.items() if width < narrowest and width != words}
+    if found:
+        yield f"loads {found} (bits: count) in the K loop, narrower than {narrowest} bits"
+    if words and loop.async_copies < sum(loop.loads.values()):  # the masks of each step would be waited for in turn
+        yield f"loads {sum(loop.loads.values())} times in the K loop, of these {loop.async_copies} ahead"
+    if loop.loads.get(128, 0) < 2 * large // 16 // threads:
+        yield f"loads the wide tile in fewer than 128 bits a thread: {loop.loads}"

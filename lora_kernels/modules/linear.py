@@ -1,0 +1,220 @@
+"""`LoRALinear`: a frozen linear layer with a trainable low-rank adapter, in PEFT's words."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_kernels.functional.checks import check_number
+from lora_kernels.functional import lora_linear
+
+__all__ = ["LoRALinear", "check_base", "check_numbers", "listened_to"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class LoRALinear(nn.Module):
+    """A drop-in for `nn.Linear` whose weight is frozen and whose update has rank r.
+
+    y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ,    scaling = lora_alpha / r, or lora_alpha / √r with rsLoRA
+
+    Args:
+        in_features: Size of each input.
+        out_features: Size of each output.
+        r: Rank of the update, >= 1.
+        lora_alpha: Numerator of `scaling`.
+        lora_dropout: Probability of dropping an element of the adapter's input, in training mode only.
+        bias: Whether the base layer has a bias (frozen, too).
+        use_rslora: Scale by 1/√r in place of 1/r (Kalajdzievski 2023, arXiv:2312.03732).
+        device: Where the parameters live.
+        dtype: Their dtype; adapters of an existing layer may differ, see `from_linear`.
+
+    Attributes:
+        weight: Frozen, `[out_features, in_features]`.
+        bias: Frozen, `[out_features]`, or None.
+        lora_A: Trainable, `[r, in_features]`, drawn as PEFT draws it (Kaiming uniform, a = √5).
+        lora_B: Trainable, `[out_features, r]`, zero at first: the layer starts out as its base.
+        scaling: A plain number, read at each call; set it freely.
+        merged: Whether the update stands in `weight` at the moment.
+        accumulate_grad: Whether backward adds to the `.grad` of lora_A and lora_B itself, see `lora_linear`; False at
+            first, set it freely.
+
+    A merged layer's state dict is a plain linear layer's (`weight`, `bias`).
+
+    Raises:
+        TypeError: r is not an int; `lora_alpha` or `lora_dropout` is not a number.
+        ValueError: r < 1, `lora_alpha` is not finite, or `lora_dropout` outside [0, 1].
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0.0,
+        bias: bool = True, use_rslora: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self._configure(in_features, out_features, r, lora_alpha, lora_dropout, use_rslora)
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._adopt(base, dtype)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0.0,
+        use_rslora: bool = False, dtype: torch.dtype | None = None,
+    ) -> "LoRALinear":  # fmt: skip
+        """Wrap an existing layer: share its weight and bias, copy nothing, freeze both.
+
+        Args:
+            linear: The layer to adapt. Its parameters become the new layer's, and stop requiring grad.
+            r: Rank of the update.
+            lora_alpha: Numerator of `scaling`.
+            lora_dropout: Drop probability of the adapter's input in training.
+            use_rslora: Scale by 1/√r.
+            dtype: Dtype of the adapters; the base's if None. float32 over a 16-bit base is PEFT's default.
+
+        Raises:
+            TypeError: `linear` is not exactly an `nn.Linear` (a subclass may compute something else); a number, as
+                `LoRALinear`.
+            ValueError: `linear` has hooks, or a forward of its own, which would no longer run; a number, as
+                `LoRALinear`.
+        """
+        check_base(linear, "LoRALinear.from_linear: linear")
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._configure(linear.in_features, linear.out_features, r, lora_alpha, lora_dropout, use_rslora)
+        self._adopt(linear, dtype)
+        self.train(linear.training)
+        return self
+
+    def reset_lora_parameters(self) -> None:
+        """Draw A anew and zero B, so that the layer computes what its base computes."""
+        if self.merged:
+            raise RuntimeError("LoRALinear is merged; call unmerge() before resetting its adapter.")
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute y, `[*, out_features]`, from x, `[*, in_features]`."""
+        return self._compute(x, self.weight, self.lora_A, self.lora_B, self.bias)
+
+    def _compute(
+        self, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, **more: Any
+    ) -> Tensor:
+        """The layer's output of these tensors, which may be parts of its own."""
+        if self.merged:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError("LoRALinear is merged; call unmerge() before training.")
+            return F.linear(x, weight, bias)
+        return lora_linear(
+            x, weight, lora_A, lora_B, scaling=self.scaling, bias=bias,
+            dropout_p=self.lora_dropout if self.training else 0.0, accumulate_grad=self.accumulate_grad, **more,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the update to the weight, in place: W += scaling · B A, computed in fp32 and rounded once.
+
+        The weight is written where it lies, so a layer that shares it changes with it. Does nothing when merged.
+        """
+        if not self.merged:
+            self._added = self.lora_A.detach().clone(), self.lora_B.detach().clone(), self.scaling
+            self._add_update(*self._added)
+            self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take out of the weight what `merge` added; exact to the rounding of the two sums.
+
+        The adapters as they were then are kept for it: they may have been written since.
+        """
+        if self.merged:
+            lora_A, lora_B, scaling = self._added
+            self._add_update(lora_A, lora_B, -scaling)
+            self.merged, self._added = False, None
+
+    def extra_repr(self) -> str:
+        """The arguments that made the layer."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
+            f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, bias={self.bias is not None}"
+            + (", use_rslora=True" if self.use_rslora else "")
+            + (", merged=True" if self.merged else "")
+        )
+
+    def _configure(
+        self, in_features: int, out_features: int, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool
+    ) -> None:
+        check_numbers("LoRALinear", r, lora_alpha, lora_dropout)
+        self.in_features, self.out_features, self.r = in_features, out_features, r
+        self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
+        self.scaling = float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
+        self.merged = self.accumulate_grad = False
+
+    def _adopt(self, linear: nn.Linear, dtype: torch.dtype | None) -> None:
+        self.weight = linear.weight.requires_grad_(False)
+        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
+        like = dict(device=self.weight.device, dtype=dtype or self.weight.dtype)
+        self.lora_A = nn.Parameter(torch.empty(self.r, self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, **like))
+        self.reset_lora_parameters()
+
+    def _add_update(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+        like = dict(device=self.weight.device, dtype=torch.promote_types(self.weight.dtype, torch.float32))
+        update = (lora_B.to(**like) @ lora_A.to(**like)).mul_(scaling)
+        self.weight.copy_(update.add_(self.weight))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.merged:
+            raise RuntimeError(f"LoRALinear {prefix.rstrip('.') or '(root)'} is merged; call unmerge() before loading.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            del destination[prefix + "lora_A"], destination[prefix + "lora_B"]
+
+
+def check_numbers(name: str, r: int, lora_alpha: float, lora_dropout: float) -> None:
+    """Refuse numbers that make no adapter; `name` is the class that was asked for one.
+
+    Raises:
+        TypeError: r is not an int, or another is not a number.
+        ValueError: r < 1, `lora_alpha` is not finite, or `lora_dropout` outside [0, 1].
+    """
+    if not isinstance(r, int) or isinstance(r, bool):
+        raise TypeError(f"{name}: r must be an int, got {type(r).__name__} {r!r}.")
+    if r < 1:
+        raise ValueError(f"{name}: r must be at least 1, got {r}.")
+    check_number(name, "lora_alpha", lora_alpha)
+    check_number(name, "lora_dropout", lora_dropout)
+    if not math.isfinite(lora_alpha):
+        raise ValueError(f"{name}: lora_alpha must be finite, got {lora_alpha}.")
+    if not 0.0 <= lora_dropout <= 1.0:
+        raise ValueError(f"{name}: lora_dropout must be in [0, 1], got {lora_dropout}.")
+
+
+def check_base(linear: nn.Module, what: str, way_out: str = "") -> None:
+    """Refuse a layer whose place a `LoRALinear` cannot take; `what` and `way_out` are words for the message.
+
+    Raises:
+        TypeError: `linear` is not exactly an `nn.Linear` (a subclass may compute something else).
+        ValueError: `linear` has hooks, or a forward of its own, which would no longer run.
+    """
+    if type(linear) is not nn.Linear:
+        way_out = way_out or (
+            "; give its weight and bias to a plain nn.Linear if that computes the same, or leave it and add the "
+            "low-rank term to its result with lora_kernels.functional.lora_add"
+        )
+        raise TypeError(f"{what} is a {type(linear).__name__}, not exactly an nn.Linear{way_out}.")
+    lost = listened_to(linear)
+    if lost:
+        raise ValueError(
+            f"{what} has {', '.join(lost)} set on it, which would no longer run. Remove that first, and put it on the "
+            f"new layer if it is to see the adapter's part as well{way_out}."
+        )
+
+
+def listened_to(module: nn.Module) -> list[str]:
+    """What would notice that a module is not called: names of its hooks, and of a forward set on the instance."""
+    return [name for name in _HOOKS if getattr(module, name)] + ["forward"] * ("forward" in vars(module))

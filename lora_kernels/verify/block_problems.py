@@ -1,0 +1,171 @@
+"""Blocks to be checked: projections of one x, and the gated MLP; their truth in float64, and what they are held to.
+
+    projections    yᵢ = layerᵢ(x)                              q, k, v
+    MLP            y  = down(act(gate(x)) · up(x))             gate, up, down
+
+Projections are held to `numerics.check` each, and their dx to `numerics.check_shared_dx`. Of an MLP, peers round at
+places of their own, which no bound of each element knows: all are held by `check_mlp` to the rms error of PyTorch's
+operators. `verify` holds this package's to `numerics_mlp.check`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_kernels import reference
+from lora_kernels.verify import numerics
+from lora_kernels.verify import numerics_mlp
+from lora_kernels.verify.numerics import Finding, Problem
+from lora_kernels.verify.numerics_mlp import ACTIVATIONS
+from lora_kernels.projections import Projection
+
+__all__ = [
+    "MLP", "QKV", "BlockProblem", "Keeps", "check_mlp", "check_projections", "compose", "leaves_of", "outputs",
+]  # fmt: skip
+
+QKV, MLP = ("q", "k", "v"), ("gate", "up", "down")
+Keeps = Mapping[str, Tensor]  # layer to its dropout mask, bool of its input's shape
+
+
+@dataclass(frozen=True)
+class BlockProblem:
+    """One call of a block and the gradients that flow back into it.
+
+    Attributes:
+        x: `[M, in]`. Its dtype is the one computed in.
+        layers: Name to weight, adapter, scaling and dropout; of an MLP gate, up and down.
+        dys: One for each output.
+        activation: One of `numerics_mlp.ACTIVATIONS`; "" for projections of x.
+    """
+
+    x: Tensor
+    layers: dict[str, Projection]
+    dys: tuple[Tensor, ...]
+    activation: str = ""
+
+    @property
+    def adapted(self) -> dict[str, Projection]:
+        """The layers with an adapter."""
+        return {name: q for name, q in self.layers.items() if q.lora_A is not None}
+
+    @property
+    def ys(self) -> tuple[str, ...]:
+        """The names of the outputs."""
+        return ("y",) if self.activation else tuple(f"y {name}" for name in self.layers)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank, 0 without adapters."""
+        return max((q.lora_A.shape[0] for q in self.adapted.values()), default=0)
+
+    @property
+    def summed(self) -> int:
+        """How many terms come to any output: the n of rule 2 for all of them, see `numerics.terms`."""
+        rows, weights = self.x.shape[0], [q.weight.shape for q in self.layers.values()]
+        if self.activation:
+            return numerics_mlp.terms(rows, *weights[-2:], self.rank)
+        return rows + self.x.shape[1] + sum(n + 2 * self.rank for n, _ in weights)
+
+    def frozen(self) -> "BlockProblem":
+        """The same without adapters."""
+        bare = {name: Projection(q.weight, bias=q.bias) for name, q in self.layers.items()}
+        return replace(self, layers=bare)
+
+    def with_adapters_in(self, dtype: torch.dtype) -> "BlockProblem":
+        """The same numbers, the adapters in a dtype."""
+        wide = {
+            name: q if q.lora_A is None else q._replace(lora_A=q.lora_A.to(dtype), lora_B=q.lora_B.to(dtype))
+            for name, q in self.layers.items()
+        }
+        return replace(self, layers=wide)
+
+
+def compose(problem: BlockProblem, x: Tensor, apply: Callable[[str, Tensor], Tensor]) -> tuple[Tensor, ...]:
+    """The block's outputs where `apply` computes a layer, by its name, of an input."""
+    if not problem.activation:
+        return tuple(apply(name, x) for name in problem.layers)
+    gate, up, down = problem.layers
+    return (apply(down, ACTIVATIONS[problem.activation](apply(gate, x)) * apply(up, x)),)
+
+
+def leaves_of(problem: BlockProblem, cast: Callable[[Tensor], Tensor] = lambda t: t) -> dict[str, Tensor]:
+    """What gradients are taken of, by the gradient's name: x, and each adapter's A and B."""
+    leaves = {"dx": problem.x}
+    for name, q in problem.adapted.items():
+        leaves |= {f"dA {name}": q.lora_A, f"dB {name}": q.lora_B}
+    return {name: cast(t.detach()).requires_grad_() for name, t in leaves.items()}
+
+
+def outputs(problem: BlockProblem, keeps: Keeps, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Outputs and gradients by PyTorch's operators in a dtype, from the inputs as they are rounded to x's.
+
+    In float64 this is the truth, in x's own dtype the yardstick.
+    """
+    narrow = problem.x.dtype
+    leaves = leaves_of(problem, lambda t: t.to(narrow).to(dtype))
+
+    def apply(name: str, x: Tensor) -> Tensor:
+        q = problem.layers[name]
+        bias = None if q.bias is None else q.bias.to(dtype)
+        if q.lora_A is None:
+            return F.linear(x, q.weight.to(dtype), bias)
+        pair = leaves[f"dA {name}"], leaves[f"dB {name}"]
+        return reference.forward(x, q.weight.to(dtype), *pair, bias, q.scaling, keeps.get(name), q.dropout_p)
+
+    ys = compose(problem, leaves["dx"], apply)
+    gradients = torch.autograd.grad(ys, tuple(leaves.values()), [dy.to(dtype) for dy in problem.dys])
+    return {name: t.detach() for name, t in zip((*problem.ys, *leaves), (*ys, *gradients), strict=True)}
+
+
+def check_mlp(
+    actual: dict[str, Tensor], exact: dict[str, Tensor], eager: dict[str, Tensor], dtype: torch.dtype, summed: int
+) -> list[Finding]:
+    """Hold outputs to rule 2, of any size (`numerics.allowed_rms`), and no NaN.
+
+    Args:
+        actual: Output name to tensor.
+        exact: The truth, in a wider dtype.
+        eager: What PyTorch's operators give.
+        dtype: The one computed in, whose roundoff u is.
+        summed: How many terms come to each.
+
+    Returns:
+        A finding for each output in `actual`, in its order; `rule_1` is 0, there is none.
+    """
+    findings = []
+    for name, tensor in actual.items():
+        truth = exact[name].double()
+        error, beside = numerics.rms(tensor.double() - truth), numerics.rms(eager[name].double() - truth)
+        allowed = numerics.allowed_rms(beside, numerics.rms(truth), dtype, summed)
+        used = error / allowed if allowed else (float("inf") if error else 0.0)
+        used = used if used == used else float("inf")
+        message = "" if used <= 1 else f"{name} has rms error {error:.3g}, {allowed:.3g} allowed"
+        findings.append(Finding(name, not message, 0.0, used, error / beside if beside else None, message))
+    return findings
+
+
+def check_projections(actual: dict[str, Tensor], problem: BlockProblem, keeps: Keeps, split: bool) -> list[Finding]:
+    """Hold projections to rules 1 and 2, each on its own and their dx as the sum that it is.
+
+    Args:
+        actual: Output name to tensor.
+        problem: What was computed.
+        keeps: The masks that were used.
+        split: See `numerics.bounds`.
+    """
+    found, problems = [], []
+    for (name, q), y, dy in zip(problem.layers.items(), problem.ys, problem.dys, strict=True):
+        pair = (q.weight[:0], q.weight[:, :0]) if q.lora_A is None else (q.lora_A, q.lora_B)
+        one = Problem(problem.x, q.weight, *pair, dy, q.bias, q.scaling, q.dropout_p, keeps.get(name))
+        own = {"y": y, "d_lora_A": f"dA {name}", "d_lora_B": f"dB {name}"}
+        names = {which: called for which, called in own.items() if called in actual}
+        outcome = {which: actual[called] for which, called in names.items()}
+        for finding in numerics.check(outcome, one, numerics.eager(one), split):
+            called = names[finding.name]
+            found.append(replace(finding, name=called, message=finding.message.replace(finding.name, called, 1)))
+        problems.append(one)
+    eagers = [numerics.eager(one)["dx"] for one in problems]
+    return [*found, numerics.check_shared_dx(actual["dx"], problems, eagers, split)]
