@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.bench import levels
 from lora_kernels.bench.cases.layer import Settings
+from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.measure.presets import Dims, HostedDims, Shape
 
 __all__ = ["flops", "seconds", "warning"]
@@ -26,7 +26,8 @@ def flops(level: str, subject: Shape | Dims, r: int) -> int:
         m, hidden = subject.tokens, subject.hidden
         key_value = subject.kv_heads * subject.head_dim
         sides = [(hidden, hidden)] * 2 + [(hidden, key_value)] * 2 + [(hidden, subject.intermediate)] * 3
-        layer = sum(sum(layer_cost.flops(m, k, n, r)) for k, n in sides) + 12 * m * subject.seq * hidden  # and attention
+        attention = 12 * m * subject.seq * hidden
+        layer = sum(sum(layer_cost.flops(m, k, n, r)) for k, n in sides) + attention
         head = sum(layer_cost.flops(m, hidden, subject.vocab, 0))
         return subject.layers * layer + head if level == "model" else layer
     widths = (subject.n,) * 3 if level == "mlp" else subject.widths

@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-from lora_kernels.bench.providers import layer as providers
-from lora_kernels.bench.cases import layer as layer_case
 from lora_kernels.bench.cases import block as block_case
-from lora_kernels.bench.providers import block as block_providers
 from lora_kernels.bench.cases import kernel as kernel_case
+from lora_kernels.bench.cases import layer as layer_case
 from lora_kernels.bench.cases import model as model_case
-from lora_kernels.measure import presets
-from lora_kernels.bench.cases.layer import Settings
 from lora_kernels.bench.cases.block import BLOCKS
+from lora_kernels.bench.cases.layer import Settings
+from lora_kernels.bench.providers import block as block_providers
+from lora_kernels.bench.providers import layer as providers
+from lora_kernels.measure import presets
 from lora_kernels.measure.presets import Dims, HostedDims, Shape
 
 __all__ = ["LEVELS", "OF_BLOCK", "PROVIDERS", "names", "run", "subjects"]

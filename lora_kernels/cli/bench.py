@@ -32,18 +32,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lora_kernels import plan
-from lora_kernels.bench.show import plot
-from lora_kernels.bench.show import tables
-from lora_kernels.bench import estimate
+from lora_kernels.bench import estimate, levels
+from lora_kernels.bench.cases.kernel import LAUNCHES
+from lora_kernels.bench.cases.layer import Settings
 from lora_kernels.bench.providers import hosted
 from lora_kernels.bench.show import levels as level_tables
-from lora_kernels.bench import levels
+from lora_kernels.bench.show import plot, tables
+from lora_kernels.console import on_stdout
 from lora_kernels.measure import timing
-from lora_kernels.bench.cases.layer import Settings
-from lora_kernels.bench.cases.kernel import LAUNCHES
 from lora_kernels.measure.machine import caption, check_file, machine, write_json
 from lora_kernels.measure.presets import MODELS, PRESETS, PROJECTIONS, Dims, Shape, parse_shape
-from lora_kernels.console import on_stdout
 
 __all__ = ["add_arguments", "run"]
 

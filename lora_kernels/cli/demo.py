@@ -25,10 +25,10 @@ from lora_kernels import plan
 from lora_kernels.demo import adapter as demo_adapter
 from lora_kernels.demo import chart as demo_chart
 from lora_kernels.demo import text as demo_text
-from lora_kernels.measure import machine
 from lora_kernels.demo.chart import Curves
 from lora_kernels.demo.model import CONTEXT, Transformer, add_lora, lora_layers
 from lora_kernels.demo.text import Corpus
+from lora_kernels.measure import machine
 
 __all__ = ["add_arguments", "run"]
 

@@ -17,10 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_kernels import plan
-from lora_kernels.plan import cache
-from lora_kernels.plan import tuned
-from lora_kernels.measure import machine
 from lora_kernels.console import on_stdout
+from lora_kernels.measure import machine
+from lora_kernels.plan import cache, tuned
 
 __all__ = ["add_arguments", "run"]
 

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lora_kernels.measure import machine
+from lora_kernels.console import SplitTable, on_stdout
 from lora_kernels.inspect.compiled import CASES, DTYPES, QUICK, Case, Kernel, compile_case, problem
 from lora_kernels.inspect.stored import budget_file, regressions, renew
-from lora_kernels.console import SplitTable, on_stdout
+from lora_kernels.measure import machine
 
 __all__ = ["add_arguments", "run"]
 

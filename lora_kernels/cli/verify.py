@@ -29,15 +29,13 @@ from rich.text import Text
 from torch import Tensor
 
 from lora_kernels import plan
-from lora_kernels.verify import numerics
-from lora_kernels.plan import model
-from lora_kernels.verify import emulate
-from lora_kernels.measure import machine
-from lora_kernels.verify import block_matrix
-from lora_kernels.verify.problems import every_other, make_problem, run_problem, same_bits, storages, with_mask
-from lora_kernels.verify.block_matrix import BlockCase
 from lora_kernels.console import on_stdout
+from lora_kernels.measure import machine
+from lora_kernels.plan import model
+from lora_kernels.verify import block_matrix, emulate, numerics
+from lora_kernels.verify.block_matrix import BlockCase
 from lora_kernels.verify.numerics import Finding, Problem
+from lora_kernels.verify.problems import every_other, make_problem, run_problem, same_bits, storages, with_mask
 
 __all__ = ["Case", "Result", "add_arguments", "draw", "lay_out", "run"]
 

@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 
 from lora_kernels import plan
-from lora_kernels.plan import model
-from lora_kernels.plan import tuned
-from lora_kernels.bench.providers import layer as providers
-from lora_kernels.verify import judge
-from lora_kernels.bench.providers.layer import Provider
 from lora_kernels.bench.cases.layer import Settings, draw
+from lora_kernels.bench.providers import layer as providers
+from lora_kernels.bench.providers.layer import Provider
 from lora_kernels.measure.presets import Shape
 from lora_kernels.measure.timing import Calls
-from lora_kernels.plan import Form
+from lora_kernels.plan import Form, model, tuned
 from lora_kernels.plan.model import Product
+from lora_kernels.verify import judge
 
 __all__ = ["PASSES", "Time", "choose", "forms", "keys", "products", "tune_case"]
 

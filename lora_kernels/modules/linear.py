@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels.functional.checks import check_number
 from lora_kernels.functional import lora_linear
+from lora_kernels.functional.checks import check_number
 
 __all__ = ["LoRALinear", "check_base", "check_numbers", "listened_to"]
 

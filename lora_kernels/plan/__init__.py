@@ -4,7 +4,15 @@ The forms go by a model of the GPU (`model`), or by what `lora-kernels tune` mea
 """
 
 from lora_kernels.plan.backend import (
-    BACKENDS, MAX_RANK, Choice, automatic, choose, contractions, interpreting, overridden, triton_problem,
+    BACKENDS,
+    MAX_RANK,
+    Choice,
+    automatic,
+    choose,
+    contractions,
+    interpreting,
+    overridden,
+    triton_problem,
 )  # fmt: skip
 from lora_kernels.plan.forms import Form, expander, expander_all, forced, forget, form, fuses, repeat, rule, stacks
 

@@ -1,6 +1,6 @@
 """Which backend serves a call, and the place that loads it.
 
-"triton" runs the fused kernels, "torch" the same contractions in PyTorch's own operators (`lora_kernels.torch_backend`).
+"triton" runs the fused kernels, "torch" the same contractions in PyTorch's own operators (`torch_backend`).
 Nothing is asked of a device before the first call that needs the answer.
 """
 

@@ -30,8 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_kernels.plan import cache
-from lora_kernels.plan import model
+from lora_kernels.plan import cache, model
 from lora_kernels.plan.model import Product
 
 __all__ = [

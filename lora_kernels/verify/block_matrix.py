@@ -6,10 +6,12 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lora_kernels import dropout, reference
-from lora_kernels import torch_backend
-from lora_kernels.verify import numerics_mlp
+from lora_kernels import dropout, reference, torch_backend
 from lora_kernels.blocks import lora_mlp, lora_qkv
+from lora_kernels.dropout import threshold
+from lora_kernels.projections import Projection
+from lora_kernels.verify import numerics_mlp
+from lora_kernels.verify.block_judge import find_masks
 from lora_kernels.verify.block_problems import (
     MLP,
     QKV,
@@ -17,12 +19,9 @@ from lora_kernels.verify.block_problems import (
     check_projections,
     leaves_of,
 )  # fmt: skip
-from lora_kernels.verify.block_judge import find_masks
-from lora_kernels.verify.problems import every_other, make_problem, same_bits, storages
-from lora_kernels.dropout import threshold
 from lora_kernels.verify.numerics import Finding
 from lora_kernels.verify.numerics_mlp import ACTIVATIONS, MLPProblem
-from lora_kernels.projections import Projection
+from lora_kernels.verify.problems import every_other, make_problem, same_bits, storages
 
 __all__ = ["BlockCase", "examine", "matrix"]
 
@@ -188,7 +187,8 @@ def _masks(problem: BlockProblem, backend: str, seed: int) -> dict[str, Tensor]:
     dropping, (m, k) = {name: q for name, q in problem.adapted.items() if q.dropout_p}, problem.x.shape
     if not dropping or backend == "torch":
         return {
-            name: torch_backend.draw_mask(problem.x.shape, q.dropout_p, problem.x.device).bool() for name, q in dropping.items()
+            name: torch_backend.draw_mask(problem.x.shape, q.dropout_p, problem.x.device).bool()
+            for name, q in dropping.items()
         }
     seeds = dropout.draw_seed(problem.x.device, len(dropping)).reshape(-1)
     return {

@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels import reference
-from lora_kernels.verify import numerics
-from lora_kernels.verify import numerics_mlp
+from lora_kernels.projections import Projection
+from lora_kernels.verify import numerics, numerics_mlp
 from lora_kernels.verify.numerics import Finding, Problem
 from lora_kernels.verify.numerics_mlp import ACTIVATIONS
-from lora_kernels.projections import Projection
 
 __all__ = [
     "MLP", "QKV", "BlockProblem", "Keeps", "check_mlp", "check_projections", "compose", "leaves_of", "outputs",

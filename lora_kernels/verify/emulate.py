@@ -17,8 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from lora_kernels.measure import machine
 from lora_kernels.console import on_stdout
+from lora_kernels.measure import machine
 
 __all__ = ["ARCHES", "run"]
 

@@ -35,9 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels import reference
+from lora_kernels.reference import Layer
 from lora_kernels.verify import numerics
 from lora_kernels.verify.numerics import Finding, Problem
-from lora_kernels.reference import Layer
 
 __all__ = ["ACTIVATIONS", "MLPProblem", "bounds", "check", "eager", "exact", "terms"]
 

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from lora_kernels import dropout, reference
-from lora_kernels import torch_backend
+from lora_kernels import dropout, reference, torch_backend
 from lora_kernels.functional import lora_linear
 from lora_kernels.verify.numerics import Problem
 

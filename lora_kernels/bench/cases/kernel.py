@@ -7,7 +7,7 @@
     dA       wgrad           dA = dsᵀ (keep · x)
 
 Operands are random, s and ds as well. Bytes are what this package's launch has to move, for all rows of a table alike:
-a rate is useful work done, whoever did it. Every result is held to the componentwise bound of `lora_kernels.verify.numerics`
+a rate is useful work done, whoever did it. Every result is held to the componentwise bound of `verify.numerics`
 before its time is taken, operators with the roundings that they cannot help.
 """
 
@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels import plan
-from lora_kernels.bench.cost import layer as layer_cost
-from lora_kernels.verify import judge
-from lora_kernels.measure import timing
-from lora_kernels.bench.providers.layer import scaled_mm
 from lora_kernels.bench.cases.layer import Settings, clone, draw, first_line, ready
-from lora_kernels.measure.presets import Shape
+from lora_kernels.bench.cost import layer as layer_cost
+from lora_kernels.bench.providers.layer import scaled_mm
 from lora_kernels.dropout import keep_scale
+from lora_kernels.measure import timing
+from lora_kernels.measure.presets import Shape
+from lora_kernels.verify import judge
 from lora_kernels.verify.numerics import Problem, unit_roundoff
 
 __all__ = ["LAUNCHES", "PROVIDERS", "Launch", "launches", "run_case"]

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels import plan
-from lora_kernels.measure import timing
 from lora_kernels.bench.cases.layer import Settings, first_line, held_bytes, peak_bytes, ready
 from lora_kernels.bench.providers.hosted import HostedModel
 from lora_kernels.bench.providers.llama import Adapters, LanguageModel, Stack, adapted, draw_adapters
-from lora_kernels.measure.presets import Dims, HostedDims
 from lora_kernels.dropout import threshold
+from lora_kernels.measure import timing
+from lora_kernels.measure.presets import Dims, HostedDims
 from lora_kernels.verify.numerics import allowed_rms, rms
 
 __all__ = ["PROVIDERS", "Bench", "Trial", "check", "names_for", "run_case"]

@@ -9,9 +9,9 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lora_kernels.plan import model
 from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.bench.cost.layer import Cost, Size
+from lora_kernels.plan import model
 
 __all__ = ["COSTS", "Block", "flops", "mlp", "projections"]
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels import plan
-from lora_kernels.blocks import lora_mlp, lora_qkv
 from lora_kernels.bench.providers.layer import short
-from lora_kernels.verify.block_problems import BlockProblem, compose, leaves_of
+from lora_kernels.blocks import lora_mlp, lora_qkv
 from lora_kernels.functional import lora_linear
+from lora_kernels.verify.block_problems import BlockProblem, compose, leaves_of
 
 __all__ = ["PROVIDERS", "BlockProvider", "build", "names_for"]
 

@@ -17,8 +17,8 @@ from lora_kernels.bench.show.tables import (
     sweep_table,
     with_spread,
 )  # fmt: skip
-from lora_kernels.measure.presets import PROJECTIONS
 from lora_kernels.console import SplitTable
+from lora_kernels.measure.presets import PROJECTIONS
 
 __all__ = [
     "KERNEL_HEADING", "SHAPED", "kernel_row", "kernel_table", "model_table", "model_title", "passes_of", "show",

@@ -7,8 +7,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from lora_kernels.measure import timing
 from lora_kernels.console import SplitTable
+from lora_kernels.measure import timing
 
 __all__ = [
     "SPEEDUPS", "case_table", "host_bound", "host_bound_words", "labels_of", "last_pass", "median_ms", "mib",

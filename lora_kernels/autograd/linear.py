@@ -1,10 +1,10 @@
-r"""The LoRA linear layer as registered operators, for torch.compile, export and dispatch modes, which have to see one.
+"""The LoRA linear layer as PyTorch sees it: a Function for eager calls, and registered operators.
 
     lora_kernels::linear            y; chooses a backend, draws the noise of dropout, calls the next
     lora_kernels::linear_forward    y, s, keep: a pure function of its arguments, differentiable once
     lora_kernels::linear_backward   dx, dA, dB: its derivative
 
-They run what the eager path runs, `autograd.forward` and `autograd.backward` over a backend's contractions, so the
+They run what the eager path runs, `passes.linear.forward` and `backward` over a backend's contractions, so the
 numbers are the same. What differs is the boundary: an operator has a name, shapes without values (fake), a formula for
 its FLOPs and an autograd formula, and costs some tens of microseconds a call, so plain eager calls do not take it.
 
@@ -19,30 +19,34 @@ two. Two things are kept out of these:
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from lora_kernels import autograd, plan
+from lora_kernels import plan
+from lora_kernels.autograd.common import (
+    autocast_off,
+    backward_products,
+    differentiate_again,
+    gradient,
+    plain_scaling,
+    register_flops,
+)
+from lora_kernels.autograd.noise import draw_noise
 from lora_kernels.dropout import keep_scale
+from lora_kernels.passes import linear as linear_pass
+from lora_kernels.passes.layer import rows
 
-__all__ = [
-    "backward_products", "differentiate_again", "draw_noise", "draw_shard", "linear", "linear_backward",
-    "linear_forward", "plain_scaling", "register_flops",
-]  # fmt: skip
+__all__ = ["LoRALinearFunction", "linear", "linear_backward", "linear_forward", "save"]
 
-_library = torch.library.Library("lora_kernels", "DEF")
+_library = torch.library.Library("lora_kernels", "FRAGMENT")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, "
     "Scalar scaling, float dropout_p, str backend, int[2] dropout_shard=[0, 1]) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    "draw_noise(Tensor x, Tensor unique, str backend, int[2] dropout_shard=[0, 1], int count=1) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
 )
 _library.define(
     "linear_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? noise, "
@@ -55,6 +59,69 @@ _library.define(
     "-> (Tensor dx, Tensor d_lora_A, Tensor d_lora_B)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """`forward` with a backward. Differentiable once; a second time raises."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
+        scaling: float, dropout_p: float, backend: str, accumulate_grad: bool = False,
+        noise: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Compute y `[M, out]` and save for backward what the gradients that are needed need."""
+        ctx.accumulate = (lora_A, lora_B) if accumulate_grad else (None, None)
+        y, s, keep = linear_pass.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, noise)
+        save(ctx, x, weight, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)
+        ctx.x_shape = x.shape
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients that `ctx.needs_input_grad` asks for, each in its parameter's dtype."""
+        into = tuple(map(gradient, ctx.accumulate))
+        with autocast_off(dy):
+            # the guard against a second differentiation takes as long as three small operators: only where one may come
+            return _backward_once(ctx, into, dy) if torch.is_grad_enabled() else _backward(ctx, into, dy)
+
+
+def save(
+    ctx: FunctionCtx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor, keep: Tensor | None,
+    alpha: float, backend: str,
+) -> None:  # fmt: skip
+    """Keep for backward what the gradients of x, W, A and B need, as far as they are needed."""
+    need_x, need_weight, need_A, need_B = ctx.needs_input_grad[:4]
+    ctx.save_for_backward(
+        x if need_A or need_weight else None,
+        weight if need_x else None,
+        lora_A if need_x else None,
+        lora_B if need_x or need_A else None,
+        s if need_B else None,
+        keep if need_x or need_A else None,
+    )
+    ctx.alpha, ctx.backend = alpha, backend
+    ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
+
+
+def _backward(
+    ctx: FunctionCtx, into: tuple[Tensor | None, Tensor | None], dy: Tensor
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
+    need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
+    dy, x = rows(dy), None if x is None else rows(x)
+    dx, d_lora_A, d_lora_B = linear_pass.backward(
+        dy, x, weight, lora_A, lora_B, s, keep, ctx.alpha, ctx.backend, ctx.adapter_dtypes,
+        (need_x, need_A, need_B), into,
+    )  # fmt: skip
+    dweight = torch.mm(dy.t(), x) if need_weight else None
+    dbias = dy.sum(0) if need_bias else None
+    if dx is not None and len(ctx.x_shape) != 2:
+        dx = dx.view(ctx.x_shape)
+    return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None, None, None
+
+
+_backward_once = once_differentiable(_backward)
 
 
 def _linear(
@@ -71,37 +138,6 @@ def _linear(
         noise = draw_noise(x, torch.empty(0, device=x.device), backend, dropout_shard)
     lora_A, scaling = plain_scaling(lora_A, scaling)
     return linear_forward(x, weight, lora_A, lora_B, bias, noise, scaling, dropout_p, backend)[0]
-
-
-def plain_scaling(lora_A: Tensor, scaling: float) -> tuple[Tensor, float]:
-    """A and the scaling as a plain number: one that a compiler has made a symbol is multiplied into A."""
-    if isinstance(scaling, torch.SymFloat):
-        return lora_A.to(torch.promote_types(lora_A.dtype, torch.float32)) * scaling, 1.0
-    return lora_A, scaling
-
-
-def draw_shard(x: Tensor, backend: str, dropout_shard: Sequence[int] = (0, 1), count: int = 1) -> Tensor:
-    """Draw the noise that decides `count` masks of x, `[*, in]`, from the device's default torch generator.
-
-    With `dropout_shard` = (i, n) n times, of which the i-th counts: generators that were alike stay alike.
-    """
-    index, shards = dropout_shard
-    for i in range(shards):
-        drawn = plan.contractions(backend).draw_noise(x, count)
-        if i == index:
-            noise = drawn
-    return noise
-
-
-def _draw_noise(
-    x: Tensor, unique: Tensor, backend: str, dropout_shard: Sequence[int] = (0, 1), count: int = 1
-) -> Tensor:
-    """`draw_shard` for compilers.
-
-    They merge equal calls, of random operators too where they are not PyTorch's own. They never merge two `empty`,
-    so a new one as `unique` makes every call a different one: layers that read the same x get masks of their own.
-    """
-    return draw_shard(x, backend, dropout_shard, count)
 
 
 def _linear_forward(
@@ -121,7 +157,7 @@ def _linear_forward(
         dropout_p: Probability of dropping an element.
         backend: "triton" or "torch".
     """
-    y, s, keep = autograd.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, noise)
+    y, s, keep = linear_pass.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, noise)
     return y.view(*x.shape[:-1], weight.shape[0]), s, keep
 
 
@@ -132,8 +168,8 @@ def _linear_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Compute dx `[*, in]`, dA and dB as far as they are needed, and None for the rest."""
     shape = (*dy.shape[:-1], -1 if weight is None else weight.shape[1])
-    dy, x = autograd.rows(dy), None if x is None else autograd.rows(x)
-    gradients = autograd.backward(dy, x, weight, lora_A, lora_B, s, keep, alpha, backend, (dtype_A, dtype_B), needed)
+    dy, x = rows(dy), None if x is None else rows(x)
+    gradients = linear_pass.backward(dy, x, weight, lora_A, lora_B, s, keep, alpha, backend, (dtype_A, dtype_B), needed)
     # some forms of the products leave padding between the rows or have them in columns, which no shape tells
     dx, d_lora_A, d_lora_B = (None if g is None else g.contiguous() for g in gradients)
     return None if dx is None else dx.view(shape), d_lora_A, d_lora_B
@@ -157,7 +193,7 @@ def _fake_backward(dy, x, weight, lora_A, lora_B, s, keep, alpha, backend, dtype
 def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     x, weight, lora_A, lora_B, _, _, scaling, dropout_p, backend = inputs
     _, s, keep = output
-    autograd.save(ctx, x, weight, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)
+    save(ctx, x, weight, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
 
@@ -165,7 +201,7 @@ def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor | None
 def _differentiate(ctx: FunctionCtx, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 9
-    with autograd.autocast_off(dy):
+    with autocast_off(dy):
         return _gradients(ctx, dy)
 
 
@@ -177,31 +213,20 @@ def _gradients(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx, d_lora_A, d_lora_B = linear_backward(
             dy, x if need_A else None, *saved, ctx.alpha, ctx.backend, *ctx.adapter_dtypes, [need_x, need_A, need_B]
         )
-    dweight = torch.mm(autograd.rows(dy).t(), autograd.rows(x)) if need_weight else None
-    dbias = autograd.rows(dy).sum(0) if need_bias else None
+    dweight = torch.mm(rows(dy).t(), rows(x)) if need_weight else None
+    dbias = rows(dy).sum(0) if need_bias else None
     return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None, None
 
 
-def differentiate_again(ctx: FunctionCtx, *_: Tensor | None) -> None:
-    """Refuse: the derivative has none of its own."""
-    raise RuntimeError(
-        "lora_linear: trying to differentiate twice a function that was marked with @once_differentiable; "
-        "lora_kernels.reference.lora_linear differentiates any number of times."
-    )
-
-
 _library.impl("linear", _linear, "CompositeImplicitAutograd")
-_library.impl("draw_noise", _draw_noise, "CompositeExplicitAutograd")
 _library.impl("linear_forward", _linear_forward, "CompositeExplicitAutograd")
 _library.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("lora_kernels::draw_noise", _draw_noise, lib=_library)
 torch.library.register_fake("lora_kernels::linear_forward", _fake_forward, lib=_library)
 torch.library.register_fake("lora_kernels::linear_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("lora_kernels::linear_forward", _differentiate, setup_context=_save, lib=_library)
 torch.library.register_autograd("lora_kernels::linear_backward", differentiate_again, lib=_library)
 
 linear = torch.ops.lora_kernels.linear.default
-draw_noise = torch.ops.lora_kernels.draw_noise.default
 linear_forward = torch.ops.lora_kernels.linear_forward.default
 linear_backward = torch.ops.lora_kernels.linear_backward.default
 
@@ -220,25 +245,3 @@ def _backward_flops(
     rows, cols = math.prod(dy[:-1]), dy[-1]
     inner = weight[1] if need_x else x[-1] if need_A else 0
     return 2 * rows * backward_products(inner, cols, (lora_B or s)[1], need_x, need_A, need_B)
-
-
-def backward_products(inner: int, cols: int, rank: int, need_x: bool, need_A: bool, need_B: bool) -> int:
-    """Multiplications a row of a layer's backward: for dx, dA, dB and, for the first two, ds."""
-    thin = rank * (inner * (need_x + need_A) + cols * (need_B + (need_x or need_A)))
-    return inner * cols * need_x + thin
-
-
-def register_flops(formulas: dict[Any, Callable[..., int]]) -> None:
-    """Tell PyTorch's FLOP counter the formulas. Not at import: importing the counter loads Triton."""
-    from torch.utils import flop_counter
-    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
-    packets = {operator.overloadpacket: formula for operator, formula in formulas.items()}
-    for operator, formula in packets.items():
-        if operator not in flop_counter.flop_registry:
-            flop_counter.register_flop_formula(operator)(formula)
-    for mode in _get_current_dispatch_mode_stack():  # one that is counting already has its own copy of the table
-        counter = getattr(mode, "counter", None)
-        if isinstance(counter, flop_counter.FlopCounterMode):
-            for operator in packets:
-                counter.flop_registry.setdefault(operator, flop_counter.flop_registry[operator])

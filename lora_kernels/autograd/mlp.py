@@ -1,11 +1,11 @@
-"""A gated MLP as registered operators, as `ops` has the one layer, and for its reasons.
+"""A gated MLP as PyTorch sees it: a Function and operators, as `linear` has.
 
     lora_kernels::mlp            y; chooses a backend, draws the noise of all masks, calls the next
     lora_kernels::mlp_forward    y, and what backward needs: a pure function of its arguments, differentiable once
     lora_kernels::mlp_backward   dx, and the gradients of all that is trained: its derivative
 
-They run `mlp.forward` and `mlp.differentiate`, in any number of rows, as `projection_ops` does. Layers are gate, up and
-down, or up and down; their tensors are one list, as `packed` says: four of each, or in backward six.
+They run `passes.mlp.forward` and `differentiate`, in any number of rows, as in `projections`. Layers are gate, up and
+down, or up and down; their tensors are one list, as `packing` says: four of each, or in backward six.
 """
 
 import math
@@ -15,14 +15,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from lora_kernels import autograd, ops, plan
+from lora_kernels import plan
 from lora_kernels.autograd import packing
-from lora_kernels import mlp as products
+from lora_kernels.autograd.common import (
+    autocast_off,
+    backward_products,
+    differentiate_again,
+    gradients,
+    register_flops,
+)
 from lora_kernels.dropout import keep_scale
+from lora_kernels.passes import mlp as mlp_pass
+from lora_kernels.passes.layer import Projection, by_layer, rows
 
-__all__ = ["mlp", "mlp_backward", "mlp_forward"]
+__all__ = ["LoRAMLPFunction", "mlp", "mlp_backward", "mlp_forward"]
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
 for _schema in (
@@ -37,6 +45,63 @@ for _schema in (
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
+class LoRAMLPFunction(torch.autograd.Function):
+    """`forward` with a backward. Differentiable once; a second time raises."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, backend: str, activation: str, recompute: bool,
+        numbers: Sequence[tuple[float, float, bool]], *tensors: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Compute y `[M, out]` and save for backward what the gradients that are needed need.
+
+        Args:
+            ctx: The context.
+            x: `[*, in]`.
+            backend: "triton" or "torch".
+            activation: Its name.
+            recompute: Whether to keep x in place of the outputs of gate and up.
+            numbers: scaling and dropout_p of each layer, and whether its backward may add to gradients itself.
+            tensors: weight, lora_A, lora_B and bias of gate and up, or of up alone, and of down.
+        """
+        groups = zip(by_layer(tensors), numbers, strict=True)
+        *before, down = layers = [Projection(*four, *pair) for four, (*pair, _) in groups]
+        y, outs, shrunk, keeps = mlp_pass.forward(x, before, down, activation, backend)
+        need_x, all_needs = ctx.needs_input_grad[0], by_layer(ctx.needs_input_grad[5:])
+        ctx.save_for_backward(*mlp_pass.to_save(x, layers, outs, shrunk, keeps, need_x, all_needs, recompute))
+        ctx.numbers = [
+            (q.alpha, None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype), needs)
+            for q, needs in zip(layers, all_needs, strict=True)
+        ]
+        ctx.accumulate = [
+            (q.lora_A, q.lora_B) if added else None for q, (*_, added) in zip(layers, numbers, strict=True)
+        ]
+        ctx.backend, ctx.activation, ctx.x_shape = backend, activation, x.shape
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients that `ctx.needs_input_grad` asks for, each in its tensor's dtype."""
+        into = gradients(ctx.accumulate)
+        with autocast_off(dy):
+            return _backward(ctx, into, dy)
+
+
+@once_differentiable
+def _backward(
+    ctx: FunctionCtx, into: Sequence[tuple[Tensor | None, Tensor | None]], dy: Tensor
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    count, need_x = len(ctx.numbers), ctx.needs_input_grad[0]
+    x, *saved = ctx.saved_tensors
+    each = mlp_pass.SAVED
+    groups, outs = [saved[each * i : each * (i + 1)] for i in range(count)], saved[each * count :]
+    numbers = [(*own, added) for own, added in zip(ctx.numbers, into, strict=True)]
+    dx, grads = mlp_pass.differentiate(
+        rows(dy), None if x is None else rows(x), groups, outs, numbers, need_x, ctx.activation, ctx.backend
+    )
+    return None if dx is None else dx.view(ctx.x_shape), None, None, None, None, *grads
+
+
 def _mlp(
     x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None],
     biases: Sequence[Tensor | None], scalings: Sequence[float], dropout_ps: Sequence[float], activation: str,
@@ -44,7 +109,7 @@ def _mlp(
 ) -> Tensor:  # fmt: skip
     """Compute y `[*, out]` of arguments that `blocks` has checked and cast; `dropout_ps` are below 1."""
     if "torch.utils.flop_counter" in sys.modules:
-        ops.register_flops({mlp_forward: _forward_flops, mlp_backward: _backward_flops})
+        register_flops({mlp_forward: _forward_flops, mlp_backward: _backward_flops})
     chosen, tensors, places, numbers = packing.prepared(x, weights, lora_As, lora_Bs, biases, scalings, backend)
     h = x.new_empty(1).expand(*x.shape[:-1], weights[-1].shape[1])  # of its shape in name alone
     noise = packing.draw(x, chosen, lora_As[:-1], dropout_ps[:-1])
@@ -71,8 +136,8 @@ def _mlp_forward(
         backend: "triton" or "torch".
     """
     *before, down = packing.entries(tensors, places, scalings, dropout_ps)
-    flat = autograd.rows(x)
-    y, outs, shrunk, keeps = products.forward(flat, before, down, activation, backend, (noise, noise_down))
+    flat = rows(x)
+    y, outs, shrunk, keeps = mlp_pass.forward(flat, before, down, activation, backend, (noise, noise_down))
     s, s_down = (packing.side_by_side(flat, own, backend) for own in (shrunk[:-1], shrunk[-1:]))
     kept = [keep for keep in keeps if keep is not None]
     return y.view(*x.shape[:-1], y.shape[1]), [] if recompute else outs, s, s_down, kept
@@ -97,13 +162,13 @@ def _mlp_backward(
         need_x: Whether dx is needed.
         needs: Whether the gradients of W, A, B and bias are, of each layer.
     """
-    groups = packing.unpack(tensors, places, len(alphas), products.SAVED)
+    groups = packing.unpack(tensors, places, len(alphas), mlp_pass.SAVED)
     numbers = [
         (alpha, (dtype, dtype) if any(t is not None for t in group[1:4]) else None, own)
-        for alpha, group, own in zip(alphas, groups, products.by_layer(needs), strict=True)
+        for alpha, group, own in zip(alphas, groups, by_layer(needs), strict=True)
     ]
-    flat = None if x is None else autograd.rows(x)
-    dx, grads = products.differentiate(autograd.rows(dy), flat, groups, outs, numbers, need_x, activation, backend)
+    flat = None if x is None else rows(x)
+    dx, grads = mlp_pass.differentiate(rows(dy), flat, groups, outs, numbers, need_x, activation, backend)
     results = [g.contiguous() for g in grads if g is not None]  # as the shapes below say
     return results if dx is None else [dx.contiguous().view(*dy.shape[:-1], dx.shape[1]), *results]
 
@@ -135,10 +200,10 @@ def _fake_forward(
 
 
 def _fake_backward(dy, x, outs, tensors, places, alphas, activation, backend, dtype, need_x, needs):
-    shapes = packing.unpack([t.shape for t in tensors], places, len(alphas), products.SAVED)
+    shapes = packing.unpack([t.shape for t in tensors], places, len(alphas), mlp_pass.SAVED)
     sizes = _sizes(dy.shape, None if x is None else x.shape, [t.shape for t in outs], shapes)
     results = [dy.new_empty(*dy.shape[:-1], sizes[0][0])] if need_x else []
-    for (inner, cols, rank), own in zip(sizes, products.by_layer(needs), strict=True):
+    for (inner, cols, rank), own in zip(sizes, by_layer(needs), strict=True):
         each = ((cols, inner), dy.dtype), ((rank, inner), dtype), ((cols, rank), dtype), ((cols,), dy.dtype)
         results += [dy.new_empty(shape, dtype=kind) for (shape, kind), need in zip(each, own, strict=True) if need]
     return results
@@ -152,7 +217,7 @@ def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Any, ...]) ->
     needs, of = packing.needed(flags, places, len(layers)), packing.ranks(layers)
     shrunk = [*packing.columns(s, of[:-1], backend), *packing.columns(s_down, of[-1:], backend)]
     keeps = [next(drawn) if rank and q.dropout_p > 0 else None for q, rank in zip(layers, of, strict=True)]
-    ctx.save_for_backward(*products.to_save(x, layers, outs, shrunk, keeps, need_x, needs, recompute))
+    ctx.save_for_backward(*mlp_pass.to_save(x, layers, outs, shrunk, keeps, need_x, needs, recompute))
     ctx.mark_non_differentiable(*outs, s, s_down)
     ctx.set_materialize_grads(False)
     ctx.alphas = [scaling * keep_scale(p) for scaling, p in zip(scalings, dropout_ps, strict=True)]
@@ -163,7 +228,7 @@ def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Any, ...]) ->
 def _differentiate(ctx: FunctionCtx, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     dx, grads = None, [None] * len(ctx.dtypes)
     if dy is not None:
-        with autograd.autocast_off(dy):
+        with autocast_off(dy):
             dx, grads = _gradients(ctx, dy)
     return dx, grads, *(None,) * 8
 
@@ -173,7 +238,7 @@ def _gradients(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, list[Tensor
     need_x, flags = ctx.needs_input_grad[:2]
     needs = [need for own in packing.needed(flags, ctx.places, len(ctx.alphas)) for need in own]
     x, *saved = ctx.saved_tensors
-    end = products.SAVED * len(ctx.alphas)
+    end = mlp_pass.SAVED * len(ctx.alphas)
     tensors, places = packing.pack([saved[:end]])
     how = ctx.alphas, ctx.activation, ctx.backend, packing.widest(ctx.dtypes), need_x, needs
     results = iter(mlp_backward(dy, x, saved[end:], tensors, places, *how))
@@ -188,7 +253,7 @@ _library.impl("mlp_backward", _mlp_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("lora_kernels::mlp_forward", _fake_forward, lib=_library)
 torch.library.register_fake("lora_kernels::mlp_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("lora_kernels::mlp_forward", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("lora_kernels::mlp_backward", ops.differentiate_again, lib=_library)
+torch.library.register_autograd("lora_kernels::mlp_backward", differentiate_again, lib=_library)
 
 mlp = torch.ops.lora_kernels.mlp.default
 mlp_forward = torch.ops.lora_kernels.mlp_forward.default
@@ -204,11 +269,11 @@ def _backward_flops(
     dy, x, outs, tensors, places, alphas, activation, backend, dtype, need_x: bool, needs: list[bool], **_: Any
 ) -> int:  # fmt: skip
     """Of each: 2 M K N for dW and for what comes before it, and 2 M r (K or N) for each thin product, of shapes."""
-    groups, wanted = packing.unpack(tensors, places, len(alphas), products.SAVED), products.by_layer(needs)
+    groups, wanted = packing.unpack(tensors, places, len(alphas), mlp_pass.SAVED), by_layer(needs)
     sizes, total = _sizes(dy, x, outs, groups), 0
-    again, need_dh = not outs and products.reads_outs(need_x, wanted), need_x or any(map(any, wanted[:-1]))
+    again, need_dh = not outs and mlp_pass.reads_outs(need_x, wanted), need_x or any(map(any, wanted[:-1]))
     for i, ((inner, cols, rank), (need_weight, need_A, need_B, _)) in enumerate(zip(sizes, wanted, strict=True)):
         is_down = i == len(sizes) - 1
-        total += ops.backward_products(inner, cols, rank, need_dh if is_down else need_x, need_A, need_B)
+        total += backward_products(inner, cols, rank, need_dh if is_down else need_x, need_A, need_B)
         total += inner * cols * need_weight + (inner + rank) * cols * (again and not is_down)
     return 2 * math.prod(dy[:-1]) * total

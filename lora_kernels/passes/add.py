@@ -1,4 +1,4 @@
-r"""The low-rank term alone, over a base result that something else computed: four products, one autograd Function.
+r"""The low-rank term alone, over a base result that something else computed: four products.
 
     forward    s  = scaling · D(x) Aᵀ               shrink
                y  = base + s Bᵀ                     one product that begins with base (beta = 1)
@@ -9,20 +9,19 @@ r"""The low-rank term alone, over a base result that something else computed: fo
                dbase = dy
 
 For base layers that only they themselves can compute: quantised ones, hooked ones, ones of another class. As in
-`autograd`, the contractions come from a backend, and x, A, B, s and the mask are saved as far as gradients need them.
+`linear`, the contractions come from a backend, and x, A, B, s and the mask are saved as far as gradients need them.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lora_kernels import plan
-from lora_kernels.autograd import autocast_off, readable, rows
 from lora_kernels.dropout import keep_scale
+from lora_kernels.passes.layer import readable, rows
 
-__all__ = ["LoRAAddFunction", "backward", "forward", "save"]
+__all__ = ["backward", "forward"]
 
 
 def forward(
@@ -84,51 +83,3 @@ def _backward_pass(
     if need_A:
         d_lora_A = ops.wgrad(ds, x, adapter_dtypes[0], keep)
     return dx, d_lora_A, d_lora_B
-
-
-class LoRAAddFunction(torch.autograd.Function):
-    """`forward` with a backward. Differentiable once; a second time raises."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor,
-        scaling: float, dropout_p: float, backend: str,
-    ) -> Tensor:  # fmt: skip
-        """Compute y `[M, out]` and save for backward what the gradients that are needed need."""
-        y, s, keep = forward(base, x, lora_A, lora_B, scaling, dropout_p, backend)
-        save(ctx, x, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)
-        ctx.base_shape, ctx.x_shape = base.shape, x.shape
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradients that `ctx.needs_input_grad` asks for, each in its tensor's dtype."""
-        with autocast_off(dy):
-            return _backward(ctx, dy)
-
-
-def save(
-    ctx: FunctionCtx, x: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor, keep: Tensor | None, alpha: float,
-    backend: str,
-) -> None:  # fmt: skip
-    """Keep for backward what the gradients of x, A and B need, as far as they are needed: of base nothing is."""
-    _, need_x, need_A, need_B = ctx.needs_input_grad[:4]
-    ctx.save_for_backward(
-        x if need_A else None,
-        lora_A if need_x else None,
-        lora_B if need_x or need_A else None,
-        s if need_B else None,
-        keep if need_x or need_A else None,
-    )
-    ctx.alpha, ctx.backend, ctx.dtype = alpha, backend, x.dtype
-    ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
-
-
-def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, *saved = ctx.saved_tensors
-    need_base, *needed = ctx.needs_input_grad[:4]
-    flat, x = rows(dy.to(ctx.dtype)), None if x is None else rows(x)  # copies, if any, before launches that overlap
-    dx, d_lora_A, d_lora_B = backward(flat, x, *saved, ctx.alpha, ctx.backend, ctx.adapter_dtypes, needed)
-    dbase = dy.view(ctx.base_shape) if need_base else None
-    return dbase, None if dx is None else dx.view(ctx.x_shape), d_lora_A, d_lora_B, None, None, None

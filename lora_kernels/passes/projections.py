@@ -1,4 +1,4 @@
-r"""Several projections of one x, such as Q, K and V: the products of `autograd`, a row for each a launch.
+r"""Several projections of one x, such as Q, K and V: the products of `linear`, a row for each a launch.
 
     forward    sᵢ  = scalingᵢ · Dᵢ(x) Aᵢᵀ                shrink           one read of x, a mask and a product for each
                yᵢ  = x Wᵢᵀ + sᵢ Bᵢᵀ + biasᵢ              matmul_expand    one launch for all outputs
@@ -20,68 +20,12 @@ was taken.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lora_kernels import plan
-from lora_kernels.autograd import autocast_off, gradient, readable, rows
-from lora_kernels.dropout import keep_scale
+from lora_kernels.passes.layer import Part, Projection, readable, rows
 
-__all__ = ["LoRAProjectionsFunction", "Part", "Projection", "backward", "expand", "forward", "gradients", "shrink"]
-
-
-class Projection(NamedTuple):
-    """One projection: what `lora_linear` takes but x.
-
-    Attributes:
-        weight: W, `[out, in]`.
-        lora_A: A, `[r, in]`, or None for no adapter.
-        lora_B: B, `[out, r]`, or None.
-        bias: `[out]` or None.
-        scaling: Multiplies the low-rank term.
-        dropout_p: Drop probability, below 1.
-    """
-
-    weight: Tensor
-    lora_A: Tensor | None = None
-    lora_B: Tensor | None = None
-    bias: Tensor | None = None
-    scaling: float = 1.0
-    dropout_p: float = 0.0
-
-    @property
-    def alpha(self) -> float:
-        """What the accumulators of both shrinks are multiplied by."""
-        return self.scaling * keep_scale(self.dropout_p)
-
-
-class Part(NamedTuple):
-    """What backward needs of a projection that a gradient comes back to, as far as gradients are needed.
-
-    Attributes:
-        dy: `[M, out]`.
-        weight: W, where dx is needed.
-        lora_A: A, where dx is needed.
-        lora_B: B, where dx or dA is needed.
-        s: `[M, r]`, where dB is needed.
-        keep: The backend's mask, where there is one and dx or dA is needed.
-        alpha: scaling · keep_scale.
-        dtypes: Those that dA and dB come in.
-        need_A: Whether dA is needed.
-        into: Gradients to which dA and dB are added, which then are not returned, or None.
-    """
-
-    dy: Tensor
-    weight: Tensor | None
-    lora_A: Tensor | None
-    lora_B: Tensor | None
-    s: Tensor | None
-    keep: Tensor | None
-    alpha: float
-    dtypes: tuple[torch.dtype, torch.dtype]
-    need_A: bool
-    into: tuple[Tensor | None, Tensor | None] = (None, None)
+__all__ = ["backward", "expand", "forward", "shrink"]
 
 
 def forward(
@@ -225,79 +169,3 @@ def _ds_and_dB(part: Part, backend: str, ds: Tensor | None = None) -> tuple[Tens
         return ops.shrink(dy, lora_B.t(), alpha)[0], None
     there = () if ds is None else (ds,)
     return ops.shrink_wgrad(dy, s, lora_B, alpha, dtypes[1], into, *there)
-
-
-class LoRAProjectionsFunction(torch.autograd.Function):
-    """`forward` with a backward. Differentiable once; a second time raises."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, backend: str, numbers: Sequence[tuple[float, float, bool]],
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        """Compute each y `[M, outᵢ]` and save for backward what the gradients that are needed need.
-
-        Args:
-            ctx: The context.
-            x: `[*, in]`.
-            backend: "triton" or "torch".
-            numbers: scaling and dropout_p of each projection, and whether its backward may add to gradients itself.
-            tensors: weight, lora_A, lora_B and bias of the first projection, of the second, and so on.
-        """
-        projections = [Projection(*tensors[4 * i : 4 * i + 4], *pair) for i, (*pair, _) in enumerate(numbers)]
-        ys, shrunk, keeps = forward(x, projections, backend)
-        need_x, needs = ctx.needs_input_grad[0], _by_projection(ctx.needs_input_grad)
-        saved = [x if any(need_weight or need_A for need_weight, need_A, _, _ in needs) else None]
-        for q, s, keep, (_, need_A, need_B, _) in zip(projections, shrunk, keeps, needs, strict=True):
-            saved += [
-                q.weight if need_x else None, q.lora_A if need_x else None, q.lora_B if need_x or need_A else None,
-                s if need_B else None, keep if need_x or need_A else None,
-            ]  # fmt: skip
-        ctx.save_for_backward(*saved)
-        ctx.set_materialize_grads(False)
-        ctx.alphas, ctx.backend, ctx.x_shape = [q.alpha for q in projections], backend, x.shape
-        ctx.accumulate = [
-            (q.lora_A, q.lora_B) if added else None for q, (_, _, added) in zip(projections, numbers, strict=True)
-        ]
-        ctx.adapter_dtypes = [None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype) for q in projections]
-        return tuple(ys)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Compute the gradients that `ctx.needs_input_grad` asks for, each in its tensor's dtype."""
-        into = gradients([None if dy is None else pair for dy, pair in zip(dys, ctx.accumulate, strict=True)])
-        with autocast_off(next(dy for dy in dys if dy is not None)):
-            return _backward(ctx, into, *dys)
-
-
-def _by_projection(flat: Sequence[bool]) -> list[Sequence[bool]]:
-    """What is needed of each projection's weight, lora_A, lora_B and bias."""
-    return [flat[i : i + 4] for i in range(3, len(flat), 4)]
-
-
-@once_differentiable
-def _backward(
-    ctx: FunctionCtx, into: Sequence[tuple[Tensor | None, Tensor | None]], *dys: Tensor | None
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    need_x, needs = ctx.needs_input_grad[0], _by_projection(ctx.needs_input_grad)
-    x, *saved = ctx.saved_tensors
-    x = None if x is None else rows(x)  # a copy, where one is needed, comes before the launches that overlap
-    there = [i for i, dy in enumerate(dys) if dy is not None]
-    parts = [
-        Part(rows(dys[i]), *saved[5 * i : 5 * i + 5], ctx.alphas[i], ctx.adapter_dtypes[i], needs[i][1], into[i])
-        for i in there
-    ]
-    dx, low_rank = backward(x, parts, need_x, ctx.backend)
-    grads: list[Tensor | None] = [None] * 4 * len(dys)
-    for i, part, own in zip(there, parts, low_rank, strict=True):
-        need_weight, _, _, need_bias = needs[i]
-        dweight = torch.mm(part.dy.t(), x) if need_weight else None
-        grads[4 * i : 4 * i + 4] = dweight, *own, part.dy.sum(0) if need_bias else None
-    return dx.view(ctx.x_shape) if need_x else None, None, None, *grads
-
-
-def gradients(adapters: Sequence[tuple[Tensor, Tensor] | None]) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Gradients of these adapters to add to in place; of two that are the same none, since a launch adds to all."""
-    found = [(None, None) if pair is None else tuple(map(gradient, pair)) for pair in adapters]
-    places = [g.data_ptr() for pair in found for g in pair if g is not None]
-    return found if len(set(places)) == len(places) else [(None, None)] * len(found)

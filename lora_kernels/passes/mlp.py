@@ -1,4 +1,4 @@
-r"""A gated MLP: the products of `autograd` and `projections`, with the activation made where its neighbours read it.
+r"""A gated MLP: the products of `linear` and `projections`, with the activation made where its neighbours read it.
 
     forward    g, u  = gate(x), up(x)                      as `projections` computes them: 2 launches
                h     = a(g) · u,  s = α D(h) A_dᵀ          shrink: one pass of g and u, which writes h
@@ -20,50 +20,19 @@ Source: Shazeer 2020, arXiv:2002.05202; Hu et al. 2021, arXiv:2106.09685. Recomp
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
-from lora_kernels import autograd, plan, projections
+from lora_kernels import plan
 from lora_kernels.activations import After, Before
-from lora_kernels.autograd import autocast_off, readable, rows
-from lora_kernels.projections import Part, Projection
+from lora_kernels.passes import linear, projections
+from lora_kernels.passes.layer import Layer, Part, Projection, readable, rows
 
-__all__ = [
-    "SAVED", "Layer", "LoRAMLPFunction", "backward", "by_layer", "differentiate", "forward", "reads_outs",
-    "to_save",
-]  # fmt: skip
+__all__ = ["SAVED", "backward", "differentiate", "forward", "reads_outs", "to_save"]
 
 _EACH = 4  # weight, lora_A, lora_B, bias
 SAVED = 6  # of a layer: weight, lora_A, lora_B, s, keep, bias
-
-
-class Layer(NamedTuple):
-    """What backward needs of one layer, as far as gradients are needed.
-
-    Attributes:
-        weight: W, where the gradient of its input is needed.
-        lora_A: A, likewise.
-        lora_B: B, where that or dA is needed.
-        s: `[M, r]`, where dB is needed.
-        keep: The backend's mask, where there is one and the gradient of the input or dA is needed.
-        alpha: scaling · keep_scale.
-        dtypes: Those that dA and dB come in, None without an adapter.
-        needs: Whether the gradients of weight, lora_A, lora_B and bias are needed.
-        into: Gradients to which dA and dB are added, which then are not returned, or None.
-    """
-
-    weight: Tensor | None
-    lora_A: Tensor | None
-    lora_B: Tensor | None
-    s: Tensor | None
-    keep: Tensor | None
-    alpha: float
-    dtypes: tuple[torch.dtype, torch.dtype] | None
-    needs: Sequence[bool]
-    into: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 def forward(
@@ -215,7 +184,7 @@ def _through_down(
             return None, None, None
         _, expand = plan.expander(backend, dy, down.weight.shape[1], 0, masked=False, backward=True)
         return expand([(dy, down.weight.t())]), None, None
-    dh, ds, d_lora_B, _ = autograd.from_dy(
+    dh, ds, d_lora_B, _ = linear.from_dy(
         dy, down.weight, down.lora_A, down.lora_B, down.s, down.keep, down.alpha, backend, down.dtypes[1],
         (need_dh, need_A, need_B), down.into[1],
     )  # fmt: skip
@@ -230,64 +199,3 @@ def _asked(q: Layer, need_x: bool, dtype: torch.dtype) -> Before | None:
         return None
     lora_B = readable(q.lora_B, dtype) if need_x or need_A else None
     return Before(q.s if need_B else None, lora_B, q.alpha, q.dtypes[1], q.into[1])
-
-
-class LoRAMLPFunction(torch.autograd.Function):
-    """`forward` with a backward. Differentiable once; a second time raises."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, backend: str, activation: str, recompute: bool,
-        numbers: Sequence[tuple[float, float, bool]], *tensors: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """Compute y `[M, out]` and save for backward what the gradients that are needed need.
-
-        Args:
-            ctx: The context.
-            x: `[*, in]`.
-            backend: "triton" or "torch".
-            activation: Its name.
-            recompute: Whether to keep x in place of the outputs of gate and up.
-            numbers: scaling and dropout_p of each layer, and whether its backward may add to gradients itself.
-            tensors: weight, lora_A, lora_B and bias of gate and up, or of up alone, and of down.
-        """
-        groups = zip(by_layer(tensors), numbers, strict=True)
-        *before, down = layers = [Projection(*four, *pair) for four, (*pair, _) in groups]
-        y, outs, shrunk, keeps = forward(x, before, down, activation, backend)
-        need_x, all_needs = ctx.needs_input_grad[0], by_layer(ctx.needs_input_grad[5:])
-        ctx.save_for_backward(*to_save(x, layers, outs, shrunk, keeps, need_x, all_needs, recompute))
-        ctx.numbers = [
-            (q.alpha, None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype), needs)
-            for q, needs in zip(layers, all_needs, strict=True)
-        ]
-        ctx.accumulate = [
-            (q.lora_A, q.lora_B) if added else None for q, (*_, added) in zip(layers, numbers, strict=True)
-        ]
-        ctx.backend, ctx.activation, ctx.x_shape = backend, activation, x.shape
-        return y
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradients that `ctx.needs_input_grad` asks for, each in its tensor's dtype."""
-        into = projections.gradients(ctx.accumulate)
-        with autocast_off(dy):
-            return _backward(ctx, into, dy)
-
-
-def by_layer(flat: Sequence) -> list[Sequence]:
-    """What belongs to each layer's weight, lora_A, lora_B and bias, of a flat sequence."""
-    return [flat[i : i + _EACH] for i in range(0, len(flat), _EACH)]
-
-
-@once_differentiable
-def _backward(
-    ctx: FunctionCtx, into: Sequence[tuple[Tensor | None, Tensor | None]], dy: Tensor
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    count, need_x = len(ctx.numbers), ctx.needs_input_grad[0]
-    x, *saved = ctx.saved_tensors
-    groups, outs = [saved[SAVED * i : SAVED * (i + 1)] for i in range(count)], saved[SAVED * count :]
-    numbers = [(*own, added) for own, added in zip(ctx.numbers, into, strict=True)]
-    dx, grads = differentiate(
-        rows(dy), None if x is None else rows(x), groups, outs, numbers, need_x, ctx.activation, ctx.backend
-    )
-    return None if dx is None else dx.view(ctx.x_shape), None, None, None, None, *grads

@@ -1,14 +1,14 @@
-"""Several projections of one x as registered operators, as `ops` has the one layer, and for its reasons.
+"""Several projections of one x as PyTorch sees them: a Function and operators, as `linear` has.
 
     lora_kernels::projections            each y; chooses a backend, draws the noise of all masks, calls the next
     lora_kernels::projections_forward    each y, the s, the masks: a pure function of its arguments, differentiable once
     lora_kernels::projections_backward   dx, each dA and dB: its derivative
 
-They run `projections.forward` and `projections.backward`. The form of the large products depends on how many rows there
+They run `passes.projections.forward` and `backward`. The form of the large products depends on how many rows there
 are, so it is chosen when they run: a graph holds for every batch. Small calls on a CPU are not composed here, as in
-`ops`.
+`linear`.
 
-The tensors of all projections are one list, as `packed` says: four of each, or in backward six.
+The tensors of all projections are one list, as `packing` says: four of each, or in backward six.
 """
 
 import math
@@ -18,15 +18,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from lora_kernels import autograd, ops, plan
+from lora_kernels import plan
 from lora_kernels.autograd import packing
-from lora_kernels import projections as products
+from lora_kernels.autograd.common import (
+    autocast_off,
+    backward_products,
+    differentiate_again,
+    gradients,
+    register_flops,
+)
 from lora_kernels.dropout import keep_scale
-from lora_kernels.projections import Part
+from lora_kernels.passes import projections as projections_pass
+from lora_kernels.passes.layer import Part, Projection, rows
 
-__all__ = ["projections", "projections_backward", "projections_forward"]
+__all__ = ["LoRAProjectionsFunction", "projections", "projections_backward", "projections_forward"]
 
 _SAVED = 6  # dy, weight, lora_A, lora_B, s, keep
 
@@ -42,13 +49,82 @@ for _schema in (
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
+class LoRAProjectionsFunction(torch.autograd.Function):
+    """`forward` with a backward. Differentiable once; a second time raises."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, backend: str, numbers: Sequence[tuple[float, float, bool]],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Compute each y `[M, outᵢ]` and save for backward what the gradients that are needed need.
+
+        Args:
+            ctx: The context.
+            x: `[*, in]`.
+            backend: "triton" or "torch".
+            numbers: scaling and dropout_p of each projection, and whether its backward may add to gradients itself.
+            tensors: weight, lora_A, lora_B and bias of the first projection, of the second, and so on.
+        """
+        projections = [Projection(*tensors[4 * i : 4 * i + 4], *pair) for i, (*pair, _) in enumerate(numbers)]
+        ys, shrunk, keeps = projections_pass.forward(x, projections, backend)
+        need_x, needs = ctx.needs_input_grad[0], _by_projection(ctx.needs_input_grad)
+        saved = [x if any(need_weight or need_A for need_weight, need_A, _, _ in needs) else None]
+        for q, s, keep, (_, need_A, need_B, _) in zip(projections, shrunk, keeps, needs, strict=True):
+            saved += [
+                q.weight if need_x else None, q.lora_A if need_x else None, q.lora_B if need_x or need_A else None,
+                s if need_B else None, keep if need_x or need_A else None,
+            ]  # fmt: skip
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.alphas, ctx.backend, ctx.x_shape = [q.alpha for q in projections], backend, x.shape
+        ctx.accumulate = [
+            (q.lora_A, q.lora_B) if added else None for q, (_, _, added) in zip(projections, numbers, strict=True)
+        ]
+        ctx.adapter_dtypes = [None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype) for q in projections]
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Compute the gradients that `ctx.needs_input_grad` asks for, each in its tensor's dtype."""
+        into = gradients([None if dy is None else pair for dy, pair in zip(dys, ctx.accumulate, strict=True)])
+        with autocast_off(next(dy for dy in dys if dy is not None)):
+            return _backward(ctx, into, *dys)
+
+
+def _by_projection(flat: Sequence[bool]) -> list[Sequence[bool]]:
+    """What is needed of each projection's weight, lora_A, lora_B and bias."""
+    return [flat[i : i + 4] for i in range(3, len(flat), 4)]
+
+
+@once_differentiable
+def _backward(
+    ctx: FunctionCtx, into: Sequence[tuple[Tensor | None, Tensor | None]], *dys: Tensor | None
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    need_x, needs = ctx.needs_input_grad[0], _by_projection(ctx.needs_input_grad)
+    x, *saved = ctx.saved_tensors
+    x = None if x is None else rows(x)  # a copy, where one is needed, comes before the launches that overlap
+    there = [i for i, dy in enumerate(dys) if dy is not None]
+    parts = [
+        Part(rows(dys[i]), *saved[5 * i : 5 * i + 5], ctx.alphas[i], ctx.adapter_dtypes[i], needs[i][1], into[i])
+        for i in there
+    ]
+    dx, low_rank = projections_pass.backward(x, parts, need_x, ctx.backend)
+    grads: list[Tensor | None] = [None] * 4 * len(dys)
+    for i, part, own in zip(there, parts, low_rank, strict=True):
+        need_weight, _, _, need_bias = needs[i]
+        dweight = torch.mm(part.dy.t(), x) if need_weight else None
+        grads[4 * i : 4 * i + 4] = dweight, *own, part.dy.sum(0) if need_bias else None
+    return dx.view(ctx.x_shape) if need_x else None, None, None, *grads
+
+
 def _projections(
     x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None],
     biases: Sequence[Tensor | None], scalings: Sequence[float], dropout_ps: Sequence[float], backend: str,
 ) -> list[Tensor]:  # fmt: skip
     """Compute each y `[*, outᵢ]` of arguments that `blocks` has checked and cast; `dropout_ps` are below 1."""
     if "torch.utils.flop_counter" in sys.modules:
-        ops.register_flops({projections_forward: _forward_flops, projections_backward: _backward_flops})
+        register_flops({projections_forward: _forward_flops, projections_backward: _backward_flops})
     backend, tensors, places, numbers = packing.prepared(x, weights, lora_As, lora_Bs, biases, scalings, backend)
     noise = packing.draw(x, backend, lora_As, dropout_ps)
     return projections_forward(x, tensors, places, noise, numbers, dropout_ps, backend)[0]
@@ -69,8 +145,8 @@ def _projections_forward(
         dropout_ps: Probability of dropping an element, of each.
         backend: "triton" or "torch".
     """
-    entries, flat = packing.entries(tensors, places, scalings, dropout_ps), autograd.rows(x)
-    ys, shrunk, keeps = products.forward(flat, entries, backend, noise)
+    entries, flat = packing.entries(tensors, places, scalings, dropout_ps), rows(x)
+    ys, shrunk, keeps = projections_pass.forward(flat, entries, backend, noise)
     s = packing.side_by_side(flat, shrunk, backend)
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys], s, [keep for keep in keeps if keep is not None]
 
@@ -92,13 +168,13 @@ def _projections_backward(
         need_As: Whether dA of each is; dB is where there is its s.
     """
     saved = packing.unpack(tensors, places, len(alphas), _SAVED)
-    x, shape = None if x is None else autograd.rows(x), saved[0][0].shape[:-1]
+    x, shape = None if x is None else rows(x), saved[0][0].shape[:-1]
     parts = [
-        Part(autograd.rows(dy), *five, alpha, (dtype, dtype), need_A)
+        Part(rows(dy), *five, alpha, (dtype, dtype), need_A)
         for (dy, *five), alpha, need_A in zip(saved, alphas, need_As, strict=True)
     ]
-    dx, gradients = products.backward(x, parts, need_x, backend)
-    results = [g.contiguous() for own in gradients for g in own if g is not None]  # as the shapes below say
+    dx, grads = projections_pass.backward(x, parts, need_x, backend)
+    results = [g.contiguous() for own in grads for g in own if g is not None]  # as the shapes below say
     return results if dx is None else [dx.contiguous().view(*shape, dx.shape[1]), *results]
 
 
@@ -148,7 +224,7 @@ def _differentiate(ctx: FunctionCtx, dys: Sequence[Tensor | None], *_: Any) -> t
     there = [dy for dy in dys if dy is not None]
     if not there:
         return None, [None] * len(ctx.dtypes), None, None, None, None, None
-    with autograd.autocast_off(there[0]):
+    with autocast_off(there[0]):
         dx, grads = _gradients(ctx, dys)
     return dx, packing.gradients_of(grads, ctx.places, ctx.dtypes), None, None, None, None, None
 
@@ -178,9 +254,9 @@ def _gradients(ctx: FunctionCtx, dys: Sequence[Tensor | None]) -> tuple[Tensor |
         if dy is None:
             grads += [None] * packing.GIVEN
             continue
-        dweight = torch.mm(autograd.rows(dy).t(), autograd.rows(x)) if need_weight else None
+        dweight = torch.mm(rows(dy).t(), rows(x)) if need_weight else None
         low_rank = [next(results) if need else None for need in (need_A, need_B)]
-        grads += [dweight, *low_rank, autograd.rows(dy).sum(0) if need_bias else None]
+        grads += [dweight, *low_rank, rows(dy).sum(0) if need_bias else None]
     return dx, grads
 
 
@@ -190,7 +266,7 @@ _library.impl("projections_backward", _projections_backward, "CompositeExplicitA
 torch.library.register_fake("lora_kernels::projections_forward", _fake_forward, lib=_library)
 torch.library.register_fake("lora_kernels::projections_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("lora_kernels::projections_forward", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("lora_kernels::projections_backward", ops.differentiate_again, lib=_library)
+torch.library.register_autograd("lora_kernels::projections_backward", differentiate_again, lib=_library)
 
 projections = torch.ops.lora_kernels.projections.default
 projections_forward = torch.ops.lora_kernels.projections_forward.default
@@ -208,5 +284,5 @@ def _backward_flops(x, tensors, places, alphas, backend, dtype, need_x: bool, ne
     groups = packing.unpack(tensors, places, len(alphas), _SAVED)
     for (dy, weight, _, lora_B, s, _), need_A in zip(groups, need_As, strict=True):
         rank, inner = (lora_B or s or (0, 0))[1], weight[1] if need_x else x[-1] if need_A else 0
-        total += ops.backward_products(inner, dy[-1], rank, need_x, need_A, s is not None)
+        total += backward_products(inner, dy[-1], rank, need_x, need_A, s is not None)
     return 2 * math.prod(groups[0][0][:-1]) * total

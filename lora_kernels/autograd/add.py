@@ -1,10 +1,10 @@
-"""The low-rank term over a base result as registered operators, as `ops` has the whole layer, and for its reasons.
+"""The low-rank term over a base result as PyTorch sees it: a Function and operators, as `linear` has.
 
     lora_kernels::add            y; chooses a backend, draws the noise of dropout, calls the next
     lora_kernels::add_forward    y, s, keep: a pure function of its arguments, differentiable once
     lora_kernels::add_backward   dx, dA, dB: its derivative; dy is base's
 
-They run `low_rank.forward` and `low_rank.backward`. Without them a compiler, or a policy of selective checkpointing,
+They run `passes.add.forward` and `backward`. Without them a compiler, or a policy of selective checkpointing,
 would see other operators than a plain call runs, which draw other masks from the same seed.
 """
 
@@ -14,12 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from lora_kernels import autograd, low_rank, ops, plan
+from lora_kernels import plan
+from lora_kernels.autograd.common import autocast_off, differentiate_again, plain_scaling, register_flops
+from lora_kernels.autograd.noise import draw_noise
 from lora_kernels.dropout import keep_scale
+from lora_kernels.passes import add as add_pass
+from lora_kernels.passes.layer import rows
 
-__all__ = ["add", "add_backward", "add_forward"]
+__all__ = ["LoRAAddFunction", "add", "add_backward", "add_forward", "save"]
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
 for _schema in (
@@ -33,16 +37,64 @@ for _schema in (
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
+class LoRAAddFunction(torch.autograd.Function):
+    """`forward` with a backward. Differentiable once; a second time raises."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor,
+        scaling: float, dropout_p: float, backend: str,
+    ) -> Tensor:  # fmt: skip
+        """Compute y `[M, out]` and save for backward what the gradients that are needed need."""
+        y, s, keep = add_pass.forward(base, x, lora_A, lora_B, scaling, dropout_p, backend)
+        save(ctx, x, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)
+        ctx.base_shape, ctx.x_shape = base.shape, x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients that `ctx.needs_input_grad` asks for, each in its tensor's dtype."""
+        with autocast_off(dy):
+            return _backward(ctx, dy)
+
+
+def save(
+    ctx: FunctionCtx, x: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor, keep: Tensor | None, alpha: float,
+    backend: str,
+) -> None:  # fmt: skip
+    """Keep for backward what the gradients of x, A and B need, as far as they are needed: of base nothing is."""
+    _, need_x, need_A, need_B = ctx.needs_input_grad[:4]
+    ctx.save_for_backward(
+        x if need_A else None,
+        lora_A if need_x else None,
+        lora_B if need_x or need_A else None,
+        s if need_B else None,
+        keep if need_x or need_A else None,
+    )
+    ctx.alpha, ctx.backend, ctx.dtype = alpha, backend, x.dtype
+    ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
+
+
+def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, *saved = ctx.saved_tensors
+    need_base, *needed = ctx.needs_input_grad[:4]
+    flat, x = rows(dy.to(ctx.dtype)), None if x is None else rows(x)  # copies, if any, before launches that overlap
+    dx, d_lora_A, d_lora_B = add_pass.backward(flat, x, *saved, ctx.alpha, ctx.backend, ctx.adapter_dtypes, needed)
+    dbase = dy.view(ctx.base_shape) if need_base else None
+    return dbase, None if dx is None else dx.view(ctx.x_shape), d_lora_A, d_lora_B, None, None, None
+
+
 def _add(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str
 ) -> Tensor:
     """Compute y `[*, out]` of arguments that `functional.lora_add` has checked and cast."""
     if "torch.utils.flop_counter" in sys.modules:
-        ops.register_flops({add_forward: _forward_flops, add_backward: _backward_flops})
+        register_flops({add_forward: _forward_flops, add_backward: _backward_flops})
     rank = int(lora_A.shape[0])  # compiled in, where everything else may vary
     backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or base.numel() == 0, backend)
-    noise = ops.draw_noise(x, torch.empty(0, device=x.device), backend) if dropout_p > 0 else None
-    lora_A, scaling = ops.plain_scaling(lora_A, scaling)
+    noise = draw_noise(x, torch.empty(0, device=x.device), backend) if dropout_p > 0 else None
+    lora_A, scaling = plain_scaling(lora_A, scaling)
     return add_forward(base, x, lora_A, lora_B, noise, scaling, dropout_p, backend)[0]
 
 
@@ -51,7 +103,7 @@ def _add_forward(
     scaling: float, dropout_p: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Compute y `[*, out]` in base's dtype, s `[M, r]` and the backend's mask, None without dropout."""
-    y, s, keep = low_rank.forward(base, x, lora_A, lora_B, scaling, dropout_p, backend, noise)
+    y, s, keep = add_pass.forward(base, x, lora_A, lora_B, scaling, dropout_p, backend, noise)
     return y.view(base.shape), s, keep
 
 
@@ -61,8 +113,8 @@ def _add_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Compute dx `[*, in]` in `dtype`, dA and dB as far as they are needed, and None for the rest."""
     shape = (*dy.shape[:-1], -1 if lora_A is None else lora_A.shape[1])
-    dy, x = autograd.rows(dy.to(dtype)), None if x is None else autograd.rows(x)
-    gradients = low_rank.backward(dy, x, lora_A, lora_B, s, keep, alpha, backend, (dtype_A, dtype_B), needed)
+    dy, x = rows(dy.to(dtype)), None if x is None else rows(x)
+    gradients = add_pass.backward(dy, x, lora_A, lora_B, s, keep, alpha, backend, (dtype_A, dtype_B), needed)
     dx, d_lora_A, d_lora_B = (None if g is None else g.contiguous() for g in gradients)  # as the shapes below say
     return None if dx is None else dx.view(shape), d_lora_A, d_lora_B
 
@@ -85,7 +137,7 @@ def _fake_backward(dy, x, lora_A, lora_B, s, keep, alpha, backend, dtype, dtype_
 def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     _, x, lora_A, lora_B, _, scaling, dropout_p, backend = inputs
     _, s, keep = output
-    low_rank.save(ctx, x, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)
+    save(ctx, x, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
 
@@ -93,7 +145,7 @@ def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor | None
 def _differentiate(ctx: FunctionCtx, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 8
-    with autograd.autocast_off(dy):
+    with autocast_off(dy):
         return _gradients(ctx, dy)
 
 
@@ -111,7 +163,7 @@ _library.impl("add_backward", _add_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("lora_kernels::add_forward", _fake_forward, lib=_library)
 torch.library.register_fake("lora_kernels::add_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("lora_kernels::add_forward", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("lora_kernels::add_backward", ops.differentiate_again, lib=_library)
+torch.library.register_autograd("lora_kernels::add_backward", differentiate_again, lib=_library)
 
 add = torch.ops.lora_kernels.add.default
 add_forward = torch.ops.lora_kernels.add_forward.default

@@ -1,16 +1,15 @@
-"""`lora_linear` and `lora_add`: check, apply autocast, choose a backend, call it."""
+"""`lora_linear`: check, apply autocast, choose a backend, call it."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.function import FunctionCtx
 
-from lora_kernels import add_ops, autograd, low_rank, ops, plan, reference
+from lora_kernels import autograd, passes, plan, reference, torch_backend
+from lora_kernels.autograd.common import autocasts
+from lora_kernels.autograd.noise import draw_shard
 from lora_kernels.functional import checks
-from lora_kernels import torch_backend
+from lora_kernels.functional.gate import arrived, as_autocast, as_number, transforming, watched
 
-__all__ = ["arrived", "as_autocast", "as_number", "compute", "lora_add", "lora_linear", "transforming", "watched"]
+__all__ = ["compute", "lora_linear"]
 
 
 def lora_linear(
@@ -65,7 +64,7 @@ def lora_linear(
         x = arrived(x)
     how = scaling, dropout_p, backend, accumulate_grad, dropout_shard
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
-    if autograd.autocasts(device_type):
+    if autocasts(device_type):
         x, weight, bias, adapters_fit = as_autocast(device_type, x, weight, bias)
         with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
             return compute(x, weight, lora_A, lora_B, bias, *how, adapters_fit)
@@ -98,139 +97,22 @@ def compute(
     if sharded or watched():
         backend = plan.overridden(backend)
         if base_only:
-            return _base_only(x, weight, lora_A, lora_B, bias)
-        return ops.linear(
+            return base_only(x, weight, lora_A, lora_B, bias)
+        return autograd.linear.linear(
             x, weight, lora_A, lora_B, bias, as_number(scaling), as_number(dropout_p), backend, dropout_shard
         )
     scaling, dropout_p = float(scaling), float(dropout_p)
     empty = x.numel() == 0 or weight.shape[0] == 0
     backend = plan.choose(x.device, x.dtype, rank, empty or rank == 0, backend)
     if base_only:
-        return _base_only(x, weight, lora_A, lora_B, bias)
-    noise = ops.draw_shard(x, backend, dropout_shard) if dropout_p > 0 and dropout_shard[1] > 1 else None
+        return base_only(x, weight, lora_A, lora_B, bias)
+    noise = draw_shard(x, backend, dropout_shard) if dropout_p > 0 and dropout_shard[1] > 1 else None
     if backend == "torch" and not accumulate_grad and torch_backend.composes(x, weight, lora_A, lora_B):
         return torch_backend.composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, noise)
     args = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
     trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or weight.requires_grad
     if torch.is_grad_enabled() and (trained or (bias is not None and bias.requires_grad)):
-        y = autograd.LoRALinearFunction.apply(*args, accumulate_grad, noise)
+        y = autograd.linear.LoRALinearFunction.apply(*args, accumulate_grad, noise)
     else:
-        y = autograd.forward(*args, noise)[0]
+        y = passes.linear.forward(*args, noise)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
-
-
-def as_number(value: float) -> float:
-    """A number that an operator takes; a compiler's symbol is left one."""
-    return value if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) else float(value)
-
-
-def lora_add(
-    base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, *,
-    scaling: float = 1.0, dropout_p: float = 0.0, backend: str = "auto",
-) -> Tensor:  # fmt: skip
-    """Add a low-rank adapter to the result of a base layer that only the layer itself can compute.
-
-    y = base + scaling · D(x) Aᵀ Bᵀ, for quantised layers, hooked ones, a second adapter over the first.
-
-    Args:
-        base: The base layer's result, `[*, out_features]`; read, not written.
-        x: What the base layer was given, `[*, in_features]`; as in `lora_linear`.
-        lora_A: A, `[r, in_features]`; as in `lora_linear`.
-        lora_B: B, `[out_features, r]`.
-        scaling: Multiplies the low-rank term.
-        dropout_p: As in `lora_linear`.
-        backend: As in `lora_linear`.
-
-    Returns:
-        y, `[*, out_features]`, in base's dtype. The low-rank term is computed in x's dtype, or autocast's.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: As `lora_linear`.
-    """
-    base, x = arrived(base), arrived(x)
-    device_type = x.device.type if isinstance(x, Tensor) else "cpu"
-    autocast = autograd.autocasts(device_type)
-    if autocast and isinstance(x, Tensor) and x.is_floating_point() and x.itemsize <= 4:
-        x = x.to(torch.get_autocast_dtype(device_type))
-        with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
-            return _checked_add(base, x, lora_A, lora_B, scaling, dropout_p, backend, True)
-    return _checked_add(base, x, lora_A, lora_B, scaling, dropout_p, backend, False)
-
-
-def _checked_add(
-    base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str,
-    adapters_fit: bool,
-) -> Tensor:  # fmt: skip
-    """`compute` for `lora_add`."""
-    checks.check_add(base, x, lora_A, lora_B, scaling, dropout_p)
-    if not adapters_fit:
-        checks.check_dtypes(x, x, lora_A, lora_B, None, call="lora_add")
-    if transforming():
-        checks.check_transforms(backend)
-        a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        return reference.lora_add(base, x, a, b, scaling=scaling, dropout_p=dropout_p)
-    rank = lora_A.shape[0]
-    if dropout_p == 1 or rank == 0:
-        plan.choose(x.device, x.dtype, rank, True, backend, "lora_add")  # whether there is such a backend
-        return base + _nothing(lora_A, lora_B).to(base.dtype)
-    if watched():
-        return add_ops.add(
-            base, x, lora_A, lora_B, as_number(scaling), as_number(dropout_p), plan.overridden(backend)
-        )  # fmt: skip
-    scaling, dropout_p = float(scaling), float(dropout_p)
-    backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or base.numel() == 0, backend, "lora_add")
-    args = (base, x, lora_A, lora_B, scaling, dropout_p, backend)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in args[:4]):
-        y = low_rank.LoRAAddFunction.apply(*args)
-    else:
-        y = low_rank.forward(*args)[0]
-    return y.view(base.shape)
-
-
-class _Wait(torch.autograd.Function):
-    """Wait for a collective; the tensor's own `wait` gives one that autograd knows nothing of."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, t: Tensor) -> Tensor:
-        t = t.wait()
-        return t.view_as(t)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, dt: Tensor) -> Tensor:
-        return dt
-
-
-def arrived(t: Tensor) -> Tensor:
-    """The result of a collective that may be on its way, as PyTorch's tensor-parallel styles return it; else t."""
-    return _Wait.apply(t) if type(t).__name__ == "AsyncCollectiveTensor" else t
-
-
-def transforming() -> bool:
-    """Whether a `torch.func` transform or forward-mode AD is at work, which only plain operators can serve."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def watched() -> bool:
-    """Whether a compiler or a dispatch mode has to see an operator; the plain path is tens of microseconds faster."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-
-
-def as_autocast(
-    device_type: str, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """Cast as autocast casts for `F.linear`; float64 is left alone, as there. Adapters are cast inside."""
-    dtype = torch.get_autocast_dtype(device_type)
-    if any(isinstance(t, Tensor) and not (t.is_floating_point() and t.itemsize <= 4) for t in (x, weight)):
-        return x, weight, bias, False
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), True
-
-
-def _base_only(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
-    """The base layer alone, with zero gradients for the adapters rather than none."""
-    y = F.linear(x, weight, bias)
-    nothing = _nothing(lora_A, lora_B)
-    return y + nothing.to(y.dtype) if nothing.requires_grad else y
-
-
-def _nothing(lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    return lora_A[:0].sum() + lora_B[:0].sum()  # of no elements: 0 whatever the adapters hold, and so the gradients

@@ -1,0 +1,1 @@
+"""The benchmark engine: cases, what they compare, what they cost, and how results are shown."""

@@ -1,0 +1,1 @@
+"""Who computes it: ours, PEFT, addmm chains, compiled ones, a frozen floor."""

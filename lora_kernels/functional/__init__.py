@@ -1,0 +1,8 @@
+"""The functions: each checks its arguments, applies autocast, chooses a backend and calls it; below, nothing checks."""
+
+from lora_kernels.functional.add import lora_add
+from lora_kernels.functional.linear import lora_linear
+from lora_kernels.functional.mlp import lora_mlp
+from lora_kernels.functional.projections import lora_projections, lora_qkv
+
+__all__ = ["lora_add", "lora_linear", "lora_mlp", "lora_projections", "lora_qkv"]

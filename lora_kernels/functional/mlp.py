@@ -1,0 +1,123 @@
+"""`lora_mlp`: check, apply autocast, choose a backend, call it."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lora_kernels import autograd, passes, plan, torch_backend
+from lora_kernels.activations import activated
+from lora_kernels.autograd.common import autocasts
+from lora_kernels.functional import checks
+from lora_kernels.functional.gate import arrived, cast, transforming, watched
+from lora_kernels.functional.projections import alone, arguments, check_each, joined, with_floats
+from lora_kernels.passes.layer import Projection
+
+__all__ = ["lora_mlp"]
+
+
+def lora_mlp(
+    x: Tensor, gate: Projection | None, up: Projection, down: Projection, *,
+    activation: str = "silu", recompute: bool = False, backend: str = "auto",
+    accumulate_grad: bool | Sequence[bool] = False,
+) -> Tensor:  # fmt: skip
+    """Apply a gated MLP whose layers may have low-rank adapters.
+
+    y = down(a(gate(x)) · up(x)), or down(a(up(x))) without a gate. Each layer is computed as `lora_linear` computes it,
+    with a dropout mask of its own. An MLP of two layers, such as GPT-2's or one with squared ReLU, has no gate:
+
+        up, down = Projection(w_up, a_up, b_up), Projection(w_down, a_down, b_down)
+        y = lora_mlp(x, None, up, down, activation="gelu_tanh")
+
+    Args:
+        x: Activations, `[*, in_features]`; as in `lora_linear`.
+        gate: weight `[hidden, in_features]`, lora_A, lora_B, bias, scaling and dropout_p of the gate, as `lora_linear`
+            takes them; lora_A and lora_B None for no adapter. Or None for an MLP without a gate.
+        up: Likewise, weight `[hidden, in_features]`.
+        down: Likewise, weight `[out_features, hidden]`.
+        activation: a: "silu" (SwiGLU), "gelu" (GEGLU), "gelu_tanh" (GEGLU, approximated) or "relu2" (squared ReLU).
+        recompute: Compute gate(x) and up(x) once more in backward rather than keep them: `2 · hidden` elements a row
+            less, for about half of the MLP's forward pass more.
+        backend: As in `lora_linear`.
+        accumulate_grad: As in `lora_linear`: one for all layers, or one for each.
+
+    Returns:
+        y, `[*, out_features]`, as `lora_linear` returns it.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As `lora_linear`, naming the layer; widths do not fit each other,
+            `activation` is none of these.
+
+    Saved for backward: x, gate(x), up(x), and of each layer s and the mask.
+
+    Numerics: as `lora_linear`; gate(x), up(x), h = a(gate(x)) · up(x) and the gradients of all three are rounded once.
+    For a few elements on a CPU it is `lora_projections`, PyTorch's own activation and `lora_linear`, which save h as
+    well.
+
+    Source: Shazeer 2020, arXiv:2002.05202 (SwiGLU, GEGLU); So et al. 2021, arXiv:2109.08668 (squared ReLU).
+    """
+    layers = {name: q for name, q in (("gate", gate), ("up", up), ("down", down)) if name != "gate" or q is not None}
+    checks.check_mlp(layers, activation)
+    checks.check_flag("lora_mlp", "accumulate_grad", accumulate_grad, "layer")
+    added = accumulate_grad if isinstance(accumulate_grad, (list, tuple)) else [accumulate_grad] * len(layers)
+    if len(added) != len(layers):
+        raise ValueError(f"lora_mlp: accumulate_grad is for {len(added)} layers and there are {len(layers)}.")
+    x = arrived(x)
+    device_type = x.device.type if isinstance(x, Tensor) else "cpu"
+    if not autocasts(device_type):
+        return _mlp(x, layers, activation, recompute, backend, added, [False] * len(layers))
+    x, entries, fits = cast(device_type, x, layers.values())
+    with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
+        return _mlp(x, dict(zip(layers, entries, strict=True)), activation, recompute, backend, added, fits)
+
+
+def _mlp(
+    x: Tensor, layers: dict[str, Projection], activation: str, recompute: bool, backend: str, added: Sequence[bool],
+    adapters_fit: list[bool],
+) -> Tensor:  # fmt: skip
+    """Check each layer; compute all in shared passes, or one after the other."""
+    checks.check_backend("lora_mlp", backend, plan.BACKENDS)
+    *before, down = layers.values()
+    check_each("lora_mlp", x, [*list(layers)[:-1]], before, adapters_fit[:-1], [*before, down])
+    shape = *x.shape[:-1], before[0].weight.shape[0]
+    h = x.new_empty_strided(shape, (0,) * len(shape))  # of its shape in name alone
+    check_each("lora_mlp", h, ["down"], [down], adapters_fit[-1:], [*before, down])
+    chosen = _fused_backend(x, [*before, down], backend)
+    if chosen is None:
+
+        def composed(x: Tensor) -> Tensor:
+            gate, up = (*joined(x, before, backend, added[:-1], adapters_fit[:-1]), None)[:2]
+            return alone(activated(gate, up, activation), down, backend, adapters_fit[-1], added[-1])
+
+        again = recompute and torch.is_grad_enabled() and not transforming()  # transforms take no saved-tensor hooks
+        return checkpoint(composed, x, use_reentrant=False) if again else composed(x)
+    if watched():
+        return autograd.mlp.mlp(x, *arguments([*before, down]), activation, recompute, chosen)
+    entries = list(map(with_floats, (*before, down)))
+    tensors = list(itertools.chain.from_iterable(q[:4] for q in entries))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        numbers = tuple((q.scaling, q.dropout_p, into) for q, into in zip(entries, added, strict=True))
+        y = autograd.mlp.LoRAMLPFunction.apply(x, chosen, activation, recompute, numbers, *tensors)
+    else:
+        y, *_ = passes.mlp.forward(x, entries[:-1], entries[-1], activation, chosen)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _fused_backend(x: Tensor, entries: list[Projection], backend: str) -> str | None:
+    """The backend that computes an MLP in shared passes; None where its layers are computed one after the other.
+
+    Where something watches, the one that was asked for, as in `_shared_backend`.
+    """
+    adapted = [q for q in entries if q.lora_A is not None]
+    if not adapted or transforming() or checks.is_sharded(x):
+        return None
+    if any(q.dropout_p == 1 or not q.lora_A.shape[0] for q in adapted):  # adds nothing, and gets gradients of 0
+        return None
+    empty = x.numel() == 0 or any(q.weight.numel() == 0 for q in entries)
+    if watched():
+        return None if empty else plan.overridden(backend)
+    chosen = plan.choose(x.device, x.dtype, max(q.lora_A.shape[0] for q in adapted), empty, backend, "lora_mlp")
+    small = chosen == "torch" and all(torch_backend.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted)
+    return None if small or empty else chosen

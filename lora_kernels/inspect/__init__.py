@@ -1,0 +1,1 @@
+"""What the compiler made: kernels compiled without a GPU, read, and held to budgets."""

@@ -1,0 +1,1 @@
+"""Time and memory, the shapes they are taken of, and the machine they are taken on."""

@@ -1,0 +1,109 @@
+r"""LoRA's forward and backward as six products over three contractions.
+
+    forward    s  = scaling · D(x) Aᵀ               shrink
+               y  = x Wᵀ + s Bᵀ + bias              matmul_expand
+    backward   ds = scaling · keep_scale · dy B     shrink   \ shrink_wgrad: both from one read of dy
+               dB = dyᵀ s                           wgrad    /
+               dx = dy W + keep · (ds A)            matmul_expand
+               dA = dsᵀ (keep · x)                  wgrad
+
+The contractions come from a backend (`plan.contractions`); this file knows none of them. A pass is called by way of
+`plan.repeat`, which may take its steps by notes: it depends on its arguments and on nothing else. Dropout's factor
+`keep_scale` rides in the two shrinks with the scaling, on their accumulators, so everything else sees a 0/1 mask.
+Saved for backward: x, W, A and B as they were given, s (M·r elements) and, with dropout, the mask; and of these only
+what the gradients that were asked for need. fp32 adapters over a 16-bit x are rounded to its dtype as they are read,
+and where that cannot be, in a copy of the pass: for few rows copies would be more than all else that is saved. No input
+is ever written.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_kernels import plan
+from lora_kernels.dropout import keep_scale
+from lora_kernels.passes.layer import as_dtype, readable, rows
+
+__all__ = ["backward", "forward", "from_dy"]
+
+
+def forward(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
+    scaling: float, dropout_p: float, backend: str, noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Compute y `[M, out]`, and what backward needs of the way there: s `[M, r]` and the backend's mask.
+
+    `noise` decides the mask; drawn here when there is none.
+    """
+    alpha = scaling * keep_scale(dropout_p)
+    return plan.repeat(backend, _forward_pass, rows(x), weight, lora_A, lora_B, bias, alpha, dropout_p, noise)
+
+
+def _forward_pass(
+    backend: str, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, alpha: float,
+    dropout_p: float, noise: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    lora_B = as_dtype(lora_B, x.dtype)  # copies come before the launches, which overlap
+    s, keep = plan.contractions(backend).shrink(x, readable(lora_A, x.dtype), alpha, dropout_p, noise=noise)
+    _, expand = plan.expander(backend, x, weight.shape[0], lora_A.shape[0], masked=False, backward=False)
+    y = expand([(x, weight), (s, lora_B)], bias)
+    return y, s, keep  # no view of y: autograd lets nobody write to a view that a Function returns
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,
+    s: Tensor | None, keep: Tensor | None, alpha: float, backend: str,
+    adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: Sequence[bool],
+    into: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Compute dx `[M, in]`, dA and dB, as far as they are `needed`, from what they need.
+
+    dx needs W, A, B and the mask; dA needs x, B and the mask; dB needs s. dy is `[M, out]` and x `[M, in]`: a copy,
+    where `rows` has to make one, comes before the launches, which overlap. `alpha` is scaling · keep_scale. dA and dB
+    come in `adapter_dtypes`, or are added to `into`, and then are None.
+    """
+    return plan.repeat(
+        backend, _backward_pass, dy, x, weight, lora_A, lora_B, s, keep, alpha, adapter_dtypes, needed, into
+    )  # fmt: skip
+
+
+def _backward_pass(
+    backend: str, dy: Tensor, x: Tensor | None, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,
+    s: Tensor | None, keep: Tensor | None, alpha: float, adapter_dtypes: tuple[torch.dtype, torch.dtype],
+    needed: Sequence[bool], into: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    need_x, need_A, _ = needed
+    dx, ds, d_lora_B, how = from_dy(
+        dy, weight, lora_A, lora_B, s, keep, alpha, backend, adapter_dtypes[1], needed, into[1]
+    )  # fmt: skip
+    d_lora_A = None
+    if need_A:
+        ready = need_x and how == "fused"
+        d_lora_A = plan.contractions(backend).wgrad(ds, x, adapter_dtypes[0], keep, into=into[0], ready=ready)
+    return dx, d_lora_A, d_lora_B
+
+
+def from_dy(
+    dy: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, s: Tensor | None,
+    keep: Tensor | None, alpha: float, backend: str, dtype_B: torch.dtype, needed: Sequence[bool],
+    into: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, str | None]:  # fmt: skip
+    """Compute what `backward` computes without x: dx, ds, dB, and the form that dx took. `needed`: dx, ds, dB."""
+    (need_x, need_ds, need_B), ops = needed, plan.contractions(backend)
+    lora_A, lora_B = (None if t is None else readable(t, dy.dtype) for t in (lora_A, lora_B))
+    dx = d_lora_B = how = expand = ds = None
+    if need_x:
+        how, expand = plan.expander(backend, dy, weight.shape[1], lora_B.shape[1], keep is not None, True)
+        lora_A = as_dtype(lora_A, dy.dtype) if keep is None else lora_A  # before the launches, too
+    if how == "joint":
+        dx, ds = expand(dy, weight, lora_A, lora_B, alpha, keep)
+    elif need_B and (need_x or need_ds):
+        ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, alpha, dtype_B, into)
+    elif need_x or need_ds:
+        ds, _ = ops.shrink(dy, lora_B.t(), alpha)
+    if need_x and how != "joint":
+        dx = expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
+    if need_B and (how == "joint" or ds is None):
+        d_lora_B = ops.wgrad(dy, s, dtype_B, into=into)
+    return dx, ds, d_lora_B, how
