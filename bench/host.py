@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from bench.report import host_table
 from bench.stub_driver import StubDriver, launching
 from lora_kernels import LoRALinear, LoRAQKV, plan
+from lora_kernels.console import on_stdout
 from lora_kernels.measure.machine import caption, machine, write_json
 from lora_kernels.measure.timing import Calls, Sample, cpu_timer, time_all
-from lora_kernels.console import on_stdout
 
 ROWS, IN, OUT, R = 4, 8, 8, 4  # of the others: nothing to compute
 OURS = (64, 128, 128, 16)  # by descriptors, as most layers are; small, for the CPU maps memory anew for large tensors

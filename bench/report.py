@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels.bench.show import plot
+from lora_kernels.bench.show.levels import KERNEL_HEADING, SHAPED, kernel_row, model_title, passes_of
 from lora_kernels.bench.show.tables import (
     SPEEDUPS,
     host_bound_words,
@@ -22,7 +23,6 @@ from lora_kernels.bench.show.tables import (
     shape_words,
     unsteady_words,
 )
-from lora_kernels.bench.show.levels import KERNEL_HEADING, SHAPED, kernel_row, model_title, passes_of
 from lora_kernels.measure.machine import caption
 from lora_kernels.measure.timing import host_bound
 

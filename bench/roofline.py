@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 
 from bench import counted
-from lora_kernels.plan import model
 from lora_kernels.bench.cost import block as block_cost
 from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.bench.cost import traffic
 from lora_kernels.bench.cost.layer import Cost, Size
+from lora_kernels.plan import model
 
 __all__ = ["Limits", "main", "render", "seconds"]
 

@@ -10,11 +10,10 @@ from typing import Any
 
 from lora_kernels import reference
 from lora_kernels._version import __version__
-from lora_kernels.blocks import lora_mlp, lora_projections, lora_qkv
-from lora_kernels.functional import lora_linear
+from lora_kernels.functional import lora_linear, lora_mlp, lora_projections, lora_qkv
 from lora_kernels.modules.blocks import LoRAMLP, LoRAQKV
 from lora_kernels.modules.linear import LoRALinear
-from lora_kernels.projections import Projection
+from lora_kernels.passes.layer import Projection
 
 _FROM_PEFT = (
     "explain", "load_adapter", "merge_and_unload", "patch_peft", "save_adapter", "swap_linear", "unpatch_peft",

@@ -6,10 +6,11 @@ import dataclasses
 import torch
 from rich.console import Console
 
-from lora_kernels.cli import bench
-from lora_kernels.bench.providers.layer import PROVIDERS, Provider
 from lora_kernels.bench.cases.layer import Settings
+from lora_kernels.bench.providers.layer import PROVIDERS
+from lora_kernels.cli import bench
 from lora_kernels.measure.presets import PRESETS, Shape
+from lora_kernels.verify.provider import Provider
 
 CPU = torch.device("cpu")
 SHAPE = Shape(48, 64, 40)

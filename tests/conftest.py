@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels import plan
-from lora_kernels import torch_backend
+from lora_kernels import plan, torch_backend
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:

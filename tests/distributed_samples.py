@@ -19,8 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lora_kernels import LoRALinear
-from lora_kernels import torch_backend
+from lora_kernels import LoRALinear, torch_backend
 
 CASES = {}
 ROWS = 8

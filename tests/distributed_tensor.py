@@ -36,8 +36,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import LoRALinear, lora_linear, patch_peft
-from lora_kernels import torch_backend
+from lora_kernels import LoRALinear, lora_linear, patch_peft, torch_backend
 from lora_kernels.parallel import LoRAColwise, LoRARowwise
 from lora_kernels.peft import explain
 

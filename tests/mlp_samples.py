@@ -5,8 +5,7 @@ from dataclasses import replace
 import torch
 from oracles import philox
 
-from lora_kernels import Projection, dropout, lora_mlp
-from lora_kernels import torch_backend
+from lora_kernels import Projection, dropout, lora_mlp, torch_backend
 from lora_kernels.verify import numerics_mlp
 from lora_kernels.verify.numerics_mlp import MLPProblem
 

@@ -9,7 +9,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels import add_ops, plan
+from lora_kernels import autograd, plan
 from lora_kernels.functional import lora_add
 
 BACKENDS = ["torch", "triton"]
@@ -34,8 +34,8 @@ def test_opcheck_of_add_and_add_forward(backend, p, device):
     tensors = operands(device)
     # two runs of `add` draw two masks, so only without dropout may they be compared
     checks = ["test_schema", "test_autograd_registration"] + ([] if p else ["test_aot_dispatch_dynamic"])
-    opcheck(add_ops.add, (*tensors, 2.0, p, backend), test_utils=checks)
-    opcheck(add_ops.add_forward, (*tensors, draw(tensors[1], p, backend), 2.0, p, backend))
+    opcheck(autograd.add.add, (*tensors, 2.0, p, backend), test_utils=checks)
+    opcheck(autograd.add.add_forward, (*tensors, draw(tensors[1], p, backend), 2.0, p, backend))
 
 
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=str)
@@ -44,9 +44,9 @@ def test_opcheck_of_add_and_add_forward(backend, p, device):
 def test_opcheck_of_add_backward(backend, needed, adapters, device):
     base, x, a, b = (t.detach() for t in operands(device, torch.bfloat16, adapters, torch.float32))
     need_x, need_A, need_B = needed
-    y, s, keep = add_ops.add_forward(base, x, a, b, draw(x, 0.3, backend), 2.0, 0.3, backend)
+    y, s, keep = autograd.add.add_forward(base, x, a, b, draw(x, 0.3, backend), 2.0, 0.3, backend)
     opcheck(
-        add_ops.add_backward,
+        autograd.add.add_backward,
         (
             torch.randn_like(y), x if need_A else None, a if need_x else None, b if need_x or need_A else None,
             s if need_B else None, keep if need_x or need_A else None, 2.0, backend, x.dtype, adapters, adapters,
@@ -74,7 +74,7 @@ def test_the_operators_give_what_the_plain_call_gives(backend, p, base, adapters
 def watched(*args, **kwargs):
     with Watch() as mode:
         y = lora_add(*args, **kwargs)
-    assert add_ops.add_forward in mode.seen
+    assert autograd.add.add_forward in mode.seen
     return y
 
 
@@ -83,14 +83,14 @@ def test_only_what_is_needed_is_saved(backend, device):
     base, x, a, b = (t.detach() for t in operands(device))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        add_ops.add(base, x, a, b.requires_grad_(), 2.0, 0.0, backend)
+        autograd.add.add(base, x, a, b.requires_grad_(), 2.0, 0.0, backend)
     assert saved == [(M, R)]
 
 
 @pytest.mark.parametrize("policy", ["the operator", "PyTorch's products"])
 @both
 def test_selective_checkpointing_and_a_compiler_replay_the_masks(policy, backend, device, monkeypatch):
-    monkeypatch.setattr(plan, "_environment_backend", lambda: backend)
+    monkeypatch.setattr(plan.backend, "_environment_backend", lambda: backend)
     torch.compiler.reset()  # the graph holds the other backend's name
     base, x, a, b = operands(device)
 
@@ -101,7 +101,7 @@ def test_selective_checkpointing_and_a_compiler_replay_the_masks(policy, backend
         torch.manual_seed(7)
         return torch.autograd.grad(run(x), [base, x, a, b])
 
-    saved = [add_ops.add_forward] if policy == "the operator" else [torch.ops.aten.mm.default]
+    saved = [autograd.add.add_forward] if policy == "the operator" else [torch.ops.aten.mm.default]
     contexts = functools.partial(create_selective_checkpoint_contexts, saved)
     expected = gradients(f)
     for run in (
@@ -124,7 +124,7 @@ def test_flops_are_counted(backend, device):
 
 def test_double_backward_raises(device):
     base, x, a, b = operands(device)
-    y = add_ops.add(base, x, a, b, 2.0, 0.0, "torch")
+    y = autograd.add.add(base, x, a, b, 2.0, 0.0, "torch")
     (dx,) = torch.autograd.grad(y, x, torch.randn_like(y).requires_grad_(), create_graph=True)
     with pytest.raises(RuntimeError, match=r"twice.*once_differentiable"):
         dx.sum().backward()

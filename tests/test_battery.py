@@ -12,8 +12,8 @@ import pytest
 import torch
 from bench_samples import arguments, settings
 
-from lora_kernels.cli import bench
 from lora_kernels.bench import levels
+from lora_kernels.cli import bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import battery, processes, steps, verifying

@@ -12,16 +12,15 @@ from bench_samples import CPU, SHAPE, broken, printed, settings
 from oracles import philox
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels import dropout
-from lora_kernels import torch_backend
+from lora_kernels import dropout, torch_backend
+from lora_kernels.bench.cases.layer import draw, run_case, saved_bytes
+from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.bench.providers import layer as providers
 from lora_kernels.bench.show import tables
-from lora_kernels.bench.cost import layer as layer_cost
-from lora_kernels.verify import judge
 from lora_kernels.measure import timing
-from lora_kernels.bench.providers.layer import Provider
-from lora_kernels.bench.cases.layer import draw, run_case, saved_bytes
 from lora_kernels.measure.presets import PRESETS, Shape, parse_shape, with_rows
+from lora_kernels.verify import judge
+from lora_kernels.verify.provider import Provider
 
 # --- arithmetic
 

@@ -11,19 +11,19 @@ import torch
 from bench_samples import CPU, arguments, printed, sample_case, settings
 
 from lora_kernels import torch_backend
-from lora_kernels.cli import bench
-from lora_kernels.bench.show import tables
-from lora_kernels.bench.cases import block as block_case
-from lora_kernels.bench.cost import block as block_cost
-from lora_kernels.verify import block_judge
-from lora_kernels.bench.providers import block as block_providers
-from lora_kernels.bench.show import levels as level_tables
 from lora_kernels.bench import levels
-from lora_kernels.bench.providers import llama
+from lora_kernels.bench.cases import block as block_case
 from lora_kernels.bench.cases import model as model_case
+from lora_kernels.bench.cost import block as block_cost
 from lora_kernels.bench.cost import traffic
-from lora_kernels.verify.block_problems import check_mlp, outputs
+from lora_kernels.bench.providers import block as block_providers
+from lora_kernels.bench.providers import llama
+from lora_kernels.bench.show import levels as level_tables
+from lora_kernels.bench.show import tables
+from lora_kernels.cli import bench
 from lora_kernels.measure.presets import PRESETS, Shape, block_shape, parse_shape
+from lora_kernels.verify import block_judge
+from lora_kernels.verify.block_problems import check_mlp, outputs
 
 QKV, MLP = Shape(48, 40, 36, others=(12, 20)), Shape(48, 40, 56)
 SHAPES = {"qkv": QKV, "mlp": MLP}

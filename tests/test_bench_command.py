@@ -12,11 +12,10 @@ import torch
 from bench_samples import arguments, broken, printed, sample_case, sample_launch, sample_model
 from rich.console import Console
 
-from lora_kernels.cli import bench
-from lora_kernels.bench.show import plot
-from lora_kernels.bench.show import tables
-from lora_kernels.bench.show import levels as level_tables
 from lora_kernels.bench.providers.layer import PROVIDERS
+from lora_kernels.bench.show import levels as level_tables
+from lora_kernels.bench.show import plot, tables
+from lora_kernels.cli import bench
 from lora_kernels.measure.machine import write_json
 from lora_kernels.measure.presets import PRESETS, Shape
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from bench_samples import SHAPE, arguments, settings
 
-from lora_kernels.cli import bench
-from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.bench import estimate
+from lora_kernels.bench.cost import layer as layer_cost
+from lora_kernels.cli import bench
 from lora_kernels.measure.presets import MODELS, PRESETS, Shape
 
 PEAKS = {"matmul_flops_per_second": 1e11}

@@ -9,14 +9,14 @@ import torch
 from bench_samples import CPU, SHAPE, printed, sample_launch, sample_model, settings
 
 from lora_kernels import torch_backend
-from lora_kernels.bench.cases import layer as layer_case
-from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.bench.cases import kernel as kernel_case
-from lora_kernels.bench.show import levels as level_tables
-from lora_kernels.bench.providers import llama
+from lora_kernels.bench.cases import layer as layer_case
 from lora_kernels.bench.cases import model as model_case
-from lora_kernels.measure import timing
 from lora_kernels.bench.cases.kernel import LAUNCHES, Sum, share_used
+from lora_kernels.bench.cost import layer as layer_cost
+from lora_kernels.bench.providers import llama
+from lora_kernels.bench.show import levels as level_tables
+from lora_kernels.measure import timing
 from lora_kernels.measure.presets import PRESETS, with_tokens
 
 TINY = PRESETS["quick"].model

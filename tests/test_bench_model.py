@@ -7,10 +7,10 @@ import pytest
 import torch
 from bench_samples import CPU, arguments, settings
 
-from lora_kernels.cli import bench
 from lora_kernels.bench.cases import layer as layer_case
-from lora_kernels.bench.providers import llama
 from lora_kernels.bench.cases import model as model_case
+from lora_kernels.bench.providers import llama
+from lora_kernels.cli import bench
 from lora_kernels.measure import timing
 from lora_kernels.measure.presets import MODELS, HostedDims
 

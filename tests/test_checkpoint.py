@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from lora_kernels import LoRALinear, ops, plan
+from lora_kernels import LoRALinear, autograd, plan
 from lora_kernels.dropout import keep_scale
 
 BACKENDS = ["torch", "triton"]
 SELECTED = {
-    "the operator": lambda: [ops.linear_forward],
+    "the operator": lambda: [autograd.linear.linear_forward],
     "PyTorch's products": lambda: [torch.ops.aten.mm.default, torch.ops.aten.addmm.default],
 }
 
@@ -20,7 +20,7 @@ SELECTED = {
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     """What "auto" takes in every layer."""
-    monkeypatch.setattr(plan, "_environment_backend", lambda: request.param)
+    monkeypatch.setattr(plan.backend, "_environment_backend", lambda: request.param)
     return request.param
 
 
@@ -78,7 +78,7 @@ def test_an_operator_that_is_saved_does_not_run_again(saved, runs, backend, devi
 
     monkeypatch.setattr(contractions, "shrink", counted)
     model, x = block(device), torch.randn(9, 12, device=device)
-    policy = [ops.linear_forward if saved else torch.ops.aten.gelu.default]
+    policy = [autograd.linear.linear_forward if saved else torch.ops.aten.gelu.default]
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
     gradients(model, lambda x: checkpoint(model, x, use_reentrant=False, context_fn=contexts), x)
     assert calls == [model[0].scaling * keep_scale(0.5)] * runs

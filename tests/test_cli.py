@@ -10,10 +10,9 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import cli
-from lora_kernels import torch_backend
-from lora_kernels.plan import tuned
+from lora_kernels import cli, torch_backend
 from lora_kernels.cli import doctor, verify
+from lora_kernels.plan import tuned
 from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 
 ON_GPU = torch.cuda.is_available()
@@ -144,7 +143,9 @@ def test_verify_fails_on_a_wrong_scale(monkeypatch, tmp_path, capsys):
 
 def test_verify_fails_on_nan_and_still_writes_json(monkeypatch, tmp_path):
     matmul_expand = torch_backend.matmul_expand
-    monkeypatch.setattr(torch_backend, "matmul_expand", lambda *args, **kwargs: matmul_expand(*args, **kwargs) * float("nan"))
+    monkeypatch.setattr(
+        torch_backend, "matmul_expand", lambda *args, **kwargs: matmul_expand(*args, **kwargs) * float("nan")
+    )
     assert _quick_torch("--json", str(tmp_path / "v.json")) == 1
     assert "NaN or inf" in json.loads((tmp_path / "v.json").read_text())["cases"][0]["message"]
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import LoRALinear, lora_linear, ops, plan
+from lora_kernels import LoRALinear, autograd, lora_linear, plan
 
 BACKENDS = ["torch", "triton"]
 pytestmark = [
@@ -29,7 +29,7 @@ def fresh_compiler():
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     """What "auto" takes in every layer."""
-    monkeypatch.setattr(plan, "_environment_backend", lambda: request.param)
+    monkeypatch.setattr(plan.backend, "_environment_backend", lambda: request.param)
     return request.param
 
 
@@ -137,7 +137,7 @@ def losses(run, model, device):
 
 def test_a_decoder_trains_to_the_same_losses(device, monkeypatch):
     """With dropout, each block checkpointed."""
-    monkeypatch.setattr(plan, "_environment_backend", lambda: "torch")  # the interpreter would take a minute
+    monkeypatch.setattr(plan.backend, "_environment_backend", lambda: "torch")  # the interpreter would take a minute
     plain, model = (Decoder(0.3).to(device) for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
@@ -178,7 +178,7 @@ def graph_of(f, *args):
 def test_the_graph_holds_one_operator_and_the_backend(backend, device):
     """The environment is not part of the key of PyTorch's cache on disk, so its answer has to be in the graph."""
     (node,) = graph_of(make_layer(device, 0.3), torch.randn(4, 12, device=device)).find_nodes(
-        op="call_function", target=ops.linear
+        op="call_function", target=autograd.linear.linear
     )
     assert backend in node.args
 
@@ -221,7 +221,7 @@ def test_export_of_a_layer_in_evaluation(strict, device, backend):
     rows = torch.export.Dim("rows", min=2, max=64)
     example = torch.randn(4, 12, device=device)
     program = torch.export.export(layer, (example,), dynamic_shapes=({0: rows},), strict=strict)
-    assert [node.target for node in program.graph.nodes if node.op == "call_function"] == [ops.linear]
+    assert [node.target for node in program.graph.nodes if node.op == "call_function"] == [autograd.linear.linear]
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)

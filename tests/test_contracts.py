@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lora_kernels import LoRALinear, dropout, lora_linear, reference
+from lora_kernels.autograd.linear import LoRALinearFunction
 from lora_kernels.verify import numerics
-from lora_kernels.autograd import LoRALinearFunction
 from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 
 BACKENDS = ["torch", "triton"]

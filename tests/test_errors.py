@@ -143,7 +143,7 @@ def test_19_meta_and_fake_tensors_give_shapes():
 
 @pytest.fixture
 def fresh_plan():
-    caches = (plan._choose, plan._environment_backend, plan.triton_problem)
+    caches = (plan.backend._choose, plan.backend._environment_backend, plan.backend.triton_problem)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -153,8 +153,8 @@ def fresh_plan():
 
 def test_20_without_triton_one_line_is_logged(fresh_plan, monkeypatch, caplog):
     problem = "Triton not importable (No module named 'triton')"
-    monkeypatch.setattr(plan, "triton_problem", lambda: problem)
-    monkeypatch.setattr(plan.triton_problem, "cache_clear", lambda: None, raising=False)
+    monkeypatch.setattr(plan.backend, "triton_problem", lambda: problem)
+    monkeypatch.setattr(plan.backend.triton_problem, "cache_clear", lambda: None, raising=False)
     with caplog.at_level(logging.INFO, "lora_kernels"):
         for _ in range(3):
             assert plan.choose(torch.device("cuda", 0), torch.float16, 8, False, "auto") == "torch"
@@ -172,14 +172,14 @@ def test_21_triton_needs_cuda(fresh_plan, monkeypatch):
 def test_old_gpus_take_pytorch(fresh_plan, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    choice = plan.automatic(torch.device("cuda", 0), torch.float16)
+    choice = plan.backend.automatic(torch.device("cuda", 0), torch.float16)
     assert choice.backend == "torch"
     assert "8.0" in choice.reason
     assert "7.0" in choice.reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert plan.automatic(torch.device("cuda", 0), torch.float16).backend == "triton"
-    assert plan.automatic(torch.device("cuda", 0), torch.float64).backend == "torch"
-    assert plan.automatic(torch.device("cuda", 0), torch.float16, 513).backend == "torch"
+    assert plan.backend.automatic(torch.device("cuda", 0), torch.float16).backend == "triton"
+    assert plan.backend.automatic(torch.device("cuda", 0), torch.float64).backend == "torch"
+    assert plan.backend.automatic(torch.device("cuda", 0), torch.float16, 513).backend == "torch"
 
 
 def test_sm_100_takes_pytorch_where_triton_misses_a_fence(fresh_plan, monkeypatch):
@@ -190,7 +190,7 @@ def test_sm_100_takes_pytorch_where_triton_misses_a_fence(fresh_plan, monkeypatc
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         monkeypatch.setattr("triton.__version__", version)
-        choice = plan.automatic(torch.device("cuda", 0), torch.bfloat16)
+        choice = plan.backend.automatic(torch.device("cuda", 0), torch.bfloat16)
         assert choice.backend == backend
         assert backend == "triton" or choice.reason == (
             f"compute capability {capability[0]}.{capability[1]} needs Triton 3.7.1, older ones miss a fence, "
@@ -202,7 +202,7 @@ def test_the_environment_overrides_auto(fresh_plan, monkeypatch):
     monkeypatch.setenv("LORA_KERNELS_BACKEND", "tritn")
     with pytest.raises(ValueError, match="LORA_KERNELS_BACKEND='tritn' is not one of: auto, torch, triton"):
         call()
-    plan._environment_backend.cache_clear()
+    plan.backend._environment_backend.cache_clear()
     monkeypatch.setenv("LORA_KERNELS_BACKEND", "triton")
     assert plan.choose(CPU, torch.float32, 8, False, "auto") == "triton"
     assert plan.choose(CPU, torch.float32, 8, False, "torch") == "torch"

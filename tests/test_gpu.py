@@ -10,11 +10,11 @@ from mlp_samples import run as run_mlp
 from test_projections import assert_accurate, draw
 
 from lora_kernels import LoRALinear, lora_linear, lora_projections, lora_qkv, plan
-from lora_kernels.verify import numerics
 from lora_kernels.activations import ACTIVATIONS
-from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 from lora_kernels.kernels import matmul_expand, shrink
 from lora_kernels.kernels.repeat import _AS_WRITTEN
+from lora_kernels.verify import numerics
+from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 
 pytestmark = pytest.mark.gpu
 
@@ -192,7 +192,7 @@ def test_a_new_scaling_seed_or_batch_does_not_recompile():
 
 
 def test_auto_takes_the_kernels():
-    assert plan.automatic(torch.device("cuda"), torch.bfloat16).backend == "triton"
+    assert plan.backend.automatic(torch.device("cuda"), torch.bfloat16).backend == "triton"
     x, w = torch.randn(4, 32, device="cuda"), torch.randn(8, 32, device="cuda")
     assert lora_linear(x, w, torch.randn(2, 32, device="cuda"), torch.randn(8, 2, device="cuda")).shape == (4, 8)
 

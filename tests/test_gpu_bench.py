@@ -5,8 +5,8 @@ import torch
 from bench_samples import SHAPE
 
 from lora_kernels.bench import levels
-from lora_kernels.measure import timing
 from lora_kernels.bench.cases.layer import Settings
+from lora_kernels.measure import timing
 from lora_kernels.measure.presets import PRESETS
 
 pytestmark = pytest.mark.gpu

@@ -10,10 +10,10 @@ import torch
 from oracles import philox
 
 from lora_kernels import dropout, reference
-from lora_kernels.verify import numerics
-from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 from lora_kernels.kernels import matmul_expand, shrink, wgrad
 from lora_kernels.kernels._configs import ShrinkConfig
+from lora_kernels.verify import numerics
+from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = {

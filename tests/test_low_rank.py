@@ -5,9 +5,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_kernels import reference
-from lora_kernels.verify import numerics
 from lora_kernels.dropout import keep_scale
 from lora_kernels.functional import lora_add, lora_linear
+from lora_kernels.verify import numerics
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

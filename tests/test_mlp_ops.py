@@ -12,7 +12,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels import Projection, lora_mlp, mlp_ops, plan
+from lora_kernels import Projection, autograd, lora_mlp, plan
 
 both = pytest.mark.parametrize("backend", ["torch", "triton"])
 again = pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recompute"])
@@ -75,23 +75,23 @@ def watched(model):
     def run(x):
         with Watch() as mode:
             y = model(x)
-        assert mode.seen.count(mlp_ops.mlp_forward) == 1
+        assert mode.seen.count(autograd.mlp.mlp_forward) == 1
         return y
 
     return run
 
 
 def backward_of(model, x):
-    return taken(mlp_ops.mlp_backward, lambda: model(x).backward(model.dy))
+    return taken(autograd.mlp.mlp_backward, lambda: model(x).backward(model.dy))
 
 
 @pytest.mark.parametrize(("backend", "p", "recompute"), [("torch", True, False), ("triton", True, True)])
 def test_opcheck_of_the_mlp_and_its_forward(backend, p, recompute, device):
     model, x = MLP(device, p, backend=backend, recompute=recompute), activations(device)
-    opcheck(mlp_ops.mlp, (x, *model.arguments()), test_utils=STATIC[:2])
-    x, tensors, *rest = taken(mlp_ops.mlp_forward, lambda: model(x))
+    opcheck(autograd.mlp.mlp, (x, *model.arguments()), test_utils=STATIC[:2])
+    x, tensors, *rest = taken(autograd.mlp.mlp_forward, lambda: model(x))
     args = (x.requires_grad_(), [t.requires_grad_() for t in tensors], *rest)
-    opcheck(mlp_ops.mlp_forward, args, test_utils=STATIC + ["test_aot_dispatch_dynamic"] * (backend == "torch"))
+    opcheck(autograd.mlp.mlp_forward, args, test_utils=STATIC + ["test_aot_dispatch_dynamic"] * (backend == "torch"))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_opcheck_of_its_backward(backend, needed, recompute, device):
     for weight in model.weights.values():
         weight.requires_grad_(needed == "all")
     x = activations(device, torch.bfloat16).requires_grad_(needed in ("all", "x"))
-    opcheck(mlp_ops.mlp_backward, backward_of(model, x), test_utils=STATIC)
+    opcheck(autograd.mlp.mlp_backward, backward_of(model, x), test_utils=STATIC)
 
 
 @pytest.mark.parametrize("form", ["beta1", "joint", "padded"])
@@ -115,7 +115,7 @@ def test_the_fake_shapes_hold_where_the_library_does_the_large_products(form, de
     with plan.forced(form):
         with Watch() as mode:
             model(x).backward(model.dy)
-        for op in (mlp_ops.mlp_forward, mlp_ops.mlp_backward):
+        for op in (autograd.mlp.mlp_forward, autograd.mlp.mlp_backward):
             opcheck(op, *(args for func, args in mode.calls if func is op), test_utils=["test_faketensor"])
 
 
@@ -144,7 +144,7 @@ def test_without_a_gate_and_without_some_adapters(recompute, device):
     for layers in ((up, down), (model.layer("up"), down._replace(lora_A=None, lora_B=None))):
         with Watch() as mode:
             got = run(x, layers)
-        assert mode.seen.count(mlp_ops.mlp_forward) == mode.seen.count(mlp_ops.mlp_backward) == 1
+        assert mode.seen.count(autograd.mlp.mlp_forward) == mode.seen.count(autograd.mlp.mlp_backward) == 1
         assert all(map(torch.equal, got, run(x, layers)))
 
 
@@ -182,12 +182,12 @@ def test_only_what_is_needed_is_saved(device):
     model, x = MLP(device), activations(device).detach()
     for name, q in model.named_parameters():
         q.requires_grad_(name == "lora_B.down")
-    assert [tuple(t.shape) for t in saved_by(lambda: mlp_ops.mlp(x, *model.arguments()))] == [(ROWS, 2)]
+    assert [tuple(t.shape) for t in saved_by(lambda: autograd.mlp.mlp(x, *model.arguments()))] == [(ROWS, 2)]
 
 
 def test_double_backward_raises(device):
     model, x = MLP(device, False), activations(device)
-    y = mlp_ops.mlp(x, *model.arguments())
+    y = autograd.mlp.mlp(x, *model.arguments())
     (dx,) = torch.autograd.grad(y, x, model.dy.requires_grad_(), create_graph=True)
     with pytest.raises(RuntimeError, match=r"twice.*once_differentiable"):
         dx.sum().backward()
@@ -220,7 +220,7 @@ def test_one_graph_for_every_seed_scaling_and_batch(recompute, device):
         assert_same(outcome(model, compiled, x, seed), outcome(model, model, x, seed))
         graphs = graphs or counter.frame_count
         assert counter.frame_count == graphs
-    (node,) = counter.graphs[-1].graph.find_nodes(op="call_function", target=mlp_ops.mlp)
+    (node,) = counter.graphs[-1].graph.find_nodes(op="call_function", target=autograd.mlp.mlp)
     assert node.args[-2:] == (recompute, "torch")
 
 
@@ -273,7 +273,7 @@ def test_selective_checkpointing(saved, device, monkeypatch):
         calls.append(args)
         return activate_shrink(*args, **more)
 
-    policy = mlp_ops.mlp_forward if saved == "the operator" else torch.ops.aten.mm.default
+    policy = autograd.mlp.mlp_forward if saved == "the operator" else torch.ops.aten.mm.default
     contexts = functools.partial(create_selective_checkpoint_contexts, [policy])
     monkeypatch.setattr(contractions, "activate_shrink", counted)
     assert_same(
@@ -287,7 +287,7 @@ def test_export(device, monkeypatch):
     rows = torch.export.Dim("rows", min=2, max=64)
     program = torch.export.export(model, (example,), dynamic_shapes=({1: rows},))
     targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    assert targets.count(mlp_ops.mlp) == 1
+    assert targets.count(autograd.mlp.mlp) == 1
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)
@@ -312,5 +312,5 @@ def test_what_no_shared_pass_takes_is_composed(device):
             torch.manual_seed(2)
             ys.append(f())
         assert all(map(torch.equal, *ys)), layers
-        assert not counter.graphs[0].graph.find_nodes(op="call_function", target=mlp_ops.mlp)
-    assert mlp_ops.mlp(x[:, :0], *model.arguments()).shape == (2, 0, N)  # where a graph was exported for any size
+        assert not counter.graphs[0].graph.find_nodes(op="call_function", target=autograd.mlp.mlp)
+    assert autograd.mlp.mlp(x[:, :0], *model.arguments()).shape == (2, 0, N)  # where a graph was exported for any size

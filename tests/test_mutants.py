@@ -22,12 +22,12 @@ SHRINK, MATMUL, WGRAD, DEVICE, DEVICE_ACTIVATION, ACTIVATION_WGRAD = (
 
 # name: (file, text, replacement); the ones in ALWAYS run in every test run
 MUTANTS = {
-    "scaling missing": ("autograd.py", "alpha = scaling * keep_scale(dropout_p)", "alpha = keep_scale(dropout_p)"),
-    "scaling missing in backward": ("autograd.py", "keep, scaling * keep_scale(dropout_p), backend)", "keep, keep_scale(dropout_p), backend)"),
+    "scaling missing": ("passes/linear.py", "alpha = scaling * keep_scale(dropout_p)", "alpha = keep_scale(dropout_p)"),
+    "scaling missing in backward": ("autograd/linear.py", "keep, scaling * keep_scale(dropout_p), backend)\n        ctx.x_shape", "keep, keep_scale(dropout_p), backend)\n        ctx.x_shape"),
     "alpha ignored by the kernel": (SHRINK, "acc * tl.cast(alphas[i], tl.float32)", "acc * 2.0"),
     "keep_scale missing": ("dropout.py", "return _STEPS / kept if kept else 0.0", "return 1.0"),
-    "mask missing in dx": ("autograd.py", "(ds, lora_A.t())], keep=keep)", "(ds, lora_A.t())])"),
-    "mask missing in dA": ("autograd.py", ".wgrad(ds, x, adapter_dtypes[0], keep,", ".wgrad(ds, x, adapter_dtypes[0], None,"),
+    "mask missing in dx": ("passes/linear.py", "(ds, lora_A.t())], keep=keep)", "(ds, lora_A.t())])"),
+    "mask missing in dA": ("passes/linear.py", ".wgrad(ds, x, adapter_dtypes[0], keep,", ".wgrad(ds, x, adapter_dtypes[0], None,"),
     "mask missing in s": (SHRINK, "kept = tl.where(unpack_bits(bits), x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))", "kept = x"),
     "mask flipped in dx": (MATMUL, "tl.where(kept(keep, SLICE), product, 0.0)", "tl.where(kept(keep, SLICE), 0.0, product)"),
     "mask on the base product": (MATMUL, "part += tl.where(kept(keep, SLICE), product, 0.0)", "part = tl.where(kept(keep, SLICE), product + part, 0.0)"),
@@ -80,16 +80,16 @@ MUTANTS = {
     "slope missing in dg": (DEVICE_ACTIVATION, "(dh * up * slope)", "(dh * up)"),
     "mask missing in dA of down": (ACTIVATION_WGRAD, "Product(after.ds, g.t(), after.keep,", "Product(after.ds, g.t(), None,"),
     "h stored by nobody for a split": (SHRINK, "tl.store(h_ptr + offs_m[:, None] * K + offs_k[None, :], x, mask=inside)", "tl.store(h_ptr + offs_m[:, None] * K + offs_k[None, :], x, mask=inside & (offs_k * 0 + split < 1)[None, :])"),
-    "gate and up swapped": ("mlp.py", "activate_shrink(gate, up, activation, rows_of_down", "activate_shrink(up, gate, activation, rows_of_down"),
-    "made again without s": ("mlp.py", "[q.s for q in layers[:-1]], backend)", "[None] * len(layers[:-1]), backend)"),
+    "gate and up swapped": ("passes/mlp.py", "activate_shrink(gate, up, activation, rows_of_down", "activate_shrink(up, gate, activation, rows_of_down"),
+    "made again without s": ("passes/mlp.py", "[q.s for q in layers[:-1]], backend)", "[None] * len(layers[:-1]), backend)"),
     "masked twice in dA": (WGRAD, "right = tl.where(kept(words, BLOCK_W), right, tl.zeros((BLOCK_M, BLOCK_W), right.dtype))", "right = tl.where(kept(words, BLOCK_W), right, tl.zeros((BLOCK_M, BLOCK_W), right.dtype))\n                wides = (right,)"),
-    "gradients of A in the wrong order": ("projections.py", "for own, d_lora_A in zip(owners,", "for own, d_lora_A in zip(owners[::-1],"),
+    "gradients of A in the wrong order": ("passes/projections.py", "for own, d_lora_A in zip(owners,", "for own, d_lora_A in zip(owners[::-1],"),
     "shapes no part of a kind": ("kernels/repeat.py", "kinds.append((argument.shape, argument.stride(), ", "kinds.append(("),
     "numbers no part of a kind": ("kernels/repeat.py", "            kinds.append(argument)\n", "            pass\n"),
     "operators not noted": ("kernels/_replay.py", "self._step(function, places, None if _aliases(func)", "self._register(None if _aliases(func)"),
     "a noted launch on other tensors": ("kernels/_replay.py", "return operator.itemgetter(*places)", "return operator.itemgetter(*places[::-1])"),
     "freed a step too early": ("kernels/_replay.py", "ends[end].append(place)", "ends[max(0, end - 1)].append(place)"),
-    "saved s overwritten": ("autograd.py", "    return dx, d_lora_A, d_lora_B\n", "    if need_B:\n        s.data.zero_()\n    return dx, d_lora_A, d_lora_B\n"),
+    "saved s overwritten": ("passes/linear.py", "    return dx, d_lora_A, d_lora_B\n", "    if need_B:\n        s.data.zero_()\n    return dx, d_lora_A, d_lora_B\n"),
 }  # fmt: skip
 ALWAYS = (
     "scaling missing in backward", "mask missing in dx", "strides of A swapped", "accumulate missing in matmul",

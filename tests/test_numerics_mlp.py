@@ -6,10 +6,9 @@ import pytest
 import torch
 from mlp_samples import assert_accurate, draw, findings, run, with_masks
 
-from lora_kernels import projections, reference
-from lora_kernels import torch_backend
-from lora_kernels.verify import numerics_mlp
+from lora_kernels import passes, reference, torch_backend
 from lora_kernels.activations import ACTIVATIONS, activated
+from lora_kernels.verify import numerics_mlp
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -89,13 +88,13 @@ def no_low_rank_term_in_dh(monkeypatch):
 
 
 def dx_of_the_gate_alone(monkeypatch):
-    stock = projections.backward
+    stock = passes.projections.backward
 
     def changed(x, parts, need_x, backend, made=None):
         dx, _ = stock(x, parts[:1], need_x, backend, made[:1])
         return dx, stock(x, parts, False, backend, made)[1]
 
-    monkeypatch.setattr(projections, "backward", changed)
+    monkeypatch.setattr(passes.projections, "backward", changed)
 
 
 MISTAKES = {  # and the outputs in which each must show

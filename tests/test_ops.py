@@ -7,7 +7,7 @@ from torch.library import opcheck
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels import lora_linear, ops, plan
+from lora_kernels import autograd, lora_linear, plan
 from lora_kernels.verify.problems import make_problem
 
 BACKENDS = ["torch", "triton"]
@@ -31,14 +31,14 @@ def test_opcheck_of_linear(backend, p, device):
     tensors = [t.requires_grad_() for t in operands(device)]
     # two runs draw two masks, so only without dropout may they be compared
     checks = ["test_schema", "test_autograd_registration"] + ([] if p else ["test_aot_dispatch_dynamic"])
-    opcheck(ops.linear, (*tensors, 2.0, p, backend), test_utils=checks)
+    opcheck(autograd.linear.linear, (*tensors, 2.0, p, backend), test_utils=checks)
 
 
 @pytest.mark.parametrize("p", PROBABILITIES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_of_linear_forward(backend, p, device):
     tensors = [t.requires_grad_() for t in operands(device)]
-    opcheck(ops.linear_forward, (*tensors, draw(tensors[0], p, backend), 2.0, p, backend))
+    opcheck(autograd.linear.linear_forward, (*tensors, draw(tensors[0], p, backend), 2.0, p, backend))
 
 
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=str)
@@ -47,9 +47,9 @@ def test_opcheck_of_linear_forward(backend, p, device):
 def test_opcheck_of_linear_backward(backend, needed, adapters, device):
     x, weight, a, b, bias = operands(device, torch.bfloat16, adapters)
     need_x, need_A, need_B = needed
-    y, s, keep = ops.linear_forward(x, weight, a, b, bias, draw(x, 0.3, backend), 2.0, 0.3, backend)
+    y, s, keep = autograd.linear.linear_forward(x, weight, a, b, bias, draw(x, 0.3, backend), 2.0, 0.3, backend)
     opcheck(
-        ops.linear_backward,
+        autograd.linear.linear_backward,
         (
             torch.randn_like(y), x if need_A else None, weight if need_x else None, a if need_x else None,
             b if need_x or need_A else None, s if need_B else None, keep if need_x or need_A else None,
@@ -63,10 +63,10 @@ def test_opcheck_of_linear_backward(backend, needed, adapters, device):
 def test_the_fake_shapes_hold_for_every_form_of_the_large_products(form, device):
     tensors = [t.requires_grad_() for t in operands(device)]
     with plan.forced("fused" if form == "joint" else form):
-        y, s, keep = ops.linear_forward(*tensors, None, 2.0, 0.0, "triton")
+        y, s, keep = autograd.linear.linear_forward(*tensors, None, 2.0, 0.0, "triton")
     with plan.forced("beta1" if form == "padded" else form):
         args = (y.detach(), *tensors[:4], s, keep, 2.0, "triton", torch.float32, torch.float32, [True] * 3)
-        opcheck(ops.linear_backward, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
+        opcheck(autograd.linear.linear_backward, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
 
 
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=str)
@@ -79,7 +79,7 @@ def test_the_operators_give_what_the_eager_path_gives(backend, p, adapters, devi
     expected = lora_linear(x, weight, a, b, scaling=1.5, bias=bias, dropout_p=p, backend=backend)
     dy = torch.randn_like(expected)
     torch.manual_seed(3)
-    y = ops.linear(*tensors, 1.5, p, backend)
+    y = autograd.linear.linear(*tensors, 1.5, p, backend)
     assert torch.equal(y, expected)
     function, _ = expected.grad_fn.next_functions[0]  # under the view of its rows
     assert "LoRALinearFunction" in function.name()
@@ -93,14 +93,14 @@ def test_only_what_is_needed_is_saved(device):
     x, weight, a, b, bias = operands(device)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        ops.linear(x, weight, a, b.requires_grad_(), bias, 2.0, 0.0, "torch")
+        autograd.linear.linear(x, weight, a, b.requires_grad_(), bias, 2.0, 0.0, "torch")
     assert saved == [(M, R)]
 
 
 def test_double_backward_of_the_operators_raises(device):
     x, weight, a, b, bias = operands(device)
     x.requires_grad_()
-    y = ops.linear(x, weight, a, b, bias, 2.0, 0.0, "torch")
+    y = autograd.linear.linear(x, weight, a, b, bias, 2.0, 0.0, "torch")
     (dx,) = torch.autograd.grad(y, x, torch.randn_like(y).requires_grad_(), create_graph=True)
     with pytest.raises(RuntimeError, match=r"twice.*lora_kernels\.reference"):
         dx.sum().backward()
@@ -133,14 +133,14 @@ def test_flops_are_counted(backend, device):
     assert counter.get_total_flops() == 2 * (2 * M * K * N + thin) + thin
     for needed, flops in [(x, 2 * M * K * N + thin), (a, thin), (b, 2 * M * R * N)]:
         inputs = [t.detach().requires_grad_(t is needed) for t in (x, weight, a, b, bias)]
-        y = ops.linear(*inputs, 2.0, 0.0, backend)
+        y = autograd.linear.linear(*inputs, 2.0, 0.0, backend)
         with FlopCounterMode(display=False) as counter:
             y.sum().backward()
         assert counter.get_total_flops() == flops
 
 
 def test_a_counter_made_before_the_formulas_are_there_gets_them(device, monkeypatch):
-    monkeypatch.delitem(flop_counter.flop_registry, ops.linear_forward.overloadpacket, raising=False)
+    monkeypatch.delitem(flop_counter.flop_registry, autograd.linear.linear_forward.overloadpacket, raising=False)
     x, weight, a, b, _ = operands(device)
     with FlopCounterMode(display=False) as counter:
         lora_linear(x, weight, a, b)
@@ -161,7 +161,7 @@ def test_a_plain_call_takes_no_operator(device, monkeypatch):
     def refuse(*args):
         raise AssertionError("an operator was called")
 
-    monkeypatch.setattr(ops, "linear", refuse)
+    monkeypatch.setattr(autograd.linear, "linear", refuse)
     tensors = [t.requires_grad_() for t in operands(device)]
     lora_linear(*tensors[:4]).sum().backward()
     with torch.no_grad():

@@ -10,10 +10,10 @@ import triton.language as tl
 from oracles import philox, sanitizer
 
 from lora_kernels import dropout, reference
-from lora_kernels.verify import numerics
-from lora_kernels.verify.problems import make_problem, with_mask
 from lora_kernels.kernels import matmul_expand
 from lora_kernels.kernels._device import _kept_halves, keep_bits
+from lora_kernels.verify import numerics
+from lora_kernels.verify.problems import make_problem, with_mask
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="is about Triton's interpreter, which a GPU bypasses"

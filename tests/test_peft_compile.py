@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from llama_samples import LINEARS, adapted, tokens
 
-from lora_kernels import mlp_ops, ops, patch_peft, projection_ops
+from lora_kernels import autograd, patch_peft
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:.*config.*:UserWarning"
@@ -58,8 +58,8 @@ def test_a_whole_model_trains_in_one_graph_to_the_same_numbers(dynamic, joined, 
     torch._dynamo.reset()
     # in a graph the MLP is joined, and each layer of attention that has an adapter is on its own
     found = [node.target for node in counter.graphs[-1].graph.nodes]
-    assert [found.count(op) for op in (mlp_ops.mlp, projection_ops.projections)] == [1, 0]
-    assert found.count(ops.linear) == (1 if dynamic else 4)
+    assert [found.count(op) for op in (autograd.mlp.mlp, autograd.projections.projections)] == [1, 0]
+    assert found.count(autograd.linear.linear) == (1 if dynamic else 4)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")

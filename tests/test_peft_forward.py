@@ -13,8 +13,7 @@ import peft
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from peft_samples import IN, OUT, call, check, config, layer, tiny, truth
 
-from lora_kernels import patch_peft
-from lora_kernels import torch_backend
+from lora_kernels import patch_peft, torch_backend
 from lora_kernels.dropout import keep_scale
 from lora_kernels.peft import explain
 

@@ -12,7 +12,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels import lora_projections, plan, projection_ops
+from lora_kernels import autograd, lora_projections, plan
 
 both = pytest.mark.parametrize("backend", ["torch", "triton"])
 pytestmark = [
@@ -78,7 +78,7 @@ def backward_of(model, x, at=(0, 1, 2)):
         ys = model(x)
         torch.autograd.backward([ys[i] for i in at], [model.dys[i] for i in at])
 
-    return taken(projection_ops.projections_backward, run)
+    return taken(autograd.projections.projections_backward, run)
 
 
 @pytest.mark.parametrize("p", [False, True])
@@ -86,11 +86,11 @@ def backward_of(model, x, at=(0, 1, 2)):
 def test_opcheck_of_projections_and_their_forward(backend, p, device):
     model, x = Attention(device, p, backend=backend), activations(device)
     checks = ["test_schema", "test_autograd_registration"]
-    opcheck(projection_ops.projections, (x, *model.arguments()), test_utils=checks)
-    x, tensors, *rest = taken(projection_ops.projections_forward, lambda: model(x))
+    opcheck(autograd.projections.projections, (x, *model.arguments()), test_utils=checks)
+    x, tensors, *rest = taken(autograd.projections.projections_forward, lambda: model(x))
     args = (x.requires_grad_(), [t.requires_grad_() for t in tensors], *rest)
     opcheck(
-        projection_ops.projections_forward, args,
+        autograd.projections.projections_forward, args,
         test_utils=[*checks, "test_faketensor"] + ["test_aot_dispatch_dynamic"] * (p and backend == "torch"),
     )  # fmt: skip
 
@@ -105,7 +105,7 @@ def test_opcheck_of_their_backward(backend, needed, device):
     at = (1, 2) if needed == "all of two" else (0, 1, 2)
     args = backward_of(model, x, at)
     opcheck(
-        projection_ops.projections_backward, args,
+        autograd.projections.projections_backward, args,
         test_utils=["test_schema", "test_autograd_registration", "test_faketensor"],
     )  # fmt: skip
 
@@ -114,10 +114,10 @@ def test_opcheck_of_their_backward(backend, needed, device):
 def test_the_fake_shapes_hold_where_the_library_does_the_large_products(form, device):
     model, x = Attention(device, False, backend="triton"), activations(device)
     with plan.forced(form):
-        forward = taken(projection_ops.projections_forward, lambda: model(x))
-        opcheck(projection_ops.projections_forward, forward, test_utils=["test_schema", "test_faketensor"])
+        forward = taken(autograd.projections.projections_forward, lambda: model(x))
+        opcheck(autograd.projections.projections_forward, forward, test_utils=["test_schema", "test_faketensor"])
         args = backward_of(model, x)
-        opcheck(projection_ops.projections_backward, args, test_utils=["test_schema", "test_faketensor"])
+        opcheck(autograd.projections.projections_backward, args, test_utils=["test_schema", "test_faketensor"])
         with Watch():
             apart = outcome(model, model, x)
     assert_same(apart, outcome(model, model, x))
@@ -131,7 +131,7 @@ def test_the_operators_give_what_the_plain_call_gives(backend, p, adapters, devi
     def watched(x):
         with Watch() as mode:
             ys = model(x)
-        assert mode.seen.count(projection_ops.projections_forward) == 1
+        assert mode.seen.count(autograd.projections.projections_forward) == 1
         return ys
 
     expected, got = (outcome(model, run, x) for run in (model, watched))
@@ -162,7 +162,7 @@ def test_only_what_is_needed_is_saved(backend, device):
         q.requires_grad_(False)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        projection_ops.projections(x, *model.arguments())
+        autograd.projections.projections(x, *model.arguments())
     assert saved == [(10, 8 if backend == "torch" else 12)]  # s alone, side by side; kernels pad each to 16 bytes
 
 
@@ -171,7 +171,7 @@ def test_an_output_that_nothing_came_of_is_left_out(device):
     _, tensors, _, alphas, *_ = backward_of(model, x, at=(2,))
     assert len(alphas) == 1
     assert torch.equal(tensors[0], model.dys[2])
-    ys = projection_ops.projections(x, *model.arguments())
+    ys = autograd.projections.projections(x, *model.arguments())
     found = torch.autograd.grad(ys[2], [x, *model.lora_A], model.dys[2], allow_unused=True)
     assert [g is None for g in found] == [False, True, False]
     torch.testing.assert_close(found[0], model.dys[2] @ (model.weights[2] + model.lora_B[1] @ model.lora_A[1]))
@@ -179,7 +179,7 @@ def test_an_output_that_nothing_came_of_is_left_out(device):
 
 def test_double_backward_raises(device):
     model, x = Attention(device, False, backend="torch"), activations(device)
-    ys = projection_ops.projections(x, *model.arguments())
+    ys = autograd.projections.projections(x, *model.arguments())
     (dx,) = torch.autograd.grad(ys[0], x, model.dys[0].requires_grad_(), create_graph=True)
     with pytest.raises(RuntimeError, match=r"twice.*once_differentiable"):
         dx.sum().backward()
@@ -210,7 +210,7 @@ def test_one_graph_for_every_seed_scaling_and_batch(backend, device):
         assert_same(outcome(model, compiled, x, seed), outcome(model, model, x, seed))
         graphs = graphs or counter.frame_count
         assert counter.frame_count == graphs
-    (node,) = counter.graphs[0].graph.find_nodes(op="call_function", target=projection_ops.projections)
+    (node,) = counter.graphs[0].graph.find_nodes(op="call_function", target=autograd.projections.projections)
     assert node.args[-1] == backend
 
 
@@ -264,7 +264,7 @@ def test_selective_checkpointing(saved, backend, device, monkeypatch, as_written
         return shrink_all(x, rows, **more)
 
     model, x = Attention(device, backend=backend), activations(device)
-    policy = projection_ops.projections_forward if saved == "the operator" else torch.ops.aten.mm.default
+    policy = autograd.projections.projections_forward if saved == "the operator" else torch.ops.aten.mm.default
     contexts = functools.partial(create_selective_checkpoint_contexts, [policy])
     expected = outcome(model, model, x)
     monkeypatch.setattr(contractions, "shrink_all", counted)
@@ -275,12 +275,12 @@ def test_selective_checkpointing(saved, backend, device, monkeypatch, as_written
 
 @both
 def test_export(backend, device, monkeypatch):
-    monkeypatch.setattr(plan, "_environment_backend", lambda: backend)
+    monkeypatch.setattr(plan.backend, "_environment_backend", lambda: backend)
     model, example = Attention(device, False), activations(device).detach()
     rows = torch.export.Dim("rows", min=2, max=64)
     program = torch.export.export(model, (example,), dynamic_shapes=({1: rows},))
     targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    assert targets.count(projection_ops.projections) == 1
+    assert targets.count(autograd.projections.projections) == 1
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)

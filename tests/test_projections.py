@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from oracles import philox
 
-from lora_kernels import dropout, lora_linear, lora_projections, lora_qkv, plan, reference
-from lora_kernels import torch_backend
+from lora_kernels import dropout, lora_linear, lora_projections, lora_qkv, plan, reference, torch_backend
 from lora_kernels.verify import numerics
 from lora_kernels.verify.problems import make_problem
 

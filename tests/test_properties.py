@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from oracles import exact, philox
 
 from lora_kernels import dropout, lora_linear
-from lora_kernels.verify import numerics
-from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 from lora_kernels.kernels import matmul_expand, shrink, wgrad
 from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
+from lora_kernels.verify import numerics
+from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the same examples everywhere: what is red on one machine is red on all

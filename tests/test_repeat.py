@@ -11,7 +11,7 @@ from repeat_samples import WRITTEN, flat
 from lora_kernels import plan
 from lora_kernels.kernels import _replay
 from lora_kernels.kernels.repeat import _AS_WRITTEN, repeat
-from lora_kernels.projections import Projection
+from lora_kernels.passes.layer import Projection
 
 pytestmark = pytest.mark.usefixtures("nothing_known")
 ELSEWHERE = torch.ones(6, 4)

@@ -10,7 +10,7 @@ from repeat_samples import WRITTEN, flat
 
 from lora_kernels import lora_linear, lora_mlp, lora_qkv, plan
 from lora_kernels.functional import lora_add
-from lora_kernels.projections import Projection
+from lora_kernels.passes.layer import Projection
 
 pytestmark = pytest.mark.usefixtures("nothing_known")
 

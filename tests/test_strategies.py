@@ -10,10 +10,10 @@ from oracles import exact, philox
 from test_kernels_numerics import LAYOUTS
 
 from lora_kernels import LoRALinear, dropout, lora_linear, plan
-from lora_kernels.verify import numerics
-from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 from lora_kernels.kernels import hybrid, matmul_expand
 from lora_kernels.kernels._configs import matmul_configs
+from lora_kernels.verify import numerics
+from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HYBRIDS = ("beta1", "padded", "joint")

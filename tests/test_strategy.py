@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bench import roofline
-from lora_kernels.plan import model
 from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.kernels import _configs
+from lora_kernels.plan import model
 from lora_kernels.plan.model import Limits, Product
 
 H200 = Limits(700e12, 4.8e12, 0.05)
@@ -123,7 +123,9 @@ def layer_seconds(z, dropout, gpu, pick=model.best):
 def worst_against_baselines(gpu, dropout, pick=model.best):
     """Our modelled time over the least of PEFT's, the addmm chain's and Unsloth's, the library's rate for all."""
     library = roofline.Limits(gpu.flops, gpu.bandwidth)
-    baselines = [layer_cost.COSTS["peft"], layer_cost.COSTS["addmm"]] + [lambda z, _: layer_cost.unsloth(z)] * (not dropout)
+    baselines = [layer_cost.COSTS["peft"], layer_cost.COSTS["addmm"]] + [lambda z, _: layer_cost.unsloth(z)] * (
+        not dropout
+    )
     return max(
         layer_seconds(z, dropout, gpu, pick) / min(roofline.seconds(cost(z, dropout), z, library) for cost in baselines)
         for z in (

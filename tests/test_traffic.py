@@ -5,7 +5,7 @@ import torch
 
 from bench import roofline
 from lora_kernels import Projection, lora_mlp, lora_projections
-from lora_kernels.autograd import LoRALinearFunction
+from lora_kernels.autograd.linear import LoRALinearFunction
 from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.bench.cost import traffic
 from lora_kernels.kernels import _configs, matmul_expand, shrink, wgrad
@@ -133,9 +133,7 @@ def test_queries_keys_and_values_in_seven_launches(p):
     assert len(launches) == 7
     assert sum(moved.total for moved in launches) / MIB == pytest.approx(646.2 + 9 * (p > 0) * mask, abs=0.1)
     assert sum(2 * moved.parts for moved in launches) / MIB < 60  # out of L2 for the most part
-    alone = [
-        traffic.layer(8192, 4096, n, 16, torch.bfloat16, p > 0, num_sms=132, tma=True) for n in (4096, 1024, 1024)
-    ]
+    alone = [traffic.layer(8192, 4096, n, 16, torch.bfloat16, p > 0, num_sms=132, tma=True) for n in (4096, 1024, 1024)]
     assert sum(moved.total for layer in alone for moved in layer) / MIB > 1.5 * (646.2 + 9 * (p > 0) * mask)
 
 

@@ -10,15 +10,14 @@ from rich.console import Console
 from tuned_samples import GPU, folder_of_its_own  # noqa: F401
 
 from lora_kernels import cli, kernels, plan
-from lora_kernels.plan import tuned
-from lora_kernels.cli import tune
-from lora_kernels.verify import judge
-from lora_kernels.measure import tune_case
+from lora_kernels.bench.cases import tune as tune_case
 from lora_kernels.bench.cases.layer import Settings
-from lora_kernels.measure.presets import Shape
+from lora_kernels.cli import tune
 from lora_kernels.kernels import hybrid
-from lora_kernels.plan import Form
+from lora_kernels.measure.presets import Shape
+from lora_kernels.plan import Form, tuned
 from lora_kernels.plan.model import Product
+from lora_kernels.verify import judge
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = ("--shape", "40x48x64", "--r", 4, "--dtype", "fp16", "--rounds", 3)

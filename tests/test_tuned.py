@@ -16,9 +16,8 @@ import torch
 from tuned_samples import CUDA, DX, DX_KEY, FORWARD, GPU, KEY, ask, folder_of_its_own, put, table, warned_once  # noqa: F401
 
 from lora_kernels import plan
-from lora_kernels.plan import cache
-from lora_kernels.plan import tuned
 from lora_kernels.kernels import _configs
+from lora_kernels.plan import cache, tuned
 from lora_kernels.plan.model import Product
 
 # what is stored is found

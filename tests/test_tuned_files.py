@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from tuned_samples import CUDA, DX, DX_KEY, FORWARD, GPU, KEY, ask, folder_of_its_own, put, table, warned_once  # noqa: F401
 
-from lora_kernels.plan import cache
-from lora_kernels.plan import tuned
+from lora_kernels.plan import cache, tuned
 
 HOSTILE = {
     "empty": (b"", "not valid JSON"),

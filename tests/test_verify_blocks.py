@@ -5,12 +5,11 @@ import json
 import pytest
 import torch
 
-from lora_kernels import cli
-from lora_kernels import torch_backend
+from lora_kernels import cli, torch_backend
 from lora_kernels.cli import verify
 from lora_kernels.verify import block_matrix
-from lora_kernels.verify.block_problems import check_projections
 from lora_kernels.verify.block_matrix import BlockCase, examine, matrix
+from lora_kernels.verify.block_problems import check_projections
 from lora_kernels.verify.numerics_mlp import ACTIVATIONS
 
 CPU = torch.device("cpu")

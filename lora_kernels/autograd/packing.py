@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels import ops, plan
-from lora_kernels.projections import Projection
+from lora_kernels import plan
+from lora_kernels.autograd.common import plain_scaling
+from lora_kernels.autograd.noise import draw_noise
+from lora_kernels.passes.layer import Projection
 
 __all__ = [
     "GIVEN", "columns", "draw", "entries", "forward_flops", "gradients_of", "needed", "pack", "pitches", "prepared",
@@ -36,14 +38,14 @@ def prepared(
     backend = plan.choose(x.device, x.dtype, rank, empty, backend)
     lora_As, numbers = list(lora_As), [1.0] * len(weights)
     for i in adapted:
-        lora_As[i], numbers[i] = ops.plain_scaling(lora_As[i], scalings[i])
+        lora_As[i], numbers[i] = plain_scaling(lora_As[i], scalings[i])
     return backend, *pack(zip(weights, lora_As, lora_Bs, biases, strict=True)), numbers
 
 
 def draw(x: Tensor, backend: str, lora_As: Sequence[Tensor | None], dropout_ps: Sequence[float]) -> Tensor | None:
     """Draw the noise of the masks that layers of x have; None where they have none."""
     masks = sum(p > 0 for lora_A, p in zip(lora_As, dropout_ps, strict=True) if lora_A is not None)
-    return ops.draw_noise(x, torch.empty(0, device=x.device), backend, count=masks) if masks else None
+    return draw_noise(x, torch.empty(0, device=x.device), backend, count=masks) if masks else None
 
 
 def pack(groups: Iterable[Iterable[Tensor | None]]) -> tuple[list[Tensor], list[int]]:

@@ -27,7 +27,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.placement_types import Placement
 
-from lora_kernels import ops
+from lora_kernels.autograd.linear import linear_backward, linear_forward
 
 __all__: list[str] = []
 
@@ -35,7 +35,7 @@ _R, _P, _S0, _S1 = Replicate(), Partial(), Shard(0), Shard(1)
 _Layout = tuple[list[Placement | None], list[Placement | None]]  # of the outputs, of the arguments
 
 
-@register_sharding(ops.linear_forward)
+@register_sharding(linear_forward)
 def _forward_layouts(
     x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, noise: Any, *numbers: Any
 ) -> list[_Layout]:  # fmt: skip
@@ -50,7 +50,7 @@ def _forward_layouts(
     return _of_these(layouts, (True, True, noise is not None), (x, weight, lora_A, lora_B, bias, noise), numbers)
 
 
-@register_sharding(ops.linear_backward)
+@register_sharding(linear_backward)
 def _backward_layouts(
     dy: Any, x: Any, weight: Any, lora_A: Any, lora_B: Any, s: Any, keep: Any,
     alpha: float, backend: str, dtype_A: Any, dtype_B: Any, needed: Sequence[bool],

@@ -94,7 +94,7 @@ def _hardware(made_on: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _triton(version: str | None) -> str:
-    problem = plan.triton_problem()
+    problem = plan.backend.triton_problem()
     if problem:
         return "not installed" if version is None else f"{version}, but {problem}"
     return version or "importable, version unknown"
@@ -102,7 +102,7 @@ def _triton(version: str | None) -> str:
 
 def _route(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Backend, path and reason of a call with backend="auto", as `lora_linear` itself decides."""
-    automatic = plan.automatic(device, dtype, _RANK)
+    automatic = plan.backend.automatic(device, dtype, _RANK)
     try:
         backend = plan.choose(device, dtype, _RANK, empty=False, requested="auto")
     except (RuntimeError, TypeError, ValueError) as error:

@@ -26,12 +26,13 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_kernels import plan
+from lora_kernels.bench.cases import tune as tune_case
 from lora_kernels.bench.cases.layer import Settings
+from lora_kernels.bench.cases.tune import Time
 from lora_kernels.console import SplitTable, on_stdout
-from lora_kernels.measure import timing, tune_case
+from lora_kernels.measure import timing
 from lora_kernels.measure.machine import caption, machine, write_json
 from lora_kernels.measure.presets import PRESETS, Shape, parse_shape, with_rows
-from lora_kernels.measure.tune_case import Time
 from lora_kernels.plan import tuned
 
 __all__ = ["add_arguments", "run", "tune"]

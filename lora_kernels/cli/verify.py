@@ -176,7 +176,7 @@ def _kernels_problem(device: torch.device, dtype: str) -> str:
         if dtype == "bf16":
             return "bf16 kernels need a GPU to be verified; here they run in fp32 and fp16 in Triton's interpreter."
         return ""
-    backend, reason = plan.automatic(device, DTYPES[dtype])
+    backend, reason = plan.backend.automatic(device, DTYPES[dtype])
     return "" if backend == "triton" else f"Kernels skipped in {dtype}: {reason}."
 
 

@@ -189,7 +189,7 @@ def problem() -> str:
     if "triton" in sys.modules and plan.interpreting():
         return "Triton was imported with its interpreter; run this in a process of its own."
     os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it when it is imported, which is later than this
-    return plan.triton_problem()
+    return plan.backend.triton_problem()
 
 
 def compile_case(case: Case, arch: str, seen: set[str]) -> list[Kernel]:
@@ -244,9 +244,9 @@ def describe(launch: Any, case: Case, arch: str, backward: bool = False) -> Kern
 
 def _forward(case: Case) -> tuple[torch.Tensor, ...]:
     """The forward pass on tensors that are allocated and never touched: what each projection gives."""
-    from lora_kernels.autograd import LoRALinearFunction
-    from lora_kernels.mlp import LoRAMLPFunction
-    from lora_kernels.projections import LoRAProjectionsFunction
+    from lora_kernels.autograd.linear import LoRALinearFunction
+    from lora_kernels.autograd.mlp import LoRAMLPFunction
+    from lora_kernels.autograd.projections import LoRAProjectionsFunction
 
     def make(*shape: int, grad: bool = True, dtype: torch.dtype = DTYPES[case.dtype]) -> torch.Tensor:
         if case.strided:  # no element next to the other, and nothing on 16 bytes

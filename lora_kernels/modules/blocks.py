@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.activations import activated
-from lora_kernels.blocks import lora_mlp, lora_qkv
+from lora_kernels.functional import lora_mlp, lora_qkv
 from lora_kernels.functional.checks import check_activation
 from lora_kernels.modules.linear import LoRALinear, check_base, check_numbers, listened_to
-from lora_kernels.projections import Projection
+from lora_kernels.passes.layer import Projection
 
 __all__ = ["LoRAMLP", "LoRAQKV"]
 

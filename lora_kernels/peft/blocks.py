@@ -20,11 +20,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_kernels.blocks import lora_mlp, lora_projections
-from lora_kernels.functional import watched
+from lora_kernels.functional import lora_mlp, lora_projections
+from lora_kernels.functional.gate import watched
+from lora_kernels.passes.layer import Projection
 from lora_kernels.peft.layer import bare, projection
 from lora_kernels.peft.structure import ATTENTION, Part, Structure, members
-from lora_kernels.projections import Projection
 
 __all__ = ["block_forward", "changed", "patched_structure"]
 

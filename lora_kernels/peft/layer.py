@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from lora_kernels.autograd import autocasts
+from lora_kernels.autograd.common import autocasts
 from lora_kernels.functional import lora_add, lora_linear
-from lora_kernels.projections import Projection
+from lora_kernels.passes.layer import Projection
 
 __all__ = [
     "accelerated_forward", "bare", "dtypes_fit", "fusable", "is_plain_variant", "projection", "read", "stock_forward",

@@ -18,6 +18,7 @@ from lora_kernels.plan.model import Product
 
 __all__ = ["Form", "expander", "expander_all", "forced", "forget", "form", "fuses", "repeat", "rule", "stacks"]
 
+
 class Form(NamedTuple):
     """How a large product is done: a strategy of `lora_kernels.plan.model`, and for "fused" a tile's place, or None."""
 

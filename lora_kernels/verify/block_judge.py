@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels.bench.providers.block import BlockProvider
 from lora_kernels.dropout import threshold
 from lora_kernels.verify.block_problems import BlockProblem, Keeps, check_mlp, check_projections, outputs
 from lora_kernels.verify.judge import Verdict, poison, wrong_share
+from lora_kernels.verify.provider import BlockProvider
 
 __all__ = ["Truth", "find_masks", "judge", "run_once"]
 

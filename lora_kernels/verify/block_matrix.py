@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lora_kernels import dropout, reference, torch_backend
-from lora_kernels.blocks import lora_mlp, lora_qkv
 from lora_kernels.dropout import threshold
-from lora_kernels.projections import Projection
+from lora_kernels.functional import lora_mlp, lora_qkv
+from lora_kernels.passes.layer import Projection
 from lora_kernels.verify import numerics_mlp
 from lora_kernels.verify.block_judge import find_masks
 from lora_kernels.verify.block_problems import (

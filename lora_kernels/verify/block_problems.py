@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels import reference
-from lora_kernels.projections import Projection
+from lora_kernels.passes.layer import Projection
 from lora_kernels.verify import numerics, numerics_mlp
 from lora_kernels.verify.numerics import Finding, Problem
 from lora_kernels.verify.numerics_mlp import ACTIVATIONS

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_kernels.bench.providers.layer import Provider
 from lora_kernels.dropout import threshold
 from lora_kernels.verify import numerics
 from lora_kernels.verify.numerics import Problem
+from lora_kernels.verify.provider import Provider
 
 __all__ = ["Truth", "Verdict", "find_mask", "judge", "poison", "run_once", "wrong_share"]
 

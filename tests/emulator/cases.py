@@ -11,13 +11,12 @@ from typing import NamedTuple
 import torch
 
 from lora_kernels import plan
-from lora_kernels.verify import numerics_mlp
-from lora_kernels.blocks import lora_mlp
 from lora_kernels.cli import verify
-from lora_kernels.verify import block_matrix
-from lora_kernels.verify.problems import make_problem, run_problem
+from lora_kernels.functional import lora_mlp
+from lora_kernels.passes.layer import Projection
+from lora_kernels.verify import block_matrix, numerics_mlp
 from lora_kernels.verify.numerics_mlp import MLPProblem
-from lora_kernels.projections import Projection
+from lora_kernels.verify.problems import make_problem, run_problem
 
 __all__ = ["CPU", "DTYPES", "Case", "block", "layer", "precision_of_products", "ungated"]
 

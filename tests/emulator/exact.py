@@ -9,10 +9,9 @@ from torch import Tensor
 
 from emulator.cases import CPU, DTYPES, Case, precision_of_products
 from lora_kernels import dropout, plan, reference
-from lora_kernels.blocks import lora_mlp, lora_projections
+from lora_kernels.functional import lora_linear, lora_mlp, lora_projections
+from lora_kernels.passes.layer import Projection
 from lora_kernels.verify.problems import every_other
-from lora_kernels.functional import lora_linear
-from lora_kernels.projections import Projection
 
 __all__ = ["mlp", "projections"]
 

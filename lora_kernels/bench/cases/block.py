@@ -12,13 +12,13 @@ from lora_kernels.bench.cases.layer import Settings, first_line, held_bytes, pea
 from lora_kernels.bench.cost import block as block_cost
 from lora_kernels.bench.cost.block import Block
 from lora_kernels.bench.providers import block as block_providers
-from lora_kernels.bench.providers.block import BlockProvider
 from lora_kernels.dropout import threshold
 from lora_kernels.measure import timing
 from lora_kernels.measure.presets import Shape
-from lora_kernels.projections import Projection
+from lora_kernels.passes.layer import Projection
 from lora_kernels.verify import block_judge
 from lora_kernels.verify.block_problems import MLP, QKV, BlockProblem
+from lora_kernels.verify.provider import BlockProvider
 
 __all__ = ["BLOCKS", "clone", "draw", "run_case"]
 

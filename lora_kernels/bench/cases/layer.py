@@ -12,12 +12,12 @@ from torch import Tensor
 from lora_kernels import plan
 from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.bench.providers import layer as providers
-from lora_kernels.bench.providers.layer import Provider
 from lora_kernels.dropout import threshold
 from lora_kernels.measure import timing
 from lora_kernels.measure.presets import PROJECTIONS, Shape
 from lora_kernels.verify import judge
 from lora_kernels.verify.numerics import Problem
+from lora_kernels.verify.provider import Provider
 
 __all__ = [
     "Settings", "admit_all", "clone", "compare", "copies_of", "draw", "first_line", "held_bytes", "peak_bytes", "ready",

@@ -5,7 +5,7 @@ A provider gets a `BlockProblem` and gives a forward; autograd does the rest. Al
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,37 +13,11 @@ from torch import Tensor, nn
 
 from lora_kernels import plan
 from lora_kernels.bench.providers.layer import short
-from lora_kernels.blocks import lora_mlp, lora_qkv
-from lora_kernels.functional import lora_linear
+from lora_kernels.functional import lora_linear, lora_mlp, lora_qkv
 from lora_kernels.verify.block_problems import BlockProblem, compose, leaves_of
+from lora_kernels.verify.provider import BlockProvider
 
 __all__ = ["PROVIDERS", "BlockProvider", "build", "names_for"]
-
-
-@dataclass(frozen=True)
-class BlockProvider:
-    """A block that can be timed.
-
-    Attributes:
-        label: For the tables; a dtype in it is the adapters'.
-        problem: What it computes; its adapters may be wider than the case's.
-        forward: Computes the outputs from the leaves.
-        leaves: Gradient's name to the tensor whose gradient that is.
-        rule: What projections are held to: "kernel" and "operators" are `numerics`' rules without and with `split`;
-            "peer" is an rms error of at most twice that of PyTorch's operators, which an MLP is held to whoever it is.
-        cost: Its formula in `_block_cost.COSTS`; "" where its launches are a compiler's choice or none is written.
-    """
-
-    label: str
-    problem: BlockProblem
-    forward: Callable[[], tuple[Tensor, ...]]
-    leaves: dict[str, Tensor] = field(default_factory=dict)
-    rule: str = "peer"
-    cost: str = ""
-
-    def backward(self, ys: tuple[Tensor, ...], dys: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
-        """The gradients of the leaves, in their order, from `dys` or else the problem's own."""
-        return torch.autograd.grad(ys, tuple(self.leaves.values()), self.problem.dys if dys is None else dys)
 
 
 def build(name: str, problem: BlockProblem, backend: str = "auto") -> BlockProvider:

@@ -6,7 +6,7 @@ A provider gets a `Problem` and gives a forward; autograd does the rest. All rea
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,34 +16,9 @@ from torch.autograd.function import once_differentiable
 from lora_kernels import plan
 from lora_kernels.functional import lora_linear
 from lora_kernels.verify.numerics import Problem
+from lora_kernels.verify.provider import Provider
 
-__all__ = ["PROVIDERS", "Provider", "build", "names_for", "scaled_mm", "short"]
-
-
-@dataclass(frozen=True)
-class Provider:
-    """Something that can be timed.
-
-    Attributes:
-        label: For the tables; a dtype in it is the adapters'.
-        problem: What it computes; its adapters may be wider than the case's.
-        forward: Computes y from the leaves.
-        leaves: Output name (dx, d_lora_A, d_lora_B, dbias) to the tensor whose gradient that is.
-        rule: What it is held to: "kernel" and "operators" are `numerics.check` without and with `split`; "peer" is
-            an rms error of at most twice that of PyTorch's operators.
-        cost: Its formula in `_cost.COSTS`; "" where its launches are a compiler's choice.
-    """
-
-    label: str
-    problem: Problem
-    forward: Callable[[], Tensor]
-    leaves: dict[str, Tensor] = field(default_factory=dict)
-    rule: str = "peer"
-    cost: str = ""
-
-    def backward(self, y: Tensor, dy: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The gradients of the leaves, in their order, from `dy` or else the problem's own."""
-        return torch.autograd.grad(y, tuple(self.leaves.values()), self.problem.dy if dy is None else dy)
+__all__ = ["PROVIDERS", "build", "names_for", "scaled_mm", "short"]
 
 
 def build(name: str, problem: Problem, backend: str = "auto") -> Provider:

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels.blocks import lora_mlp, lora_qkv
 from lora_kernels.demo.model import MLP
+from lora_kernels.functional import lora_mlp, lora_qkv
 from lora_kernels.measure.presets import PROJECTIONS, Dims
 from lora_kernels.modules.linear import LoRALinear
+from lora_kernels.passes.layer import Projection
 from lora_kernels.peft import patch_peft
-from lora_kernels.projections import Projection
 
 __all__ = ["Adapters", "LanguageModel", "Stack", "adapted", "draw_adapters", "projections"]
 

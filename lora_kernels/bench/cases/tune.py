@@ -15,12 +15,12 @@ from torch import Tensor
 from lora_kernels import plan
 from lora_kernels.bench.cases.layer import Settings, draw
 from lora_kernels.bench.providers import layer as providers
-from lora_kernels.bench.providers.layer import Provider
 from lora_kernels.measure.presets import Shape
 from lora_kernels.measure.timing import Calls
 from lora_kernels.plan import Form, model, tuned
 from lora_kernels.plan.model import Product
 from lora_kernels.verify import judge
+from lora_kernels.verify.provider import Provider
 
 __all__ = ["PASSES", "Time", "choose", "forms", "keys", "products", "tune_case"]
 
