@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     os.environ["LORA_KERNELS_BACKEND"] = "triton"
-    plan.interpreting = lambda: True  # lets CPU tensors through to the launchers
+    plan.backend.interpreting = lambda: True  # lets CPU tensors through to the launchers
     driver = StubDriver()
     with launching():
         taken = measure(args.rounds)

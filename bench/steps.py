@@ -88,7 +88,7 @@ def _tests(name: str, rehearse: bool, cap: float, which: str = "") -> Step:
 
 
 def _kernels(rehearse: bool, cap: float) -> Step:
-    """Every launch beside the library: ours / base of y and dx is what `strategy` assumes of the slowdown."""
+    """Every launch beside the library: ours / base of y and dx is what `plan.model` assumes of the slowdown."""
     return _bench("kernels", rehearse, cap, ("--level", "kernel", *_LLAMA, *_LEAN), ("--level", "kernel", "--p", "0"))
 
 

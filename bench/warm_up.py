@@ -95,7 +95,7 @@ def _begin(gpu: Any, launchers: bool) -> None:
     if problem:
         raise RuntimeError(problem)
     torch.set_num_threads(1)
-    plan.interpreting = lambda: True  # lets CPU tensors through to the launchers
+    plan.backend.interpreting = lambda: True  # lets CPU tensors through to the launchers
     # the library's products, which nobody looks at: on a CPU they would take longer than all that is compiled
     torch.mm = lambda p, q: p.new_empty(p.shape[0], q.shape[1])
     torch.addmm = lambda base, p, q: p.new_empty(p.shape[0], q.shape[1])

@@ -25,7 +25,7 @@ TINY = PRESETS["quick"].model
 
 
 def test_a_launch_beside_the_library_s_product_alone():
-    """Ours over it is what `strategy` assumes of the slowdown."""
+    """Ours over it is what `plan.model` assumes of the slowdown."""
     case = sample_launch(ours=2e-3)
     case["providers"]["base"] = sample_launch(ours=1.6e-3)["providers"]["ours"]
     row = dict(zip(level_tables.KERNEL_HEADING, level_tables.kernel_row(case), strict=True))

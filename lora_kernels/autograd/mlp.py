@@ -107,7 +107,7 @@ def _mlp(
     biases: Sequence[Tensor | None], scalings: Sequence[float], dropout_ps: Sequence[float], activation: str,
     recompute: bool, backend: str,
 ) -> Tensor:  # fmt: skip
-    """Compute y `[*, out]` of arguments that `blocks` has checked and cast; `dropout_ps` are below 1."""
+    """Compute y `[*, out]` of arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
     if "torch.utils.flop_counter" in sys.modules:
         register_flops({mlp_forward: _forward_flops, mlp_backward: _backward_flops})
     chosen, tensors, places, numbers = packing.prepared(x, weights, lora_As, lora_Bs, biases, scalings, backend)
@@ -125,7 +125,7 @@ def _mlp_forward(
 
     Args:
         x: `[*, in]`.
-        tensors: W, A, B and bias of each layer, those that are there; shapes and dtypes as in `ops`.
+        tensors: W, A, B and bias of each layer, those that are there; shapes and dtypes as in `linear`.
         places: Where each of these is, of 4 a layer.
         noise: What the backend's `draw_noise(x, count)` drew for the masks of gate and up, or None.
         noise_down: What its `draw_noise(h)` drew for that of down, or None; h is `[*, hidden]`.
@@ -151,7 +151,7 @@ def _mlp_backward(
 
     Args:
         dy: `[*, out]`.
-        x: `[*, in]`, where `mlp.to_save` says so.
+        x: `[*, in]`, where `passes.mlp.to_save` says so.
         outs: The outputs of gate and up, likewise; none where they are to be computed again.
         tensors: W, A, B, s, mask and bias of each layer, likewise.
         places: Where each of these is, of 6 a layer.

@@ -1,4 +1,4 @@
-"""Layers that belong together as arguments of one operator: what `projection_ops` and `mlp_ops` have in common.
+"""Layers that belong together as arguments of one operator: what `projections` and `mlp` have in common.
 
 PyTorch's autograd for operators sees the tensors of a list, but none of a list that holds a None. So operators take
 those that are there in one list, and their places among all: layer i has `each` of them, from i · each on. The s of

@@ -122,7 +122,7 @@ def _projections(
     x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None],
     biases: Sequence[Tensor | None], scalings: Sequence[float], dropout_ps: Sequence[float], backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    """Compute each y `[*, outᵢ]` of arguments that `blocks` has checked and cast; `dropout_ps` are below 1."""
+    """Compute each y `[*, outᵢ]` of arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
     if "torch.utils.flop_counter" in sys.modules:
         register_flops({projections_forward: _forward_flops, projections_backward: _backward_flops})
     backend, tensors, places, numbers = packing.prepared(x, weights, lora_As, lora_Bs, biases, scalings, backend)
@@ -138,7 +138,7 @@ def _projections_forward(
 
     Args:
         x: `[*, in]`.
-        tensors: W, A, B and bias of each projection, those that are there; shapes and dtypes as in `ops`.
+        tensors: W, A, B and bias of each projection, those that are there; shapes and dtypes as in `linear`.
         places: Where each of these is, of 4 a projection.
         noise: What the backend's `draw_noise(x, count)` drew for all masks, or None.
         scalings: Multiplies the low-rank term, of each.

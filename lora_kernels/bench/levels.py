@@ -35,10 +35,10 @@ def subjects(
 
     Args:
         level: One of `LEVELS`, or "qkv" or "mlp".
-        preset: One of `_presets.PRESETS`; None if there are `shapes` or a `model`.
+        preset: One of `presets.PRESETS`; None if there are `shapes` or a `model`.
         shapes: In place of a preset's.
         rows: Other numbers of rows, or of tokens.
-        model: One of `_presets.MODELS`.
+        model: One of `presets.MODELS`.
         layers: Another number of a model's decoder layers.
         batch: Other sequences at once.
         seq: Another length of theirs.

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def tune(args: argparse.Namespace, console: Console, device: torch.device, gpu: str, timer: Time) -> int:
-    """Tune on a device, which is stored under the name `gpu`; see `run`, and `_tune_case.Time` for `timer`."""
+    """Tune on a device, which is stored under the name `gpu`; see `run`, and `tune_case.Time` for `timer`."""
     settings = Settings(device, _DTYPES[args.dtype], "triton", rounds=args.rounds)
     try:
         cases = _cases(args, settings)

@@ -23,7 +23,7 @@ class Provider:
         leaves: Output name (dx, d_lora_A, d_lora_B, dbias) to the tensor whose gradient that is.
         rule: What it is held to: "kernel" and "operators" are `numerics.check` without and with `split`; "peer" is
             an rms error of at most twice that of PyTorch's operators.
-        cost: Its formula in `_cost.COSTS`; "" where its launches are a compiler's choice.
+        cost: Its formula in `cost.layer.COSTS`; "" where its launches are a compiler's choice.
     """
 
     label: str
@@ -49,7 +49,7 @@ class BlockProvider:
         leaves: Gradient's name to the tensor whose gradient that is.
         rule: What projections are held to: "kernel" and "operators" are `numerics`' rules without and with `split`;
             "peer" is an rms error of at most twice that of PyTorch's operators, which an MLP is held to whoever it is.
-        cost: Its formula in `_block_cost.COSTS`; "" where its launches are a compiler's choice or none is written.
+        cost: Its formula in `cost.block.COSTS`; "" where its launches are a compiler's choice or none is written.
     """
 
     label: str

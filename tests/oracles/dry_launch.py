@@ -50,7 +50,7 @@ def block(m, k, widths, ranks, dtype, p=0.0, bias=False, adapters=None):
 
 
 def main():
-    plan.interpreting = lambda: True  # lets CPU tensors through to the launchers
+    plan.backend.interpreting = lambda: True  # lets CPU tensors through to the launchers
     with launching() as compiled:
         layers()
         before = len(compiled)

@@ -35,14 +35,14 @@ class Settings:
         device: Where it runs.
         dtype: Of x and W.
         backend: "auto", "triton" or "torch", for this package's own rows.
-        passes: Which of `_timing.PASSES` are timed; none to weigh memory alone.
+        passes: Which of `timing.PASSES` are timed; none to weigh memory alone.
         rounds: Timed calls of each provider and pass.
         compiled: Whether torch.compile takes part.
         cuda_graph: Whether CUDA graphs are replayed in place of calls.
-        peaks: What this machine reaches, see `_timing.measure_peaks`.
+        peaks: What this machine reaches, see `timing.measure_peaks`.
         build: Provider name and problem to provider.
         only: Provider names to take; all that make sense if empty.
-        cache: One of `_timing.CACHES`.
+        cache: One of `timing.CACHES`.
         targets: Which projections of a model get an adapter.
     """
 

@@ -26,7 +26,7 @@ __all__ = ["PASSES", "Time", "choose", "forms", "keys", "products", "tune_case"]
 
 PASSES = ("forward", "backward")
 
-Time = Callable[..., dict[str, dict[str, dict[str, Any]]]]  # `_timing.time_all`, its clock given
+Time = Callable[..., dict[str, dict[str, dict[str, Any]]]]  # `timing.time_all`, its clock given
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def tune_case(
         r: Rank.
         p: Drop probability.
         settings: Device, dtype and rounds.
-        time: `_timing.time_all` with its `measure` given.
+        time: `timing.time_all` with its `measure` given.
         passes: Which of `PASSES`.
         tick: Told what is being done.
 

@@ -1,4 +1,4 @@
-"""What blocks compute and move: projections of one x, and the gated MLP. The model is that of `_cost`.
+"""What blocks compute and move: projections of one x, and the gated MLP. The model is that of `cost.layer`.
 
     H = M·hidden elements, what gate, up and their product h are;  a chain of operators adds up the dx of each layer
 

@@ -1,7 +1,7 @@
 """transformers' Llama as `bench --model` times it: built from its configuration, with random weights, nothing loaded.
 
 PEFT puts the adapters in and `patch_peft` makes them fast, as in anybody's training script. Seen from outside it is
-what `_model.LanguageModel` is: it embeds tokens, and takes embedded tokens to logits.
+what `providers.llama.LanguageModel` is: it embeds tokens, and takes embedded tokens to logits.
 """
 
 import importlib

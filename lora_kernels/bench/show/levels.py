@@ -1,4 +1,4 @@
-"""What `bench` shows of a run: tables of launches and of models, and those of layers by `_bench_view`."""
+"""What `bench` shows of a run: tables of launches and of models, and those of layers by `show.tables`."""
 
 from typing import Any
 

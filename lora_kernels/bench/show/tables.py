@@ -215,7 +215,7 @@ def unsteady_words(cases: list[dict[str, Any]], remedy: str = "") -> str:
 
 
 def host_bound(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The times that may be the host's and not the GPU's, see `_timing.host_bound`."""
+    """The times that may be the host's and not the GPU's, see `timing.host_bound`."""
     return [
         {"case": i, "provider": name, "pass": which, "host": taken["host_median"]}
         for i, case in enumerate(cases)
