@@ -89,6 +89,7 @@ def test_doctor_works_without_triton():
 # verify
 
 
+@pytest.mark.slow
 def test_verify_quick_passes(tmp_path):
     done = command("verify", "--quick", "--json", str(tmp_path / "verify.json"))
     assert done.returncode == 0, done.stdout + done.stderr

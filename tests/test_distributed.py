@@ -47,6 +47,7 @@ def launch(folder):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_compute_what_one_does(case, folder):
     for rank in range(2):
