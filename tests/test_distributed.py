@@ -42,7 +42,7 @@ def launch(folder):
     with (folder / "log").open("w") as log:
         subprocess.run(
             [*command, str(TESTS / "distributed_samples.py"), str(folder)],
-            stdout=log, stderr=log, timeout=240, check=False, cwd=TESTS,
+            stdout=log, stderr=log, timeout=1000, check=False, cwd=TESTS,
             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )  # fmt: skip
 
