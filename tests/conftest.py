@@ -41,6 +41,9 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=spared)
         items[:] = [item for item in items if item not in spared]
     for item in items:
+        # a limit against hangs alone: a busy machine takes ten times as long
+        if "slow" in item.keywords and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(2400))
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; this machine has none"))
 

@@ -42,6 +42,7 @@ assert found and not problem, problem  # and a library's product of 2 TFLOP was 
 """
 
 
+@pytest.mark.slow
 def test_another_process_finds_what_was_compiled(tmp_path):
     """In Triton's cache, by the same key: nothing is compiled twice."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

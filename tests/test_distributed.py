@@ -42,11 +42,12 @@ def launch(folder):
     with (folder / "log").open("w") as log:
         subprocess.run(
             [*command, str(TESTS / "distributed_samples.py"), str(folder)],
-            stdout=log, stderr=log, timeout=240, check=False, cwd=TESTS,
+            stdout=log, stderr=log, timeout=1000, check=False, cwd=TESTS,
             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_compute_what_one_does(case, folder):
     for rank in range(2):

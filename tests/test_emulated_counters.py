@@ -77,6 +77,7 @@ def test_reasons_stay_as_long_as_they_are_needed():
     assert counters.renewed({NAME: over}, {}, "new")[NAME]["why"] == "new"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", counters.ARCHES)
 def test_compiled_kernels_keep_to_their_budgets(arch):
     if problem := build.missing():

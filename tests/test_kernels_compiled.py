@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from bench import report
 
 ORACLES = Path(__file__).parent / "oracles"
@@ -18,10 +20,11 @@ def run_compiled(*command):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env=env, timeout=280, check=False
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=env, timeout=2000, check=False
     )
 
 
+@pytest.mark.slow
 def test_every_launch_is_laid_out_as_its_kernel_takes_it():
     done = run_compiled(ORACLES / "dry_launch.py")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -30,6 +33,7 @@ def test_every_launch_is_laid_out_as_its_kernel_takes_it():
     assert done.stdout.splitlines()[-1].endswith("with 173 descriptors"), done.stdout
 
 
+@pytest.mark.slow
 def test_the_host_is_timed_without_a_gpu(tmp_path):
     done = run_compiled("-m", "bench.host", "--rounds", 2, "--json", tmp_path / "cpu" / "host.json")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -41,6 +45,7 @@ def test_the_host_is_timed_without_a_gpu(tmp_path):
     assert "No GPU has been measured yet" in page
 
 
+@pytest.mark.slow
 def test_every_kernel_keeps_its_budgets(tmp_path):
     path = tmp_path / "report.json"
     done = run_compiled(
@@ -81,6 +86,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 def test_planted_faults_are_found():
     done = run_compiled(ORACLES / "planted_kernels.py")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -206,7 +206,7 @@ def test_threads_do_not_mix():
     xs = [torch.randn(3, WIDTH), torch.randn(3, WIDTH)]
     expected = [model(x) for x in xs]
     patch_peft(model)
-    meet, actual = threading.Barrier(2, timeout=30), [None, None]
+    meet, actual = threading.Barrier(2, timeout=600), [None, None]
     one.happens = lambda _: meet.wait()
 
     def run(i):

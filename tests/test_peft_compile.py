@@ -37,6 +37,7 @@ def losses(model, call):
         yield loss.item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
 def test_a_whole_model_trains_in_one_graph_to_the_same_numbers(dynamic, joined, monkeypatch):
     model = adapted(layers=1, target_modules=["q_proj", "up_proj"] if dynamic else LINEARS, lora_dropout=0.2)

@@ -65,6 +65,7 @@ def results(make, *args, seed):
     return [*ys, *torch.autograd.grad(ys, inputs, [torch.randn_like(y) for y in ys])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [linear, add, qkv, mlp, mlp_made_again], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32], ids=str)

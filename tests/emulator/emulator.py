@@ -20,7 +20,8 @@ from collections.abc import Iterator, MutableSet
 
 from emulator import build
 
-os.environ.setdefault("TRITON_CACHE_DIR", str(build.CACHE / f"cache-{importlib.metadata.version('triton')}"))
+# of its own: under the keys of machine code there is PTX here
+os.environ["TRITON_CACHE_DIR"] = str(build.CACHE / f"cache-{importlib.metadata.version('triton')}")
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # the torch backend's bf16 products, as tests/conftest.py has them: AMX reads NaN between the rows of slices

@@ -2,8 +2,9 @@
 
 From a changed instruction on, everything that is computed from what it gives is computed twice: from the old value and
 from the new, loads from either address among it. Where the values come to be used (an address or data of a store or an
-asynchronous copy, a branch, a guard, a comparison, a product of wgmma), a store to nowhere tells if the two differ in a lane that uses them. If it never runs, nothing depends on the
-change, however different the values on the way were.
+asynchronous copy, a branch, a guard, a comparison), a store to nowhere tells if the two differ in a lane that uses them.
+If that store never runs, nothing depends on the change, however different the values on the way were. A wgmma is one of
+those values: its second product is of the same group, so the same wait is for both.
 """
 
 import re
@@ -14,7 +15,9 @@ __all__ = ["REGISTER", "Statement", "bits_of", "doubled", "given", "statement", 
 REGISTER = re.compile(r"%(?P<prefix>[a-z]+)\d+")
 _STATEMENT = re.compile(r"^\s*(?:@(?P<not>!?)(?P<guard>%p\d+)\s+)?(?P<op>[a-z][\w.:]*)\s+(?P<rest>[^;]*);\s*(?://.*)?$")
 # what uses values and gives none that can be computed twice
-_USES = re.compile(r"(st|atom|red|cp|bra|ret|bar|fence|mbarrier|wgmma|griddepcontrol|stmatrix|elect|trap|prefetch)\b")
+_USES = re.compile(
+    r"(st|atom|red|cp|bra|ret|bar|fence|mbarrier|wgmma\.(?!mma)|griddepcontrol|stmatrix|elect|trap|prefetch)\b"
+)
 
 
 class Statement(NamedTuple):
@@ -45,7 +48,7 @@ def statement(line: str) -> Statement | None:
 
 def given(one: Statement) -> list[str]:
     """The registers that a statement writes: its first operand."""
-    if re.match(r"(st|stmatrix|cp|bra|red|bar|mbarrier|fence|wgmma|griddepcontrol|ret)\b", one.op):
+    if re.match(r"(st|stmatrix|cp|bra|red|bar|mbarrier|fence|wgmma\.(?!mma)|griddepcontrol|ret)\b", one.op):
         return []
     first = one.rest[: one.rest.index("}")] if one.rest.startswith("{") else one.rest.split(",")[0]
     return [match[0] for match in REGISTER.finditer(first)]
@@ -122,7 +125,8 @@ def doubled(lines: list[str], at: int, new: str) -> str | None:
 def _read(one: Statement) -> set[str]:
     """The registers that a statement reads."""
     names = [match[0] for match in REGISTER.finditer(one.rest)]
-    return set(names[len(given(one)) :]) | {one.guard}
+    # wgmma adds to what it gives
+    return set(names if one.op.startswith("wgmma") else names[len(given(one)) :]) | {one.guard}
 
 
 def _both(line: str, one: Statement, second: set[str], renamed) -> list[str]:
