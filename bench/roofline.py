@@ -214,7 +214,7 @@ def _forms() -> list[str]:
     return [
         "## Forms of the large products",
         f"H200, bf16, r = 16, at {gpu.flops / 1e12:.0f} TFLOP/s (an assumption: three quarters of the datasheet's) and "
-        f"{gpu.bandwidth / 1e12:.1f} TB/s: µs of the base product alone, and each form (`lora_kernels/plan/model.py`) as "
+        f"{gpu.bandwidth / 1e12:.1f} TB/s: µs of the base product alone, and each form (`plan/model.py`) as "
         "a ratio to it if our kernel were as fast as cuBLAS. *Ties* is how much slower it may be before another form "
         f"is as good; *taken* is what the rule takes, which assumes {100 * gpu.slowdown:.0f} %. `lora-kernels tune` "
         "measures.",

@@ -53,7 +53,7 @@ def _checked_add(
     if not adapters_fit:
         checks.check_dtypes(x, x, lora_A, lora_B, None, call="lora_add")
     if transforming():
-        checks.check_transforms(backend)
+        checks.check_transforms(backend, "lora_add")
         a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
         return reference.lora_add(base, x, a, b, scaling=scaling, dropout_p=dropout_p)
     rank = lora_A.shape[0]

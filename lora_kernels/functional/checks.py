@@ -29,9 +29,20 @@ _IN_LISTS = {
 
 
 def check_call(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float
-) -> None:
-    """Check kinds, shapes, devices and numbers of one call.
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
+    call: str = "lora_linear",
+) -> None:  # fmt: skip
+    """Check kinds, shapes, devices and numbers of one layer.
+
+    Args:
+        x: Of the call, and so are the next six.
+        weight: Likewise.
+        lora_A: Likewise.
+        lora_B: Likewise.
+        bias: Likewise.
+        scaling: Likewise.
+        dropout_p: Likewise.
+        call: Its name, with which every message begins; of a call for several layers the layer's name as well.
 
     Raises:
         TypeError: A tensor is not a plain dense one or has a dtype that is not supported; a number is none.
@@ -44,45 +55,43 @@ def check_call(
     for name, t in tensors.items():
         plain = type(t) in _PLAIN and t.layout is torch.strided
         if not plain and not all(map(is_sharded, tensors.values())):
-            _check_kind(name, t)
+            _check_kind(name, t, call)
         if t.dtype not in _SUPPORTED:
             raise TypeError(
-                f"lora_linear: {name} has dtype {t.dtype}; supported: bfloat16, float16, float32 (float64 on CPU)."
+                f"{call}: {name} has dtype {t.dtype}; supported: bfloat16, float16, float32 (float64 on CPU)."
             )
         if t.device != device:
-            raise ValueError(
-                f"lora_linear: all tensors must be on one device; x is on {x.device}, {name} on {t.device}."
-            )
+            raise ValueError(f"{call}: all tensors must be on one device; x is on {x.device}, {name} on {t.device}.")
     if x.is_nested:  # of the layout that a plain one has
-        _check_kind("x", x)
+        _check_kind("x", x, call)
     if x.dim() == 0:
-        raise ValueError("lora_linear: x must have at least 1 dim (…, in_features), got a scalar.")
+        raise ValueError(f"{call}: x must have at least 1 dim (…, in_features), got a scalar.")
     for name in ("weight", "lora_A", "lora_B"):
         if tensors[name].dim() != 2:
-            raise ValueError(f"lora_linear: {name} must have 2 dims, got shape {_shape(tensors[name])}.")
+            raise ValueError(f"{call}: {name} must have 2 dims, got shape {_shape(tensors[name])}.")
     (out_features, in_features), rank = weight.shape, lora_A.shape[0]
     if x.shape[-1] != in_features:
         raise ValueError(
-            f"lora_linear: x has {x.shape[-1]} features in its last dim but weight is {_shape(weight)} "
+            f"{call}: x has {x.shape[-1]} features in its last dim but weight is {_shape(weight)} "
             f"and expects {in_features}."
         )
     if lora_A.shape[1] != in_features:
         raise ValueError(
-            f"lora_linear: lora_A is {_shape(lora_A)} but must be (r, {in_features}) to match x."
+            f"{call}: lora_A is {_shape(lora_A)} but must be (r, {in_features}) to match x."
             + (_swapped(lora_A, lora_B, in_features, out_features) or " Did you pass lora_A transposed?")
         )
     if lora_B.shape != (out_features, rank):
         raise ValueError(
-            f"lora_linear: lora_B is {_shape(lora_B)} but must be ({out_features}, {rank}): out_features x rank."
+            f"{call}: lora_B is {_shape(lora_B)} but must be ({out_features}, {rank}): out_features x rank."
             + _swapped(lora_A, lora_B, in_features, out_features)
         )
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(
-            f"lora_linear: bias has {bias.numel()} elements, weight has {out_features} output features."
+            f"{call}: bias has {bias.numel()} elements, weight has {out_features} output features."
             if bias.dim() == 1
-            else f"lora_linear: bias is {_shape(bias)} but must be ({out_features},): one value an output feature."
+            else f"{call}: bias is {_shape(bias)} but must be ({out_features},): one value an output feature."
         )
-    _check_numbers(scaling, dropout_p, "lora_linear")
+    _check_numbers(scaling, dropout_p, call)
 
 
 def check_add(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float) -> None:
@@ -293,7 +302,7 @@ def check_number(call: str, name: str, number: object) -> None:
         raise TypeError(f"{call}: {name} must be a number, got {type(number).__name__} {number!r}.{hint}")
 
 
-def check_transforms(backend: str) -> None:
+def check_transforms(backend: str, call: str = "lora_linear") -> None:
     """Refuse `torch.func` transforms and forward-mode AD unless the call asked for plain PyTorch.
 
     Raises:
@@ -301,7 +310,7 @@ def check_transforms(backend: str) -> None:
     """
     if backend != "torch":
         raise RuntimeError(
-            'lora_linear does not support torch.func transforms and forward-mode AD; use backend="torch" inside them.'
+            f'{call} does not support torch.func transforms and forward-mode AD; use backend="torch" inside them.'
         )
 
 

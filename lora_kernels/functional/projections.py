@@ -110,12 +110,10 @@ def check_each(
     """Check some projections of a call, those that read x; `layers` are their names, or places in the lists."""
     for layer, q, fits in zip(layers, entries, adapters_fit, strict=True):
         lora_A, lora_B = _no_adapter(q.weight) if q.lora_A is q.lora_B is None else (q.lora_A, q.lora_B)
-        try:
-            checks.check_call(x, q.weight, lora_A, lora_B, q.bias, q.scaling, q.dropout_p)
-            if not fits:
-                checks.check_dtypes(x, q.weight, lora_A, lora_B, q.bias, layer=layer, together=together)
-        except (TypeError, ValueError) as error:
-            raise type(error)(str(error).replace("lora_linear:", f"{call}: {_named(call, layer)}:", 1)) from None
+        where = f"{call}: {_named(call, layer)}"
+        checks.check_call(x, q.weight, lora_A, lora_B, q.bias, q.scaling, q.dropout_p, where)
+        if not fits:
+            checks.check_dtypes(x, q.weight, lora_A, lora_B, q.bias, where, layer, together)
 
 
 def _named(call: str, layer: str | int) -> str:

@@ -1,6 +1,6 @@
 """Budgets that were stored: what each kernel took when it was last looked at, a file for each Triton version.
 
-The rules of `inspect.budgets` say what no kernel may do; these notice what is allowed and still a step back: more registers,
+The rules of `budgets` say what no kernel may do; these notice what is allowed and still a step back: more registers,
 more shared memory, a longer K loop. Kernels go by name, dtype, tile and flags; of those that agree in all of them, as
 forward and backward may, the largest figures count.
 """
