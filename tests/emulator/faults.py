@@ -251,8 +251,13 @@ def table(results: list[Result]) -> Iterator[str]:
 
 
 def unseen(results: list[Result]) -> list[str]:
-    """Kinds of which so many were planted that one has to be noticed, and none was."""
-    planted = collections.Counter(one.kind for one in results)
+    """Kinds of which so many were planted that one has to be noticed, and none was, nor is it proven by a value."""
+    if TESTS not in sys.path:
+        sys.path.insert(0, TESTS)
+    from emulator import judged
+
+    silent = {*judged.ORDERS.values(), ""}
+    planted = collections.Counter(one.kind for one in results if one.noticed or one.judged in silent)
     noticed = {one.kind for one in results if one.noticed}
     return sorted(kind for kind, count in planted.items() if count >= 6 and kind not in noticed)
 

@@ -2,7 +2,8 @@
 
 Three proofs. The second value: all that follows from the changed instruction is computed as without the change as well,
 and a store to nowhere tells if ever the two differ where they are used (`slices.py`). The dead value: in place of what
-the instruction gives or stores come numbers that mean nothing, and no result changes. For what only orders (waits, fences, barriers, atomics) there is no value to
+the instruction gives or stores come numbers that mean nothing, and no result changes; or these come where the two values
+differ, on their way through shared memory. For what only orders (waits, fences, barriers, atomics) there is no value to
 look at: the emulator itself watches each pair of accesses that it could order, so its silence in many more orders of
 warps, CTAs and asynchronous work says that this one orders nothing that another does not.
 """
@@ -11,7 +12,7 @@ import re
 from collections.abc import Iterator
 
 from emulator.planted import Fault
-from emulator.slices import REGISTER, bits_of, doubled, given, statement, tell, tell_among
+from emulator.slices import REGISTER, Statement, bits_of, doubled, given, number, statement, tell, tell_among
 
 __all__ = ["ORDERS", "proofs"]
 
@@ -38,6 +39,7 @@ ORDERS = {
 
 # bits that are NaN in 16 and 32 bits; bits that are finite numbers
 _RUBBISH = 0x7FC07FC0, 0x41424344
+_NUMBERS = 0x41424344, 0xC2C3C4C5
 
 
 def proofs(source: str, fault: Fault) -> Iterator[tuple[str, list[str]]]:
@@ -63,12 +65,17 @@ def proofs(source: str, fault: Fault) -> Iterator[tuple[str, list[str]]]:
         return
     if was and was.op.startswith("cp.async.c"):
         yield "nobody reads what it copies", [program("")]
+        if "mask" in fault.kind:
+            for step in (64, -64):
+                yield "any number where it differs is multiplied by 0", [program(*_elsewhere(was, step))]
     if was and was.op.startswith("wgmma.mma_async"):
         yield "its product adds nothing", [program("")]
     if check := _condition(lines[at], fault.kind):
         yield "what it changes is the same each time it runs", [program(*check, lines[at])]
     if len(new) == 1 and (twice := doubled(lines, at, new[0])):
         yield "what is computed from it is used nowhere that it differs", [twice]
+        yield "where it differs it reaches no result", [doubled(lines, at, new[0], bits) for bits in _RUBBISH]
+        yield "any number where it differs is multiplied by 0", [doubled(lines, at, new[0], bits) for bits in _NUMBERS]
     dead = [_dead(lines[at], bits) for bits in _RUBBISH]
     if all(dead):
         yield "what it gives reaches no result", [program(*statements) for statements in dead]
@@ -82,17 +89,19 @@ def _dead(old: str, rubbish: int) -> list[str] | None:
     if re.match(r"st\.|stmatrix", was.op):
         address, data = was.rest.split("]", 1)
         used = dict.fromkeys(match["prefix"] for match in REGISTER.finditer(data))
-        head = [f"mov.{bits_of(f'%{prefix}0')} %{prefix}960000, {_number(prefix, rubbish)};" for prefix in used]
+        head = [f"mov.{bits_of(f'%{prefix}0')} %{prefix}960000, {number(f'%{prefix}0', rubbish)};" for prefix in used]
         return [*head, was.text(f"{address}]" + REGISTER.sub(lambda m: f"%{m['prefix']}960000", data))]
-    moves = [
-        was._replace(op=f"mov.{bits_of(one)}").text(f"{one}, {_number(REGISTER.match(one)['prefix'], rubbish)}")
-        for one in given(was)
-    ]
+    moves = [was._replace(op=f"mov.{bits_of(one)}").text(f"{one}, {number(one, rubbish)}") for one in given(was)]
     return [old, *moves] if moves else None
 
 
-def _number(prefix: str, rubbish: int) -> int:
-    return {"p": rubbish & 64 and 1, "rs": rubbish & 0xFFFF, "rd": rubbish << 32 | rubbish}.get(prefix, rubbish)
+def _elsewhere(was: Statement, step: int) -> list[str]:
+    """A cp.async that copies from some bytes further on where its mask forbids to read."""
+    to, at, size, read = re.fullmatch(r"(.*\]), \[ *(%rd\d+) \+ 0 *\], (0x\w+|\d+), (%r\d+)", was.rest).groups()
+    return [
+        f"add.s64 %rd980001, {at}, {step};", f"setp.eq.b32 %p980001, {read}, 0;",
+        f"selp.b64 %rd980002, %rd980001, {at}, %p980001;", was.text(f"{to}, [ %rd980002 + 0 ], {size}"),
+    ]  # fmt: skip
 
 
 def _condition(old: str, kind: str) -> list[str] | None:

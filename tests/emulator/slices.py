@@ -5,12 +5,15 @@ from the new, loads from either address among it. Where the values come to be us
 asynchronous copy, a branch, a guard, a comparison), a store to nowhere tells if the two differ in a lane that uses them.
 If that store never runs, nothing depends on the change, however different the values on the way were. A wgmma is one of
 those values: its second product is of the same group, so the same wait is for both.
+
+Through shared memory nothing is followed. But a number can be stored there wherever the two values differ: if no result
+changes, whatever that number is, then nothing that comes of these places is used.
 """
 
 import re
 from typing import NamedTuple
 
-__all__ = ["REGISTER", "Statement", "bits_of", "doubled", "given", "statement", "tell", "tell_among"]
+__all__ = ["REGISTER", "Statement", "bits_of", "doubled", "given", "number", "statement", "tell", "tell_among"]
 
 REGISTER = re.compile(r"%(?P<prefix>[a-z]+)\d+")
 _STATEMENT = re.compile(r"^\s*(?:@(?P<not>!?)(?P<guard>%p\d+)\s+)?(?P<op>[a-z][\w.:]*)\s+(?P<rest>[^;]*);\s*(?://.*)?$")
@@ -54,6 +57,13 @@ def given(one: Statement) -> list[str]:
     return [match[0] for match in REGISTER.finditer(first)]
 
 
+def number(register: str, bits: int) -> int:
+    """What a register of a kind holds of 32 bits."""
+    return {"p": bits & 64 and 1, "rs": bits & 0xFFFF, "rd": bits << 32 | bits}.get(
+        REGISTER.match(register)["prefix"], bits
+    )
+
+
 def bits_of(register: str) -> str:
     """The type of a register in a declaration or a move, by its name."""
     return {"p": "pred", "rs": "b16", "h": "b16", "rd": "b64"}.get(REGISTER.match(register)["prefix"], "b32")
@@ -80,13 +90,15 @@ def tell_among(guard: str, negated: bool, value: str, other: str) -> list[str]:
     ]  # fmt: skip
 
 
-def doubled(lines: list[str], at: int, new: str) -> str | None:
+def doubled(lines: list[str], at: int, new: str, rubbish: int | None = None) -> str | None:
     """The PTX with all that follows from a line computed as from another as well; None where that cannot be done.
 
     Args:
         lines: Of the PTX.
         at: Which of them is changed, from 0.
         new: What it becomes.
+        rubbish: 32 bits, stored to shared memory in place of a value that differs; if None a difference is told there
+            as well.
     """
     parsed, changed = [statement(line) for line in lines], statement(new)
     old = parsed[at]
@@ -118,7 +130,7 @@ def doubled(lines: list[str], at: int, new: str) -> str | None:
                 return None
             out.append(line)
         else:
-            out += _both(line, one, second, renamed)
+            out += _both(line, one, second, renamed, rubbish)
     return "\n".join(out)
 
 
@@ -129,11 +141,26 @@ def _read(one: Statement) -> set[str]:
     return set(names if one.op.startswith("wgmma") else names[len(given(one)) :]) | {one.guard}
 
 
-def _both(line: str, one: Statement, second: set[str], renamed) -> list[str]:
+def _both(line: str, one: Statement, second: set[str], renamed, rubbish: int | None) -> list[str]:
     """A line, and what it takes beside it for the second values."""
     reads, gives = second & _read(one), second & set(given(one))
-    checks = tell(one.guard, renamed(one.guard)) if one.guard in second else []
+    guarded = one.guard in second
+    checks = tell(one.guard, renamed(one.guard)) if guarded and (_USES.match(one.op) or not given(one)) else []
     reads.discard(one.guard)
+    if rubbish is not None and re.match(r"st\.shared|stmatrix", one.op):
+        address, data = one.rest.split("]", 1)
+        checks += [
+            check
+            for m in REGISTER.finditer(address) if m[0] in reads
+            for check in tell_among(one.guard, one.negated, m[0], renamed(m[0]))
+        ]  # fmt: skip
+        stored = {m[0]: f"%{m['prefix']}95{m[0][1 + len(m['prefix']) :]:0>5}" for m in REGISTER.finditer(data)}
+        for register in sorted(reads & stored.keys()):
+            bits, differs = bits_of(register), f"%p95{register[3 if register[2].isalpha() else 2 :]:0>5}"
+            checks.append(f"setp.ne.{bits} {differs}, {register}, {renamed(register)};")
+            checks.append(f"selp.{bits} {stored[register]}, {number(register, rubbish)}, {register}, {differs};")
+        data = REGISTER.sub(lambda m: stored[m[0]] if m[0] in reads else m[0], data)
+        return [*checks, one.text(f"{address}]{data}")]
     if _USES.match(one.op):
         for register in sorted(reads):
             checks += tell_among(one.guard, one.negated, register, renamed(register))
@@ -147,4 +174,4 @@ def _both(line: str, one: Statement, second: set[str], renamed) -> list[str]:
         compared = f"%p97{result[2:]:0>5}"
         other = one.text(compared + renamed(one.rest)[len(result) :])
         return [*checks, other, line, *tell_among(one.guard, one.negated, result, compared)]
-    return [*checks, renamed(one.text(one.rest)), line] if reads or gives else [*checks, line]
+    return [*checks, renamed(one.text(one.rest)), line] if reads or gives or guarded else [*checks, line]
