@@ -139,7 +139,7 @@ def test_a_variant_stands_in_the_source(name, tmp_path):
 
 def test_a_text_that_is_not_there_is_told(tmp_path):
     with pytest.raises(ValueError, match="renew the table"):
-        variants.copied(variants.Variant("plan.py", "no such text", ""), tmp_path)
+        variants.copied(variants.Variant("parallel.py", "no such text", ""), tmp_path)
 
 
 def test_it_is_the_copy_that_is_timed(monkeypatch, tmp_path, capsys):

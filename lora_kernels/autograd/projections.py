@@ -246,8 +246,8 @@ def _gradients(ctx: FunctionCtx, dys: Sequence[Tensor | None]) -> tuple[Tensor |
     results = iter(())
     if need_x or any(need_A or need_B for _, need_A, need_B, _ in needs):
         tensors, places = packing.pack(groups)
-        rows, dtype = x if any(need_As) else None, packing.widest(ctx.dtypes)
-        results = iter(projections_backward(rows, tensors, places, alphas, ctx.backend, dtype, need_x, need_As))
+        wide, dtype = x if any(need_As) else None, packing.widest(ctx.dtypes)
+        results = iter(projections_backward(wide, tensors, places, alphas, ctx.backend, dtype, need_x, need_As))
     dx = next(results) if need_x else None
     grads = []
     for dy, (need_weight, need_A, need_B, need_bias) in zip(dys, needs, strict=True):

@@ -7,7 +7,7 @@ from lora_kernels import autograd, passes, plan, reference, torch_backend
 from lora_kernels.autograd.common import autocasts
 from lora_kernels.autograd.noise import draw_shard
 from lora_kernels.functional import checks
-from lora_kernels.functional.gate import arrived, as_autocast, as_number, transforming, watched
+from lora_kernels.functional.gate import arrived, as_autocast, as_number, base_only, transforming, watched
 
 __all__ = ["compute", "lora_linear"]
 
@@ -89,14 +89,14 @@ def compute(
             x, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling=scaling, bias=bias, dropout_p=dropout_p
         )
     rank = lora_A.shape[0]
-    base_only = dropout_p == 1 or rank == 0
+    adds_nothing = dropout_p == 1 or rank == 0
     sharded = type(x) is not Tensor and checks.is_sharded(x)
     if sharded:
         checks.check_sharded(dropout_p)
         from lora_kernels.autograd import sharding  # noqa: F401  registers its rules; not before there are DTensors
     if sharded or watched():
         backend = plan.overridden(backend)
-        if base_only:
+        if adds_nothing:
             return base_only(x, weight, lora_A, lora_B, bias)
         return autograd.linear.linear(
             x, weight, lora_A, lora_B, bias, as_number(scaling), as_number(dropout_p), backend, dropout_shard
@@ -104,7 +104,7 @@ def compute(
     scaling, dropout_p = float(scaling), float(dropout_p)
     empty = x.numel() == 0 or weight.shape[0] == 0
     backend = plan.choose(x.device, x.dtype, rank, empty or rank == 0, backend)
-    if base_only:
+    if adds_nothing:
         return base_only(x, weight, lora_A, lora_B, bias)
     noise = draw_shard(x, backend, dropout_shard) if dropout_p > 0 and dropout_shard[1] > 1 else None
     if backend == "torch" and not accumulate_grad and torch_backend.composes(x, weight, lora_A, lora_B):
