@@ -23,7 +23,7 @@ SHRINK, MATMUL, WGRAD, DEVICE, DEVICE_ACTIVATION, ACTIVATION_WGRAD = (
 # name: (file, text, replacement); the ones in ALWAYS run in every test run
 MUTANTS = {
     "scaling missing": ("passes/linear.py", "alpha = scaling * keep_scale(dropout_p)", "alpha = keep_scale(dropout_p)"),
-    "scaling missing in backward": ("autograd/linear.py", "keep, scaling * keep_scale(dropout_p), backend)\n        ctx.x_shape", "keep, keep_scale(dropout_p), backend)\n        ctx.x_shape"),
+    "scaling missing in backward": ("autograd/linear.py", "        alpha = scaling * keep_scale(dropout_p)\n        save(", "        alpha = keep_scale(dropout_p)\n        save("),
     "alpha ignored by the kernel": (SHRINK, "acc * tl.cast(alphas[i], tl.float32)", "acc * 2.0"),
     "keep_scale missing": ("dropout.py", "return _STEPS / kept if kept else 0.0", "return 1.0"),
     "mask missing in dx": ("passes/linear.py", "(ds, lora_A.t())], keep=keep)", "(ds, lora_A.t())])"),

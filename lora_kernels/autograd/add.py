@@ -9,7 +9,6 @@ would see other operators than a plain call runs, which draw other masks from th
 """
 
 import math
-import sys
 from typing import Any
 
 import torch
@@ -17,13 +16,13 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lora_kernels import plan
-from lora_kernels.autograd.common import autocast_off, differentiate_again, plain_scaling, register_flops
+from lora_kernels.autograd.common import autocast_off, plain_scaling, register, register_flops, save
 from lora_kernels.autograd.noise import draw_noise
 from lora_kernels.dropout import keep_scale
 from lora_kernels.passes import add as add_pass
 from lora_kernels.passes.layer import rows
 
-__all__ = ["LoRAAddFunction", "add", "add_backward", "add_forward", "save"]
+__all__ = ["LoRAAddFunction", "add", "add_backward", "add_forward"]
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
 for _schema in (
@@ -47,7 +46,7 @@ class LoRAAddFunction(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         """Compute y `[M, out]` and save for backward what the gradients that are needed need."""
         y, s, keep = add_pass.forward(base, x, lora_A, lora_B, scaling, dropout_p, backend)
-        save(ctx, x, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)
+        _keep(ctx, x, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)
         ctx.base_shape, ctx.x_shape = base.shape, x.shape
         return y
 
@@ -59,25 +58,18 @@ class LoRAAddFunction(torch.autograd.Function):
             return _backward(ctx, dy)
 
 
-def save(
+def _keep(
     ctx: FunctionCtx, x: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor, keep: Tensor | None, alpha: float,
     backend: str,
 ) -> None:  # fmt: skip
-    """Keep for backward what the gradients of x, A and B need, as far as they are needed: of base nothing is."""
+    """Keep for backward what gradients need: of base nothing is, and a W there is not."""
     _, need_x, need_A, need_B = ctx.needs_input_grad[:4]
-    ctx.save_for_backward(
-        x if need_A else None,
-        lora_A if need_x else None,
-        lora_B if need_x or need_A else None,
-        s if need_B else None,
-        keep if need_x or need_A else None,
-    )
-    ctx.alpha, ctx.backend, ctx.dtype = alpha, backend, x.dtype
-    ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
+    save(ctx, x, None, lora_A, lora_B, s, keep, alpha, backend, (need_x, False, need_A, need_B))
+    ctx.dtype = x.dtype
 
 
 def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, *saved = ctx.saved_tensors
+    x, _, *saved = ctx.saved_tensors
     need_base, *needed = ctx.needs_input_grad[:4]
     flat, x = rows(dy.to(ctx.dtype)), None if x is None else rows(x)  # copies, if any, before launches that overlap
     dx, d_lora_A, d_lora_B = add_pass.backward(flat, x, *saved, ctx.alpha, ctx.backend, ctx.adapter_dtypes, needed)
@@ -89,8 +81,7 @@ def _add(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str
 ) -> Tensor:
     """Compute y `[*, out]` of arguments that `functional.lora_add` has checked and cast."""
-    if "torch.utils.flop_counter" in sys.modules:
-        register_flops({add_forward: _forward_flops, add_backward: _backward_flops})
+    register_flops({add_forward: _forward_flops, add_backward: _backward_flops})
     rank = int(lora_A.shape[0])  # compiled in, where everything else may vary
     backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or base.numel() == 0, backend)
     noise = draw_noise(x, torch.empty(0, device=x.device), backend) if dropout_p > 0 else None
@@ -137,7 +128,7 @@ def _fake_backward(dy, x, lora_A, lora_B, s, keep, alpha, backend, dtype, dtype_
 def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     _, x, lora_A, lora_B, _, scaling, dropout_p, backend = inputs
     _, s, keep = output
-    save(ctx, x, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)
+    _keep(ctx, x, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
 
@@ -153,21 +144,15 @@ def _gradients(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
     need_base, *needed = ctx.needs_input_grad[:4]
     gradients = (None,) * 3
     if any(needed):
-        gradients = add_backward(dy, *ctx.saved_tensors, ctx.alpha, ctx.backend, ctx.dtype, *ctx.adapter_dtypes, needed)
+        x, _, *saved = ctx.saved_tensors
+        gradients = add_backward(dy, x, *saved, ctx.alpha, ctx.backend, ctx.dtype, *ctx.adapter_dtypes, needed)
     return dy if need_base else None, *gradients, None, None, None, None
 
 
-_library.impl("add", _add, "CompositeImplicitAutograd")
-_library.impl("add_forward", _add_forward, "CompositeExplicitAutograd")
-_library.impl("add_backward", _add_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("lora_kernels::add_forward", _fake_forward, lib=_library)
-torch.library.register_fake("lora_kernels::add_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("lora_kernels::add_forward", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("lora_kernels::add_backward", differentiate_again, lib=_library)
-
-add = torch.ops.lora_kernels.add.default
-add_forward = torch.ops.lora_kernels.add_forward.default
-add_backward = torch.ops.lora_kernels.add_backward.default
+add, add_forward, add_backward = register(
+    _library, "add", composed=_add, forward=_add_forward, backward=_add_backward,
+    fake_forward=_fake_forward, fake_backward=_fake_backward, save=_save, differentiate=_differentiate,
+)  # fmt: skip
 
 
 def _forward_flops(base, x, lora_A, lora_B, *_: Any, **__: Any) -> int:

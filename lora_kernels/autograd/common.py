@@ -1,6 +1,7 @@
 """What the Functions and operators of all operations share."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 __all__ = [
-    "autocast_off", "autocasts", "backward_products", "differentiate_again", "gradient", "gradients", "plain_scaling",
-    "register_flops",
+    "autocast_off", "autocasts", "backward_products", "gradient", "gradients", "plain_scaling", "register",
+    "register_flops", "save",
 ]  # fmt: skip
 
 _NOTHING = contextlib.nullcontext()
@@ -60,7 +61,7 @@ def plain_scaling(lora_A: Tensor, scaling: float) -> tuple[Tensor, float]:
     return lora_A, scaling
 
 
-def differentiate_again(ctx: FunctionCtx, *_: Tensor | None) -> None:
+def _differentiate_again(ctx: FunctionCtx, *_: Tensor | None) -> None:
     """Refuse: the derivative has none of its own."""
     raise RuntimeError(
         "lora_linear: trying to differentiate twice a function that was marked with @once_differentiable; "
@@ -75,7 +76,9 @@ def backward_products(inner: int, cols: int, rank: int, need_x: bool, need_A: bo
 
 
 def register_flops(formulas: dict[Any, Callable[..., int]]) -> None:
-    """Tell PyTorch's FLOP counter the formulas. Not at import: importing the counter loads Triton."""
+    """Tell PyTorch's FLOP counter the formulas, where it is loaded: to load it would load Triton."""
+    if "torch.utils.flop_counter" not in sys.modules:
+        return
     from torch.utils import flop_counter
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -88,3 +91,47 @@ def register_flops(formulas: dict[Any, Callable[..., int]]) -> None:
         if isinstance(counter, flop_counter.FlopCounterMode):
             for operator in packets:
                 counter.flop_registry.setdefault(operator, flop_counter.flop_registry[operator])
+
+
+def save(
+    ctx: FunctionCtx, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, s: Tensor, keep: Tensor | None,
+    alpha: float, backend: str, needs: Sequence[bool],
+) -> None:  # fmt: skip
+    """Keep for the backward of one layer what its gradients need; `needs`: of x, W, A and B."""
+    need_x, need_weight, need_A, need_B = needs
+    ctx.save_for_backward(
+        x if need_A or need_weight else None,
+        weight if need_x else None,
+        lora_A if need_x else None,
+        lora_B if need_x or need_A else None,
+        s if need_B else None,
+        keep if need_x or need_A else None,
+    )
+    ctx.alpha, ctx.backend = alpha, backend
+    ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
+
+
+def register(
+    library: torch.library.Library, name: str, *, composed: Callable, forward: Callable, backward: Callable,
+    fake_forward: Callable, fake_backward: Callable, save: Callable, differentiate: Callable,
+) -> list[torch._ops.OpOverload]:  # fmt: skip
+    """Register the three operators of an operation, whose schemas are defined; return them.
+
+    Args:
+        library: Where the schemas are.
+        name: Of the first, which a compiler traces through; the others are `name`_forward and `name`_backward.
+        composed: Chooses a backend, draws noise and calls the second.
+        forward: A pure function of its arguments.
+        backward: Its derivative.
+        fake_forward: `forward` of shapes without values.
+        fake_backward: Likewise.
+        save: Keeps for backward what it needs, of a context, inputs and outputs.
+        differentiate: Calls the third, of a context and the gradients of the outputs.
+    """
+    library.impl(name, composed, "CompositeImplicitAutograd")
+    for half, function, fake in (("forward", forward, fake_forward), ("backward", backward, fake_backward)):
+        library.impl(f"{name}_{half}", function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"lora_kernels::{name}_{half}", fake, lib=library)
+    torch.library.register_autograd(f"lora_kernels::{name}_forward", differentiate, setup_context=save, lib=library)
+    torch.library.register_autograd(f"lora_kernels::{name}_backward", _differentiate_again, lib=library)
+    return [getattr(torch.ops.lora_kernels, name + half).default for half in ("", "_forward", "_backward")]

@@ -18,7 +18,6 @@ two. Two things are kept out of these:
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,17 +29,18 @@ from lora_kernels import plan
 from lora_kernels.autograd.common import (
     autocast_off,
     backward_products,
-    differentiate_again,
     gradient,
     plain_scaling,
+    register,
     register_flops,
+    save,
 )
 from lora_kernels.autograd.noise import draw_noise
 from lora_kernels.dropout import keep_scale
 from lora_kernels.passes import linear as linear_pass
 from lora_kernels.passes.layer import rows
 
-__all__ = ["LoRALinearFunction", "linear", "linear_backward", "linear_forward", "save"]
+__all__ = ["LoRALinearFunction", "linear", "linear_backward", "linear_forward"]
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
 _library.define(
@@ -73,7 +73,8 @@ class LoRALinearFunction(torch.autograd.Function):
         """Compute y `[M, out]` and save for backward what the gradients that are needed need."""
         ctx.accumulate = (lora_A, lora_B) if accumulate_grad else (None, None)
         y, s, keep = linear_pass.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, noise)
-        save(ctx, x, weight, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)
+        alpha = scaling * keep_scale(dropout_p)
+        save(ctx, x, weight, lora_A, lora_B, s, keep, alpha, backend, ctx.needs_input_grad[:4])
         ctx.x_shape = x.shape
         return y
 
@@ -84,24 +85,6 @@ class LoRALinearFunction(torch.autograd.Function):
         with autocast_off(dy):
             # the guard against a second differentiation takes as long as three small operators: only where one may come
             return _backward_once(ctx, into, dy) if torch.is_grad_enabled() else _backward(ctx, into, dy)
-
-
-def save(
-    ctx: FunctionCtx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor, keep: Tensor | None,
-    alpha: float, backend: str,
-) -> None:  # fmt: skip
-    """Keep for backward what the gradients of x, W, A and B need, as far as they are needed."""
-    need_x, need_weight, need_A, need_B = ctx.needs_input_grad[:4]
-    ctx.save_for_backward(
-        x if need_A or need_weight else None,
-        weight if need_x else None,
-        lora_A if need_x else None,
-        lora_B if need_x or need_A else None,
-        s if need_B else None,
-        keep if need_x or need_A else None,
-    )
-    ctx.alpha, ctx.backend = alpha, backend
-    ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
 
 
 def _backward(
@@ -129,8 +112,7 @@ def _linear(
     scaling: float, dropout_p: float, backend: str, dropout_shard: Sequence[int] = (0, 1),
 ) -> Tensor:  # fmt: skip
     """Compute y `[*, out]` of arguments that `functional.lora_linear` has checked and cast."""
-    if "torch.utils.flop_counter" in sys.modules:
-        register_flops({linear_forward: _forward_flops, linear_backward: _backward_flops})
+    register_flops({linear_forward: _forward_flops, linear_backward: _backward_flops})
     rank = int(lora_A.shape[0])  # compiled in, where everything else may vary
     backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or weight.shape[0] == 0, backend)
     noise = None
@@ -193,7 +175,7 @@ def _fake_backward(dy, x, weight, lora_A, lora_B, s, keep, alpha, backend, dtype
 def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     x, weight, lora_A, lora_B, _, _, scaling, dropout_p, backend = inputs
     _, s, keep = output
-    save(ctx, x, weight, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)
+    save(ctx, x, weight, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend, ctx.needs_input_grad[:4])
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
 
@@ -218,17 +200,10 @@ def _gradients(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None, None
 
 
-_library.impl("linear", _linear, "CompositeImplicitAutograd")
-_library.impl("linear_forward", _linear_forward, "CompositeExplicitAutograd")
-_library.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("lora_kernels::linear_forward", _fake_forward, lib=_library)
-torch.library.register_fake("lora_kernels::linear_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("lora_kernels::linear_forward", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("lora_kernels::linear_backward", differentiate_again, lib=_library)
-
-linear = torch.ops.lora_kernels.linear.default
-linear_forward = torch.ops.lora_kernels.linear_forward.default
-linear_backward = torch.ops.lora_kernels.linear_backward.default
+linear, linear_forward, linear_backward = register(
+    _library, "linear", composed=_linear, forward=_linear_forward, backward=_linear_backward,
+    fake_forward=_fake_forward, fake_backward=_fake_backward, save=_save, differentiate=_differentiate,
+)  # fmt: skip
 
 
 def _forward_flops(x, weight, lora_A, lora_B, *_: Any, **__: Any) -> int:

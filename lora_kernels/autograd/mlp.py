@@ -9,7 +9,6 @@ down, or up and down; their tensors are one list, as `packing` says: four of eac
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,8 +21,8 @@ from lora_kernels.autograd import packing
 from lora_kernels.autograd.common import (
     autocast_off,
     backward_products,
-    differentiate_again,
     gradients,
+    register,
     register_flops,
 )
 from lora_kernels.dropout import keep_scale
@@ -108,8 +107,7 @@ def _mlp(
     recompute: bool, backend: str,
 ) -> Tensor:  # fmt: skip
     """Compute y `[*, out]` of arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
-    if "torch.utils.flop_counter" in sys.modules:
-        register_flops({mlp_forward: _forward_flops, mlp_backward: _backward_flops})
+    register_flops({mlp_forward: _forward_flops, mlp_backward: _backward_flops})
     chosen, tensors, places, numbers = packing.prepared(x, weights, lora_As, lora_Bs, biases, scalings, backend)
     h = x.new_empty(1).expand(*x.shape[:-1], weights[-1].shape[1])  # of its shape in name alone
     noise = packing.draw(x, chosen, lora_As[:-1], dropout_ps[:-1])
@@ -247,17 +245,10 @@ def _gradients(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, list[Tensor
     return dx, packing.gradients_of(grads, ctx.places, ctx.dtypes)
 
 
-_library.impl("mlp", _mlp, "CompositeImplicitAutograd")
-_library.impl("mlp_forward", _mlp_forward, "CompositeExplicitAutograd")
-_library.impl("mlp_backward", _mlp_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("lora_kernels::mlp_forward", _fake_forward, lib=_library)
-torch.library.register_fake("lora_kernels::mlp_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("lora_kernels::mlp_forward", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("lora_kernels::mlp_backward", differentiate_again, lib=_library)
-
-mlp = torch.ops.lora_kernels.mlp.default
-mlp_forward = torch.ops.lora_kernels.mlp_forward.default
-mlp_backward = torch.ops.lora_kernels.mlp_backward.default
+mlp, mlp_forward, mlp_backward = register(
+    _library, "mlp", composed=_mlp, forward=_mlp_forward, backward=_mlp_backward,
+    fake_forward=_fake_forward, fake_backward=_fake_backward, save=_save, differentiate=_differentiate,
+)  # fmt: skip
 
 
 def _forward_flops(x, tensors, places, noise, noise_down, scalings, *_: Any, **__: Any) -> int:

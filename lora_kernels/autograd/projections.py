@@ -12,7 +12,6 @@ The tensors of all projections are one list, as `packing` says: four of each, or
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,8 +24,8 @@ from lora_kernels.autograd import packing
 from lora_kernels.autograd.common import (
     autocast_off,
     backward_products,
-    differentiate_again,
     gradients,
+    register,
     register_flops,
 )
 from lora_kernels.dropout import keep_scale
@@ -123,8 +122,7 @@ def _projections(
     biases: Sequence[Tensor | None], scalings: Sequence[float], dropout_ps: Sequence[float], backend: str,
 ) -> list[Tensor]:  # fmt: skip
     """Compute each y `[*, outᵢ]` of arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
-    if "torch.utils.flop_counter" in sys.modules:
-        register_flops({projections_forward: _forward_flops, projections_backward: _backward_flops})
+    register_flops({projections_forward: _forward_flops, projections_backward: _backward_flops})
     backend, tensors, places, numbers = packing.prepared(x, weights, lora_As, lora_Bs, biases, scalings, backend)
     noise = packing.draw(x, backend, lora_As, dropout_ps)
     return projections_forward(x, tensors, places, noise, numbers, dropout_ps, backend)[0]
@@ -260,17 +258,10 @@ def _gradients(ctx: FunctionCtx, dys: Sequence[Tensor | None]) -> tuple[Tensor |
     return dx, grads
 
 
-_library.impl("projections", _projections, "CompositeImplicitAutograd")
-_library.impl("projections_forward", _projections_forward, "CompositeExplicitAutograd")
-_library.impl("projections_backward", _projections_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("lora_kernels::projections_forward", _fake_forward, lib=_library)
-torch.library.register_fake("lora_kernels::projections_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("lora_kernels::projections_forward", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("lora_kernels::projections_backward", differentiate_again, lib=_library)
-
-projections = torch.ops.lora_kernels.projections.default
-projections_forward = torch.ops.lora_kernels.projections_forward.default
-projections_backward = torch.ops.lora_kernels.projections_backward.default
+projections, projections_forward, projections_backward = register(
+    _library, "projections", composed=_projections, forward=_projections_forward, backward=_projections_backward,
+    fake_forward=_fake_forward, fake_backward=_fake_backward, save=_save, differentiate=_differentiate,
+)  # fmt: skip
 
 
 def _forward_flops(x, tensors, places, noise, scalings, *_: Any, **__: Any) -> int:
