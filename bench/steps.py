@@ -74,7 +74,7 @@ def _tests(name: str, rehearse: bool, cap: float, which: str = "") -> Step:
     addopts: the project's own say how many processes. The warnings ignored, and going on without a file that cannot be
     read: a plugin or a package that is missing there must not keep the other tests from running.
     """
-    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu*.py"))
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "gpu").glob("test_gpu*.py"))
     spread = ("-n", str(jobs())) if importlib.util.find_spec("xdist") and not rehearse else ()
     command = (
         "-m", "pytest", *files, "-m", "gpu", *(("-k", which) if which else ()), *spread, "-q", "-rf",
