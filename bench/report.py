@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md and its pictures from the result files under bench/results/, and from nothing else.
+"""Write docs/benchmarks.md, its pictures and the README's word on GPUs from the files under bench/results/ alone.
 
 `python -m bench.report` writes all of it; with `--check` it exits 1 if the page is not what the files say or one of its
 pictures is not there. A check draws nothing and does not need matplotlib.
@@ -6,6 +6,7 @@ pictures is not there. A check draws nothing and does not need matplotlib.
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from lora_kernels.bench.show.tables import (
 from lora_kernels.measure.machine import caption
 from lora_kernels.measure.timing import host_bound
 
-__all__ = ["host_table", "main", "pictures", "render"]
+__all__ = ["host_table", "main", "pictures", "render", "status", "with_status"]
 
 _BLOCKS = ("qkv", "mlp")
 _WORDS = {"layer": "Layers", "qkv": "Queries, keys and values", "mlp": "Gated MLP"}
@@ -40,6 +41,9 @@ _NOTHING = """
 No GPU has been measured yet: there is no result file of one. `python -m bench.battery --out bench/results/<gpu>` on a
 GPU makes them, and `python -m bench.report` this page.
 """
+_UNRUN = """**No GPU has run this code yet.** The kernels are interpreted, inspected as machine code and [executed on a
+CPU](docs/emulator.md): evidence of right results, not of speed. Which form a large product takes is decided by a model
+that nothing has measured, until you run `lora-kernels tune`. On AMD the kernels compile and have never run."""
 _NO_BLOCKS = """
 No block has been measured yet (queries, keys and values; the gated MLP): there is no result file of one. `lora-kernels
 bench --block qkv mlp layer --json FILE` makes one; what their launches move stands in [roofline](roofline.md).
@@ -66,6 +70,28 @@ def render(results: Path) -> str:
     for folder, files in folders.items():
         parts += _folder(folder.name, files)
     return "\n".join(part.strip("\n") + "\n" for part in parts)
+
+
+def status(results: Path) -> str:
+    """What the README says of GPUs: which have run this code, or that none has."""
+    folders = _folders(results)
+    gpus = {
+        content["machine"]["gpu"]["name"]
+        for f in folders.values()
+        for content in f.values()
+        if content["machine"]["gpu"]
+    }
+    return f"Measured on {', '.join(sorted(gpus))}: [benchmarks](docs/benchmarks.md)." if gpus else _UNRUN
+
+
+def with_status(readme: str, results: Path) -> str:
+    """The README with `status` between its two marks."""
+    return re.sub(
+        r"(<!-- gpu-status.*?-->\n).*?(\n<!-- /gpu-status -->)",
+        lambda m: m[1] + status(results) + m[2],
+        readme,
+        flags=re.S,
+    )
 
 
 def pictures(results: Path) -> dict[str, dict[str, Any]]:
@@ -279,9 +305,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is stale")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", metavar="DIR")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md", metavar="FILE")
     args = parser.parse_args(argv)
     page, drawings, images = render(args.results), pictures(args.results), args.page.parent / "img"
+    was = args.readme.read_text(encoding="utf-8")
+    readme = with_status(was, args.results)
     if not args.check:
         if drawings and plot.missing():
             print(f"bench.report: the page has pictures; {plot.missing()}", file=sys.stderr)
@@ -291,12 +320,16 @@ def main(argv: list[str] | None = None) -> int:
         for old in set(images.glob(f"{_PREFIX}*.png")) - {images / name for name in drawings}:
             old.unlink()
         args.page.write_text(page, encoding="utf-8")
+        args.readme.write_text(readme, encoding="utf-8")
         print(f"wrote {args.page}" + (f" and {len(drawings)} pictures under {images}" if drawings else ""))
         return 0
     drawn = all((images / name).is_file() for name in drawings)
-    if drawn and args.page.is_file() and args.page.read_text(encoding="utf-8") == page:
+    if drawn and readme == was and args.page.is_file() and args.page.read_text(encoding="utf-8") == page:
         return 0
-    print(f"{args.page} is not what the files under {args.results} say: run python -m bench.report", file=sys.stderr)
+    print(
+        f"{args.page} or {args.readme} is not what the files under {args.results} say: run python -m bench.report",
+        file=sys.stderr,
+    )
     return 1
 
 
