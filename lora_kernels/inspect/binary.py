@@ -112,7 +112,7 @@ def _nvidia(kernel: Any, narrow: list[str], shared_per_sm: int) -> Facts:
         source.write_text(ptx)
         usage = _tool("cuobjdump", "-res-usage", cubin)
         sass = _tool("nvdisasm", "-c", cubin)
-        said = _said_by_ptxas(source, arch) if "wgmma" in ptx else ""
+        said = _ptxas_messages(source, arch) if "wgmma" in ptx else ""
     lines, labels = _instructions(sass)
     names = [line.split()[0] for line in lines]
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
@@ -205,7 +205,7 @@ def late_stores(amdgcn: str) -> int:
     return late
 
 
-def _said_by_ptxas(source: Path, arch: int) -> str:
+def _ptxas_messages(source: Path, arch: int) -> str:
     """What the assembler says of a kernel, compiled again: Triton does not keep it."""
     ptxas = importlib.import_module("triton.backends.nvidia.compiler").get_ptxas(arch).path  # of several it has
     command = [ptxas, "-v", f"-arch=sm_{arch}a", source, "-o", source.with_suffix(".o")]
@@ -239,7 +239,7 @@ def _loop(names: list[str], spans: list[tuple[int, int]]) -> Loop | None:
             innermost.append((a, b))
     if not innermost:
         return None
-    inside = max((names[a : b + 1] for a, b in innermost), key=lambda loop: sum(map(_work, loop)))
+    inside = max((names[a : b + 1] for a, b in innermost), key=lambda loop: sum(map(_multiply_adds, loop)))
 
     def count(*starts: str) -> int:
         return sum(name.startswith(starts) for name in inside)
@@ -250,7 +250,7 @@ def _loop(names: list[str], spans: list[tuple[int, int]]) -> Loop | None:
     )  # fmt: skip
 
 
-def _work(name: str) -> int:
+def _multiply_adds(name: str) -> int:
     """Multiply-adds of a tensor-core instruction, as far as its name tells; 1 if it does not, 0 of any other."""
     sides = re.search(r"(\d+)x(\d+)x(\d+)", name)
     return name.startswith(_MMA) * (math.prod(map(int, sides.groups())) if sides else 1)

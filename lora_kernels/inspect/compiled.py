@@ -58,7 +58,7 @@ class Case:
     mixed: bool = False
 
     def __str__(self) -> str:
-        words = _words(self, "bias", "strided", "tf32", "accumulate", "fp32_adapters", "mixed")
+        words = _flag_words(self, "bias", "strided", "tf32", "accumulate", "fp32_adapters", "mixed")
         tile = [] if self.place is None else [f"tile {self.place}"]
         widths = "+".join(map(str, (self.n, *self.others)))
         mlp = [f"mlp {self.activation}"] if self.activation else []
@@ -150,25 +150,25 @@ class Kernel:
     @property
     def flags(self) -> str:
         """What sets it apart from others of that tile."""
-        words = [word for flag, word in _FLAGS.items() if _on(self.constants.get(flag))]
+        words = [word for flag, word in _FLAGS.items() if _is_set(self.constants.get(flag))]
         words += [activation] if (activation := self.constants.get("ACTIVATION")) else []
         counts = ((self.constants.get(flag, 0), word, usual) for flag, (word, usual) in _COUNTS.items())
         words += [f"{n} {word}" for n, word, usual in counts if n > usual]
         tf32 = self.constants.get("PRECISION") == "tf32"
         words += ["tf32"] if tf32 else []
-        return " ".join([*words, *_words(self.case, "strided", "fp32_adapters", "mixed")])
+        return " ".join([*words, *_flag_words(self.case, "strided", "fp32_adapters", "mixed")])
 
     def __str__(self) -> str:
         made = f"{self.num_warps} warps {self.num_stages} stages"
         return f"{self.arch} {self.name} {self.case.dtype} {self.tile} {made} {self.flags}".rstrip()
 
 
-def _words(case: Case, *flags: str) -> list[str]:
+def _flag_words(case: Case, *flags: str) -> list[str]:
     """Which of these flags of a case are set, in words."""
     return [flag.replace("_", " ") for flag in flags if getattr(case, flag)]
 
 
-def _on(flag: Any) -> bool:
+def _is_set(flag: Any) -> bool:
     """Whether a flag is set; of one that each row has its own of, whether any is."""
     return any(flag) if isinstance(flag, tuple) else bool(flag)
 
