@@ -294,7 +294,7 @@ def _launch_all(
 
 
 def _bias_per_output(biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
-    """Return one bias per output, or None without any; a missing bias aliases another one, which the kernel masks out."""
+    """Return one bias per output, or None without any; a missing bias aliases another, which the kernel masks out."""
     # Compare by `is`, because `==` takes 25 us on a tensor.
     if len(biases) == 1 and biases[0] is None:
         return None
