@@ -189,7 +189,7 @@ _COUNTS = {"ROWS": ("rows", 1), "NUM_SOURCES": ("in", 2), "NUM_MASKED": ("masks"
 
 
 def problem() -> str:
-    """Return why this process cannot compile kernels, or ""; before Triton's import, turn its interpreter off as well."""
+    """Return why this process cannot compile kernels, or ""; also turn Triton's interpreter off before its import."""
     if "triton" in sys.modules and plan.interpreting():
         return "Triton was imported with its interpreter; run this in a process of its own."
     # Triton reads TRITON_INTERPRET when it is imported, which happens after this.

@@ -155,4 +155,4 @@ class _Utils:
 
 
 class Descriptor:
-    """Stands for the tensor map that a GPU's driver would make."""
+    """A stand-in for the tensor map that a GPU's driver would make."""

@@ -23,7 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 _runtime = triton.knobs.runtime
-# Counters of a pass, int32. A launch at rank 512 over 100,000 columns takes about as many.
+# Counters of a pass, int32. A wgrad in tiles of 64 x 64 at rank 512 over 100,000 columns takes about as many.
 _COUNTERS = 1 << 14
 # Shared memory of CDNA3 in bytes, for versions of PyTorch for ROCm that do not report it.
 _ROCM_SHARED = 65_536

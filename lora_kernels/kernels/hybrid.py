@@ -30,7 +30,7 @@ _ALIGN = 8
 
 
 def beta1(sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-    """Compute `matmul_expand` of all products but the first, and add the first product in place by the library."""
+    """Compute the result of `matmul_expand`: the kernel sums all but the first product, the library adds the first."""
     (p, q), *rest = sources
     return matmul_expand(rest, bias, keep).addmm_(p, q.t())
 
@@ -39,7 +39,7 @@ def beta1_all(
     outputs: Sequence[tuple[Sequence[Source], Tensor | None]], masked: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
     wide: int = 1,
 ) -> list[Tensor]:  # fmt: skip
-    """Compute `matmul_expand_all` of all products but the `wide` ones, and add those in place by the library."""
+    """Compute the results of `matmul_expand_all`: the kernel sums all but the `wide` ones, the library adds these."""
     thin = [(sources[wide:], bias) for sources, bias in outputs]
     adapted = [i for i, (sources, _) in enumerate(thin) if sources or masked]
     ys = dict(zip(adapted, matmul_expand_all([thin[i] for i in adapted], masked, 1), strict=True)) if adapted else {}

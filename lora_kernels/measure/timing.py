@@ -152,7 +152,7 @@ def rotated(copies: Sequence[Calls], turn: Iterator[int]) -> Calls:
 
 
 def schedule(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
-    """Yield the order of timed calls: all names once a round, each round begun by the next, so that no place is fixed."""
+    """Yield the order of timed calls: each name once a round, and each round begins with the next name, to be fair."""
     for i in range(rounds):
         first = i % len(names) if names else 0
         yield from ((i, name) for name in (*names[first:], *names[:first]))
@@ -198,7 +198,7 @@ def summary(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def host_bound(taken: dict[str, Any]) -> bool:
-    """Return whether a time of `summary` may be the host's: the host took about as long to issue the call as the spin."""
+    """Return whether a time of `summary` may be the host's: the call took about as long to issue as the spin lasts."""
     host, spin = taken.get("host_median"), taken.get("spin_median")
     return host is not None and spin is not None and host > _HOST_SHARE * spin
 
