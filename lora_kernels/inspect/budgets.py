@@ -50,7 +50,7 @@ def broken(kernel: "Kernel", gpu: Any) -> Iterator[str]:
 
 
 def _dependent_launch(kernel: "Kernel") -> Iterator[str]:
-    """Check that a kernel that may start before the launch before it has ended waits in time."""
+    """Check that a kernel waits in time if it may overlap the end of the launch before it."""
     found = kernel.facts.dependent
     if kernel.name == "matmul_expand" and kernel.constants["PDL"] and found != "waits":
         yield "does not wait for the launch before it, and then let the next come up, before it touches memory"

@@ -191,7 +191,7 @@ def dependent_launch(device: torch.device) -> bool:
 
 
 def launch_options(dependent: bool) -> dict[str, bool]:
-    """Return the options of a launch; with `dependent` the launch may start before the launch before it has ended."""
+    """Return the options of a launch; with `dependent` the launch may overlap the end of the launch before it."""
     # Set `enable_fp_fusion`, because Triton 3.10 flips its default and results must not change. GPUs without dependent
     # launches have no `launch_pdl`.
     return {"enable_fp_fusion": True, "launch_pdl": True} if dependent else {"enable_fp_fusion": True}

@@ -121,7 +121,7 @@ def _matmul_expand_kernel(
         offs_m = tl.cast(m0, tl.int64) + tl.arange(0, BLOCK_M)
         offs_n = tl.cast(n0, tl.int64) + tl.arange(0, BLOCK_N)
 
-        # Prefetch the first masked tiles and the bias slices, so that their loads run behind the K loop.
+        # Prefetch the first masked tiles and the bias slices, so that their loads overlap the K loop.
         if NUM_MASKED > 0:
             masked = _masked_tiles(
                 0, n0, M, N, offs_m, masked_ps, masked_qs, keep_ptrs, masked_Ks, masked_firsts,

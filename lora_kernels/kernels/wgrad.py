@@ -109,7 +109,7 @@ def _wgrad_kernel(
     BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Compute BLOCK_W by BLOCK_T elements of one split's part of every g in each program, in a walk over its rows."""
-    # HAS_KEEP repeats what `keep_ptrs` says; as a constexpr, it lets `inspect` tell masked builds apart.
+    # HAS_KEEP says whether any product has a mask; `inspect` cannot read that from the tuple `keep_ptrs`.
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     pid, tiles = tl.program_id(0), tl.num_programs(0)
@@ -240,8 +240,8 @@ def _wgrad_kernel(
                     mask = (offs_m < M)[:, None] & (offs_t < Ts[i])[None, :]
                     ds = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
                     for j in range(0, blocks, DS_AT_ONCE):
-                        # Load the parts one by one. Triton 3.6 sums the first side of a tile through shared memory, in
-                        # sixteen times the fewest passes, where rows of T are not known to lie on 16 bytes.
+                        # Add the parts one by one, because Triton 3.6 sums the first side of a tile through shared
+                        # memory, in sixteen times the fewest passes, where rows of T are not known to lie on 16 bytes.
                         for ahead in tl.static_range(DS_AT_ONCE):
                             k = tl.cast(j, tl.int64) + ahead
                             part_rows = k * M + offs_m[None, :, None]
