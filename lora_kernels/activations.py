@@ -1,8 +1,9 @@
-"""The activations of a gated MLP in plain PyTorch, and what their backward pass is asked for beside the gradient.
+"""The activations of a gated MLP in plain PyTorch, and the operands of the adapter gradients in their backward pass.
 
     h  = a(g) · u,  du = dh · a(g),  dg = dh · u · a'(g)          a is silu, gelu, gelu_tanh or relu2
 
-Computed in fp32 at least and rounded once each. The kernels have their own, `lora_kernels.kernels._activation`.
+Each result is computed in fp32 at least and rounded once. The kernels have their own versions in
+`lora_kernels.kernels._activation`.
 
 Sources: Shazeer 2020, arXiv:2002.05202 (SwiGLU, GEGLU); So et al. 2021, arXiv:2109.08668 (squared ReLU).
 """
@@ -19,9 +20,9 @@ __all__ = ["ACTIVATIONS", "After", "Before", "activated", "gradients", "meant"]
 
 
 class After(NamedTuple):
-    """What dA of the layer after an activation takes: ds `[M, r]`, the dtype of dA, the mask of h or None.
+    """The operands of dA of the layer after an activation: ds `[M, r]`, the dtype of dA, the mask of h or None.
 
-    `into` is a gradient to which dA is added, and which then is not returned, or None.
+    `into` is a gradient to which dA is added, or None. A dA that was added is not returned.
     """
 
     ds: Tensor
@@ -31,9 +32,9 @@ class After(NamedTuple):
 
 
 class Before(NamedTuple):
-    """What ds and dB of a layer before it take: s `[M, r]`, or None for no dB; B `[W, r]`, or None for no ds.
+    """The operands of ds and dB of a layer before an activation: s `[M, r]` and B `[W, r]`.
 
-    `into` is for dB what it is for dA in `After`.
+    `s` is None for no dB, and `lora_B` is None for no ds. `into` serves dB as in `After` it serves dA.
     """
 
     s: Tensor | None
@@ -45,7 +46,8 @@ class Before(NamedTuple):
 
 class _Activation(NamedTuple):
     value: Callable[[Tensor], Tensor]
-    gradient: Callable[[Tensor, Tensor], Tensor]  # of what comes back and g
+    # The arguments are the gradient of the value and g.
+    gradient: Callable[[Tensor, Tensor], Tensor]
 
 
 _gelu_backward = torch.ops.aten.gelu_backward
@@ -58,7 +60,8 @@ _ACTIVATIONS = {
     "relu2": _Activation(lambda g: F.relu(g).square(), lambda dy, g: dy * F.relu(g) * 2),
 }
 ACTIVATIONS = tuple(_ACTIVATIONS)
-_OTHER_NAMES = {  # transformers' names and classes, in lower case
+# Names and classes in transformers, in lower case.
+_OTHER_NAMES = {
     "swish": "silu", "gelu_python": "gelu", "geluactivation": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_python_tanh": "gelu_tanh", "gelutanh": "gelu_tanh", "gelu_new": "gelu_tanh", "newgeluactivation": "gelu_tanh",
     "gelu_fast": "gelu_tanh", "fastgeluactivation": "gelu_tanh", "gelu_accurate": "gelu_tanh",
@@ -67,9 +70,10 @@ _OTHER_NAMES = {  # transformers' names and classes, in lower case
 
 
 def meant(activation: object) -> str:
-    """The one of `ACTIVATIONS` that another name, a function or a module stands for; "" where there is no telling."""
-    approximate = getattr(activation, "approximate", "none")  # of nn.GELU
-    if isinstance(activation, functools.partial):  # of F.gelu
+    """Return the name in `ACTIVATIONS` of another name, a function or a module; "" if the activation is unknown."""
+    # `approximate` is an attribute of nn.GELU, or an argument of a partial of F.gelu.
+    approximate = getattr(activation, "approximate", "none")
+    if isinstance(activation, functools.partial):
         activation, approximate = activation.func, activation.keywords.get("approximate", "none")
     name = activation if isinstance(activation, str) else getattr(activation, "__name__", type(activation).__name__)
     name = "gelu_tanh" if approximate == "tanh" else name
@@ -78,7 +82,7 @@ def meant(activation: object) -> str:
 
 
 def activated(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
-    """Compute h = a(gate) · up, or a(gate), in their dtype; differentiable."""
+    """Compute h = a(gate) · up, or a(gate) without `up`, in the dtype of `gate`; differentiable."""
     h = _ACTIVATIONS[activation].value(_wide(gate))
     return (h if up is None else h * _wide(up)).to(gate.dtype)
 
@@ -86,7 +90,7 @@ def activated(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
 def gradients(
     gate: Tensor, up: Tensor | None, dh: Tensor, activation: str
 ) -> tuple[Tensor, tuple[Tensor] | tuple[Tensor, Tensor]]:
-    """Compute h, and dg and, with `up`, du, each rounded once to the dtype of `gate`."""
+    """Compute h and dg, and with `up` also du, each rounded once to the dtype of `gate`."""
     act, dtype = _ACTIVATIONS[activation], gate.dtype
     gate, dh = _wide(gate), _wide(dh)
     value = act.value(gate)

@@ -1,4 +1,4 @@
-"""What is printed on stdout: tables that lose nothing, in a file or a pipe nor on a narrow terminal."""
+"""Output on stdout: tables that lose no text in a file, in a pipe or on a narrow terminal."""
 
 import re
 from collections.abc import Iterator
@@ -12,34 +12,35 @@ from rich.table import Column, Table
 
 __all__ = ["SplitTable", "on_stdout"]
 
-_UNBOUNDED = 10_000  # columns: a table takes as many as it needs
+# Columns. A table takes as many as it needs.
+_UNBOUNDED = 10_000
 
 
 def on_stdout() -> Console:
-    """A console as wide as the terminal or the notebook; where there is neither, as wide as what is printed."""
+    """Return a console as wide as the terminal or the notebook, or without either as wide as the printed text."""
     console = Console(highlight=False)
     return console if console.is_terminal or console.is_jupyter else _Piped(highlight=False, width=_UNBOUNDED)
 
 
 class _Piped(Console):
-    """A console that leaves out the blanks that fill up the last cells of lines."""
+    """A console that strips the trailing blanks of lines, which pad the last cells."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print as any console does."""
+        """Print as `Console.print` does, without trailing blanks."""
         with self.capture() as printed:
             super().print(*objects, **options)
         print(re.sub(r" +(?=\n)", "", printed.get()), end="", file=self.file, flush=True)
 
 
 class SplitTable(Table):
-    """A table that on too narrow a screen comes as several, one under the other, each with the names of its rows.
+    """A table that splits on a narrow screen into several tables below one another, each with the names of the rows.
 
-    There, headings of columns that may wrap do so between words, and numbers stay whole.
+    In a split table, headings that may wrap do so between words, and numbers stay whole.
 
     Args:
-        *columns: As of `rich.table.Table`.
-        names: How many of the columns, from the first, say what a row is.
-        **look: As of `rich.table.Table`, over the look that tables have here.
+        *columns: As in `rich.table.Table`.
+        names: Number of leading columns that name a row.
+        **look: As in `rich.table.Table`; overrides the look that tables have here.
     """
 
     def __init__(self, *columns: Column | str, names: int = 1, **look: Any) -> None:
@@ -49,13 +50,14 @@ class SplitTable(Table):
         self._names = names
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Render the whole, or part after part."""
+        """Render the whole table, or one part after another."""
         unbounded = options.update(width=_UNBOUNDED)
         if Measurement.get(console, unbounded, self).maximum <= options.max_width:
             yield from super().__rich_console__(console, options)
             return
         for i, part in enumerate(self._parts(console, unbounded, options.max_width)):
-            if i and not self.show_edge:  # an edge is a blank line
+            # Separate the parts by a blank line, unless the edge is one.
+            if i and not self.show_edge:
                 yield ""
             yield part
 
@@ -68,7 +70,8 @@ class SplitTable(Table):
         shown = names
         for column in [*columns[self._names :], None]:
             if shown is not names and (column is None or not fits([*shown, column])):
-                if not fits(shown):  # one column is too many: the names are what gives way
+                # If even one column does not fit, let the names wrap.
+                if not fits(shown):
                     shown = [replace(name, width=None) for name in names] + shown[self._names :]
                 part = self._part(shown, None if begins else "")
                 for row, *cells in zip(self.rows, *(column.cells for column in shown), strict=True):
@@ -79,12 +82,12 @@ class SplitTable(Table):
                 shown = [*shown, column]
 
     def _part(self, columns: list[Column], title: str | None = None) -> Table:
-        """A table of these columns, without rows; the title is this table's own if None."""
+        """Return a table of the given columns, without rows; the title is this table's own if None."""
         look = self._look | {"padding": 0, "title": self.title if title is None else title}
         return Table(*(column.copy() for column in columns), **look)
 
 
 def _narrowed(console: Console, unbounded: ConsoleOptions, column: Column) -> Column:
-    """A column as narrow as what is in it allows."""
+    """Return a column as narrow as its cells allow."""
     size = measure_renderables(console, unbounded, [column.header, *column.cells])
     return replace(column, width=size.maximum if column.no_wrap else size.minimum, no_wrap=False, overflow="fold")

@@ -1,4 +1,4 @@
-"""LoRA in plain PyTorch: the formulas as they stand in the README, any dtype and any device.
+"""LoRA in plain PyTorch: the formulas of the README, for any dtype and any device.
 
     y    = x Wᵀ + scaling · D(x) Aᵀ Bᵀ + bias          D(x) = x · keep · keep_scale   (inverted dropout)
     dx   = dy W + D(scaling · dy B A)
@@ -8,9 +8,9 @@
 
     gated MLP    y = down(h),  h = a(gate(x)) · up(x), or a(up(x)) without a gate
 
-Everything the kernels do is checked against these functions, in float64. They are written to be read, not to be
-fast, and share no code with either backend. Shapes: x `[*, in]`, W `[out, in]`, A `[r, in]`, B `[out, r]`,
-dy `[*, out]`; keep is a bool mask of the shape of x, or None.
+The tests check all kernels against these functions, in float64. The functions are written to be read, not to be fast,
+and share no code with either backend. Shapes: x `[*, in]`, W `[out, in]`, A `[r, in]`, B `[out, r]`, dy `[*, out]`;
+keep is a bool mask of the shape of x, or None.
 
 Sources: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3, arXiv:2106.09685; Shazeer 2020,
 arXiv:2002.05202 (SwiGLU, GEGLU); Hendrycks and Gimpel 2016, arXiv:1606.08415 (GELU and its approximation); So et al.
@@ -54,7 +54,7 @@ _ACTIVATIONS = {
 
 
 class Layer(Protocol):
-    """A linear layer with or without an adapter, such as a `lora_kernels.Projection`.
+    """A linear layer with or without an adapter, for example a `lora_kernels.Projection`.
 
     Attributes:
         weight: W, `[out, in]`.
@@ -74,7 +74,7 @@ class Layer(Protocol):
 
 
 def philox4x32(seed: int, counter: Tensor, rounds: int = PHILOX_ROUNDS) -> list[Tensor]:
-    """Philox4x32 of (seed, counter): four int64 tensors that hold 32-bit words.
+    """Compute Philox4x32 of (seed, counter): four int64 tensors that hold 32-bit words.
 
     Args:
         seed: The 64-bit key.
@@ -85,7 +85,7 @@ def philox4x32(seed: int, counter: Tensor, rounds: int = PHILOX_ROUNDS) -> list[
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(rounds):
-        # int64 products wrap at 64 bits, which leaves the low and the high 32 bits what they should be
+        # int64 products wrap at 64 bits, and the wrap leaves the low and the high 32 bits correct.
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = ((p1 >> 32) & _MASK32) ^ c1 ^ k0, p1 & _MASK32, ((p0 >> 32) & _MASK32) ^ c3 ^ k1, p0 & _MASK32
         k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
@@ -93,7 +93,7 @@ def philox4x32(seed: int, counter: Tensor, rounds: int = PHILOX_ROUNDS) -> list[
 
 
 def keep_mask(seed: Tensor | int, rows: int, cols: int, p: float) -> Tensor:
-    """The kernels' dropout mask for an input of `[rows, cols]`: bool, True where the element is kept."""
+    """Compute the kernels' dropout mask for an input of `[rows, cols]`: bool, True where the element is kept."""
     device = seed.device if isinstance(seed, Tensor) else "cpu"
     row_bytes = 4 * -(-cols // 32)
     counter = torch.arange(rows * row_bytes, dtype=torch.int64, device=device)
@@ -103,7 +103,7 @@ def keep_mask(seed: Tensor | int, rows: int, cols: int, p: float) -> Tensor:
 
 
 def dropped(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
-    """D(x): inverted dropout with a given mask, `[*, in]`."""
+    """Compute D(x), inverted dropout with a given mask, `[*, in]`."""
     return x if keep is None else torch.where(keep, x, 0) * keep_scale(p)
 
 
@@ -120,7 +120,7 @@ def grad_x(
     dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor,
     scaling: float = 1.0, keep: Tensor | None = None, dropout_p: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """Compute dx = dy W + D(scaling · dy B A), `[*, in]`: dropout's own gradient is dropout with the same mask."""
+    """Compute dx = dy W + D(scaling · dy B A), `[*, in]`; the gradient of dropout is dropout with the same mask."""
     return dy @ weight + dropped(scaling * (dy @ lora_B) @ lora_A, keep, dropout_p)
 
 
@@ -164,11 +164,12 @@ def lora_linear(
         scaling: Multiplies the low-rank term.
         bias: `[out]` or None.
         dropout_p: Probability of dropping an element of the low-rank path's input.
-        seed: With one (an integer, or what `lora_kernels.dropout.draw_seed` gave), dropout keeps and drops the
-            elements that the kernels keep and drop for it. Without one, PyTorch's own generator decides.
+        seed: An integer or a result of `lora_kernels.dropout.draw_seed`: dropout then keeps and drops the same elements
+            as the kernels with that seed. With None, PyTorch's own generator decides.
 
     Returns:
-        y, `[*, out]`. Double backward, forward-mode AD and `torch.func` all work: it is made of PyTorch operators.
+        y, `[*, out]`. Double backward, forward-mode AD and `torch.func` all work, because y is computed by PyTorch
+        operators.
     """
     return forward(x, weight, lora_A, lora_B, bias, scaling, _mask(x, dropout_p, seed), dropout_p)
 
@@ -183,11 +184,11 @@ def lora_projections(
     Args:
         x: `[*, in]`.
         weights: W of each projection, `[outᵢ, in]`.
-        adapters: (lora_A `[rᵢ, in]`, lora_B `[outᵢ, rᵢ]`) of each, or None where it has none.
-        biases: `[outᵢ]` or None of each; None if there are none.
-        scaling: A number for all, or one for each.
-        dropout_p: A number for all, or one for each.
-        seeds: One for each, as in `lora_linear`.
+        adapters: (lora_A `[rᵢ, in]`, lora_B `[outᵢ, rᵢ]`) of each projection, or None for one without an adapter.
+        biases: `[outᵢ]` or None of each projection; None for no biases at all.
+        scaling: One number for all projections, or one for each.
+        dropout_p: One number for all projections, or one for each.
+        seeds: A seed for each projection, as in `lora_linear`.
 
     Returns:
         Each y, `[*, outᵢ]`.
@@ -222,7 +223,7 @@ def lora_mlp(
         up: Likewise, `weight` `[hidden, in]`.
         down: Likewise, `weight` `[out, hidden]`.
         activation: a, see `activated`.
-        seeds: Of gate, up and down, each as in `lora_linear`.
+        seeds: Seeds of gate, up and down, each as in `lora_linear`.
 
     Returns:
         y, `[*, out]`.

@@ -1,1 +1,1 @@
-"""What the compiler made: kernels compiled without a GPU, read, and held to budgets."""
+"""Inspection of compiled kernels: compile them without a GPU, read the binaries, and check them against budgets."""

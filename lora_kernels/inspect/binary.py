@@ -1,7 +1,7 @@
-"""What a compiled kernel is made of, read from its machine code with the tools in Triton's own wheel. No GPU.
+"""Properties of a compiled kernel, read from its machine code with the tools in Triton's own wheel. No GPU is needed.
 
-NVIDIA's SASS comes from `cuobjdump` and `nvdisasm`, AMD's assembly from the compiler itself, and 32-bit arithmetic on
-addresses from Triton's first intermediate form, where the types still stand.
+NVIDIA's SASS comes from `cuobjdump` and `nvdisasm`, and AMD's assembly from the compiler itself. 32-bit arithmetic on
+addresses is read from Triton's first intermediate form (TTIR), which still has the types.
 """
 
 import importlib
@@ -29,10 +29,10 @@ class Loop:
     """The K loop: the innermost loop that does most of the tensor cores' work.
 
     Attributes:
-        instructions: All of them.
+        instructions: Number of all instructions.
         mma: Tensor-core instructions.
-        arrives: Times that Hopper's asynchronous tensor-core instructions are begun.
-        waits: Times that they are waited for.
+        arrives: Number of times that the loop begins asynchronous tensor-core instructions of Hopper.
+        waits: Number of times that the loop waits for those instructions.
         tma_loads: Tiles loaded by descriptor.
         async_copies: Copies from global to shared memory that pass no register (cp.async).
         loads: Global loads by width in bits, asynchronous copies among them.
@@ -52,19 +52,19 @@ class Facts:
     """Properties of a compiled kernel.
 
     Attributes:
-        registers: A thread.
-        spills: Bytes of memory a thread spills to.
-        shared: Bytes of shared memory a program.
+        registers: Registers per thread.
+        spills: Bytes of spill memory per thread.
+        shared: Bytes of shared memory per program.
         per_sm: Programs that a multiprocessor holds at once.
         mma: Tensor-core instructions by name and shape.
         tma_loads: Instructions that load a tile by descriptor.
         async_copies: Instructions that copy global to shared memory and pass no register (cp.async).
         loads: Global loads by width in bits, asynchronous copies among them.
         stores: Global stores by width in bits.
-        loop: The K loop, where there are tensor-core instructions in one.
+        loop: The K loop, or None if no loop has tensor-core instructions.
         narrow_products: Products in 32 bits, by a run-time value, that reach a pointer.
         tf32: Whether products are rounded to TF32.
-        dependent: What it does about programmatic dependent launch: "waits" before it touches memory, "waits to write"
+        dependent: Use of programmatic dependent launch: the kernel "waits" before it touches memory, "waits to write"
             but not to read, "waits late", only "releases" the launch after it, or "".
         warnings: ptxas warnings that it serialised tensor-core instructions (C75xx).
         both_ways: Buffered tiles that tensor cores read from shared memory and that are loaded into registers as well.
@@ -112,7 +112,7 @@ def _nvidia(kernel: Any, narrow: list[str], shared_per_sm: int) -> Facts:
         source.write_text(ptx)
         usage = _tool("cuobjdump", "-res-usage", cubin)
         sass = _tool("nvdisasm", "-c", cubin)
-        said = _said_by_ptxas(source, arch) if "wgmma" in ptx else ""
+        said = _ptxas_messages(source, arch) if "wgmma" in ptx else ""
     lines, labels = _instructions(sass)
     names = [line.split()[0] for line in lines]
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
@@ -141,7 +141,7 @@ def _nvidia(kernel: Any, narrow: list[str], shared_per_sm: int) -> Facts:
 
 
 def _dependent(ptx: str) -> str:
-    """When a kernel waits for the launch before it: what it reads earlier might not be written yet, and so on."""
+    """Classify the wait for the launch before, because memory that is read before the wait may not be written yet."""
     wait = ptx.find("griddepcontrol.wait")
     release = ptx.find("griddepcontrol.launch_dependents")
     if wait < 0:
@@ -168,10 +168,12 @@ def _amd(kernel: Any, narrow: list[str], shared_per_sm: int) -> Facts:
         return int(re.search(rf"\.{what}:\s+(\d+)", kernel.asm["amdgcn"])[1])
 
     registers, shared = noted("vgpr_count"), kernel.metadata.shared
-    waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))  # of four SIMDs with 512 registers a lane each
+    # Waves of four SIMDs with 512 registers a lane each.
+    waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))
     return Facts(
         registers=registers,
-        spills=noted("private_segment_fixed_size"),  # scalars that go to lanes of a vector register are not memory
+        # Count memory alone. Scalars spilled to lanes of a vector register take no memory.
+        spills=noted("private_segment_fixed_size"),
         shared=shared,
         per_sm=min(waves // kernel.metadata.num_warps, shared_per_sm // max(shared, 1)),
         mma=dict(Counter(name for name in names if name.startswith(_MMA))),
@@ -187,10 +189,10 @@ def _amd(kernel: Any, narrow: list[str], shared_per_sm: int) -> Facts:
 
 
 def late_stores(amdgcn: str) -> int:
-    """Count the barriers before an atomic at which stores of a wave may still be on their way.
+    """Count the barriers before an atomic at which stores of a wave may still be in flight.
 
-    The atomic waits for stores of its own wave alone. What other waves stored is there for whoever sees the atomic only
-    if each of them has waited, by `s_waitcnt vmcnt(0)`, before the barrier in between.
+    The atomic waits for stores of its own wave alone. A reader that sees the atomic also sees the stores of the other
+    waves only if each wave has waited, by `s_waitcnt vmcnt(0)`, before the barrier in front of the atomic.
     """
     late, waited, at_barrier = 0, True, True
     for line in map(str.strip, amdgcn.splitlines()):
@@ -205,9 +207,10 @@ def late_stores(amdgcn: str) -> int:
     return late
 
 
-def _said_by_ptxas(source: Path, arch: int) -> str:
-    """What the assembler says of a kernel, compiled again: Triton does not keep it."""
-    ptxas = importlib.import_module("triton.backends.nvidia.compiler").get_ptxas(arch).path  # of several it has
+def _ptxas_messages(source: Path, arch: int) -> str:
+    """Assemble a kernel again and return the messages of ptxas, because Triton does not keep them."""
+    # Triton has several ptxas; take the one for the architecture.
+    ptxas = importlib.import_module("triton.backends.nvidia.compiler").get_ptxas(arch).path
     command = [ptxas, "-v", f"-arch=sm_{arch}a", source, "-o", source.with_suffix(".o")]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
@@ -220,7 +223,7 @@ def _tool(name: str, *arguments: object) -> str:
 
 
 def _instructions(sass: str) -> tuple[list[str], dict[str, int]]:
-    """Instructions without their predicates, and where each label points."""
+    """Return the instructions without their predicates, and the instruction number of each label."""
     lines, labels = [], {}
     for line in map(str.strip, sass.splitlines()):
         if label := re.match(r"(\.L\w+):", line):
@@ -231,15 +234,16 @@ def _instructions(sass: str) -> tuple[list[str], dict[str, int]]:
 
 
 def _loop(names: list[str], spans: list[tuple[int, int]]) -> Loop | None:
-    """Among loops, given as first and last instruction, find the K loop."""
+    """Find the K loop among loops, given as first and last instruction."""
     innermost: list[tuple[int, int]] = []
-    for a, b in sorted(set(spans), key=lambda span: span[1] - span[0]):  # a loop is wider than what it holds
+    # Visit inner loops first, because a loop is longer than the loops inside it.
+    for a, b in sorted(set(spans), key=lambda span: span[1] - span[0]):
         apart = all(b < c or d < a for c, d in innermost)
         if apart and any(name.startswith(_MMA) for name in names[a : b + 1]):
             innermost.append((a, b))
     if not innermost:
         return None
-    inside = max((names[a : b + 1] for a, b in innermost), key=lambda loop: sum(map(_work, loop)))
+    inside = max((names[a : b + 1] for a, b in innermost), key=lambda loop: sum(map(_multiply_adds, loop)))
 
     def count(*starts: str) -> int:
         return sum(name.startswith(starts) for name in inside)
@@ -250,14 +254,14 @@ def _loop(names: list[str], spans: list[tuple[int, int]]) -> Loop | None:
     )  # fmt: skip
 
 
-def _work(name: str) -> int:
-    """Multiply-adds of a tensor-core instruction, as far as its name tells; 1 if it does not, 0 of any other."""
+def _multiply_adds(name: str) -> int:
+    """Return the multiply-adds of a tensor-core instruction by its name, 1 for a name without a shape, 0 for others."""
     sides = re.search(r"(\d+)x(\d+)x(\d+)", name)
     return name.startswith(_MMA) * (math.prod(map(int, sides.groups())) if sides else 1)
 
 
 def _shape(name: str) -> str:
-    """`HGMMA.64x256x16.F32.BF16` as `HGMMA.64x256x16`."""
+    """Shorten `HGMMA.64x256x16.F32.BF16` to `HGMMA.64x256x16`."""
     parts = name.split(".")
     return ".".join([parts[0], *(part for part in parts[1:] if re.fullmatch(r"\d+(x\d+)*", part))][:2])
 
@@ -269,11 +273,12 @@ _AMD_BITS = {
 
 
 def _widths(names: list[str], kinds: tuple[str, ...]) -> dict[int, int]:
-    """Global accesses by width in bits: LDG, LDGSTS and STG of NVIDIA's, loads and stores of AMD's."""
+    """Count global accesses by width in bits: LDG, LDGSTS and STG on NVIDIA, loads and stores on AMD."""
     counted: Counter[int] = Counter()
     for name in names:
         first, *parts = name.split(".")
-        if first in kinds:  # without a width in its name it moves 32 bits
+        if first in kinds:
+            # An instruction without a width in its name moves 32 bits.
             counted[next((_NVIDIA_BITS[part] for part in parts if part in _NVIDIA_BITS), 32)] += 1
         elif amd := re.match(r"(?:global|buffer|flat)_(load|store)_(.+)", name):
             widths = [part for part in amd[2].split("_") if part in _AMD_BITS]

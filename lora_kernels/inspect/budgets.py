@@ -1,4 +1,4 @@
-"""What a compiled kernel must keep to, as rules: each says what is wrong with a kernel, or nothing."""
+"""Budgets of compiled kernels, as rules: each rule names the faults of a kernel."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -8,11 +8,13 @@ if TYPE_CHECKING:
 
 __all__ = ["broken"]
 
-# instructions for 64 of K, with room beside what is needed: 80 to 92 and, where the tensor cores have a memory of their
-# own that is waited for by hand, 135 on Triton 3.6
+# Most instructions for 64 of K, with a margin. sm_90 needs 80 to 92. sm_100 needs 135 on Triton 3.6, because its tensor
+# cores have a memory of their own with explicit waits.
 _LOOPS = {"sm_90": 100, "sm_100": 140}
-_SOURCE = 5  # more for each source beyond two, which is selected there
-_FAST_ROWS = 64  # a dot of fewer rows cannot use Hopper's asynchronous tensor-core instructions
+# Extra instructions for each source beyond two, for its select.
+_SOURCE = 5
+# A dot of fewer rows cannot use Hopper's asynchronous tensor-core instructions.
+_FAST_ROWS = 64
 
 
 def broken(kernel: "Kernel", gpu: Any) -> Iterator[str]:
@@ -20,7 +22,7 @@ def broken(kernel: "Kernel", gpu: Any) -> Iterator[str]:
 
     Args:
         kernel: The kernel.
-        gpu: The `ImaginedGPU` that it is for.
+        gpu: The `ImaginedGPU` that the kernel is compiled for.
     """
     facts = kernel.facts
     if facts.spills:
@@ -48,7 +50,7 @@ def broken(kernel: "Kernel", gpu: Any) -> Iterator[str]:
 
 
 def _dependent_launch(kernel: "Kernel") -> Iterator[str]:
-    """Hold what comes up before the launch in front of it has ended to wait in time."""
+    """Check that a kernel waits in time if it may overlap the end of the launch before it."""
     found = kernel.facts.dependent
     if kernel.name == "matmul_expand" and kernel.constants["PDL"] and found != "waits":
         yield "does not wait for the launch before it, and then let the next come up, before it touches memory"
@@ -69,14 +71,14 @@ def _tensor_cores(kernel: "Kernel") -> Iterator[str]:
         if any(name.startswith("HMMA") for name in facts.mma):
             yield "falls back to mma.sync"
         dots = kernel.constants.get("ROWS", 1) + bool(kernel.constants.get("HAS_SHRINK"))
-        # an operand that is masked or made in registers is waited for before its registers are written again
+        # A kernel waits more often for an operand masked or made in registers, before it writes these registers again.
         in_registers = kernel.name != "matmul_expand" and (_masks(kernel) or kernel.constants.get("ACTIVATION"))
         if not in_registers and max(loop.waits, loop.arrives) > dots:
             yield f"begins its tensor cores {loop.arrives} times a K step and waits {loop.waits} times, for {dots} dots"
 
 
 def _rows_of_dots(kernel: "Kernel") -> int:
-    """Rows of the dot that has the fewest."""
+    """Return the rows of the dot that has the fewest."""
     constants = kernel.constants
     if kernel.name == "wgrad":
         return min(constants["BLOCK_W"], constants["BLOCK_M"] if constants["HAS_SHRINK"] else constants["BLOCK_W"])
@@ -91,7 +93,7 @@ def _occupancy(kernel: "Kernel", gpu: Any) -> Iterator[str]:
     facts, constants = kernel.facts, kernel.constants
     if facts.per_sm < 1:
         yield "does not fit a multiprocessor"
-    # as many programs as are meant to run at once; one too many waits for a whole program to end
+    # All programs of `matmul_expand` must run at once, because one too many waits for a whole program to end.
     if kernel.name == "matmul_expand" and kernel.programs > facts.per_sm * gpu.num_sms:
         yield f"launches {kernel.programs} programs at once and {facts.per_sm * gpu.num_sms} fit"
     if kernel.name == "shrink" and constants["BLOCK_R"] <= 32 and facts.per_sm < 2:
@@ -100,7 +102,8 @@ def _occupancy(kernel: "Kernel", gpu: Any) -> Iterator[str]:
 
 def _matmul(kernel: "Kernel") -> Iterator[str]:
     loop, constants = kernel.facts.loop, kernel.constants
-    if loop is None or not constants["NUM_SOURCES"]:  # the masked product alone is always loaded by pointers
+    # Pointers always load the operands of a masked product, so a launch without other sources has no rule here.
+    if loop is None or not constants["NUM_SOURCES"]:
         return
     if constants["USE_TMA"]:
         if loop.tma_loads != 2:
@@ -115,19 +118,22 @@ def _matmul(kernel: "Kernel") -> Iterator[str]:
 
 
 def _streams(kernel: "Kernel") -> Iterator[str]:
-    """Hold a shrink or wgrad of contiguous, aligned 16-bit operands to loads as wide as its tiles allow."""
+    """Check that a shrink or wgrad of contiguous, aligned 16-bit operands has loads as wide as its tiles allow."""
     loop = kernel.facts.loop
-    if loop is None or kernel.arch == "gfx942":  # there a tile goes through other instructions
+    # On gfx942 a tile goes through other instructions.
+    if loop is None or kernel.arch == "gfx942":
         return
     threads, (rows, wide, thin) = 32 * kernel.num_warps, kernel.sides
     large = rows * wide
     small = (rows if kernel.name == "wgrad" else wide) * thin
     narrowest = min(128, 16 * small // threads, 16 * large // threads)
-    words = 32 if kernel.name == "wgrad" and _masks(kernel) else 0  # what a mask comes in
+    # A mask comes in words of 32 bits.
+    words = 32 if kernel.name == "wgrad" and _masks(kernel) else 0
     found = {width: count for width, count in loop.loads.items() if width < narrowest and width != words}
     if found:
         yield f"loads {found} (bits: count) in the K loop, narrower than {narrowest} bits"
-    if words and loop.async_copies < sum(loop.loads.values()):  # the masks of each step would be waited for in turn
+    # Without asynchronous copies, each step waits for its masks in turn.
+    if words and loop.async_copies < sum(loop.loads.values()):
         yield f"loads {sum(loop.loads.values())} times in the K loop, of these {loop.async_copies} ahead"
     if loop.loads.get(128, 0) < 2 * large // 16 // threads:
         yield f"loads the wide tile in fewer than 128 bits a thread: {loop.loads}"

@@ -1,4 +1,4 @@
-"""The kernels that a layer or a block launches on a GPU that need not be there, each read and judged."""
+"""The kernels that a layer or a block launches, compiled for an imagined GPU, read, and checked against the budgets."""
 
 import itertools
 import os
@@ -19,7 +19,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, or several layers of one x, whose forward and backward are launched.
+    """A layer, or several layers of one x, to launch forward and backward.
 
     Attributes:
         m: Rows.
@@ -27,17 +27,18 @@ class Case:
         n: out_features.
         r: Rank.
         dtype: "bf16", "fp16" or "fp32".
-        p: Dropout.
-        bias: Whether there is one.
-        strided: Whether no operand has an element next to the other, nor one on 16 bytes.
+        p: Dropout probability.
+        bias: Whether the layer has a bias.
+        strided: Whether no two elements of an operand are adjacent and no operand is aligned to 16 bytes.
         tf32: Whether fp32 products may use TF32.
-        accumulate: Whether gradients are added to those that are there.
+        accumulate: Whether gradients are added to existing ones.
         strategy: Form of the large products.
-        place: Which of the shipped tiles they take; None for the rule's, as are places past the last.
+        place: Place of the large products' tile among the shipped ones; the rule's tile for None or a place past the
+            last.
         others: out_features of further projections of the same x, of the same rank.
-        activation: Of a gated MLP, whose gate and up have n out_features and whose down has k; "" for no MLP.
-        fp32_adapters: Whether A and B are in fp32, whatever x is in.
-        mixed: Whether only the first of several projections drops.
+        activation: Activation of a gated MLP with n out_features in gate and up and k in down; "" for no MLP.
+        fp32_adapters: Whether A and B are in fp32, whatever the dtype of x.
+        mixed: Whether only the first of several projections has dropout.
     """
 
     m: int
@@ -58,7 +59,7 @@ class Case:
     mixed: bool = False
 
     def __str__(self) -> str:
-        words = _words(self, "bias", "strided", "tf32", "accumulate", "fp32_adapters", "mixed")
+        words = _flag_words(self, "bias", "strided", "tf32", "accumulate", "fp32_adapters", "mixed")
         tile = [] if self.place is None else [f"tile {self.place}"]
         widths = "+".join(map(str, (self.n, *self.others)))
         mlp = [f"mlp {self.activation}"] if self.activation else []
@@ -68,19 +69,22 @@ class Case:
 _LARGE = (8192, 4096, 4096)
 _SMALL = (2048, 1024, 1024)
 _MLP = (8192, 4096, 14336)
-_QKV = (1024, 1024)  # Llama-8B's keys and values, beside its queries
-QUICK = (  # every kernel, and every rule of the budgets
+# Keys and values of Llama-8B, beside its queries.
+_QKV = (1024, 1024)
+# Cases for every kernel and every rule of the budgets.
+QUICK = (
     Case(*_LARGE, 16, bias=True, place=0), Case(*_LARGE, 16, p=0.1, place=0), Case(16, 4096, 4096, 16, p=0.1),
     Case(*_SMALL, 16, "fp32", p=0.1), Case(*_LARGE, 16, p=0.1, others=_QKV), Case(*_MLP, 16, p=0.1, activation="silu"),
 )  # fmt: skip
-CASES = (  # every tile of every path, and every flag
+# Cases for every tile of every path and for every flag.
+CASES = (
     *QUICK,
     *(Case(*_LARGE, 16, place=place) for place in range(8)),
     *(Case(*_LARGE, 16, p=0.1, place=place) for place in range(1, 5)),
     *(Case(*_SMALL, 16, p=0.1, strided=True, place=place) for place in range(4)),
     Case(*_SMALL, 16, strided=True), Case(*_LARGE, 32, p=0.1), Case(*_LARGE, 64), Case(*_LARGE, 64, p=0.1),
     Case(16, 4096, 4096, 16), Case(*_LARGE, 16, accumulate=True), Case(*_LARGE, 16, "fp16", p=0.1),
-    # the thin product alone, forward and backward, beside a library's product that is next to nothing here
+    # The thin product alone, forward and backward; the library's product beside it is next to nothing here.
     Case(8192, 64, 4096, 16, bias=True, strategy="beta1"), Case(8192, 4096, 64, 16, strategy="beta1"),
     Case(8192, 4096, 64, 16, p=0.1, strategy="beta1"),
     Case(*_SMALL, 16, "fp32", bias=True), Case(*_SMALL, 64, "fp32", p=0.1),
@@ -88,7 +92,7 @@ CASES = (  # every tile of every path, and every flag
     Case(16, 1024, 1024, 16, "fp32", tf32=True), Case(*_SMALL, 16, "fp32", tf32=True, others=(256, 256)),
     Case(*_SMALL, 16, "fp32", p=0.1, tf32=True, activation="silu"),
     Case(*_SMALL, 16, "fp32", p=0.1, strided=True),
-    # queries, keys and values; gate and up
+    # Queries, keys and values; gate and up.
     Case(*_LARGE, 16, others=_QKV), Case(*_LARGE, 16, bias=True, others=_QKV), Case(*_LARGE, 64, others=_QKV),
     Case(*_LARGE, 64, p=0.1, others=_QKV), *(Case(16, 4096, 4096, 16, p=p, others=_QKV) for p in (0.0, 0.1)),
     *(Case(m, 4096, 4096, 16, p=0.1, others=_QKV, mixed=True) for m in (16, 8192)),
@@ -98,7 +102,7 @@ CASES = (  # every tile of every path, and every flag
     *(Case(*_MLP, 16, activation=activation) for activation in ("silu", "gelu", "gelu_tanh", "relu2")),
     *(Case(*_SMALL, 16, "fp32", p=p, activation="silu") for p in (0.0, 0.1)),
     Case(*_SMALL, 16, p=0.1, strided=True, activation="silu"),
-    # PEFT's default
+    # PEFT's default: adapters in fp32.
     *(Case(*_LARGE, r, p=p, fp32_adapters=True) for r in (16, 64) for p in (0.0, 0.1)),
     *(Case(16, 4096, 4096, r, fp32_adapters=True) for r in (16, 64)),
     *(Case(*_LARGE, r, p=p, others=_QKV, fp32_adapters=True) for r in (16, 32) for p in (0.0, 0.1)),
@@ -109,20 +113,20 @@ CASES = (  # every tile of every path, and every flag
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel: who launches it, what it is made of, and which budgets it breaks.
+    """A compiled kernel: the case that launches it, its properties, and the budgets it breaks.
 
     Attributes:
         arch: "sm_90" or "gfx942".
         name: "shrink", "matmul_expand" or "wgrad".
         case: The first case that launches it.
         backward: Whether the first launch is in the backward pass.
-        constants: Its compile-time constants by name.
+        constants: Compile-time constants by name.
         num_warps: Warps a program.
-        num_stages: Stages of its software pipelines.
+        num_stages: Stages of the software pipelines.
         programs: Programs of the launch.
         hash: Triton's name for the binary.
-        facts: What was read from the binary.
-        broken: The budgets it breaks, in words.
+        facts: Properties read from the binary.
+        broken: The budgets that the kernel breaks, in words.
     """
 
     arch: str
@@ -139,37 +143,37 @@ class Kernel:
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """The sides of its tile."""
+        """Return the sides of the tile."""
         return tuple(self.constants[side] for side in _SIDES.get(self.name, ()))
 
     @property
     def tile(self) -> str:
-        """Its tile, such as 128x256x64."""
+        """Return the tile in words, for example 128x256x64."""
         return "x".join(map(str, self.sides))
 
     @property
     def flags(self) -> str:
-        """What sets it apart from others of that tile."""
-        words = [word for flag, word in _FLAGS.items() if _on(self.constants.get(flag))]
+        """Return the words that distinguish the kernel from others of the same tile."""
+        words = [word for flag, word in _FLAGS.items() if _is_set(self.constants.get(flag))]
         words += [activation] if (activation := self.constants.get("ACTIVATION")) else []
         counts = ((self.constants.get(flag, 0), word, usual) for flag, (word, usual) in _COUNTS.items())
         words += [f"{n} {word}" for n, word, usual in counts if n > usual]
         tf32 = self.constants.get("PRECISION") == "tf32"
         words += ["tf32"] if tf32 else []
-        return " ".join([*words, *_words(self.case, "strided", "fp32_adapters", "mixed")])
+        return " ".join([*words, *_flag_words(self.case, "strided", "fp32_adapters", "mixed")])
 
     def __str__(self) -> str:
         made = f"{self.num_warps} warps {self.num_stages} stages"
         return f"{self.arch} {self.name} {self.case.dtype} {self.tile} {made} {self.flags}".rstrip()
 
 
-def _words(case: Case, *flags: str) -> list[str]:
-    """Which of these flags of a case are set, in words."""
+def _flag_words(case: Case, *flags: str) -> list[str]:
+    """Return those of the flags that are set in a case, in words."""
     return [flag.replace("_", " ") for flag in flags if getattr(case, flag)]
 
 
-def _on(flag: Any) -> bool:
-    """Whether a flag is set; of one that each row has its own of, whether any is."""
+def _is_set(flag: Any) -> bool:
+    """Return whether a flag is set; of a flag with a value per row, whether any value is set."""
     return any(flag) if isinstance(flag, tuple) else bool(flag)
 
 
@@ -180,15 +184,16 @@ _SIDES = {
 }
 _FLAGS = {"USE_TMA": "tma", "HAS_BIAS": "bias", "HAS_KEEP": "masked", "NUM_MASKED": "masked", "HAS_DROPOUT": "dropout",
           "HAS_SHRINK": "shrinks", "ACCUMULATE": "adds"}  # fmt: skip
-# how many, where more than a layer has: adapters of a thin product, products and results of a large one
+# Counts to name where they exceed those of one layer: adapters of a thin product, products and results of a large one.
 _COUNTS = {"ROWS": ("rows", 1), "NUM_SOURCES": ("in", 2), "NUM_MASKED": ("masks", 1), "NUM_OUTPUTS": ("out", 1)}
 
 
 def problem() -> str:
-    """Why nothing can be compiled in this process, or ""; before Triton is imported it sets the process up for it."""
+    """Return why this process cannot compile kernels, or ""; also turn Triton's interpreter off before its import."""
     if "triton" in sys.modules and plan.interpreting():
         return "Triton was imported with its interpreter; run this in a process of its own."
-    os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it when it is imported, which is later than this
+    # Triton reads TRITON_INTERPRET when it is imported, which happens after this.
+    os.environ.pop("TRITON_INTERPRET", None)
     return plan.backend.triton_problem()
 
 
@@ -198,7 +203,7 @@ def compile_case(case: Case, arch: str, seen: set[str]) -> list[Kernel]:
     Args:
         case: The layer.
         arch: The GPU's architecture.
-        seen: Hashes of kernels that are known; the new ones are added.
+        seen: Hashes of known kernels; the function adds the new ones.
     """
     from lora_kernels.kernels._imagined import GPUS, imagine
 
@@ -220,13 +225,13 @@ def compile_case(case: Case, arch: str, seen: set[str]) -> list[Kernel]:
 
 
 def describe(launch: Any, case: Case, arch: str, backward: bool = False) -> Kernel:
-    """Read the kernel of a launch and hold it to the budgets.
+    """Read the kernel of a launch and check the kernel against the budgets.
 
     Args:
-        launch: What `imagine` recorded.
-        case: Whose launch it is.
+        launch: A launch that `imagine` recorded.
+        case: The case that launched it.
         arch: The GPU's architecture.
-        backward: Whether it is in the backward pass.
+        backward: Whether the launch is in the backward pass.
     """
     from lora_kernels.kernels._imagined import GPUS
 
@@ -243,13 +248,14 @@ def describe(launch: Any, case: Case, arch: str, backward: bool = False) -> Kern
 
 
 def _forward(case: Case) -> tuple[torch.Tensor, ...]:
-    """The forward pass on tensors that are allocated and never touched: what each projection gives."""
+    """Run the forward pass on tensors that are allocated and never touched; return the output of each projection."""
     from lora_kernels.autograd.linear import LoRALinearFunction
     from lora_kernels.autograd.mlp import LoRAMLPFunction
     from lora_kernels.autograd.projections import LoRAProjectionsFunction
 
     def make(*shape: int, grad: bool = True, dtype: torch.dtype = DTYPES[case.dtype]) -> torch.Tensor:
-        if case.strided:  # no element next to the other, and nothing on 16 bytes
+        if case.strided:
+            # No two elements are adjacent, and no row is on 16 bytes.
             return torch.empty(*shape[:-1], 2 * shape[-1] + 3, dtype=dtype)[..., 1:-2:2].requires_grad_(grad)
         return torch.empty(shape, dtype=dtype, requires_grad=grad)
 
@@ -258,7 +264,8 @@ def _forward(case: Case) -> tuple[torch.Tensor, ...]:
         return make(n, k, grad=False), make(case.r, k, dtype=own), make(n, case.r, dtype=own), bias
 
     x, first = make(case.m, case.k), projection(case.n)
-    numbers = [(2.0, 0.0 if case.mixed and i else case.p, False) for i in range(3)]  # of each projection
+    # Scaling, drop probability, and whether backward may add to gradients itself, for each projection.
+    numbers = [(2.0, 0.0 if case.mixed and i else case.p, False) for i in range(3)]
     if case.activation:
         tensors = itertools.chain(first, projection(case.n), projection(case.k, case.n))
         return (LoRAMLPFunction.apply(x, "triton", case.activation, False, tuple(numbers), *tensors),)

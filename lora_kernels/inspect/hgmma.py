@@ -1,7 +1,7 @@
-"""Whether machine code for Hopper writes registers that a tensor-core instruction on its way may still read as its A.
+"""A check of Hopper's machine code for writes to registers that a running tensor-core instruction still reads as its A.
 
-A warpgroup's product (HGMMA) reads an A in registers while it runs, up to the wait for its group. PTX forbids to write
-these registers before; ptxas, which names the registers, has to hold to that, and up to CUDA 12.9 it does not always:
+A warpgroup's product (HGMMA) reads an A in registers while it runs, up to the wait for its group. PTX forbids writes to
+these registers before that wait. ptxas allocates the registers and must obey, but up to CUDA 12.9 it does not always:
 triton-lang/triton#11781 has numbers that were wrong on an H100, and NVIDIA's cure in CUDA 13.3.
 """
 
@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 __all__ = ["overwritten"]
 
-# an A of 64 rows is four registers a thread, whatever the dtype
+# An A of 64 rows is four registers a thread, whatever the dtype.
 _A = 4
 _WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)")
-# these read the register that they name first
+# These instructions read the register that they name first.
 _NO_RESULT = re.compile(r"(ST|STG|STS|STL|STSM|RED|REDG|REDS|LDGSTS|CCTL|UBLKCP|R2UR|R2P|BAR|BRX|JMX)\b")
-# these give a predicate before the register
+# These instructions name a predicate before the register.
 _PREDICATE_FIRST = re.compile(r"(SHFL|LOP3|ATOM|ATOMG|ATOMS)\b")
 
 
@@ -23,9 +23,9 @@ class _Instruction(NamedTuple):
     """An instruction.
 
     Attributes:
-        text: Without its guard.
-        guarded: Whether it has one that can be false.
-        label: Where it branches to, or "".
+        text: The instruction without its guard.
+        guarded: Whether the instruction has a guard that can be false.
+        label: The target of a branch, or "".
     """
 
     text: str
@@ -34,13 +34,13 @@ class _Instruction(NamedTuple):
 
 
 def overwritten(sass: str) -> list[str]:
-    """Find the instructions that write a register of an A whose product has not been waited for.
+    """Find the instructions that write a register of an A before the wait for its product.
 
     Args:
         sass: A kernel's machine code, as `nvdisasm -c` prints it.
 
     Returns:
-        A line for each product and instruction: which writes which register of which.
+        A line for each pair of writing instruction and product, with the registers.
     """
     code, labels = _parse(sass)
     found = []
@@ -74,8 +74,8 @@ def _operands(text: str) -> list[str]:
 
 
 def _in_flight(code: list[_Instruction], labels: dict[str, int], start: int) -> set[int]:
-    """The instructions that can run after a product and before the end of the wait for its group."""
-    # how many groups were closed since, its own among them
+    """Return the instructions that can run after a product and before the end of the wait for its group."""
+    # The number of groups closed since the product, its own group among them.
     closed = int("gsb0" in code[start].text)
     left, seen = [(after, closed) for after in _next(code, labels, start)], set()
     while left:
@@ -87,7 +87,7 @@ def _in_flight(code: list[_Instruction], labels: dict[str, int], start: int) -> 
         if (wait := _WAIT.match(text)) and closed > int(wait[1], 16):
             continue
         if text.startswith("HGMMA") and "gsb0" in text:
-            # more than eight are never on their way
+            # More than eight groups are never in flight.
             closed = min(closed + 1, 8)
         left += [(after, closed) for after in _next(code, labels, at)]
     return {at for at, _ in seen}
@@ -99,14 +99,14 @@ def _next(code: list[_Instruction], labels: dict[str, int], at: int) -> list[int
     if name in ("EXIT", "RET", "KILL") and not guarded:
         return []
     if name in ("BRA", "JMP"):
-        # a branch may have conditions of its own, which come before the label
+        # A branch may have conditions of its own, which come before the label.
         always = not guarded and len(_operands(text)) == 1
         return [labels[label]] if always else [labels[label], at + 1]
     return [at + 1]
 
 
 def _written(text: str) -> set[int]:
-    """The registers that an instruction writes."""
+    """Return the registers that an instruction writes."""
     if _NO_RESULT.match(text):
         return set()
     operands = _operands(text)
@@ -119,7 +119,7 @@ def _written(text: str) -> set[int]:
 
 
 def _width(name: str) -> int:
-    """How many registers an instruction of this name writes."""
+    """Return the number of registers that an instruction of this name writes."""
     op, *parts = name.split(".")
     if op == "HGMMA":
         columns = int(parts[0].split("x")[1])

@@ -1,9 +1,9 @@
-"""What a software pipeline does to the tiles it loads, read from Triton's last form before machine code (TTGIR).
+"""A check of software pipelines for tiles with too few buffers, in Triton's last form before machine code (TTGIR).
 
-A tile in a pipeline lies in one of several buffers of shared memory, which a copy of a later step fills anew. The
-tensor cores of Hopper and Blackwell read a buffer asynchronously, until they are waited for; a load into registers has
-read the buffer when it returns. Where one tile goes both ways, Triton 3.6 to 3.9 count its buffers by the second, one
-too few, and a later copy overwrites what the tensor cores still read: see `docs/traps.md`.
+A tile in a pipeline lies in one of several buffers of shared memory, and a copy of a later step refills the buffer. The
+tensor cores of Hopper and Blackwell read a buffer asynchronously, until the kernel waits for them. A load to registers
+has read the buffer when it returns. Where one tile goes both ways, Triton 3.6 to 3.9 count buffers as for the load: one
+too few. A later copy then overwrites a buffer that the tensor cores still read; see `docs/traps.md`.
 """
 
 import re
@@ -18,15 +18,16 @@ _LOAD = re.compile(rf"ttg\.local_load ({_NAME})")
 
 
 def taken_both_ways(ttgir: str) -> list[str]:
-    """Name the buffered tiles that tensor cores read from shared memory and that are loaded into registers as well.
+    """Name the buffered tiles that tensor cores read from shared memory and that a load puts into registers as well.
 
     Args:
         ttgir: Triton's intermediate form of a kernel for an NVIDIA GPU, after its pipeliner.
 
     Returns:
-        The buffers of each, as number x shape x dtype: `2x16x256xbf16` are two of 16 by 256.
+        The buffers of each tile, as number x shape x dtype: `2x16x256xbf16` means two of 16 by 256.
     """
-    buffers: dict[str, str] = {}  # of a buffer or a view of one: what was allocated
+    # Maps a buffer, or a view of a buffer, to the allocation.
+    buffers: dict[str, str] = {}
     shapes: dict[str, str] = {}
     ways: dict[str, set[str]] = {}
     for line in ttgir.splitlines():

@@ -1,8 +1,8 @@
-"""Budgets that were stored: what each kernel took when it was last looked at, a file for each Triton version.
+"""Stored budgets: the figures of each kernel at the last renewal, in a file for each Triton version.
 
-The rules of `budgets` say what no kernel may do; these notice what is allowed and still a step back: more registers,
-more shared memory, a longer K loop. Kernels go by name, dtype, tile and flags; of those that agree in all of them, as
-forward and backward may, the largest figures count.
+The rules of `budgets` catch faults that no kernel may have. Stored budgets catch regressions that break no rule: more
+registers, more shared memory, a longer K loop. The key of a kernel is its name, dtype, tile and flags. The largest
+figures count where several kernels share a key, as forward and backward may.
 """
 
 import json
@@ -13,20 +13,21 @@ from lora_kernels.inspect.compiled import Kernel
 
 __all__ = ["budget_file", "regressions", "renew"]
 
-_REGISTERS, _LOOP = 8, 0.1  # a register allocator's mood, and a loop's length, a tenth more of it
+# Tolerances: 8 registers for the whims of a register allocator, and a tenth of the length of a loop.
+_REGISTERS, _LOOP = 8, 0.1
 _FIGURES = ("registers", "shared", "loop")
 
 
 def budget_file(folder: str | Path, triton: str) -> Path:
-    """The file of a Triton version, such as `3.9.json`."""
+    """Return the file of a Triton version, for example `3.9.json`."""
     return Path(folder, ".".join(triton.split(".")[:2]) + ".json")
 
 
 def regressions(kernels: Sequence[Kernel], path: Path) -> Iterator[str]:
-    """Name every kernel that takes more than is stored, or of which nothing is stored.
+    """Name every kernel that exceeds its stored budget or has none.
 
     Args:
-        kernels: What was compiled now. Architectures of which nothing at all is stored are passed over.
+        kernels: The kernels as compiled now. The function skips architectures without any stored budget.
         path: The file.
     """
     stored = json.loads(path.read_text(encoding="utf-8"))
@@ -46,7 +47,7 @@ def regressions(kernels: Sequence[Kernel], path: Path) -> Iterator[str]:
 
 
 def renew(kernels: Sequence[Kernel], path: Path) -> None:
-    """Store what the kernels take, in place of all that is stored of their architectures; a line for each."""
+    """Store the figures of the kernels, one a line; they replace all stored figures of the same architectures."""
     arches = {kernel.arch for kernel in kernels}
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     kept = {name: figures for name, figures in old.items() if name.split()[0] not in arches}
@@ -56,7 +57,7 @@ def renew(kernels: Sequence[Kernel], path: Path) -> None:
 
 
 def _figures(kernels: Sequence[Kernel]) -> dict[str, list[int]]:
-    """Registers a thread, bytes of shared memory, and instructions of the K loop (0: none), by kernel."""
+    """Return registers per thread, bytes of shared memory, and instructions of the K loop (0: no loop), by kernel."""
     figures: dict[str, list[int]] = {}
     for kernel in kernels:
         facts = kernel.facts

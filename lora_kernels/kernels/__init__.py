@@ -1,6 +1,6 @@
-"""The three contractions on the GPU, a Triton kernel and a launcher each, two of them at once, and hybrids with cuBLAS.
+"""The three contractions on the GPU: a Triton kernel and a launcher each, fused pairs of them, and hybrids with cuBLAS.
 
-Importing this loads Triton.
+Importing this package loads Triton.
 """
 
 from lora_kernels.kernels._launch import capability, describe_path, thin_pitch, uses_tf32

@@ -1,4 +1,4 @@
-"""What the kernels of a gated MLP compute of a tile between loading it and multiplying it, in fp32.
+"""Activations of a gated MLP and their gradients on a tile, in fp32, between the load of the tile and its dot.
 
     h  = a(g) · u                                 rounded once, to the dtype of g and u
     du = dh · a(g),  dg = dh · u · a'(g)
@@ -28,7 +28,7 @@ _CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def _value_and_slope(g, ACTIVATION: tl.constexpr):
-    """a(g) and a'(g) of an fp32 tile."""
+    """Compute a(g) and a'(g) of an fp32 tile."""
     if ACTIVATION == "relu2":
         positive = tl.maximum(g, 0.0)
         return positive * positive, 2 * positive
@@ -46,7 +46,7 @@ def _value_and_slope(g, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activated(gate, up, ACTIVATION: tl.constexpr):
-    """The h of a tile, in the dtype of `gate`."""
+    """Compute h of a tile, in the dtype of `gate`."""
     h, _ = _value_and_slope(gate.to(tl.float32), ACTIVATION)
     if up is not None:
         h = h * up.to(tl.float32)
@@ -55,7 +55,7 @@ def activated(gate, up, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_gradient(gate, up, dh, ACTIVATION: tl.constexpr):
-    """The h, dg and du of a tile, in the dtype of `gate`; without `up` there is no du, and h stands in its place."""
+    """Compute h, dg and du of a tile, in the dtype of `gate`; without `up` the third result is h instead of du."""
     value, slope = _value_and_slope(gate.to(tl.float32), ACTIVATION)
     dh = dh.to(tl.float32)
     if up is None:

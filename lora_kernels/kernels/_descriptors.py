@@ -1,4 +1,4 @@
-"""TMA descriptors of the operands of a settled launch, kept by address: Triton takes long to check new ones."""
+"""TMA descriptors of a settled launch's operands, cached by address because Triton takes long to check new ones."""
 
 from typing import NamedTuple
 
@@ -12,29 +12,31 @@ from lora_kernels.kernels._replay import call
 
 __all__ = ["Describe", "keeps"]
 
-_MOST = 8192  # descriptors kept in all: activations lie elsewhere with every allocation
-_kept = _epoch = 0  # how many there are, and how often they were dropped
+# Upper limit of cached descriptors. The cache needs one, because activations get a new address at every allocation.
+_MOST = 8192
+# Number of cached descriptors, and number of times that the cache was dropped.
+_kept = _epoch = 0
 
 
 class _Address(NamedTuple):
-    """As much of a tensor as a descriptor asks for; it keeps no memory alive."""
+    """The part of a tensor's interface that a descriptor reads; an `_Address` keeps no memory alive."""
 
     pointer: int
     dtype: torch.dtype
 
     def data_ptr(self) -> int:
-        """The address."""
+        """Return the address."""
         return self.pointer
 
 
 class Describe:
-    """Describes for TMA whatever tensor takes an operand's part in a launch; one that TMA cannot read is copied.
+    """Makes the TMA descriptor of the tensor that each call passes for an operand; copies a tensor TMA cannot read.
 
     Args:
-        operand: Facts of the tensor, or of its transpose if that is what is to be described.
+        operand: Facts of the tensor, or of its transpose with `turned`.
         block: Rows and columns of a tile.
-        turned: Whether it is the transpose.
-        keeps: Whether descriptors may outlive the tensor; the interpreter's have to hold it.
+        turned: Whether the descriptor describes the transpose of the tensor.
+        keeps: Whether a descriptor may outlive its tensor. The interpreter's descriptors have to hold the tensor.
     """
 
     def __init__(self, operand: Facts, block: tuple[int, int], turned: bool, keeps: bool) -> None:
@@ -46,11 +48,11 @@ class Describe:
         self.epoch = _epoch
 
     def __call__(self, t: Tensor) -> TensorDescriptor:
-        """Describe a tensor with the facts that were settled."""
+        """Describe a tensor that has the settled facts."""
         return call(self.now, t, by_address=not self.copied)
 
     def now(self, t: Tensor) -> TensorDescriptor:
-        """Describe it, and leave no note of that."""
+        """Describe a tensor without recording the call."""
         if self.keeps:
             pointer = t.data_ptr()
             found = self.known.get(pointer)
@@ -58,13 +60,15 @@ class Describe:
                 self._make_room()
                 found = self.known[pointer] = TensorDescriptor(_Address(pointer, t.dtype), *self.layout)
             return found
-        if self.copied:  # only thin operands ever have to be
+        if self.copied:
+            # Only thin operands ever need a copy.
             t = t.t() if self.turned else t
             t = thin_rows(t, t.shape[1]).copy_(t)
-        return TensorDescriptor(t, *self.layout)  # whoever launches holds a copy by this: nobody else does
+        # The descriptor holds the only reference to a copy, so the launcher keeps the copy alive by the descriptor.
+        return TensorDescriptor(t, *self.layout)
 
     def _make_room(self) -> None:
-        """Count one more; where there are too many, of all operands, each drops its own when it is next asked."""
+        """Count one more descriptor; past `_MOST` of all operands, each operand drops its own at its next new one."""
         global _kept, _epoch
         if _kept >= _MOST:
             _kept, _epoch = 0, _epoch + 1
@@ -75,5 +79,5 @@ class Describe:
 
 
 def keeps(device: torch.device) -> bool:
-    """Whether descriptors of a device's memory may be kept."""
+    """Return whether descriptors of a device's memory may be cached."""
     return device.type == "cuda" or _launch.imagined is not None

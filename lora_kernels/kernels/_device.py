@@ -1,7 +1,7 @@
-"""What the kernels share on the device: tile order, the end of a split sum, the dropout bits and packing them.
+"""Device functions that the kernels share: tile order, the end of a split sum, the dropout bits and their packing.
 
-Interpreted and compiled alike; bf16 values are only loaded, selected, multiplied in a dot, cast and stored, never
-used in elementwise arithmetic (which Triton's interpreter does not have for bf16).
+The functions run in Triton's interpreter as well as compiled. So bf16 values are only loaded, selected, multiplied in a
+dot, cast and stored, and never used in elementwise arithmetic, which the interpreter does not have for bf16.
 """
 
 import triton
@@ -17,7 +17,7 @@ _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 
 @triton.jit
 def tile_position(tile, num_m, num_n, GROUP_M: tl.constexpr):
-    """Order tiles in groups of GROUP_M rows, so that tiles that run together share operands in L2."""
+    """Return the position of a tile, in groups of GROUP_M rows, so that concurrent tiles share operands in L2."""
     per_group = GROUP_M * num_n
     first_m = (tile // per_group) * GROUP_M
     height = tl.minimum(num_m - first_m, GROUP_M)
@@ -27,24 +27,27 @@ def tile_position(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 @triton.constexpr_function
 def _waits_by_hand() -> bool:
-    """Whether a wave has to wait for its own stores before a barrier: on CDNA (gfx9)."""
-    # the interpreter may find a driver that an imagined GPU has left active
+    """Return whether a wave has to wait for its own stores before a barrier: on CDNA (gfx9)."""
+    # Ask for no target in the interpreter, because an imagined GPU may have left its driver active.
     target = None if triton.knobs.runtime.interpret else current_target()
     return target is not None and target.backend == "hip" and target.arch.startswith("gfx9")
 
 
 @triton.jit
 def last_to_arrive(arrivals_ptr, expected):
-    """Count this program in; whether it is the last of `expected`, which then sees what all of them have stored.
+    """Count this program in, and return whether it is the last of `expected`; the last one sees the stores of all.
 
-    Who is last is chance, so it must add the others' partial sums in a fixed order, its own among them. It leaves the
-    counter at 0 for the next launch. Nobody waits: no order of programs can hang.
+    Chance decides which program is last, so the last one must add all partial sums, its own among them, in a fixed
+    order. The last program leaves the counter at 0 for the next launch. No program waits, so no order of programs can
+    hang.
     """
-    if _waits_by_hand():  # there a barrier does not wait for the stores of other waves than the one that counts
+    if _waits_by_hand():
+        # On CDNA, the barrier and the atomic wait for the stores of the counting wave alone, so each wave waits here.
         tl.inline_asm_elementwise(
             "s_waitcnt vmcnt(0)\ns_mov_b32 $0, 0", "=s,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1
         )
-    tl.debug_barrier()  # the stores of all threads come before the one thread's release
+    # The barrier puts the stores of all threads before the release of the one thread that counts.
+    tl.debug_barrier()
     last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == expected - 1
     if last:
         tl.store(arrivals_ptr, 0)
@@ -55,8 +58,8 @@ def last_to_arrive(arrivals_ptr, expected):
 def keep_bits(seed, counter, threshold):
     """Draw a byte of eight keep bits for each int64 counter, by a threshold of 16 bits; see `lora_kernels.dropout`.
 
-    Drawing costs a shrink as much as reading x, so instructions count: Philox is written out here with one wide
-    product where Triton's own has two narrow ones, and two halves are compared at a time.
+    Instructions count, because drawing costs a shrink as much as reading x. So Philox is written out here with one wide
+    product where Triton's Philox has two narrow ones, and two halves are compared at a time.
     """
     c0 = counter.to(tl.uint32)
     c1 = (counter >> 32).to(tl.uint32)
@@ -70,7 +73,8 @@ def keep_bits(seed, counter, threshold):
         c1 = second.to(tl.uint32)
         c2 = (first >> 32).to(tl.uint32) ^ c3 ^ k1
         c3 = first.to(tl.uint32)
-        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)  # wraps by definition
+        # Both keys wrap by definition.
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
         k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
     t = tl.cast(threshold, tl.uint32)
     both = t | (t << 16)
@@ -78,13 +82,15 @@ def keep_bits(seed, counter, threshold):
     flags |= _kept_halves(c1, both) >> 13
     flags |= _kept_halves(c2, both) >> 11
     flags |= _kept_halves(c3, both) >> 9
-    return ((flags | (flags >> 15)) & 0xFF).to(tl.int32)  # even bits from low halves, odd ones from high halves
+    # Even bits come from low halves, odd bits from high halves.
+    return ((flags | (flags >> 15)) & 0xFF).to(tl.int32)
 
 
 @triton.jit
 def _kept_halves(word, both):
-    """Whether each 16-bit half of a word is at least the threshold in that half of `both`, in its topmost bit."""
-    rest = (word | 0x80008000) - (both & 0x7FFF7FFF)  # of the lower 15 bits; the topmost one lends what is short
+    """Set the topmost bit of each 16-bit half of a word that is at least the threshold in that half of `both`."""
+    # Subtract the lower 15 bits of each half; the set topmost bit supplies the borrow, so the halves stay apart.
+    rest = (word | 0x80008000) - (both & 0x7FFF7FFF)
     return ((word & ~both) | (~(word ^ both) & rest)) & 0x80008000
 
 
@@ -97,15 +103,17 @@ def unpack_bits(packed):
 
 @triton.jit
 def load_kept(keep_ptr, offs_m, M, first, cols, SPAN: tl.constexpr):
-    """Load the keep bits of SPAN columns from `first` on, as `kept` takes them: few enough to load well ahead.
+    """Load the keep bits of SPAN columns from `first` on, in the packed form that `kept` takes.
 
-    They come in words of 32 bits, because Triton loads no byte ahead of the step of a loop that needs it.
+    The bits come in words of 32 bits, because Triton loads no byte ahead of the loop step that needs it. The words are
+    few enough to load well ahead.
     """
     row_words = tl.cdiv(cols, 32)
     offs_word = first // 32 + tl.arange(0, SPAN // 32 if SPAN > 32 else 1)
     here = offs_m[:, None] * row_words + offs_word[None, :]
     mask = (offs_m < M)[:, None] & (offs_word < row_words)[None, :]
-    # As a row of words each thread loads one; as a tile the threads would take its shape, and its words meet in banks.
+    # Load the words as one row, so that each thread loads one word. As a tile, the threads would take the tile's shape,
+    # and its words would conflict in banks of shared memory.
     COUNT: tl.constexpr = here.shape[0] * here.shape[1]
     words = tl.load(keep_ptr + tl.reshape(here, (COUNT,)), mask=tl.reshape(mask, (COUNT,)), other=0)
     words = tl.reshape(words, here.shape)
@@ -114,8 +122,9 @@ def load_kept(keep_ptr, offs_m, M, first, cols, SPAN: tl.constexpr):
 
 @triton.jit
 def kept(words, SPAN: tl.constexpr):
-    """Whether each element of SPAN columns is kept, [ROWS, SPAN], by what `load_kept` gave."""
-    BYTES: tl.constexpr = SPAN // 8 if SPAN < 32 else 4  # of a word: each thread unpacks one or two of them
+    """Unpack the words of `load_kept` to booleans [ROWS, SPAN]: True where the element is kept."""
+    # Bytes of a word. Each thread unpacks one or two words.
+    BYTES: tl.constexpr = SPAN // 8 if SPAN < 32 else 4
     parts = words[:, :, None] >> (8 * tl.arange(0, BYTES))[None, None, :]
     return unpack_bits(tl.reshape(parts, (words.shape[0], words.shape[1] * BYTES)))
 

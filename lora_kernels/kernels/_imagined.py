@@ -1,11 +1,11 @@
-"""A GPU that is not there: launches go as far as they can without one, and what was compiled for them is kept.
+"""An imagined GPU: launches compile their kernels for a GPU that this machine does not have, and run nothing.
 
-The launchers run on CPU tensors as they would on a GPU's: they pick the tiles for it, Triton binds and specialises the
-real arguments and compiles the kernel, and nothing is loaded. So what is compiled is what a call compiles on the real
-GPU, with no signature written by hand. For `lora-kernels inspect` and the tests; in a process of its own, because
-Triton keeps one driver a process.
+The launchers run on CPU tensors as they would on a GPU's tensors: they pick the GPU's tiles, and Triton binds and
+specialises the real arguments and compiles the kernel. No binary is loaded. So each binary is the one that a call
+compiles on the real GPU, and no signature is written by hand. `lora-kernels inspect` and the tests use this module, in
+a process of their own, because Triton keeps one driver a process.
 
-The driver's methods are those that Triton's `JITFunction.run` and `CompiledKernel` call (3.6 to 3.9). Source: Triton's
+The driver has the methods that Triton's `JITFunction.run` and `CompiledKernel` call (3.6 to 3.9). Source: Triton's
 own third_party drivers (interface).
 """
 
@@ -24,16 +24,17 @@ from lora_kernels.kernels import _launch
 __all__ = ["GPUS", "ImaginedGPU", "Launch", "imagine"]
 
 
-@dataclass(frozen=True, eq=False)  # itself and no other: it is part of a key at every launch
+# Compare by identity, because every launch hashes the GPU as part of a key.
+@dataclass(frozen=True, eq=False)
 class ImaginedGPU:
-    """What a launcher and Triton ask of a GPU.
+    """The properties of a GPU that a launcher and Triton read.
 
     Args:
         arch: "sm_90" or "gfx942".
         num_sms: Multiprocessors, or compute units.
         shared: Most bytes of shared memory of a program.
         shared_per_sm: Bytes of shared memory of a multiprocessor.
-        index: A device number of its own, under which Triton keeps what it compiled.
+        index: A device number of its own, under which Triton keeps the compiled kernels.
     """
 
     arch: str
@@ -44,18 +45,19 @@ class ImaginedGPU:
 
     @property
     def capability(self) -> tuple[int, int] | None:
-        """CUDA compute capability; None on AMD."""
+        """Return the CUDA compute capability; None on AMD."""
         return divmod(int(self.arch[3:]), 10) if self.arch.startswith("sm_") else None
 
     @property
     def target(self) -> GPUTarget:
-        """What Triton compiles for."""
+        """Return the target that Triton compiles for."""
         if self.capability:
             return GPUTarget("cuda", int(self.arch[3:]), 32)
         return GPUTarget("hip", self.arch, 64)
 
 
-# an A100, an H200, a B200 and an MI300X; NVIDIA's CUDA C++ Programming Guide, compute capabilities; AMD's CDNA3 guide
+# An A100, an H200, a B200 and an MI300X.
+# Sources: NVIDIA's CUDA C++ Programming Guide, compute capabilities; AMD's CDNA3 guide.
 GPUS = {
     gpu.arch: gpu
     for gpu in (
@@ -68,7 +70,7 @@ GPUS = {
 
 
 class Launch(NamedTuple):
-    """A launch that did not happen: Triton's `CompiledKernel`, and how many programs it would have had."""
+    """A launch that did not happen: Triton's `CompiledKernel`, and the number of programs of the launch."""
 
     kernel: Any
     programs: int
@@ -76,11 +78,12 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def imagine(gpu: ImaginedGPU, launcher: Callable[[Any, Any], Callable] | None = None) -> Iterator[list[Launch]]:
-    """Launch on an imagined GPU; yields a list that gets every launch, in order.
+    """Launch on an imagined GPU; yield a list that receives every launch, in order.
 
     Args:
         gpu: The GPU.
-        launcher: Made from a kernel's source and metadata and called in place of a launch; by default nothing happens.
+        launcher: Takes a kernel's source and metadata and returns a function to call at a launch; by default that
+            function does nothing.
     """
     launched: list[Launch] = []
     run = triton.JITFunction.run
@@ -103,7 +106,7 @@ def _no_launcher(source: object, metadata: object) -> Callable:
 
 
 class _Driver:
-    """As much of Triton's driver as a launch asks for."""
+    """The part of Triton's driver that a launch uses."""
 
     def __init__(self, gpu: ImaginedGPU, launcher: Callable[[Any, Any], Callable]) -> None:
         self.gpu, self.launcher_cls, self.utils = gpu, launcher, _Utils(gpu)
@@ -122,19 +125,21 @@ class _Driver:
 
 
 class _Utils:
-    """What Triton asks a driver about a device and a binary, and of a descriptor what the hardware would refuse."""
+    """The part of a driver's `utils` that Triton calls; refuses the descriptors that the hardware would refuse."""
 
     def __init__(self, gpu: ImaginedGPU) -> None:
         self.gpu = gpu
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return dict(  # shared memory without end: a kernel that takes too much is to be reported, not to be refused
+        # The limit of shared memory is out of reach, so that `inspect` reports a kernel that takes too much.
+        return dict(
             max_shared_mem=1 << 30, max_num_regs=65_536, multiprocessor_count=self.gpu.num_sms,
             warpSize=self.gpu.target.warp_size,
         )  # fmt: skip
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads
+        # The values are module, function, registers, spills and most threads.
+        return 1, 1, 0, 0, 1024
 
     def unload_module(self, module: int) -> None:
         pass
@@ -150,4 +155,4 @@ class _Utils:
 
 
 class Descriptor:
-    """Stands for the tensor map that a GPU's driver would make."""
+    """A stand-in for the tensor map that a GPU's driver would make."""

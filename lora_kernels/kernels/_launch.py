@@ -1,8 +1,8 @@
-"""What the launchers share on the host: settled launches, the device guard, precision, workspace.
+"""Host functions that the launchers share: settled launches, the device guard, precision, workspace.
 
-A launcher runs in two halves. What follows from shapes, strides, alignment and dtype (`Facts`) is settled once and
-kept: the tile, the grid, every integer argument, every flag. What is left to each call are allocations, pointers and
-run-time numbers, because on few rows the host is what takes the time.
+A launcher runs in two halves. The first half settles and keeps everything that depends on shapes, strides, alignment
+and dtype (`Facts`) alone: the tile, the grid, every integer argument, every flag. Each call only adds allocations,
+pointers and run-time numbers, because on few rows the host takes most of the time.
 """
 
 import functools
@@ -23,13 +23,16 @@ __all__ = [
 ]  # fmt: skip
 
 _runtime = triton.knobs.runtime
-_COUNTERS = 1 << 14  # int32, of a pass; at rank 512 a launch over 100,000 columns asks for about as many
-_ROCM_SHARED = 65_536  # CDNA3's; PyTorch for ROCm need not say
-_INTERPRETER_SMS = 3  # few, so that the persistent loop goes round more than once in tests
+# Counters of a pass, int32. A wgrad in tiles of 64 x 64 at rank 512 over 100,000 columns takes about as many.
+_COUNTERS = 1 << 14
+# Shared memory of CDNA3 in bytes, for versions of PyTorch for ROCm that do not report it.
+_ROCM_SHARED = 65_536
+# The number is small, so that the persistent loop runs more than one round in tests.
+_INTERPRETER_SMS = 3
 
 
 class Facts(NamedTuple):
-    """All that a launch depends on of a tensor, but for where it lies."""
+    """The properties of a tensor that a launch depends on; of its address, the alignment to 16 bytes alone."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -37,11 +40,11 @@ class Facts(NamedTuple):
     aligned: bool
 
     def t(self) -> "Facts":
-        """The facts of the transpose."""
+        """Return the facts of the transpose."""
         return self._replace(shape=self.shape[::-1], strides=self.strides[::-1])
 
     def rows_on_16_bytes(self) -> bool:
-        """Whether a TMA descriptor can read it: rows of contiguous elements, no two the same, all on 16 bytes."""
+        """Return whether a TMA descriptor can read the tensor: contiguous, distinct rows, each on 16 bytes."""
         (_, cols), (stride, unit) = self.shape, self.strides
         return unit == 1 and stride >= cols and stride * self.dtype.itemsize % 16 == 0 and self.aligned
 
@@ -50,25 +53,26 @@ _tuple = tuple.__new__
 
 
 def facts(t: Tensor | None) -> Facts | None:
-    """The facts of a tensor."""
-    # not Facts(...), which takes as long as all that it is given
+    """Return the facts of a tensor, None for None."""
+    # `tuple.__new__` skips NamedTuple's Python-level `__new__`, because this runs for every tensor of every launch.
     return None if t is None else _tuple(Facts, (t.shape, t.stride(), t.dtype, not t.data_ptr() % 16))
 
 
 class Launch:
     """A kernel with its grid, integers and flags; a call adds tensors and run-time numbers.
 
-    The first call goes through Triton, which looks at every argument to find or compile the binary. Whoever makes a
-    `Launch` promises that they will say the same each time, on the same device, so later calls go to that binary's
-    launcher directly, as those of PyTorch's Inductor do; by way of Triton while a profiler listens to launches.
+    The first call goes through Triton, which inspects every argument to find or compile the binary. The creator of a
+    `Launch` promises that every later call selects the same binary on the same device. So later calls go directly to
+    the launcher of that binary, as in PyTorch's Inductor. While a profiler has hooks on launches, calls go through
+    Triton's own runner.
 
     Args:
         kernel: The Triton function. Its parameters are tensors, run-time floats, integers and flags, in this order.
         grid: One to three numbers of programs.
-        integers: The integer arguments, in order; tuples are arguments that are tuples.
+        integers: The integer arguments, in order; a tuple stands for one argument that is a tuple.
         flags: The `constexpr` arguments by name, in order.
         options: Warps, stages and the like.
-        device: Where it is launched, whichever device is the current one.
+        device: The device of the launch, which need not be the current one.
     """
 
     def __init__(
@@ -85,21 +89,23 @@ class Launch:
         call(self.now, *arguments, by_address=True)
 
     def now(self, *arguments: Any) -> None:
-        """Launch, and leave no note of it."""
+        """Launch without recording the call."""
         if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
                 self.now(*arguments)
             return
         if self._settled is None:
             compiled = self.kernel[self.grid](*arguments, *self.integers, **self.flags, **self.options)
-            if compiled is not None:  # the interpreter has nothing to keep
+            # The interpreter returns None and has no binary to keep.
+            if compiled is not None:
                 driver = triton.runtime.driver.active
                 settled = compiled.run, compiled.function, compiled.packed_metadata, driver.get_current_stream
-                # in one store, for other threads; the first is what keeps the binary loaded
+                # One store publishes the tuple to other threads. Its first element keeps the binary loaded.
                 self._settled = compiled[self.grid], *settled, driver.get_current_device()
             return
         launch, run, function, metadata, stream_of, device = self._settled
-        # hooks are chains, empty ones where nobody listens; of any other kind Triton has to know what to make
+        # Launch hooks are HookChains, whose `calls` is empty unless a profiler registered. With a profiler, or with a
+        # hook of another type, use Triton's runner, which builds the launch metadata.
         if getattr(_runtime.launch_enter_hook, "calls", True) or getattr(_runtime.launch_exit_hook, "calls", True):
             launch(*arguments, *self._rest)
         else:
@@ -107,30 +113,31 @@ class Launch:
 
 
 def uses_tf32(dtype: torch.dtype) -> bool:
-    """Whether products of `dtype` may be rounded to TF32: only fp32, and only as PyTorch is told."""
+    """Return whether products of `dtype` may use TF32: only fp32, and only where PyTorch's setting allows TF32."""
     return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def precision(t: Tensor) -> str:
-    """The `input_precision` of a dot over operands like `t`."""
+    """Return the `input_precision` of a dot over operands like `t`."""
     return "tf32" if uses_tf32(t.dtype) else "ieee"
 
 
-imagined: Any = None  # an ImaginedGPU stands in for every device while launches are only compiled, see `_imagined`
+# While launches are only compiled, an ImaginedGPU stands in for every device; see `_imagined`.
+imagined: Any = None
 
 
 def num_sms(device: torch.device) -> int:
-    """Multiprocessors of a device."""
+    """Return the number of multiprocessors of a device."""
     return imagined.num_sms if imagined else _num_sms(device)
 
 
 def shared_per_sm(device: torch.device) -> int:
-    """Bytes of shared memory of a multiprocessor of a device."""
+    """Return the bytes of shared memory of a multiprocessor of a device."""
     return imagined.shared_per_sm if imagined else _shared_per_sm(device)
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """CUDA compute capability of a device, None for anything but an NVIDIA GPU."""
+    """Return the CUDA compute capability of a device, None for anything but an NVIDIA GPU."""
     return imagined.capability if imagined else _capability(device)
 
 
@@ -157,13 +164,13 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def thin_pitch(rank: int, dtype: torch.dtype) -> int:
-    """Elements from one row to the next of `thin_rows`."""
+    """Return the row stride of `thin_rows` in elements."""
     pad = 16 // dtype.itemsize
     return -(-rank // pad) * pad
 
 
 def thin_rows(like: Tensor, rank: int) -> Tensor:
-    """Allocate `[M, rank]` for the rows and in the dtype of `like`, each on 16 bytes: a TMA descriptor can read it."""
+    """Allocate `[M, rank]` with the rows and dtype of `like`, each row on 16 bytes for a TMA descriptor."""
     pitch = thin_pitch(rank, like.dtype)
     rows = like.new_empty(like.shape[0], pitch)
     return rows if pitch == rank else rows[:, :rank]
@@ -179,18 +186,19 @@ def thin_columns(like: Tensor, ranks: Sequence[int]) -> list[Tensor]:
 
 
 def dependent_launch(device: torch.device) -> bool:
-    """Whether a launch may overlap the end of the one before it (programmatic dependent launch, sm_90 and later)."""
+    """Return whether a launch may overlap the end of the launch before it (programmatic dependent launch, sm_90 on)."""
     return (capability(device) or (0, 0)) >= (9, 0)
 
 
 def launch_options(dependent: bool) -> dict[str, bool]:
-    """Options of every launch; with `dependent` it may come up before the launch in front of it has ended."""
-    # Triton 3.10 flips the default of the first; results must not change with it. Other GPUs have no second.
+    """Return the options of a launch; with `dependent` the launch may overlap the end of the launch before it."""
+    # Set `enable_fp_fusion`, because Triton 3.10 flips its default and results must not change. GPUs without dependent
+    # launches have no `launch_pdl`.
     return {"enable_fp_fusion": True, "launch_pdl": True} if dependent else {"enable_fp_fusion": True}
 
 
 class _Pass(threading.local):
-    """The pass that this thread is in, and the counters that its launches share."""
+    """The state of this thread's current pass, and the counters that the launches of the pass share."""
 
     running = False
     counters: Tensor | None = None
@@ -200,9 +208,9 @@ _pass = _Pass()
 
 
 def run_pass(function: Callable, *arguments: Any) -> Any:
-    """Call a function whose launches all follow one another on one stream: they share their counters.
+    """Call a function whose launches all follow one another on one stream, so that they share their counters.
 
-    One memset serves them all, and comes before the launches that overlap. A pass within a pass has its own.
+    One memset serves all launches and runs before the launches that overlap. A pass within a pass has its own counters.
     """
     outer = _pass.running, _pass.counters
     _pass.running, _pass.counters = True, None
@@ -213,11 +221,11 @@ def run_pass(function: Callable, *arguments: Any) -> Any:
 
 
 def arrivals(device: torch.device, count: int) -> Tensor:
-    """Return `count` counters or more at 0 for `last_to_arrive`, int32, which leaves them at 0.
+    """Return `count` counters or more, int32, at 0, for `last_to_arrive`, which leaves them at 0.
 
-    No counter outlives the pass it was made for. PyTorch may have put a CUDA graph's memory pool in the allocator's
-    place without a capture that one could ask for, as Inductor does where it warms up, and what lies there is given to
-    others once the pass is over.
+    No counter outlives its pass, because its memory may belong to the pool of a CUDA graph. PyTorch may put that pool
+    in the allocator's place without a capture that a query would show, as Inductor does for its warm-up, and the pool
+    hands the memory to other tensors once the pass is over.
     """
     if not _pass.running or count > _COUNTERS:
         return call(_zeros, device, count)
@@ -231,6 +239,6 @@ def _zeros(device: torch.device, count: int) -> Tensor:
 
 
 def describe_path(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """How `matmul_expand` loads its tiles on a device for a dtype, "tma" or "pointer", and why."""
+    """Return how `matmul_expand` loads tiles of a dtype on a device, "tma" or "pointer", and the reason."""
     tma, reason = descriptor_path(capability(device), dtype)
     return "tma" if tma else "pointer", reason

@@ -1,11 +1,11 @@
-"""The backward pass of an activation with all that its neighbours' adapters need of it, from one read of g, u and dh.
+"""The backward pass of an activation, with the gradients of the adapters next to it, from one read of g, u and dh.
 
     du = dh · a(g),  dg = dh · u · a'(g)          stored, for the dx of the layers before
     dA = dsᵀ (keep · h)                           of the layer after; h = a(g) · u is made again, not stored
     dsᵢ = alphaᵢ · dgᵢ Bᵢ,  dBᵢ = dgᵢᵀ sᵢ         of the layers before, dgᵢ one of dg and du
 
-It is one launch of the wgrad kernel, with a row for each of the up to three products, and at ranks above 16 a
-shrink for each ds, whose parts weigh as much there as another read.
+One launch of the wgrad kernel has a row for each of the up to three products. At ranks above 16 each ds comes from a
+shrink of its own, because its parts would weigh as much as another read.
 """
 
 from torch import Tensor
@@ -22,23 +22,24 @@ __all__ = ["activation_wgrad"]
 def activation_wgrad(
     gate: Tensor, up: Tensor | None, dh: Tensor, activation: str, after: After | None, *before: Before | None
 ) -> tuple[list[Tensor], Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:  # fmt: skip
-    """Compute what follows from dh, `[M, W]`, in one pass.
+    """Compute dg and du from dh, `[M, W]`, and the adapters' ds, dA and dB, in one pass.
 
     Args:
         gate: g, `[M, W]`.
         up: u, `[M, W]`, or None where h = a(g).
-        dh: `[M, W]`, contiguous. Its memory may become the last result's: whoever calls has no more use for it.
+        dh: `[M, W]`, contiguous. The caller gives its memory up, because the last of dg and du may be written there.
         activation: "silu", "gelu", "gelu_tanh" or "relu2".
-        after: For dA, or None.
-        *before: For ds and dB of the gate and, if there is one, of the up projection; None for neither.
+        after: Operands of dA, or None.
+        *before: Operands of ds and dB of the gate and, if there is one, of the up projection; None for neither.
 
     Returns:
-        dg and, with `up`, du; dA `[r, W]` or None; of each in `before` ds `[M, r]` and dB `[W, r]`, or None. What was
-        added to a gradient is not returned.
+        dg and, with `up`, du; dA `[r, W]` or None; for each of `before` ds `[M, r]` and dB `[W, r]`, or None. A result
+        that was added to a gradient is None.
     """
     rows, width = gate.shape
     ranks = [t.shape[1] for one in before if one for t in one[:2] if t is not None]
-    # with more columns than a tile has, several programs read the same dh
+    # Reuse the memory of dh only where one program reads each tile of dh. Above 64 columns of a thin operand, several
+    # programs read the same dh.
     reused = max([*ranks, after.ds.shape[1] if after else 0], default=0) <= 64
     wides = [gate.new_empty(rows, width) for _ in before[1:]] + [dh if reused else gate.new_empty(rows, width)]
     products, dA = [], None

@@ -1,4 +1,4 @@
-"""Strategies for the two large products: the fused kernel, or the vendor's library with the thin product around it.
+"""Strategies for the two large products: the fused kernel, or the vendor's library plus the thin product.
 
     y = p₀ q₀ᵀ + Σ_{i>0} keep · (pᵢ qᵢᵀ) + bias        p₀ [M, K] and q₀ [N, K] are the large ones
 
@@ -8,11 +8,11 @@
     padded     the library      as more columns of it: [p₀|p₁] [q₀|q₁]ᵀ         2·(M + N)·K·e: two copies
     joint      the library      dy [W|B] gives dy W and dy B, hence ds          2·N·K·e + 2·M·K·e - M·N·e
 
-A fused kernel that is slower than the library by more than these bytes cost is the worse choice, so `plan` chooses by
-shape. `padded` cannot mask; `joint` is for backward and brings its own ds.
+`plan` chooses by shape, because a fused kernel is the worse choice where the library is faster by more than these bytes
+cost. `padded` cannot mask. `joint` is for backward and computes ds as well.
 
-Sources: beta = 1 over a pre-filled y as TransformerEngine's operation fuser does it; the choice among orders and
-forms by shape: Cherniuk et al., RunLoRA, arXiv:2312.03415 (ideas). No code was taken.
+Sources: beta = 1 over a pre-filled y, as in TransformerEngine's operation fuser; the choice among orders and forms by
+shape: Cherniuk et al., RunLoRA, arXiv:2312.03415 (ideas). No code was taken.
 """
 
 import functools
@@ -25,11 +25,12 @@ from lora_kernels.kernels.matmul_expand import Source, matmul_expand, matmul_exp
 
 __all__ = ["beta1", "beta1_all", "joint", "library", "padded", "strategy"]
 
-_ALIGN = 8  # elements: rows of a padded operand keep to 16 bytes in 16 bits, which the library's fast kernels want
+# Elements. Rows of a padded 16-bit operand stay on 16 bytes, because the library's fast kernels need that alignment.
+_ALIGN = 8
 
 
 def beta1(sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-    """Compute what `matmul_expand` computes: all but the first product by it, then the first added in place."""
+    """Compute the result of `matmul_expand`: the kernel sums all but the first product, the library adds the first."""
     (p, q), *rest = sources
     return matmul_expand(rest, bias, keep).addmm_(p, q.t())
 
@@ -38,7 +39,7 @@ def beta1_all(
     outputs: Sequence[tuple[Sequence[Source], Tensor | None]], masked: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
     wide: int = 1,
 ) -> list[Tensor]:  # fmt: skip
-    """Compute what `matmul_expand_all` computes: all but the `wide` products by it, then these added in place."""
+    """Compute the results of `matmul_expand_all`: the kernel sums all but the `wide` ones, the library adds these."""
     thin = [(sources[wide:], bias) for sources, bias in outputs]
     adapted = [i for i, (sources, _) in enumerate(thin) if sources or masked]
     ys = dict(zip(adapted, matmul_expand_all([thin[i] for i in adapted], masked, 1), strict=True)) if adapted else {}
@@ -53,16 +54,16 @@ def beta1_all(
 
 
 def library(sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-    """Compute y = p qᵀ + bias of a single source, which no thin product goes with."""
+    """Compute y = p qᵀ + bias of a single source, without a thin product."""
     ((p, q),) = sources
     return torch.mm(p, q.t()) if bias is None else torch.addmm(bias, p, q.t())
 
 
 def padded(sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-    """Compute what `matmul_expand` computes, in one product of operands laid side by side.
+    """Compute the result of `matmul_expand` in one product of operands laid side by side.
 
     Raises:
-        ValueError: There is a mask, which belongs to one product and not to the sum.
+        ValueError: There is a mask; a mask applies to one product and not to the sum.
     """
     if keep is not None:
         raise ValueError("padded: keep must be None; a mask cannot be applied to one part of a product.")
@@ -75,8 +76,8 @@ def joint(
 ) -> tuple[Tensor, Tensor]:
     """Compute dx = dy W + keep · (ds A), `[M, in]`, and ds = alpha · dy B, `[M, r]`, from one product dy [W|B].
 
-    The rows of dx are those of the product, r and a few elements apart, unless there is a mask. ds is rounded before
-    and after it is scaled.
+    Without a mask, dx is a view of the product, so its row stride is `in` plus r and a few elements. ds is rounded
+    before and after the scaling.
     """
     both = torch.mm(dy, _side_by_side([weight, lora_B.to(dy.dtype)]))
     (_, inner), rank = weight.shape, lora_B.shape[1]
@@ -93,7 +94,7 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
 
 
 def strategy(name: str, place: int | None = None) -> Callable[..., Tensor]:
-    """What computes a large product by a strategy; for "fused" in the tile at `place`, or else the rule's."""
+    """Return the function that computes a large product by a strategy; "fused" takes the tile at `place`, if given."""
     if name == "fused" and place is not None:
         return functools.partial(matmul_expand, config=place)
     return _STRATEGIES[name]

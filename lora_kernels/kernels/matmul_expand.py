@@ -1,4 +1,4 @@
-"""Matmul-expand: a sum of products in one accumulator, for one output or several of the same rows.
+"""Matmul-expand: a sum of products in one accumulator, for one or several outputs over the same rows.
 
     y[m, n] = Σᵢ Σₖ pᵢ[m, k] qᵢ[n, k] + Σⱼ keepⱼ[m, n] Σₖ pⱼ[m, k] qⱼ[n, k] + bias[n]
 
@@ -8,9 +8,9 @@
     keepⱼ  [M, ceil(N/32)] bit-packed, int32: masks a product before it is added
     y      [M, N]          contiguous    dtype of p, rounded once
 
-The K loop walks a short list of sources; nothing is concatenated and no product but a masked one has an accumulator
-of its own. Outputs lie side by side, and a tile is of one of them. The K steps of all sources are numbered through,
-and an output owns a range of them: a second output is a row in a list.
+The K loop walks a short list of sources. Nothing is concatenated, and only a masked product has an accumulator of its
+own. Outputs lie side by side, and each tile belongs to one output. The K steps of all sources are numbered through, and
+an output owns a range of them, so a second output is one more row in a list.
 
     pass       sources                        masked               outputs
     forward    (x, W [out, in]), (s, B)       -                    y  = x Wᵀ + s Bᵀ + bias
@@ -18,15 +18,15 @@ and an output owns a range of them: a second output is a row in a list.
     Q, K, V    (x, Wᵢ), (sᵢ, Bᵢ) each         -                    yᵢ = x Wᵢᵀ + sᵢ Bᵢᵀ + biasᵢ
     backward   (dyᵢ, Wᵢᵀ)…, (dsᵢ, Aᵢᵀ)…       (dsᵢ, Aᵢᵀ, keepᵢ)…   dx = Σᵢ dyᵢ Wᵢ + keepᵢ · (dsᵢ Aᵢ)
 
-Two ways to load a tile, one kernel: pointers with masks take anything; where every operand is 16-bit, aligned to 16
-bytes and the GPU is sm_90 or later, TMA descriptors do the addressing and the bounds. Which source a K step belongs
-to is a select between two addresses in either case, so the loop stays one software pipeline.
+One kernel has two ways to load a tile. Pointers with masks load any operand. TMA descriptors do the addressing and the
+bounds where every operand is 16-bit and aligned to 16 bytes and the GPU is sm_90 or later. Either way, a select between
+two addresses picks the source of a K step, so the loop stays one software pipeline.
 
-On sm_90 and later the launch is a programmatic dependent one: its programs are brought up while the shrink before it
-still runs, and wait for its end before they touch anything.
+On sm_90 and later the launch is a programmatic dependent launch: its programs start while the shrink before it still
+runs, and wait for the end of that shrink before they touch memory.
 
-Cost: 2·M·N·ΣKᵢ FLOPs; at the least (ΣKᵢ·(M + N) + M·N)·itemsize bytes, an operand that several outputs share once. A
-source costs whole K steps: ceil(Kᵢ / BLOCK_K), one for any r <= BLOCK_K.
+Cost: 2·M·N·ΣKᵢ FLOPs; at least (ΣKᵢ·(M + N) + M·N)·itemsize bytes, which count a shared operand of several outputs
+once. A source costs whole K steps: ceil(Kᵢ / BLOCK_K), one for any r <= BLOCK_K.
 
 Sources: Hu et al. 2021, arXiv:2106.09685. Grouped tile order: Triton's matrix multiplication tutorial (idea).
 Summing the low-rank product in the accumulator of the base product: Zhu et al., LoRAFusion, arXiv:2510.00206 (idea;
@@ -53,10 +53,12 @@ from lora_kernels.kernels._launch import Facts, Launch, facts, precision
 __all__ = ["matmul_expand", "matmul_expand_all"]
 
 Source = tuple[Tensor, Tensor]
-MAX_SOURCES = 8  # what the kernel's signature holds, beside masked ones
+# The kernel's signature has 8 sources, not counting masked ones.
+MAX_SOURCES = 8
 MAX_OUTPUTS = 4
 _NONE = (None,) * MAX_SOURCES
-_describe = Describe.__call__  # mapped, over operands of equal number: a comprehension takes twice as long
+# Use by `map` over equally many operands, because a comprehension takes twice as long.
+_describe = Describe.__call__
 
 
 @triton.jit
@@ -72,16 +74,20 @@ def _matmul_expand_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Each program walks tiles of the outputs, and for each tile the K steps of its output's sources in turn."""
+    """Walk tiles of the outputs in each program, and for each tile the K steps of its output's sources in turn."""
     if PDL:
-        tl.extra.cuda.gdc_wait()  # brought up while the shrink before it was running; its s is there from here on
-        tl.extra.cuda.gdc_launch_dependents()  # and not sooner: whoever comes up next may rely on that s as well
-    # arguments of their own, because Triton 3.6 cannot launch with descriptors inside a tuple
+        # This program started while the shrink before it still ran. After the wait the s of that shrink is complete.
+        tl.extra.cuda.gdc_wait()
+        # Release the next launch only after the wait, because the next launch may read that s, too.
+        tl.extra.cuda.gdc_launch_dependents()
+    # p0 to p7, q0 to q7 and y0 to y3 are separate arguments, because Triton 3.6 cannot launch with descriptors inside a
+    # tuple.
     ps, qs, ys = (p0, p1, p2, p3, p4, p5, p6, p7), (q0, q1, q2, q3, q4, q5, q6, q7), (y0, y1, y2, y3)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(Ns[0], BLOCK_N)
     for o in tl.static_range(1, NUM_OUTPUTS):
         num_n += tl.cdiv(Ns[o], BLOCK_N)
-    firsts, steps = (), 0  # the first K step of each source, and how many there are
+    # The first K step of each source, and the number of all K steps.
+    firsts, steps = (), 0
     for i in tl.static_range(NUM_SOURCES):
         firsts = firsts + (steps,)
         steps += tl.cdiv(Ks[i], BLOCK_K)
@@ -111,22 +117,24 @@ def _matmul_expand_kernel(
                 biased_N = tl.where(pid_n >= before, biased_Ns[o], biased_N)
             before += tl.cdiv(Ns[o], BLOCK_N)
         m0, n0 = pid_m * BLOCK_M, block_n * BLOCK_N
-        # 64-bit before any stride: tensors may span more than 2^31 elements
+        # Offsets are 64-bit before any stride, because tensors may span more than 2^31 elements.
         offs_m = tl.cast(m0, tl.int64) + tl.arange(0, BLOCK_M)
         offs_n = tl.cast(n0, tl.int64) + tl.arange(0, BLOCK_N)
 
-        if NUM_MASKED > 0:  # the first are on their way while the K loop runs
+        # Prefetch the first masked tiles and the bias slices, so that their loads overlap the K loop.
+        if NUM_MASKED > 0:
             masked = _masked_tiles(
                 0, n0, M, N, offs_m, masked_ps, masked_qs, keep_ptrs, masked_Ks, masked_firsts,
                 strides_mpm, strides_mpk, strides_mqn, strides_mqk, NUM_MASKED, SLICE, BLOCK_R,
             )  # fmt: skip
         biases = ()
-        for i in tl.static_range(SUBTILES if HAS_BIAS else 0):  # and of what is added
+        for i in tl.static_range(SUBTILES if HAS_BIAS else 0):
             cols = tl.cast(n0 + i * SLICE, tl.int64) + tl.arange(0, SLICE)
             biases = biases + (tl.load(bias_ptr + cols, mask=cols < biased_N, other=0.0),)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if NUM_SOURCES > 0:  # none where a library adds the others
-            # Triton 3.6 serialises wgmma over a trip count that might be 0
+        # NUM_SOURCES is 0 where cuBLAS computes the base product (beta1).
+        if NUM_SOURCES > 0:
+            # The trip count is at least 1, because Triton 3.6 serialises wgmma over a trip count that might be 0.
             for step in range(begin, tl.maximum(end, begin + 1)):
                 p, q, first, K = ps[0], qs[0], 0, Ks[0]
                 stride_pm, stride_pk, stride_qn, stride_qk = strides_pm[0], strides_pk[0], strides_qn[0], strides_qk[0]
@@ -154,7 +162,7 @@ def _matmul_expand_kernel(
                     q_tile = _load(q, offs_k[:, None], K, stride_qk, offs_n[None, :], N, stride_qn)
                 acc = tl.dot(p_tile, q_tile, acc, input_precision=PRECISION)
 
-        # one column slice after the other: the masked product needs a second accumulator, and a whole one spills
+        # Process one column slice at a time, because the second accumulator of a masked product spills at full width.
         if SUBTILES == 1:
             slices = (acc,)
         elif SUBTILES == 2:
@@ -165,7 +173,9 @@ def _matmul_expand_kernel(
         for i in tl.static_range(SUBTILES):
             part = slices[i]
             if NUM_MASKED > 0:
-                for step in tl.range(masked_steps, num_stages=1):  # pipelined here, and by shared memory not at all
+                # The loop itself loads tiles one step ahead, into registers. num_stages=1 turns off Triton's pipeline
+                # through shared memory.
+                for step in tl.range(masked_steps, num_stages=1):
                     p_tile, q_tile, keep = masked
                     ends = step + 1 == masked_steps
                     after = n0 + tl.where(ends, i + 1, i) * SLICE
@@ -192,7 +202,7 @@ def _masked_tiles(
     step, n0, M, N, offs_m, ps, qs, keep_ptrs, Ks, firsts, strides_pm, strides_pk, strides_qn, strides_qk,
     NUM_MASKED: tl.constexpr, SLICE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Load p, q and the words of the mask for a step of the masked products, of the columns from n0 on; 0 beyond."""
+    """Load p, q and the mask words of one step of the masked products, for the columns from n0 on; 0 outside."""
     p, q, keep, first, K = ps[0], qs[0], keep_ptrs[0], 0, Ks[0]
     stride_pm, stride_pk, stride_qn, stride_qk = strides_pm[0], strides_pk[0], strides_qn[0], strides_qk[0]
     for j in tl.static_range(1, NUM_MASKED):
@@ -227,12 +237,12 @@ def matmul_expand(
     """Compute y = Σᵢ pᵢ qᵢᵀ + bias, `[M, N]`, with the last product masked by `keep`.
 
     Args:
-        sources: Pairs (p `[M, Kᵢ]`, q `[N, Kᵢ]`), the largest first; eight at most, and one more if `keep` masks it,
-            which may be the only one.
+        sources: Pairs (p `[M, Kᵢ]`, q `[N, Kᵢ]`), the largest first; at most eight, plus a last one that `keep` masks.
+            The masked source may be the only one.
         bias: `[N]` or None.
         keep: Packed mask `[M, ceil(N/32)]` of the last product, or None.
-        config: Tile to use in place of the rule's, or its place among `matmul_configs`.
-        tma: Force descriptors on or off; by default they are used where they can be.
+        config: Tile to use instead of the rule's, or its place among `matmul_configs`.
+        tma: Force descriptors on or off; by default they are used wherever they can be.
     """
     masked = () if keep is None else ((*sources[-1], keep),)
     summed = sources if keep is None else sources[:-1]
@@ -243,12 +253,12 @@ def matmul_expand_all(
     outputs: Sequence[tuple[Sequence[Source], Tensor | None]], masked: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
     wide: int = 1, config: MatmulConfig | int | None = None, tma: bool | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """Compute every y `[M, Nₒ]` of several outputs of the same rows, in one launch.
+    """Compute y `[M, Nₒ]` of every output over the same rows, in one launch.
 
     Args:
-        outputs: Sources and bias of each; four at most, with eight sources together.
+        outputs: Sources and bias of each output; at most four outputs with at most eight sources in all.
         masked: Triples (p, q, keep): products of a single output, masked before they are added.
-        wide: How many of an output's first sources are too large to be copied where no descriptor can read them.
+        wide: Number of an output's first sources that are too large to copy where no descriptor can read them.
         config: As in `matmul_expand`.
         tma: As in `matmul_expand`.
     """
@@ -261,9 +271,10 @@ def _launch_all(
     sources: Sequence[Source], counts: tuple[int, ...], biases: tuple[Tensor | None, ...],
     masked: Sequence[tuple[Tensor, Tensor, Tensor]], wide: int, config: MatmulConfig | int | None, tma: bool | None,
 ) -> list[Tensor]:  # fmt: skip
-    """`matmul_expand_all` with the sources of all outputs in a row, `counts` of each."""
+    """Launch for the sources of all outputs in one list, `counts` sources per output."""
     like = (sources or masked)[0][0]
-    if len({q.dtype for _, q, _ in masked}) > 1:  # a choice of pointers has one type
+    # The masked q must have one dtype, because the kernel selects among their pointers.
+    if len({q.dtype for _, q, _ in masked}) > 1:
         masked = [(p, q.to(like.dtype), keep) for p, q, keep in masked]
     ps, qs = zip(*sources, strict=True) if sources else ((), ())
     settled = _settle(
@@ -278,13 +289,14 @@ def _launch_all(
         y_args = map(_describe, settled.ys, ys) if settled.ys else ys
     absent, no_ys = settled.absent
     masked_args = zip(*masked, strict=True) if masked else _NONE[:3]
-    settled.launch(*ps, *absent, *qs, *absent, *y_args, *no_ys, *masked_args, _in_full(biases))
+    settled.launch(*ps, *absent, *qs, *absent, *y_args, *no_ys, *masked_args, _bias_per_output(biases))
     return ys
 
 
-def _in_full(biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
-    """A bias for each output, if there is one for any: what stands for one that is not there is never read."""
-    if len(biases) == 1 and biases[0] is None:  # not ==, by which a tensor takes 25 us to say no
+def _bias_per_output(biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
+    """Return one bias per output, or None without any; a missing bias aliases another, which the kernel masks out."""
+    # Compare by `is`, because `==` takes 25 us on a tensor.
+    if len(biases) == 1 and biases[0] is None:
         return None
     there = [bias.contiguous() for bias in biases if bias is not None]
     if len(there) == len(biases) or not there:
@@ -292,10 +304,10 @@ def _in_full(biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
     return tuple(there[0] if bias is None else bias.contiguous() for bias in biases)
 
 
-class _Settled(NamedTuple):
-    """What is settled about a launch; `ys` is empty where pointers store.
+class _ExpandLaunch(NamedTuple):
+    """A settled launch of the kernel; `ys` is empty where pointers store.
 
-    `absent` are the Nones in place of the sources and of the outputs that it has not.
+    `absent` holds the Nones that fill the kernel's unused source and output arguments.
     """
 
     launch: Launch
@@ -312,9 +324,10 @@ def _settle(
     ps: tuple[Facts, ...], qs: tuple[Facts, ...], counts: tuple[int, ...], biases: tuple[Facts | None, ...],
     masked: tuple[tuple[Facts, Facts, Facts], ...], wide: int, device: torch.device, config: MatmulConfig | int | None,
     tma: bool | None, precision: str, imagined: object,
-) -> _Settled:  # fmt: skip
+) -> _ExpandLaunch:  # fmt: skip
     sources, ends = tuple(zip(ps, qs, strict=True)), tuple(itertools.accumulate(counts))
-    masked = tuple([(p, q) for p, q, _ in masked])  # of a mask, as of a bias, the kernel is compiled for its alignment
+    # Masks and biases are part of the cache key, because the kernel is compiled for their alignment.
+    masked = tuple([(p, q) for p, q, _ in masked])
     by_output = [sources[end - count : end] for end, count in zip(ends, counts, strict=True)]
     large = [source for summed in by_output for source in summed[:wide]] or masked[:1]
     (p, _), sms = large[0], _launch.num_sms(device)
@@ -328,7 +341,8 @@ def _settle(
     inner = [sum(p.shape[1] for p, _ in summed) for summed in by_output]
     if not isinstance(config, MatmulConfig):
         strided = any(1 not in t.strides for pair in large for t in pair)
-        crowded = bool(masked) or (len(sources) > 2 and not tma)  # pointers to select among cost registers, too
+        # A select among pointers costs registers, as a mask does.
+        crowded = bool(masked) or (len(sources) > 2 and not tma)
         config = matmul_config(
             rows, max(inner), sum(cols), dtype, tma, crowded, sms, precision == "tf32", place=config, strided=strided
         )
@@ -356,7 +370,7 @@ def _settle(
     )  # fmt: skip
     absent = _NONE[len(sources) : MAX_SOURCES], _NONE[len(cols) : MAX_OUTPUTS]
     if not tma:
-        return _Settled(launch, cols, absent, tma, [], [], [])
+        return _ExpandLaunch(launch, cols, absent, tma, [], [], [])
     m, n, k = config.block_m, config.block_n, config.block_k
     lasting, store_block = keeps(device), (m, n // config.subtiles)
     ps = [Describe(p, (m, k), False, lasting) for p, _ in sources]
@@ -365,4 +379,4 @@ def _settle(
         for _, q in sources
     ]
     ys = [Describe(Facts((rows, n), (n, 1), dtype, True), store_block, False, lasting) for n in cols if store_tma]
-    return _Settled(launch, cols, absent, tma, ps, qs, ys)
+    return _ExpandLaunch(launch, cols, absent, tma, ps, qs, ys)

@@ -1,4 +1,4 @@
-"""Shrink: contract a wide operand down to the LoRA rank, and drop elements of it on the way; for one adapter or more.
+"""Shrink: contract a wide operand down to the LoRA rank, with dropout on the way, for one adapter or several.
 
     sᵢ[m, r] = alphaᵢ · Σₖ keepᵢ[m, k] x[m, k] aᵢ[r, k]
 
@@ -8,22 +8,22 @@
     keepᵢ  [M, ceil(K/32)]  bit-packed, int32, written where there is dropout: the rule is in `lora_kernels.dropout`
     alphaᵢ float           multiplies the fp32 accumulator; a run-time number
 
-One kernel, two call sites. Only the roles differ; strides carry the transpose.
+One kernel serves two call sites. Only the roles differ, and strides carry the transpose.
 
     pass       x               a                  alpha                    s
     forward    x  [M, in]      lora_A   [r, in]   scaling · keep_scale     s  = scaling · D(x) Aᵀ
     backward   dy [M, out]     lora_Bᵀ  [r, out]  scaling · keep_scale     ds, which dx and dA mask again
 
-Several adapters of one x (Q, K and V; gate and up) share its tile: one read of x, a mask and a dot for each. x may be
-the result of an activation, a(g) · u, made of tiles of g and u [M, K] on the way and stored for whoever reads it next:
-the input of an MLP's last layer. Then there may be no adapter at all.
+Several adapters of one x (Q, K and V; gate and up) share the tile of x: x is read once, and each adapter has a mask and
+a dot. x may be the result of an activation, a(g) · u: the input of an MLP's last layer. The kernel then computes x from
+tiles of g and u [M, K] and stores x for later readers, and there may be no adapter at all.
 
-Where rows are few, K is split among programs to fill the GPU: each leaves its part in fp32, and the last one to finish
-adds the parts in a fixed order. The same inputs give the same bits.
+Where rows are few, K is split among programs to fill the GPU. Each program stores its part in fp32, and the last one to
+finish adds the parts in a fixed order. The same inputs give the same bits.
 
-Cost: reads x once (for Rᵢ <= 64; once per 64 of the largest otherwise), so it is bound by bandwidth: M·K·itemsize
-bytes, thrice that with an activation, + M·K/8 a mask, + 8·M·ΣRᵢ a split, written and read back; 2·M·K·ΣRᵢ FLOPs.
-Drawing a mask costs as much as reading x, each.
+Cost: bound by bandwidth, because x is read once for Rᵢ <= 64 (32 with four adapters or more), and otherwise once per 64
+(32) of the largest. M·K·itemsize bytes, thrice that with an activation, + M·K/8 a mask, + 8·M·ΣRᵢ a split, written and
+read back; 2·M·K·ΣRᵢ FLOPs. Each mask costs as much to draw as x costs to read.
 
 Sources: Hu et al. 2021, arXiv:2106.09685, eq. 3. The name is Punica's (Chen et al. 2023, arXiv:2310.18547); packing
 the mask while it is drawn follows TransformerEngine's dropout. No code was taken from either.
@@ -58,9 +58,10 @@ def _shrink_kernel(
     ROWS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_SPLIT: tl.constexpr, PDL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Each program owns BLOCK_M rows by BLOCK_R columns of one split's part of each s, and walks the split's K once."""
+    """Compute BLOCK_M rows by BLOCK_R columns of one split's part of each s in each program, in one walk over its K."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()  # what follows may come up while this runs; it waits before it reads s
+        # The next launch may start while this one runs, because it waits before it reads s.
+        tl.extra.cuda.gdc_launch_dependents()
     pid, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     widest, ranks = 1, 0
     for i in tl.static_range(ROWS):
@@ -68,12 +69,13 @@ def _shrink_kernel(
         ranks += Rs[i]
     num_r = tl.cdiv(widest, BLOCK_R)
     pid_r = pid % num_r
-    # 64-bit before any stride: tensors may span more than 2^31 elements
+    # Offsets are 64-bit before any stride, because tensors may span more than 2^31 elements.
     offs_m = (pid // num_r).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = pid_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m = offs_m < M
     if HAS_DROPOUT:
-        row_bytes = (K + 31) // 8 & ~3  # of words; Triton, had it seen so, would shuffle bytes to store four
+        # The bytes of whole words. The formula hides the factor 4 from Triton, which would shuffle bytes to store four.
+        row_bytes = (K + 31) // 8 & ~3
 
     accs, seeds, drawn = (), (), 0
     for i in tl.static_range(ROWS):
@@ -83,7 +85,8 @@ def _shrink_kernel(
             drawn += 1
         else:
             seeds = seeds + (0,)
-    steps = tl.maximum(k_per_split // BLOCK_K, 1)  # a whole number by construction
+    # `k_per_split` is a multiple of BLOCK_K by construction.
+    steps = tl.maximum(k_per_split // BLOCK_K, 1)
     for step in range(steps):
         k = tl.cast(split, tl.int64) * steps + step
         offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -97,7 +100,7 @@ def _shrink_kernel(
             if up_ptr is not None:
                 up_ptrs = up_ptr + offs_m[:, None] * stride_um + offs_k[None, :] * stride_uk
                 up = tl.load(up_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-            # a select among rows keeps Triton from making it once more in the layout that the dot wants
+            # The select among rows keeps Triton from computing the activation again in the layout of the dot.
             x = tl.where(mask_m[:, None], x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))
             x = activated(x, up, ACTIVATION)
             inside = mask_m[:, None] & (offs_k < tl.where(pid_r == 0, K, 0))[None, :]
@@ -109,7 +112,8 @@ def _shrink_kernel(
                 offs_byte = k * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
                 counter = offs_m[:, None] * row_bytes + offs_byte[None, :]
                 bits = keep_bits(seeds[i], counter, thresholds[i])
-                inside = mask_m[:, None] & (8 * offs_byte < tl.where(pid_r == 0, K, 0))[None, :]  # by one of these
+                # Only the program of the first columns of s stores the mask.
+                inside = mask_m[:, None] & (8 * offs_byte < tl.where(pid_r == 0, K, 0))[None, :]
                 tl.store(keep_ptrs[i].to(tl.pointer_type(tl.uint8)) + counter, bits.to(tl.uint8), mask=inside)
                 kept = tl.where(unpack_bits(bits), x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))
             a = tl.load(
@@ -127,7 +131,8 @@ def _shrink_kernel(
             tl.store(part_ptrs + split * part_size, accs[i], mask=mask_m[:, None] & (offs_r < Rs[i])[None, :])
             before += Rs[i]
         last = last_to_arrive(arrivals_ptr + pid, splits)
-        mask_m = offs_m < tl.where(last, M, 0)  # the others have nothing more to store
+        # Only the last program to arrive stores s.
+        mask_m = offs_m < tl.where(last, M, 0)
     before = 0
     for i in tl.static_range(ROWS):
         acc = accs[i]
@@ -136,9 +141,11 @@ def _shrink_kernel(
             part_ptrs = parts_ptr + tl.cast(M, tl.int64) * before + offs_m[:, None] * Rs[i] + offs_r[None, :]
             acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
             for j in range(0, tl.where(last, splits, 0), 4):
-                for ahead in tl.static_range(4):  # four loads on their way at a time
+                # Four loads are in flight at a time.
+                for ahead in tl.static_range(4):
                     k = tl.cast(j, tl.int64) + ahead
-                    there = (offs_m * 0 + k < splits)[:, None]  # a block: the interpreter takes no scalar in a mask
+                    # The mask is a block, because the interpreter takes no scalar in a mask.
+                    there = (offs_m * 0 + k < splits)[:, None]
                     part = tl.load(part_ptrs + k * part_size, mask=mask & there, other=0.0, cache_modifier=".cg")
                     acc += part
             before += Rs[i]
@@ -147,14 +154,15 @@ def _shrink_kernel(
 
 
 def draw_noise(x: Tensor, count: int = 1) -> Tensor:
-    """Draw what decides `count` masks for x: as many seeds, int64."""
+    """Draw the seeds of `count` masks for x, int64."""
     return draw_seed(x.device, count)
 
 
 def outputs(x: Tensor, rank: int, dropout_p: float) -> tuple[Tensor, Tensor | None]:
-    """Allocate what `shrink` returns: s `[M, R]`, and with dropout the packed mask `[M, ceil(K/32)]`."""
+    """Allocate the results of `shrink`: s `[M, R]`, and with dropout the packed mask `[M, ceil(K/32)]`."""
+    # Do not use `_mask`, because its branch would force a compiler to decide a symbolic size.
     keep = x.new_empty(x.shape[0], -(-x.shape[1] // 32), dtype=torch.int32) if dropout_p > 0 else None
-    return thin_rows(x, rank), keep  # not `_mask`, which a compiler's symbol would have to decide
+    return thin_rows(x, rank), keep
 
 
 def shrink(
@@ -163,7 +171,7 @@ def shrink(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute s `[M, R]`; with `dropout_p` > 0 draw a seed and return the packed mask `[M, ceil(K/32)]` as well.
 
-    With `noise`, a seed from an earlier `draw_noise(x)`, nothing is drawn: a pure function.
+    With `noise`, a seed from an earlier `draw_noise(x)`, the function draws nothing and is pure.
     """
     s, keeps = _launch_all(x, (a,), (alpha,), (dropout_p,), config, noise)
     return s[0], keeps[0]
@@ -172,13 +180,13 @@ def shrink(
 def shrink_all(
     x: Tensor, rows: Sequence[Row], config: ShrinkConfig | None = None, noise: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Compute `shrink` for several adapters of one x, in one read of it.
+    """Compute `shrink` for several adapters of one x, in one read of x.
 
     Args:
         x: `[M, K]`.
         rows: For each adapter a `[Rᵢ, K]`, alpha and the probability of dropping an element of x.
-        config: Tile to use in place of the rule's.
-        noise: Seeds from an earlier `draw_noise(x, count)`, one for each row with dropout; drawn here without it.
+        config: Tile to use instead of the rule's.
+        noise: Seeds from an earlier `draw_noise(x, count)`, one for each row with dropout; None to draw them here.
 
     Returns:
         Each s `[M, Rᵢ]`, side by side in one buffer, and each packed mask `[M, ceil(K/32)]`, None without dropout.
@@ -190,7 +198,7 @@ def activate_shrink(
     gate: Tensor, up: Tensor | None, activation: str, rows: Sequence[Row],
     config: ShrinkConfig | None = None, noise: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:  # fmt: skip
-    """Compute h = a(gate) · up, `[M, K]`, and `shrink_all` of it on the way.
+    """Compute h = a(gate) · up, `[M, K]`, and `shrink_all` of h on the way.
 
     Args:
         gate: `[M, K]`.
@@ -201,7 +209,7 @@ def activate_shrink(
         noise: As in `shrink_all`.
 
     Returns:
-        h, and what `shrink_all` returns.
+        h, and the results of `shrink_all`.
     """
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     operands = tuple(zip(*rows, strict=True)) or ((), (), ())
@@ -227,7 +235,8 @@ def _launch_all(
 
 
 def _mask(x: Tensor) -> Tensor:
-    allocate = torch.zeros if x.shape[1] % 32 else torch.empty  # the same noise, the same mask, bytes of no element too
+    # Zero a mask with bytes of no element, so that the same noise gives the same mask to the last byte.
+    allocate = torch.zeros if x.shape[1] % 32 else torch.empty
     return allocate(x.shape[0], -(-x.shape[1] // 32), dtype=torch.int32, device=x.device)
 
 
@@ -236,7 +245,7 @@ def _settle(
     x: Facts, up: Facts | None, noise: Facts | None, operands: tuple[Facts, ...], device: torch.device,
     ps: tuple[float, ...], precision: str, activation: str | None, config: ShrinkConfig | None, imagined: object,
 ) -> tuple[Launch, tuple[int, ...], int, int, int]:  # fmt: skip
-    """The launch, the ranks, how many masks, the size of the parts of split sums, and the blocks of s."""
+    """Settle the launch; return it with the ranks, the number of masks, the size of all parts, and the blocks of s."""
     if max(ps, default=0) >= 1:
         raise ValueError(f"shrink: dropout_p must be below 1 but is {max(ps)}; nothing of x would be left to read.")
     (rows, inner), ranks, masks = x.shape, tuple(a.shape[0] for a in operands), sum(p > 0 for p in ps)

@@ -1,7 +1,7 @@
 """Shrink and wgrad of one operand: ds = alpha · dy B and dB = dyᵀ s, from one read of dy where that pays.
 
-At small ranks it is one launch of the wgrad kernel, whose tiles of dy serve both products. At larger ones the fp32
-parts of ds weigh as much as a second read of dy, and it is two launches.
+At small ranks, one launch of the wgrad kernel computes both, because its tiles of dy serve both products. At larger
+ranks there are two launches, because the fp32 parts of ds weigh as much as a second read of dy.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ def shrink_wgrad(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute ds = alpha · dy B, `[M, r]`, in the dtype of dy, and dB = dyᵀ s, `[out, r]`, in `out_dtype`.
 
-    With `into`, dB is added to that and None stands in its place. `ds`, of `stack`, is where ds goes, at ranks that are
-    stacked: up to 32.
+    With `into`, dB is added to `into`, and None is returned for dB. `ds`, a result of `stack`, is the tensor to write
+    ds to; only for ranks up to 32, which `stack` serves.
     """
     if not shrink_wgrad_pays(s.shape[1]):
         if ds is not None:
@@ -35,11 +35,11 @@ def shrink_wgrad(
 
 
 def stack(dy: Tensor, adapters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Make room for the ds of several adapters side by side, and copy their A so: for dx += ds A of all in one product.
+    """Allocate the ds of several adapters side by side and stack their A, for dx += ds A of all in one product.
 
     Args:
         dy: `[M, *]`.
-        adapters: A `[rᵢ, K]` of each, in dtypes of their own, of ranks that fill 16 bytes in that of dy.
+        adapters: A `[rᵢ, K]` of each, in any dtypes; each rank is a multiple of 16 bytes in the dtype of dy.
 
     Returns:
         ds `[M, Σrᵢ]` in the dtype of dy; its columns `[M, rᵢ]`, for `shrink_wgrad` to fill; all A `[Σrᵢ, K]`.

@@ -1,13 +1,13 @@
-"""Wgrad: contract two tall operands over their rows, deterministically; on the way, shrink the wide one.
+"""Wgrad: contract two tall operands over their rows, deterministically, and shrink the wide operand on the way.
 
     g[c, d] = Σₘ left[m, c] · keep[m, d] right[m, d]       for one left operand of right, or several
-    ds[m, t] = alpha · Σ_w wide[m, w] b[w, t]              where asked for, from the same read of the wide operand
+    ds[m, t] = alpha · Σ_w wide[m, w] b[w, t]              on request, from the same read of the wide operand
 
     left   [M, C]          any strides   bf16, fp16 or fp32
     right  [M, D]          any strides   dtype of left
     keep   [M, ceil(D/32)]  bit-packed, int32, as `shrink` writes it, or none
-    g      [C, D]          contiguous, in the dtype asked for, straight from the fp32 sums; or a gradient that is there
-                           already, any strides, to which the sums are added
+    g      [C, D]          contiguous, in the requested dtype, straight from the fp32 sums; or an existing gradient, any
+                           strides, to which the sums are added
     b      [W, T]          any strides   dtype of left, or fp32: rounded to it as it is read; W and T are the widths of
                                          the wide and of the thin operand
     ds     [M, T]          rows padded to 16 bytes, dtype of left
@@ -18,17 +18,17 @@
     dAᵢ        dsᵢ [M, rᵢ]  x [M, in]      [rᵢ, in] each     -                        keepᵢ: one read of x for all
     MLP        as dA of h, as dB and ds of dg and du: one read of g, u and dh
 
-Inside an MLP the wide operands are made on the way: h = a(g) · u, du = dh · a(g) and dg = dh · u · a'(g) of tiles of g,
-u and dh [M, W]; dg and du are stored, h is not.
+Inside an MLP the kernel makes the wide operands on the way: h = a(g) · u, du = dh · a(g) and dg = dh · u · a'(g) from
+tiles of g, u and dh [M, W]. dg and du are stored, h is not.
 
-Either side may be the wide one. The wide side goes into the rows of the dot, where tiles of 64 and more use the
-fast tensor-core instructions; the output's strides put the result the right way round.
+Either side may be the wide one. The wide side goes into the rows of the dot, because tiles of 64 rows and more use the
+fast tensor-core instructions. The output's strides carry the transpose.
 
-The rows are split among programs and so are the wide columns, so both results come in parts: in fp32, to buffers of
-their own. Of the programs that share a result, the last to finish adds the parts, in a fixed order whoever it is: the
-same inputs give the same bits, and no second launch is needed.
+The rows and the wide columns are split among programs, so both results come in fp32 parts, in buffers of their own. The
+last program to finish a result adds its parts. The order of the sum is fixed, so the same inputs give the same bits
+whichever program is last, and no second launch is needed.
 
-On sm_90 and later the launch is a programmatic dependent one. Where the launch before it is the dx that needed the
+On sm_90 and later the launch is a programmatic dependent launch. Where the launch before it is the dx that needs the
 same ds, its programs read x while the last tiles of dx still run on the other multiprocessors.
 
 Cost: reads the wide operand once (thin sides <= 64), M·W·itemsize bytes, + 8·W·T bytes a split and, with ds, + 8·M·T
@@ -58,7 +58,8 @@ __all__ = ["DGATE", "DUP", "Activation", "H", "Product", "Row", "Shrink", "launc
 
 Shrink = tuple[Tensor, Tensor, float]  # b [W, T], ds [M, T], alpha
 Row = tuple[Tensor, torch.dtype, Tensor | None]  # left [M, C], the dtype of g, keep
-H, DGATE, DUP = range(3)  # the wide operands that an activation makes
+# The wide operands that an activation makes.
+H, DGATE, DUP = range(3)
 
 
 class Product(NamedTuple):
@@ -69,8 +70,8 @@ class Product(NamedTuple):
         g: `[W, T]`, any strides; written.
         keep: Packed mask `[M, ceil(W/32)]` of the wide operand, or None.
         shrink: b, ds and alpha, to compute ds = alpha · wide b as well; T at most a tile wide.
-        accumulate: Whether to add to what `g` holds.
-        wide: Which of the operands that an activation makes is the wide one.
+        accumulate: Whether to add the product to `g`.
+        wide: H, DGATE or DUP: the wide operand, where an activation makes it.
     """
 
     thin: Tensor
@@ -82,7 +83,7 @@ class Product(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """What the wide operands are made of besides g, and where two of them go: all `[M, W]`, dg and du contiguous."""
+    """The operands of an activation besides g, and the outputs for dg and du: all `[M, W]`, dg and du contiguous."""
 
     name: str
     up: Tensor | None
@@ -91,7 +92,7 @@ class Activation(NamedTuple):
     dup: Tensor | None
 
 
-_AS_IT_IS = Activation(None, None, None, None, None)
+_NO_ACTIVATION = Activation(None, None, None, None, None)
 _NO_SHRINK = (None, None, 1.0)
 
 
@@ -107,8 +108,8 @@ def _wgrad_kernel(
     IS_SPLIT: tl.constexpr, ACCUMULATE: tl.constexpr, PDL: tl.constexpr, READY: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Each program owns BLOCK_W by BLOCK_T elements of one split's part of every g, and walks the rows of the split."""
-    # HAS_KEEP says for reports what the pointers say here: whether there is a mask
+    """Compute BLOCK_W by BLOCK_T elements of one split's part of every g in each program, in a walk over its rows."""
+    # HAS_KEEP says whether any product has a mask; `inspect` cannot read that from the tuple `keep_ptrs`.
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     pid, tiles = tl.program_id(0), tl.num_programs(0)
@@ -137,7 +138,8 @@ def _wgrad_kernel(
     accs = ()
     for _ in tl.static_range(ROWS):
         accs = accs + (tl.zeros((BLOCK_W, BLOCK_T), tl.float32),)
-    steps = tl.maximum(rows_per_split // BLOCK_M, 1)  # a whole number of blocks by construction
+    # `rows_per_split` is a multiple of BLOCK_M by construction.
+    steps = tl.maximum(rows_per_split // BLOCK_M, 1)
     for step in range(steps):
         offs_m = split * rows_per_split + tl.cast(step, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
@@ -145,8 +147,8 @@ def _wgrad_kernel(
             wide_ptr + offs_m[:, None] * stride_wm + offs_w[None, :] * stride_ww,
             mask=mask_m[:, None] & mask_w[None, :], other=0.0,
         )  # fmt: skip
-        # the products of a tile must all take it from registers, or all from shared memory (docs/traps.md), and in TF32
-        # one of two turns its tile in registers
+        # All products of a tile must take it from registers, or all from shared memory (docs/traps.md). The select puts
+        # the tile in registers, because one of the two products in TF32 turns the tile there.
         if HAS_SHRINK and PRECISION == "tf32" and ACTIVATION is None:
             wide = tl.where(mask_m[:, None], wide, tl.zeros((BLOCK_M, BLOCK_W), wide.dtype))
         wides = (wide,)
@@ -156,11 +158,12 @@ def _wgrad_kernel(
             if up_ptr is not None:
                 up = tl.load(up_ptr + offs_m[:, None] * stride_um + offs_w[None, :] * stride_uw, mask=mask, other=0.0)
             dh = tl.load(dh_ptr + offs_m[:, None] * stride_hm + offs_w[None, :] * stride_hw, mask=mask, other=0.0)
-            # a select among rows keeps Triton from making all of it once more for each layout that a dot wants
+            # The select among rows keeps Triton from computing the activation again for each layout of a dot.
             wide = tl.where(mask_m[:, None], wide, tl.zeros((BLOCK_M, BLOCK_W), wide.dtype))
             wides = activation_gradient(wide, up, dh, ACTIVATION)
             here = offs_m[:, None] * W + offs_w[None, :]
-            mask = mask_m[:, None] & (offs_w < tl.where(pid_t == 0, W, 0))[None, :]  # by one of those that share it
+            # Only the program of the first thin columns stores dg and du.
+            mask = mask_m[:, None] & (offs_w < tl.where(pid_t == 0, W, 0))[None, :]
             tl.store(dgate_ptr + here, wides[1], mask=mask)
             if up_ptr is not None:
                 tl.store(dup_ptr + here, wides[2], mask=mask)
@@ -174,7 +177,8 @@ def _wgrad_kernel(
             if keep_ptrs[i] is not None:
                 words = load_kept(keep_ptrs[i], offs_m, M, block * BLOCK_W, W, BLOCK_W)
                 right = tl.where(kept(words, BLOCK_W), right, tl.zeros((BLOCK_M, BLOCK_W), right.dtype))
-            elif HAS_KEEP and ACTIVATION is None:  # from registers, as the masked ones
+            elif HAS_KEEP and ACTIVATION is None:
+                # Take the tile from registers, as the masked products do.
                 right = tl.where(mask_m[:, None], right, tl.zeros((BLOCK_M, BLOCK_W), right.dtype))
             sums = sums + (tl.dot(tl.trans(right), thin, accs[i], input_precision=PRECISION),)
             if b_ptrs[i] is not None:
@@ -186,9 +190,11 @@ def _wgrad_kernel(
         accs = sums
 
     if READY:
-        tl.extra.cuda.gdc_wait()  # nothing read so far is of the launch before; what is written now it may still read
+        # Nothing read so far is written by the launch before. That launch may still read memory that is written below.
+        tl.extra.cuda.gdc_wait()
     part_size = tl.cast(W, tl.int64) * thinness
-    AT_ONCE: tl.constexpr = 4 if BLOCK_W * BLOCK_T <= 4096 else 1  # parts on their way at a time
+    # Number of parts in flight at a time.
+    AT_ONCE: tl.constexpr = 4 if BLOCK_W * BLOCK_T <= 4096 else 1
     if IS_SPLIT:
         before = 0
         for i in tl.static_range(ROWS):
@@ -207,11 +213,12 @@ def _wgrad_kernel(
             for j in range(0, tl.where(last, splits, 0), AT_ONCE):
                 for ahead in tl.static_range(AT_ONCE):
                     k = tl.cast(j, tl.int64) + ahead
-                    there = (offs_w * 0 + k < splits)[:, None]  # a block: the interpreter takes no scalar in a mask
+                    # The mask is a block, because the interpreter takes no scalar in a mask.
+                    there = (offs_w * 0 + k < splits)[:, None]
                     g_part = tl.load(g_part_ptrs + k * part_size, mask=mask_g & there, other=0.0, cache_modifier=".cg")
                     acc += g_part
             before += Ts[i]
-            # the others have nothing more to store
+            # Only the last program to arrive stores g.
             mask_g = (offs_w < tl.where(last, W, 0))[:, None] & (offs_t < Ts[i])[None, :]
         g_block = g_ptrs[i] + offs_w[:, None] * strides_gw[i] + offs_t[None, :] * strides_gt[i]
         if ACCUMULATE[i]:
@@ -221,7 +228,8 @@ def _wgrad_kernel(
     if HAS_SHRINK:
         last = last_to_arrive(arrivals_ptr + tiles + split, tiles)
         blocks, before = tiles // num_t, 0
-        DS_AT_ONCE: tl.constexpr = 128 // BLOCK_T  # parts on their way at a time: one after the other takes too long
+        # Number of parts in flight at a time, because one part after the other takes too long.
+        DS_AT_ONCE: tl.constexpr = 128 // BLOCK_T
         offs_t = tl.arange(0, BLOCK_T)
         for i in tl.static_range(ROWS):
             if b_ptrs[i] is not None:
@@ -232,8 +240,8 @@ def _wgrad_kernel(
                     mask = (offs_m < M)[:, None] & (offs_t < Ts[i])[None, :]
                     ds = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
                     for j in range(0, blocks, DS_AT_ONCE):
-                        # one by one: Triton 3.6 adds up the first side of a tile by way of shared memory, in sixteen
-                        # times the fewest passes, where rows of T are not known to lie on 16 bytes
+                        # Add the parts one by one, because Triton 3.6 sums the first side of a tile through shared
+                        # memory, in sixteen times the fewest passes, where rows of T are not known to lie on 16 bytes.
                         for ahead in tl.static_range(DS_AT_ONCE):
                             k = tl.cast(j, tl.int64) + ahead
                             part_rows = k * M + offs_m[None, :, None]
@@ -251,21 +259,21 @@ def wgrad(
     left: Tensor, right: Tensor, out_dtype: torch.dtype, keep: Tensor | None = None, *,
     into: Tensor | None = None, ready: bool = False, shrink: Shrink | None = None, config: WgradConfig | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """Compute g = leftᵀ (right · keep), `[C, D]`, in `out_dtype`; with `shrink` fill its ds on the way.
+    """Compute g = leftᵀ (right · keep), `[C, D]`, in `out_dtype`; with `shrink` fill the ds of `shrink` on the way.
 
     Args:
         left: `[M, C]`.
         right: `[M, D]`.
         out_dtype: Dtype of g.
         keep: Packed mask `[M, ceil(D/32)]` of `right`, or None.
-        into: A tensor `[C, D]` to which g is added; then nothing is returned.
-        ready: Whether the launch before this one is a `matmul_expand` and wrote neither `left`, `right` nor `keep`,
-            so that they may be read while it still runs; not with `shrink`, which stores on the way.
+        into: A tensor `[C, D]` to which g is added; the function then returns None.
+        ready: Whether the launch before this one is a `matmul_expand` that writes none of `left`, `right` and `keep`,
+            so that this launch may read them early; not with `shrink`, which stores on the way.
         shrink: b, ds and alpha, to compute ds = alpha · left b as well; not with `keep`, and D at most a tile wide.
-        config: Tile to use in place of the rule's.
+        config: Tile to use instead of the rule's.
     """
     g = left.new_empty(left.shape[1], right.shape[1], dtype=out_dtype) if into is None else into
-    # a mask belongs to `right` and a shrink to `left`, so with one that side is the wide one whatever its width
+    # A mask makes `right` the wide side and a shrink makes `left` the wide side, whatever the widths.
     right_is_wide = keep is not None or (shrink is None and right.shape[1] >= left.shape[1])
     wide, thin, turned = (right, left, g.t()) if right_is_wide else (left, right, g)
     launch(wide, (Product(thin, turned, keep, shrink, into is not None),), ready=ready, config=config)
@@ -279,11 +287,12 @@ def wgrad_all(
     """Compute gᵢ = leftᵢᵀ (right · keepᵢ), `[Cᵢ, D]`, for several left operands, in one read of `right`.
 
     Args:
-        rows: For each its left `[M, Cᵢ]`, the dtype of g, and the packed mask `[M, ceil(D/32)]` of `right` or None.
+        rows: For each row left `[M, Cᵢ]`, the dtype of g, and the packed mask `[M, ceil(D/32)]` of `right` or None.
         right: `[M, D]`, the wide operand.
         ready: As in `wgrad`.
-        config: Tile to use in place of the rule's.
-        into: For each a tensor `[Cᵢ, D]`, no two the same, to which its g is added and then not returned, or None.
+        config: Tile to use instead of the rule's.
+        into: For each row a tensor `[Cᵢ, D]` to which its g is added, or None. The tensors must be distinct. None is
+            returned for a g that was added.
     """
     into = into or (None,) * len(rows)
     gs = [
@@ -302,16 +311,16 @@ def launch(
     wide: Tensor, products: Sequence[Product], activation: Activation | None = None, ready: bool = False,
     config: WgradConfig | None = None,
 ) -> None:  # fmt: skip
-    """Compute the g and ds of every product, in one read of what the wide operands are made of.
+    """Compute the g and ds of every product, in one read of the wide operand or of the operands that make it.
 
     Args:
         wide: The wide operand `[M, W]`; with `activation` the g of its formula.
-        products: What is computed of it; with `activation` there may be none.
-        activation: Makes the wide operands, which are stored on the way.
+        products: The products; with `activation` there may be none.
+        activation: Makes the wide operands; dg and du are stored on the way.
         ready: As in `wgrad`; not with `activation` either.
-        config: Tile to use in place of the rule's.
+        config: Tile to use instead of the rule's.
     """
-    a = activation or _AS_IT_IS
+    a = activation or _NO_ACTIVATION
     thins, gs, keeps, shrinks, accumulate, wides = zip(*products, strict=True) if products else ((),) * 6
     bs, dss, alphas = zip(*[shrink or _NO_SHRINK for shrink in shrinks], strict=True) if products else ((),) * 3
     settled, g_size, ds_size, counted = _settle(
@@ -334,7 +343,7 @@ def _settle(
     device: torch.device, keeps: tuple[Facts | None, ...], accumulate: tuple[bool, ...], ready: bool, precision: str,
     config: WgradConfig | None, imagined: object,
 ) -> tuple[Launch, int, int, int]:  # fmt: skip
-    """The launch, the sizes of the parts of g and of ds, and the counters."""
+    """Settle the launch; return it with the sizes of the parts of g and of ds and the number of counters."""
     (rows, width), dtype = made_of[0].shape, made_of[0].dtype
     widths, shrunk = [thin.shape[1] for thin in thins], [b.shape[1] for b in bs if b is not None]
     strided = all(1 not in t.strides for t in made_of if t) or any(1 not in b.strides for b in bs if b)
@@ -374,5 +383,5 @@ def _settle(
 
 
 def _strides(operands: tuple[Facts | None, ...]) -> tuple[tuple[int, ...] | None, ...]:
-    """The row strides and the column strides of several operands, 0 for one that is not there."""
+    """Return the row strides and the column strides of several operands, 0 for a missing operand."""
     return tuple(zip(*(t.strides if t else (0, 0) for t in operands), strict=True)) or (None, None)

@@ -1,1 +1,1 @@
-"""Time and memory, the shapes they are taken of, and the machine they are taken on."""
+"""Measurement of time and memory: the timer, the shapes to measure, and the facts of the machine."""

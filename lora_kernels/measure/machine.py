@@ -1,4 +1,4 @@
-"""What a figure was measured on: hardware and versions, beside every JSON file that a command writes."""
+"""The origin of a figure: the hardware and versions that go into every JSON file of a command."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ __all__ = ["caption", "check_file", "machine", "version_of", "write_json"]
 
 
 def machine() -> dict[str, Any]:
-    """Hardware and versions; None for what this machine does not have."""
+    """Return hardware and versions; None for parts that this machine does not have."""
     return {
         "gpu": _gpu(),
         "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
 
 
 def caption(made_on: dict[str, Any]) -> str:
-    """One line that says where figures come from, for under a table."""
+    """Return one line on the origin of figures, to print under a table."""
     gpu, cpu = made_on["gpu"], made_on["cpu"]
     parts = [f"{gpu['name']}, driver {gpu['driver']}" if gpu else f"CPU: {cpu['model']}, threads: {cpu['threads']}"]
     parts += [f"{name} {made_on[name]}" for name in ("torch", "triton", "peft", "lora_kernels") if made_on[name]]
@@ -41,7 +41,7 @@ def caption(made_on: dict[str, Any]) -> str:
 
 
 def version_of(package: str) -> str | None:
-    """The installed version of a package, without importing it."""
+    """Return the installed version of a package, without importing the package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -49,10 +49,10 @@ def version_of(package: str) -> str | None:
 
 
 def check_file(option: str, path: str | os.PathLike[str]) -> None:
-    """Refuse a file that cannot be written now, rather than after all was measured.
+    """Refuse a file that cannot be written, before the measurement rather than after it.
 
     Raises:
-        ValueError: It is a folder, or its folder cannot be made or written.
+        ValueError: The path is a folder, or its folder cannot be made or written.
     """
     path = Path(path)
     try:
@@ -77,7 +77,7 @@ def write_json(path: str | os.PathLike[str], payload: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinity and no NaN: write them as words."""
+    """Replace infinities and NaN by words, because JSON has neither."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -102,7 +102,7 @@ def _gpu() -> dict[str, Any] | None:
 
 @functools.cache
 def _driver() -> str | None:
-    """The driver's version as nvidia-smi says it; PyTorch does not know."""
+    """Return the driver's version from nvidia-smi, because PyTorch does not know it."""
     try:
         done = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],

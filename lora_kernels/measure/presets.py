@@ -1,4 +1,4 @@
-"""What `bench` can be asked for by name: projections of well-known models, their layers, published sweeps, models."""
+"""Presets of `bench` by name: projections of well-known models, their layers, published sweeps, models."""
 
 from dataclasses import dataclass, replace
 
@@ -7,18 +7,19 @@ __all__ = [
     "with_rows", "with_tokens",
 ]  # fmt: skip
 
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # the linear layers of a decoder layer
+# The linear layers of a decoder layer.
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """x `[m, k]` times a weight `[n, k]`, or several of them.
+    """The shape of x `[m, k]` times a weight `[n, k]`, or times several weights.
 
     Attributes:
         m: Rows: batch times sequence.
         k: in_features.
         n: out_features; of a gated MLP, of gate and of up.
-        label: Which layers have it.
+        label: Names of the layers that have the shape.
         others: out_features of further projections of the same x.
     """
 
@@ -30,7 +31,7 @@ class Shape:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """out_features of every projection."""
+        """Return the out_features of every projection."""
         return (self.n, *self.others)
 
     def __str__(self) -> str:
@@ -39,17 +40,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class Dims:
-    """A Llama-shaped model, and how many tokens it sees at once.
+    """The dimensions of a Llama-shaped model, and of a batch of tokens.
 
     Attributes:
         hidden: Width of the stream.
         heads: Query heads.
         kv_heads: Key and value heads, a divisor of `heads`.
         intermediate: Width of the MLP.
-        vocab: Entries of embedding and head.
+        vocab: Entries of the embedding and of the head.
         layers: Decoder layers of the small full model.
         batch: Sequences at once.
-        seq: Tokens of a sequence.
+        seq: Tokens per sequence.
     """
 
     hidden: int
@@ -63,12 +64,12 @@ class Dims:
 
     @property
     def head_dim(self) -> int:
-        """Width of a head."""
+        """Return the width of a head."""
         return self.hidden // self.heads
 
     @property
     def tokens(self) -> int:
-        """Rows of every projection."""
+        """Return the rows of every projection."""
         return self.batch * self.seq
 
     def __str__(self) -> str:
@@ -78,10 +79,10 @@ class Dims:
 
 @dataclass(frozen=True)
 class HostedDims(Dims):
-    """A model of transformers with PEFT's adapters, stock and patched.
+    """The dimensions of a model of transformers with PEFT's adapters, stock and patched.
 
     Attributes:
-        name: In `MODELS`.
+        name: The key in `MODELS`.
         tied: Whether embedding and head share their weight.
     """
 
@@ -91,7 +92,7 @@ class HostedDims(Dims):
 
 @dataclass(frozen=True)
 class Preset:
-    """Shapes, the ranks and drop probabilities they are usually run with, and the model they come from, if one."""
+    """Shapes with their usual ranks and drop probabilities, and the model of the shapes, if they come from one."""
 
     shapes: tuple[Shape, ...]
     r: tuple[int, ...] = (16,)
@@ -101,7 +102,7 @@ class Preset:
 
 
 def _decoder(dims: Dims, note: str) -> Preset:
-    """The four kinds of projection that a decoder layer has."""
+    """Return the preset of the four kinds of projection in a decoder layer."""
     hidden, key_value, intermediate, m = dims.hidden, dims.kv_heads * dims.head_dim, dims.intermediate, dims.tokens
     return Preset(
         (
@@ -164,7 +165,7 @@ MODELS: dict[str, HostedDims] = {
 
 
 def block_shape(dims: Dims, block: str) -> Shape:
-    """The "qkv" or the "mlp" of a model's decoder layer."""
+    """Return the shape of the "qkv" or the "mlp" of a model's decoder layer."""
     if block == "mlp":
         return Shape(dims.tokens, dims.hidden, dims.intermediate, "gate, up, down")
     key_value = dims.kv_heads * dims.head_dim
@@ -175,7 +176,7 @@ def parse_shape(text: str, several: bool = False) -> Shape:
     """Read "8192x4096x4096": rows x in_features x out_features; of `several` projections "8192x4096x4096+1024+1024".
 
     Raises:
-        ValueError: It is not positive whole numbers in that form.
+        ValueError: The text is not positive whole numbers in that form.
     """
     *sides, last = text.lower().split("x")
     widths = last.split("+") if several else [last]
@@ -189,16 +190,16 @@ def parse_shape(text: str, several: bool = False) -> Shape:
 
 
 def with_rows(shapes: tuple[Shape, ...], rows: list[int]) -> tuple[Shape, ...]:
-    """The same layers at other numbers of rows."""
+    """Return the same layers at other numbers of rows."""
     layers = dict.fromkeys(replace(shape, m=0) for shape in shapes)
     return tuple(replace(layer, m=m) for layer in layers for m in rows)
 
 
 def with_tokens(dims: Dims, tokens: int) -> Dims:
-    """The same model at another number of tokens, in sequences as long as they were, or one shorter one.
+    """Return the same model at another number of tokens, in sequences of the same length or in one shorter sequence.
 
     Raises:
-        ValueError: The tokens make no whole number of sequences.
+        ValueError: The tokens are not a whole number of sequences.
     """
     if tokens <= dims.seq:
         return replace(dims, batch=1, seq=tokens)
@@ -208,6 +209,6 @@ def with_tokens(dims: Dims, tokens: int) -> Dims:
 
 
 def sized(dims: Dims, layers: int | None, batch: int | None, seq: int | None) -> Dims:
-    """The same model with another number of decoder layers, at another number of sequences or of another length."""
+    """Return the same model with another number of decoder layers, of sequences, or of tokens per sequence."""
     given = {"layers": layers, "batch": batch, "seq": seq}
     return replace(dims, **{name: value for name, value in given.items() if value is not None})

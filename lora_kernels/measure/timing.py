@@ -1,12 +1,14 @@
-"""How `bench` takes a time: one provider after the other, round after round, medians of many.
+"""The timer of `bench`: providers take turns, round after round, and the figures are medians of many calls.
 
-On a GPU a call lies between two CUDA events, after a spin was queued: the host is ahead, so that what is measured is
-the device. The host's own time to issue the call is taken beside it, and how long the spin was: a call that takes the
-host longer is timed with gaps in it (`host_bound`). On a CPU a call lies between two readings of
-`perf_counter`, or, where PyTorch has one thread (OMP_NUM_THREADS=1), of that thread's own CPU time: no other process
-stretches it. What the caches hold before a call is one of `CACHES`: nothing of it, because a buffer larger than any of
-them was written and read ("flush"); nothing of it, because calls take turns over more copies of their operands than fit
-("rotate"); or whatever the call before left there ("warm").
+On a GPU, two CUDA events enclose a call, after a spin is queued. The host is then ahead, so the events measure the
+device. The timer also takes the host's own time to issue the call and the length of the spin, because the time of a
+call that takes the host longer than the spin has gaps (`host_bound`). On a CPU, two readings of `perf_counter` enclose
+a call. Where PyTorch has one thread (OMP_NUM_THREADS=1), the readings are of that thread's own CPU time, which no other
+process stretches.
+
+One of `CACHES` says what the caches hold before a call: none of its operands, because a buffer larger than any cache
+was written and read ("flush"); none of its operands, because calls take turns over more copies of them than fit
+("rotate"); or the data that the call before left there ("warm").
 """
 
 import statistics
@@ -26,31 +28,34 @@ __all__ = [
 PASSES = ("forward", "backward", "both")
 CACHES = ("flush", "rotate", "warm")
 _WARM_UP = 3
-_FLUSH_BYTES = 1 << 28  # several times the L2 cache of any GPU there is
+# The buffer is several times the L2 cache of any GPU.
+_FLUSH_BYTES = 1 << 28
 _MOST_COPIES = 64
-_SPIN_CYCLES = 6_000_000  # about three milliseconds, longer than the host takes to issue one call
-_HOST_SHARE = 0.8  # of the spin, from which on the host may not have been ahead
+# About three milliseconds, longer than the host takes to issue one call.
+_SPIN_CYCLES = 6_000_000
+# From this fraction of the spin on, the host may not have been ahead.
+_HOST_SHARE = 0.8
 
 
 @dataclass(frozen=True)
 class Calls:
-    """What is timed of a provider.
+    """The calls of a provider to time.
 
     Attributes:
-        forward: Computes y, recording what backward needs.
-        backward: Computes the gradients from what `forward` returned; None of a single launch, which has one pass.
+        forward: Computes y, and records the tensors that backward needs.
+        backward: Computes the gradients from the result of `forward`; None for a single launch, which has one pass.
     """
 
     forward: Callable[[], Any]
     backward: Callable[[Any], Any] | None = None
 
     def whole(self) -> Any:
-        """Run all there is, forward and backward."""
+        """Run forward, and backward if there is one."""
         state = self.forward()
         return state if self.backward is None else self.backward(state)
 
     def split(self, name: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-        """The untimed preparation and the timed part of a pass."""
+        """Return the untimed preparation and the timed part of a pass."""
         if name == "forward":
             return (lambda: None), (lambda _: self.forward())
         if name == "backward":
@@ -59,7 +64,7 @@ class Calls:
 
 
 class Sample(NamedTuple):
-    """One timed call, in seconds: what it took, and on a GPU what it took the host and how far that was ahead."""
+    """The times of one call in seconds: of the call, and on a GPU of the host to issue it and of the spin before it."""
 
     seconds: float
     host: float | None = None
@@ -70,18 +75,18 @@ Measure = Callable[[Callable[[], Any], Callable[[Any], Any]], Sample]
 
 
 def clock(device: torch.device, flush: bool | None = None) -> Measure:
-    """A function of a preparation and a call: times the call.
+    """Return a function of a preparation and a call that times the call.
 
     Args:
-        device: Where the calls run.
-        flush: Whether a buffer larger than the caches takes their place before each call; on a GPU by default.
+        device: The device of the calls.
+        flush: Whether to fill the caches with a buffer larger than they are before each call; on a GPU by default.
     """
     flush = device.type == "cuda" if flush is None else flush
     buffer = torch.empty(_FLUSH_BYTES // 4 if flush else 0, device=device)
     total = torch.empty((), device=device)
 
     def fill_caches() -> None:
-        """Put the buffer into the caches; read last, for lines that were written would be stored during the call."""
+        """Put the buffer into the caches; read it last, because written lines would be stored during the call."""
         if flush:
             torch.sum(buffer.zero_(), dim=0, out=total)
 
@@ -107,7 +112,8 @@ def clock(device: torch.device, flush: bool | None = None) -> Measure:
         torch.cuda._sleep(_SPIN_CYCLES)
         start.record()
         began = time.perf_counter()
-        kept = call(state)  # held until after the end, so that freeing is not timed
+        # Hold the result until after the end, so that its release is not timed.
+        kept = call(state)
         host = time.perf_counter() - began
         end.record()
         end.synchronize()
@@ -118,21 +124,22 @@ def clock(device: torch.device, flush: bool | None = None) -> Measure:
 
 
 def cpu_timer() -> Callable[[], float]:
-    """The clock a CPU's times are read from; its name says which."""
+    """Return the clock of CPU times; the name of the function says which clock it is."""
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def copies_for(size: int) -> int:
-    """How many copies of operands of `size` bytes to rotate so that none is in a cache when its turn comes again."""
+    """Return how many copies of operands of `size` bytes to rotate, so that none is still cached at its next turn."""
     return min(_MOST_COPIES, 1 - (-_FLUSH_BYTES // max(size, 1)))
 
 
 def rotated(copies: Sequence[Calls], turn: Iterator[int]) -> Calls:
-    """The same calls over one copy of the operands after the other; a backward stays with its forward's copy.
+    """Return calls that rotate over copies of the operands; a backward stays with its forward's copy.
 
     Args:
-        copies: One for each copy of the operands.
-        turn: Counts up; shared by all who read the same copies, or one would find what another has just read.
+        copies: The calls on each copy of the operands.
+        turn: Counts up. All calls that read the same copies share it, because otherwise one call would find in the
+            caches a copy that another has just read.
     """
 
     def forward() -> Any:
@@ -145,7 +152,7 @@ def rotated(copies: Sequence[Calls], turn: Iterator[int]) -> Calls:
 
 
 def schedule(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
-    """Who is timed when: all once a round, and each round begun by the next, so that no place in line is fixed."""
+    """Yield the order of timed calls: each name once a round, and each round begins with the next name, to be fair."""
     for i in range(rounds):
         first = i % len(names) if names else 0
         yield from ((i, name) for name in (*names[first:], *names[:first]))
@@ -158,14 +165,14 @@ def time_all(
     """Time every provider in turn.
 
     Args:
-        calls: Provider name to what is timed.
-        passes: Which of `PASSES`.
-        rounds: Timed calls of each.
-        measure: See `clock`.
-        tick: Called after each provider's turn.
+        calls: The calls to time, by provider name.
+        passes: Some of `PASSES`.
+        rounds: Timed calls of each pass of each provider.
+        measure: A function that `clock` returns.
+        tick: A function to call after each provider's turn.
 
     Returns:
-        Provider name to pass to `summary` of the seconds.
+        The `summary` of the seconds, by provider name and pass.
     """
     samples: dict[str, dict[str, list[Sample]]] = {}
     for name in calls:
@@ -180,7 +187,7 @@ def time_all(
 
 
 def summary(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Median and spread of the seconds, medians of the rest."""
+    """Return the median and the spread of the seconds, and the medians of the other times."""
     seconds, *others = zip(*samples, strict=True)
     host, spin = (None if None in taken else statistics.median(taken) for taken in others)
     q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
@@ -191,13 +198,13 @@ def summary(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def host_bound(taken: dict[str, Any]) -> bool:
-    """Whether a time, as `summary` gives it, may be the host's: issuing the call took about as long as the spin."""
+    """Return whether a time of `summary` may be the host's: the call took about as long to issue as the spin lasts."""
     host, spin = taken.get("host_median"), taken.get("spin_median")
     return host is not None and spin is not None and host > _HOST_SHARE * spin
 
 
 def graphed(calls: Calls) -> Calls:
-    """The same work replayed from CUDA graphs: forward and backward, each captured once."""
+    """Return calls that replay the same work from CUDA graphs: forward and backward, each captured once."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -214,13 +221,14 @@ def graphed(calls: Calls) -> Calls:
 
     def replay_backward(_: Any) -> Any:
         backward.replay()
-        return kept  # holding the outputs keeps the graphs' memory
+        # A reference to the outputs keeps the graphs' memory.
+        return kept
 
     return Calls(forward.replay, replay_backward)
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype, measure: Measure) -> dict[str, Any]:
-    """What this machine reaches on its best day, measured here and now: a large matmul, and a large copy."""
+    """Measure the peak rates that this machine reaches now: a large matmul, and a large copy."""
     size, numel = (8192, 1 << 28) if device.type == "cuda" else (1024, 1 << 24)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     matmul = min(_repeat(measure, lambda: a @ b))
