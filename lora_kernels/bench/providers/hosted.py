@@ -41,8 +41,9 @@ class HostedModel(nn.Module):
     def embedding(self, tokens: Tensor) -> Tensor:
         """Embed tokens `[batch, seq]` to `[batch, seq, hidden]`, with unit variance.
 
-        A trained model's residual stream has unit variance. A smaller embedding would be drowned by the layers' outputs.
-        A change in one layer would then change the whole output, which would not measure the size of the change.
+        A trained model's residual stream has unit variance as well. The layers' outputs would drown a smaller
+        embedding. A change in one layer would then change the whole output, so that the size of the change could not
+        be judged by the output.
         """
         return self.llama.get_input_embeddings()(tokens) / self.llama.config.initializer_range
 
