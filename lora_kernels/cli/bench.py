@@ -6,8 +6,8 @@ split as LoRAFusion splits it. Each is checked against float64 first; a baseline
 are relative to a matmul measured in this run. Other levels time each launch alone (kernel), a whole decoder layer
 (decoder), and training steps of a small model (model). --model times training steps of transformers' Llama with PEFT's
 adapters, stock and patched. --block times the layers of a block together: q, k and v of one input (qkv), the gated MLP
-(mlp), a decoder layer (layer). On a CPU that other processes use, set OMP_NUM_THREADS=1: the CPU time of one thread is
-steadier.
+(mlp), a decoder layer (layer). On a CPU that other processes use, set OMP_NUM_THREADS=1: times are then the CPU time of
+that one thread, which is steadier.
 
   lora-kernels bench                                              a preset that fits this machine
   lora-kernels bench --preset cpu-sweep --no-compile              a sweep for a CPU: 10 shapes, 2 ranks, dropout or none

@@ -119,7 +119,7 @@ class _Demo:
             self.console.print(Panel(Text(sample), title=title, title_align="left", border_style="dim"))
         return self._finish(time.perf_counter() - start)
 
-    # The chapters
+    # The steps of the demo
 
     def _tell_text(self) -> None:
         self._heading("Text")
@@ -221,7 +221,7 @@ class _Demo:
             machine.write_json(self.args.json, payload | dict(seconds=seconds))
         return 1 if failed else 0
 
-    # The tools
+    # Training and measurement
 
     def _train(self, corpus: Corpus, curve: str, steps: int, rate: float, first_step: int) -> None:
         """Train the parameters that require grad, and measure the held-out losses eight times on the way."""
@@ -274,7 +274,7 @@ class _Demo:
         self.model.train()
         return "".join(c if c.isprintable() or c == "\n" else "�" for c in sample)
 
-    # The words
+    # Output
 
     def _heading(self, text: str) -> None:
         self.console.print(f"\n{text}", style="bold")

@@ -31,7 +31,7 @@ def names_for(dtype: torch.dtype, backend: str, compiled: bool) -> list[str]:
     names = [name for name in PROVIDERS if compiled or "compiled" not in name]
     if dtype not in (torch.bfloat16, torch.float16):
         names = [name for name in names if "fp32" not in name]
-    # in PyTorch's operators the split graph is the addmm chain
+    # with the torch backend, "ours_torch" equals "ours" and "split" the addmm chain
     return [name for name in names if name not in ("ours_torch", "split") or backend == "triton"]
 
 
