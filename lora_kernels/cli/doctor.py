@@ -123,7 +123,7 @@ def _tuned(device: torch.device, routes: dict[str, dict[str, str]]) -> str:
     if device.type != "cuda" or all(route["backend"] != "triton" for route in routes.values()):
         return "nothing to tune: without the fused kernels every product has one form"
     gpu = torch.cuda.get_device_name(device)
-    choices, file = tuned.in_use(gpu), _kept_in()
+    choices, file = tuned.in_use(gpu), _store_folder()
     own = any(table.gpu == gpu and tuned.versions() in table.choices for _, table in tuned.stored())
     if not choices:
         return f"no choices measured for {gpu} with these versions; the rules choose. Next: lora-kernels tune"
@@ -132,7 +132,7 @@ def _tuned(device: torch.device, routes: dict[str, dict[str, str]]) -> str:
     )
 
 
-def _kept_in() -> str:
+def _store_folder() -> str:
     try:
         return str(cache.directory())
     except RuntimeError:
@@ -167,7 +167,7 @@ def _variables() -> list[dict[str, str | None]]:
         dict(
             name="LORA_KERNELS_CACHE",
             value=os.environ.get("LORA_KERNELS_CACHE"),
-            effect=f"what `lora-kernels tune` measures is kept in {_kept_in()}",
+            effect=f"what `lora-kernels tune` measures is kept in {_store_folder()}",
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""Compile every kernel for several GPUs, none of which has to be present, and check the machine code.
+"""Compile every kernel for several GPUs, none of which has to be present, and report on and check its machine code.
 
 The launchers themselves run for an imagined GPU of each architecture, on shapes that reach every tile of the rules, so
 the kernels are those that a call on that GPU would compile. Each kernel is held to budgets: no spills, tensor cores fed
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compile and check the kernels; return 0 if every budget holds, 1 if one is broken, 2 if none can be compiled."""
     console = on_stdout()
-    wrong = problem() or _unfit(args)
+    wrong = problem() or _option_problem(args)
     if wrong:
         console.print(f"lora-kernels inspect: {wrong}", style="red")
         return 2
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def _unfit(args: argparse.Namespace) -> str:
+def _option_problem(args: argparse.Namespace) -> str:
     """Return what is wrong with the options, or ""."""
     if args.jobs is not None and args.jobs < 1:
         return f"--jobs {args.jobs} is not at least 1."

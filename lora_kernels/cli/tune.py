@@ -92,12 +92,12 @@ def tune(args: argparse.Namespace, console: Console, device: torch.device, gpu: 
         cases = _cases(args, settings)
         # raise now if the file cannot be written, not after everything was measured
         _write(args, gpu, [], [], stored=False)
-        alone = _alone()
+        lock = _tuner_lock()
     except tuned.Busy as error:
         return _refuse(f"somebody tunes on this machine already: {error}; wait for it to end, or end it")
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         return _refuse(str(error))
-    with alone:
+    with lock:
         rows, skipped, stored = _tune_all(args, settings, gpu, timer, cases)
     for table in _tables(rows):
         console.print(table)
@@ -174,7 +174,7 @@ def _cases(args: argparse.Namespace, settings: Settings) -> list[Case]:
     return cases
 
 
-def _alone() -> contextlib.AbstractContextManager[None]:
+def _tuner_lock() -> contextlib.AbstractContextManager[None]:
     """Take the tuner's lock; without a usable directory there is no lock, and storing reports the reason later."""
     with contextlib.ExitStack() as stack:
         try:

@@ -38,7 +38,7 @@ class _Formed(Provider):
     @classmethod
     def of(cls, provider: Provider, taken: dict[str, Form]) -> "_Formed":
         def forward() -> Tensor:
-            with _taking(taken.get("forward")):
+            with _forced(taken.get("forward")):
                 return provider.forward()
 
         given = {f.name: getattr(provider, f.name) for f in fields(Provider)}
@@ -47,11 +47,11 @@ class _Formed(Provider):
 
     def backward(self, y: Tensor, dy: Tensor | None = None) -> tuple[Tensor, ...]:
         """Compute the gradients of the leaves as `Provider.backward` does, in the given form."""
-        with _taking(self.taken.get("backward")):
+        with _forced(self.taken.get("backward")):
             return super().backward(y, dy)
 
 
-def _taking(form: Form | None) -> contextlib.AbstractContextManager[None]:
+def _forced(form: Form | None) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if form is None else plan.forced(*form)
 
 
