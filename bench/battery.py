@@ -1,14 +1,16 @@
-"""Everything a GPU can tell us, in one call of under nine minutes.
+"""Check and time everything on a GPU, in one call of under nine minutes.
 
     python -m bench.battery --out bench/results/<gpu>            correctness, then times and memory of every level
     python -m bench.battery --first --out bench/results/<gpu>    a first run: correctness, races and graphs, the kernels
-                                                                 beside the library, variants, and what time is left for
+                                                                 beside the library, variants; layers and blocks in the
+                                                                 time left
 
-compiles all kernels in parallel, checks them, then times and weighs them, the most telling first. Each result is
-written to its own file as soon as it is there, and log.txt holds what every step prints as it prints it: a run that is
-cut at any moment leaves what it had. What does not fit into the time is skipped and said to be, in summary.json. Steps
-are processes of their own: one that fails or hangs costs its own results and no others. `--rehearse` takes the same way
-on a CPU with tiny shapes, compiled kernels in the emulator of tests/emulator where it can: no figures.
+The battery compiles all kernels in parallel, checks them, then measures times and memory, the most informative steps
+first. Each result is written to its own file at once, and log.txt receives the output of every step as it is printed,
+so a run that is cut at any moment keeps its results so far. Steps that do not fit into the time are skipped, and
+summary.json lists them as skipped. Each step is a process of its own: a step that fails or hangs loses only its own
+results. `--rehearse` runs the same steps on a CPU with tiny shapes, with compiled kernels in the emulator of
+tests/emulator where possible, and gives no figures.
 """
 
 import argparse
@@ -28,14 +30,16 @@ from lora_kernels.measure.machine import write_json
 
 __all__ = ["main", "run_stages"]
 
-_RESERVE_S = 15.0  # for the summary, and for a step that is slow to die
-_LEAST_S = 15.0  # a stage with less than this left is not begun: it would only load PyTorch
+# kept back for the summary, and for a step that is slow to end
+_RESERVE_S = 15.0
+# a stage with less time left is skipped, because it would only load PyTorch
+_LEAST_S = 15.0
 
 
 def run_stages(
     stages: Sequence[Stage], out: Path, minutes: float, rehearsal: bool = False
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Run stages until the time is up; `summary.json` is written anew after each, to be there whatever happens."""
+    """Run stages until the time is up; `summary.json` is rewritten after each, so that it exists after any failure."""
     end, total = time.monotonic() + minutes * 60 - _RESERVE_S, sum(map(len, stages))
     records: list[dict[str, Any]] = []
     log = Log(out / "log.txt")
@@ -62,7 +66,7 @@ def run_stages(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the battery; 0 if no step failed, 1 if one did, 2 without a GPU."""
+    """Run the battery; return 0 if no step failed, 1 if one did, 2 without a GPU."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.battery", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -80,8 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     unknown = set(args.only or ()) - set(known)
     if unknown:
         parser.error(f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    # `timeout` and schedulers end a process by SIGTERM, which would end this one alone: a step has its own session.
-    # And a shell has what it runs in the background ignore SIGINT, which the steps would inherit.
+    # `timeout` and schedulers end a process by SIGTERM. By default SIGTERM would end this process alone, because each
+    # step has its own session. A shell makes background processes ignore SIGINT, which the steps would inherit.
     handlers = {
         signal.SIGTERM: lambda number, frame: sys.exit(128 + number), signal.SIGINT: signal.default_int_handler,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tables of what the compiled kernels did when they were executed without a GPU, from the budgets that hold it.
+"""Tables of counts from compiled kernels that were executed without a GPU, read from the stored budgets.
 
 The files are `tests/budgets/counters-<Triton>.json`; `python tests/emulator/counters.py --renew` writes them.
 """
@@ -11,15 +11,15 @@ __all__ = ["Budgets", "conflicts", "launches", "reasons", "stored"]
 
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "budgets"
 KIB = 2**10
-# figures of launches by name, by version of Triton
+# Triton's version to launch name to figures
 Budgets = dict[str, dict[str, dict]]
 
 
 def stored(folder: Path = FOLDER) -> Budgets:
-    """All that is stored, the oldest Triton first.
+    """Load all stored counters, the oldest Triton first.
 
     Raises:
-        FileNotFoundError: Nothing is.
+        FileNotFoundError: No counters are stored.
     """
     files = sorted(folder.glob("counters-*.json"), key=lambda file: [*map(int, _version(file).split("."))])
     if not files:
@@ -32,9 +32,9 @@ def _version(file: Path) -> str:
 
 
 def launches(budgets: Budgets, case: str) -> tuple[list[str], list[list[str]]]:
-    """The launches of a case, such as "sm_90 512x512x512 r=16 bf16 p=0 tile 0": a head and rows of cells.
+    """Tabulate the launches of a case, such as "sm_90 512x512x512 r=16 bf16 p=0 tile 0"; return head and rows of cells.
 
-    Bytes and sectors are the newest Triton's.
+    All columns but the ratios by version are those of the newest Triton.
     """
     newest = list(budgets)[-1]
     head = ["launch", "tile", "read, KiB", "formula", "written, KiB", "formula", "sectors / request", "instructions"]
@@ -69,7 +69,7 @@ def _ratio(figures: dict) -> str:
 
 
 def conflicts(budgets: Budgets) -> tuple[list[str], list[list[str]]]:
-    """The most passes over the fewest of any launch, by kernel and operands, architecture and Triton."""
+    """Tabulate the largest ratio of passes to the fewest possible, by kernel and operands, architecture and Triton."""
     columns = [(arch, triton) for arch in ("sm_80", "sm_90") for triton in budgets]
     most: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
     for triton, launches in budgets.items():
@@ -93,7 +93,7 @@ def _operands(name: str, figures: dict) -> str:
 
 
 def reasons(budgets: Budgets) -> Iterator[str]:
-    """Each reason that a budget gives for more passes than the fewest, once."""
+    """Yield once each reason that a budget gives for more passes than the fewest possible."""
     yield from dict.fromkeys(
         figures["why"] for launches in budgets.values() for figures in launches.values() if "why" in figures
     )

@@ -1,15 +1,15 @@
-"""How long the host takes to issue a call, without a GPU: `python -m bench.host`.
+"""Measure how long the host takes to issue a call, without a GPU: `python -m bench.host`.
 
-Our layer, in bf16, runs for an imagined H200: our host code and Triton's is all there, down to the driver, which
-launches nothing (`stub_driver.c`). The others are PyTorch's operators on 4 x 8 fp32 tensors of the CPU, which leave
-next to nothing to compute. Left out are what a driver takes to launch, what PyTorch takes on its way to cuBLAS, its
-questions for the current device and stream, its allocator for GPUs, and the way to autograd's thread; so on a GPU every
-row takes longer, by some microseconds a launch: ours has 2 forward and 3 backward, PEFT's 5 and more, a linear layer's
-1 and 1. `Q/K/V` is three layers of one x: in PEFT one after the other, ours together. All rows are taken in turn, by
-the CPU time of one thread.
+Our bf16 layer runs for an imagined H200: all host code runs, ours and Triton's, down to a driver that launches nothing
+(`stub_driver.c`). The other rows are PyTorch's operators on 4 x 8 fp32 tensors of the CPU, which leave next to nothing
+to compute. Not measured: the driver's time to launch, PyTorch's path to cuBLAS, its queries of the current device and
+stream, its allocator for GPUs, and the handover to autograd's thread. On a GPU every row therefore takes longer, by
+some microseconds a launch: our layer has 2 launches forward and 3 backward, PEFT's 5 and more, a linear layer 1 and 1.
+`Q/K/V` is three layers of one x, which PEFT runs one after the other and our block together. All rows are timed in
+turn, by the CPU time of one thread.
 
-`bound` is the least that any Python `autograd.Function` takes which allocates what LoRA's does, saves as much, and
-launches nothing.
+`bound` is the least time of a Python `autograd.Function` that allocates and saves as much as LoRA's and launches
+nothing.
 """
 
 import argparse
@@ -29,9 +29,11 @@ from lora_kernels.console import on_stdout
 from lora_kernels.measure.machine import caption, machine, write_json
 from lora_kernels.measure.timing import Calls, Sample, cpu_timer, time_all
 
-ROWS, IN, OUT, R = 4, 8, 8, 4  # of the others: nothing to compute
-OURS = (64, 128, 128, 16)  # by descriptors, as most layers are; small, for the CPU maps memory anew for large tensors
-BATCH = 50  # calls between two readings of the clock
+# sizes of the other rows, with next to nothing to compute
+ROWS, IN, OUT, R = 4, 8, 8, 4
+# read by descriptors, as most layers are; small, because a CPU maps memory anew for large tensors
+OURS = (64, 128, 128, 16)
+BATCH = 50  # calls between two clock readings
 PASSES = ("forward", "both")
 
 
@@ -89,7 +91,7 @@ def _ours(count: int = 1) -> Calls:
 
 
 def measure(rounds: int) -> dict[str, dict[str, Any]]:
-    """Seconds of a call of each: name to pass to median and spread."""
+    """Time a call of each row in seconds: name to pass to median and spread."""
     calls = {"nn.Linear": _linear(), "bound": _bound()}
     for name, count in (("", 1), (", Q/K/V", 3)):
         if importlib.util.find_spec("peft"):
@@ -107,7 +109,7 @@ def measure(rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print a table, and write it."""
+    """Print the table of host times and, with --json, write it."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -116,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     os.environ["LORA_KERNELS_BACKEND"] = "triton"
-    plan.backend.interpreting = lambda: True  # lets CPU tensors through to the launchers
+    # let CPU tensors through to the launchers
+    plan.backend.interpreting = lambda: True
     driver = StubDriver()
     with launching():
         taken = measure(args.rounds)

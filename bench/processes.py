@@ -1,7 +1,7 @@
-"""Steps of the battery: processes, some at once, each with a limit; what they print is written down as they print it.
+"""Run the battery's steps as processes, several at once, each with a time limit, and log their output as it comes.
 
-A step whose time is up is interrupted, as by Ctrl-C, so that it can say what it was doing and write what it has; ten
-seconds later it is killed with all its children.
+A step whose time is up is interrupted as by Ctrl-C, so that it can report its progress and write its results so far.
+Ten seconds later the step is killed with all its children.
 """
 
 import contextlib
@@ -21,20 +21,22 @@ __all__ = ["ROOT", "Log", "Step", "run_together"]
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE_S = 10.0  # between an interrupt and the kill
-_AHEAD_S = 20.0  # between the last case that a command with {minutes} begins and the end of its time
+# {minutes} ends this long before the step's limit, but is at least _LEAST_S
+_AHEAD_S = 20.0
 _LEAST_S = 15.0
-_TAIL = 40  # lines of a step's output that the summary keeps
+# lines of a step's output that the summary keeps
+_TAIL = 40
 _TAIL_OF_TESTS = 400
 
 
 @dataclass(frozen=True)
 class Step:
-    """One process.
+    """A step of the battery, run as one process.
 
     Attributes:
-        name: What it is called in the summary.
+        name: The step's name in the summary.
         command: Arguments after `python`; "{file}", "{xml}" and "{minutes}" are filled in.
-        cap_s: The most seconds it may take.
+        cap_s: The time limit in seconds.
         fine: Exit statuses that mean success.
     """
 
@@ -45,13 +47,13 @@ class Step:
 
     @property
     def file(self) -> str | None:
-        """The file it writes."""
+        """Name of the file that the step writes, or None."""
         words = " ".join(self.command)
         return next((f"{self.name}.{kind}" for word, kind in _FILES.items() if word in words), None)
 
     @property
     def lines(self) -> int:
-        """How many lines of its output are kept."""
+        """How many lines of the output the summary keeps."""
         return _TAIL_OF_TESTS if "pytest" in self.command else _TAIL
 
 
@@ -59,7 +61,7 @@ _FILES = {"{file}": "json", "{xml}": "xml"}
 
 
 class Log:
-    """Everything that steps print, in the order in which they do, each line with its step's name."""
+    """A log of the output of all steps, in order of printing, each line with the name of its step."""
 
     def __init__(self, path: Path) -> None:
         self._file, self._lock = path.open("w", encoding="utf-8", errors="replace"), threading.Lock()
@@ -76,20 +78,21 @@ class Log:
 
 
 class _Process:
-    """A step that has begun."""
+    """A running or ended step."""
 
     def __init__(self, step: Step, out: Path, limit: float, log: Log) -> None:
         self.step, self.out, self.limit, self.log = step, out, limit, log
         self.file = out / step.file if step.file else None
         if self.file:
-            self.file.unlink(missing_ok=True)  # what lies there afterwards is this run's
+            # a file found afterwards is then this run's
+            self.file.unlink(missing_ok=True)
         minutes = f"{max(limit - _AHEAD_S, _LEAST_S) / 60:.3f}"
         command = [sys.executable, *(_filled(part, str(self.file), minutes) for part in step.command)]
         paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
         self.began, self.took, self.interrupted = time.monotonic(), 0.0, 0.0
         self.lines: deque[str] = deque(maxlen=step.lines)
-        # a session of its own, so that its children (compilers, test workers) can be ended with it
+        # a session of its own, so that the step's children (compilers, test workers) can be ended with it
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", start_new_session=True,
@@ -103,13 +106,13 @@ class _Process:
             self.log.write(self.step.name, line)
 
     def ended(self) -> bool:
-        """Whether it has; one whose time is up is interrupted, and later killed."""
+        """Check whether the step has ended; interrupt it when its time is up, and kill it later."""
         if self.took:
             return True
         now = time.monotonic()
         if self.process.poll() is not None:
             self.took = now - self.began
-            self.signal(signal.SIGKILL)  # children that it left
+            self.signal(signal.SIGKILL)  # for children left behind
             return True
         if self.interrupted and now > self.interrupted + GRACE_S:
             self.signal(signal.SIGKILL)
@@ -118,17 +121,17 @@ class _Process:
         return False
 
     def interrupt(self) -> None:
-        """As by Ctrl-C."""
+        """Interrupt the step as by Ctrl-C."""
         self.interrupted = time.monotonic()
         self.signal(signal.SIGINT)
 
     def signal(self, number: int) -> None:
-        """Send a signal to it and its children."""
+        """Send a signal to the step and its children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
     def record(self) -> dict[str, Any]:
-        """What became of it."""
+        """Return the step's record for the summary."""
         self.reader.join(GRACE_S)
         self.process.stdout.close()
         status = self.process.returncode
@@ -146,13 +149,13 @@ def _filled(part: str, file: str, minutes: str) -> str:
 
 
 def run_together(steps: Sequence[Step], out: Path, left: float, log: Log) -> list[dict[str, Any]]:
-    """Run steps at once and wait for all of them; a record of each.
+    """Run steps at once, wait for all of them, and return a record of each.
 
     Args:
-        steps: What is run.
-        out: Where their files go.
-        left: Seconds that there are for any of them.
-        log: Where their output goes.
+        steps: The steps.
+        out: Folder of their files.
+        left: Seconds left; no step gets more.
+        log: Log of their output.
     """
     running: list[_Process] = []
     try:
@@ -160,7 +163,8 @@ def run_together(steps: Sequence[Step], out: Path, left: float, log: Log) -> lis
             running.append(_Process(step, out, min(step.cap_s, left), log))
         while not all([one.ended() for one in running]):
             time.sleep(0.05)
-    except BaseException:  # an interrupted battery leaves nothing running
+    # an interrupted battery must leave no step running
+    except BaseException:
         _end_all(running)
         raise
     return [one.record() for one in running]

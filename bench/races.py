@@ -1,14 +1,14 @@
-"""Do launches that overlap give what the same launches give one after the other, to the last bit?
+"""Check that launches that overlap give the same bits as the same launches one after the other.
 
     python -m bench.races --rounds 3000 --json FILE             on a GPU
     python -m bench.races --rounds 2 --emulate sm_90            in the emulator of tests/emulator, small
 
-A round issues what a training step of a layer does: s, y, then ds and dB, dx and dA, each reading what the launch
-before it wrote. On sm_90 and later a launch begins before the one in front of it has ended, dA even reads x by then
-(`ready=True`), and sums that are split are handed from one program to another. Nothing waits in between and nothing is
-poisoned, for either would keep launches apart; now and then another stream takes multiprocessors away. Rounds take
-turns over layers of other numbers, whose results lie in the same memory: whatever is read too early is wrong. What is
-expected comes from launches that each ended before the next was issued, dA with `ready=False`.
+A round issues the launches of a layer's training step: s, y, then ds and dB, dx and dA, which read results of earlier
+launches. On sm_90 and later a launch begins before the launch in front of it has ended, dA even reads x by then
+(`ready=True`), and split sums are handed from one program to another. A round contains no waits and poisons no memory,
+because either would keep launches apart. Now and then another stream takes multiprocessors away. Rounds take turns over
+layers with different numbers, whose results lie in the same memory, so that data read too early is wrong. The expected
+results come from launches that each ended before the next was issued, dA with `ready=False`.
 """
 
 import argparse
@@ -28,18 +28,19 @@ from lora_kernels.measure.machine import write_json
 __all__ = ["LARGE", "SMALL", "Layer", "Machine", "gpu", "race"]
 
 Shape = tuple[int, int, int, int]  # rows, in, out, r
-# full tiles; a rank of two launches for ds and dB; few rows, whose sums are split; sizes that only pointers can read
+# full tiles; a rank with two launches for ds and dB; few rows, so split sums; sizes that descriptors cannot read
 LARGE: tuple[Shape, ...] = ((4096, 4096, 4096, 16), (2048, 4096, 1024, 64), (16, 4096, 4096, 16), (777, 1001, 333, 17))
 SMALL: tuple[Shape, ...] = ((136, 96, 80, 16), (70, 144, 96, 40), (16, 512, 208, 16), (33, 41, 47, 3))
 _LAYERS = 3
-_AHEAD = 8  # rounds that are issued while the GPU is kept busy, so that it finds them waiting
+# rounds issued while the GPU is kept busy, so that their launches queue up
+_AHEAD = 8
 _SPIN_CYCLES = 6_000_000
 _P, _ALPHA = 0.1, 0.7
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The operands of a layer, and the noise that decides its mask."""
+    """The operands of a layer, and the noise that determines its mask."""
 
     x: Tensor
     weight: Tensor
@@ -52,12 +53,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where rounds run.
+    """The machine that runs the rounds: a GPU or the emulator.
 
     Attributes:
-        device: Of the tensors.
+        device: Device of the tensors.
         wait: Waits for all launches.
-        before: Called before each round, with its number.
+        before: Called before each round with the round's number.
     """
 
     device: torch.device
@@ -66,7 +67,7 @@ class Machine:
 
 
 def draw(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Layer:
-    """A layer of random numbers, none of them near 0 on average."""
+    """Draw a layer of random numbers of unit variance."""
     (rows, k, n, r), generator = shape, torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -77,7 +78,7 @@ def draw(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> L
 
 
 def step(q: Layer, ready: bool, wait: Callable[[], None]) -> dict[str, Tensor]:
-    """The launches of a training step, and `wait` after each."""
+    """Issue the launches of a training step, and call `wait` after each."""
     ops = plan.contractions("triton")
     s, keep = ops.shrink(q.x, q.lora_A, _ALPHA, _P, noise=q.noise)
     wait()
@@ -93,19 +94,19 @@ def step(q: Layer, ready: bool, wait: Callable[[], None]) -> dict[str, Tensor]:
 
 
 def race(shape: Shape, rounds: int, machine: Machine, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
-    """In how many rounds each result differed from what was expected.
+    """Count the rounds in which each result differed from the expected one.
 
     Args:
         shape: Rows, in_features, out_features and rank.
-        rounds: How many.
-        machine: Where.
-        dtype: Of all operands.
+        rounds: Number of rounds.
+        machine: The machine that runs them.
+        dtype: Dtype of all operands.
     """
     from lora_kernels.kernels._launch import run_pass
 
     layers = [draw(shape, dtype, machine.device, seed) for seed in range(1, _LAYERS + 1)]
     expected = [step(layer, False, machine.wait) for layer in layers]
-    # one a result, so that they can be counted where they are
+    # one counter per result, on the device
     wrong = {name: torch.zeros((), dtype=torch.int64, device=machine.device) for name in expected[0]}
     for i in range(rounds):
         machine.before(i)
@@ -122,7 +123,7 @@ def _bits(t: Tensor) -> Tensor:
 
 
 def gpu(device: str = "cuda") -> Machine:
-    """A GPU, kept ahead of by the host, with another stream that takes multiprocessors now and then."""
+    """Return a GPU as a `Machine`; the host runs ahead, and another stream takes multiprocessors now and then."""
     beside, other = torch.cuda.Stream(device), torch.randn(1024, 1024, device=device, dtype=torch.float16)
     torch.cuda.synchronize()
 
@@ -138,7 +139,7 @@ def gpu(device: str = "cuda") -> Machine:
 
 @contextmanager
 def emulated(arch: str) -> Iterator[tuple[Machine, Callable[[], list[str]]]]:
-    """The emulator in place of a GPU, each round in another order; and what it has to say of the launches so far."""
+    """Run rounds in the emulator, each in another order; yield the `Machine` and a function listing its problems."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     from emulator import emulator
 
@@ -161,7 +162,7 @@ def _write(file: str | None, **content: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Race every shape and print a line for each; 1 if a result differed, 2 without a GPU."""
+    """Race every shape and print a line for each; return 0, 1 if a result differed, or 2 without a GPU."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.races", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

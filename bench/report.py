@@ -1,7 +1,7 @@
-"""Write docs/benchmarks.md, its pictures and the README's word on GPUs from the files under bench/results/ alone.
+"""Write docs/benchmarks.md, its pictures and the README's GPU status from the files under bench/results/ alone.
 
-`python -m bench.report` writes all of it; with `--check` it exits 1 if the page is not what the files say or one of its
-pictures is not there. A check draws nothing and does not need matplotlib.
+`python -m bench.report` writes the pages and pictures. `--check` exits 1 if the page or the README does not match the
+files, or if a picture is missing. A check draws nothing and does not need matplotlib.
 """
 
 import argparse
@@ -31,7 +31,8 @@ __all__ = ["host_table", "main", "pictures", "render", "status", "with_status"]
 
 _BLOCKS = ("qkv", "mlp")
 _WORDS = {"layer": "Layers", "qkv": "Queries, keys and values", "mlp": "Gated MLP"}
-_PREFIX = "bench-"  # of the pictures, which have their folder to share with others
+# prefix of the pictures, because they share their folder with others
+_PREFIX = "bench-"
 ROOT = Path(__file__).resolve().parent.parent
 _HEAD = """# Benchmarks
 
@@ -60,7 +61,7 @@ single passes, shares of peak and versions are in the JSON files.
 
 
 def render(results: Path) -> str:
-    """The page for a folder of result folders."""
+    """Render the page for a folder of result folders."""
     folders = _folders(results)
     on_gpu = any(content["machine"]["gpu"] for files in folders.values() for content in files.values())
     cases = [case for files in folders.values() for content in files.values() for case in _cases(content)]
@@ -73,7 +74,7 @@ def render(results: Path) -> str:
 
 
 def status(results: Path) -> str:
-    """What the README says of GPUs: which have run this code, or that none has."""
+    """Return the README's GPU status: the GPUs that have run this code, or that none has."""
     folders = _folders(results)
     gpus = {
         content["machine"]["gpu"]["name"]
@@ -85,7 +86,7 @@ def status(results: Path) -> str:
 
 
 def with_status(readme: str, results: Path) -> str:
-    """The README with `status` between its two marks."""
+    """Replace the text between the README's two marks by `status`."""
     return re.sub(
         r"(<!-- gpu-status.*?-->\n).*?(\n<!-- /gpu-status -->)",
         lambda m: m[1] + status(results) + m[2],
@@ -95,7 +96,7 @@ def with_status(readme: str, results: Path) -> str:
 
 
 def pictures(results: Path) -> dict[str, dict[str, Any]]:
-    """The pictures that the page shows: file name to the result file it is drawn from."""
+    """Map the file name of each picture on the page to the content of the result file it is drawn from."""
     return {
         _picture(folder.name, stem): content
         for folder, files in _folders(results).items()
@@ -109,7 +110,7 @@ def _picture(folder: str, stem: str) -> str:
 
 
 def _cases(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """What `bench` measured, of a file of its; nothing of another command's."""
+    """Return the cases of a `bench` result file; none for a file of another command."""
     return content["cases"] if content.get("command") == "bench" else []
 
 
@@ -123,7 +124,7 @@ def _folders(results: Path) -> dict[Path, dict[str, dict[str, Any]]]:
 
 
 def _load(folder: Path) -> dict[str, dict[str, Any]]:
-    """Result files by name; a rehearsal's are no results."""
+    """Load result files by name; return none if the folder holds a rehearsal."""
     files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     return {} if files.get("summary", {}).get("rehearsal") else files
 
@@ -154,20 +155,20 @@ def _folder(name: str, files: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _step(record: dict[str, Any]) -> str:
-    """What became of a step: a page of times must not keep back that the tests beside them failed."""
+    """Describe the outcome of a step, because a page of times must also report failed tests."""
     state = {"skipped": "skipped for want of time", "out of time": "stopped, out of time"}
     return f"{record['name']} {state.get(record['state'], record['state'])}"
 
 
 def _races(shapes: list[dict[str, Any]]) -> str:
-    """What `bench.races` found."""
+    """Describe the result of `bench.races`."""
     rounds, differed = sum(one["rounds"] for one in shapes), sum(any(one["wrong"].values()) for one in shapes)
     found = f"results of {differed} shapes differed" if differed else "the same bits"
     return f"Launches that overlap beside launches that do not, {rounds} rounds of {len(shapes)} shapes: {found}."
 
 
 def _variants(variants: dict[str, dict[str, Any]]) -> list[str]:
-    """What `bench.variants` timed: forward + backward in milliseconds, and over the floor's of the same run."""
+    """Tabulate `bench.variants`: forward + backward in milliseconds, and as a ratio to the same run's floor."""
     rows = []
     for name, found in variants.items():
         if found["problem"]:
@@ -181,7 +182,7 @@ def _variants(variants: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def host_table(rows: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Heading and lines of what `bench.host` measured: microseconds of a call, and how many times a linear layer's."""
+    """Tabulate `bench.host`: microseconds of a call, and the ratio to a linear layer's; return heading and lines."""
     passes = {"forward": "forward", "both": "forward + backward"}
 
     def cells(row: dict[str, Any], which: str) -> tuple[str, str]:
@@ -242,7 +243,7 @@ def _bench(stem: str, content: dict[str, Any]) -> list[str]:
 
 
 def _times(cases: list[dict[str, Any]], timed: bool, alone: bool) -> list[str]:
-    """The tables of one level's cases, under what the level is where they are not alone in their file."""
+    """Build the tables of one level's cases, below the level's name unless the level is alone in its file."""
     level, labels = cases[0]["level"], labels_of(cases)
     if level == "kernel":
         return [_table(KERNEL_HEADING, list(map(kernel_row, cases)))]
@@ -278,7 +279,7 @@ def _memory(case: dict[str, Any], name: str) -> str:
 
 
 def _model(case: dict[str, Any]) -> str:
-    """A provider a row: every pass, tokens a second, memory."""
+    """Build a table with one provider per row: every pass, tokens a second, memory."""
     passes = passes_of(case)
     rows = []
     for row in case["providers"].values():
@@ -299,7 +300,7 @@ def _table(heading: Sequence[str], rows: list[list[str]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write or check the page; 1 if it is stale, 2 if its pictures cannot be drawn."""
+    """Write or check the page; return 0, 1 if the page is stale, or 2 if its pictures cannot be drawn."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

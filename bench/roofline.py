@@ -1,7 +1,7 @@
 """Write docs/roofline.md: the traffic of each launch, and the time that each chain of launches needs at a GPU's limits.
 
-`python -m bench.roofline` writes the page; with `--check` it exits 1 if the page is not what formulas and stored
-counters say. All of it is arithmetic on shapes and counts of executed instructions; no GPU is asked.
+`python -m bench.roofline` writes the page; `--check` exits 1 if the page does not match formulas and stored counters.
+The page is arithmetic on shapes and counts of executed instructions; it needs no GPU.
 """
 
 import argparse
@@ -24,11 +24,12 @@ __all__ = ["Limits", "main", "render", "seconds"]
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "roofline.md"
 MIB = 2**20
-LAUNCH = 2e-6  # seconds between the end of one launch and the start of the next, without a CUDA graph: an assumption
+# an assumption: seconds between the end of one launch and the start of the next, without a CUDA graph
+LAUNCH = 2e-6
 
 
 class Limits(NamedTuple):
-    """What a GPU can do at most, from NVIDIA's datasheets: dense bf16 FLOP/s and bytes/s of its memory."""
+    """The limits of a GPU, from NVIDIA's datasheets: dense bf16 FLOP/s and bytes/s of its memory."""
 
     flops: float
     bandwidth: float
@@ -54,7 +55,8 @@ CHAINS: dict[str, tuple[Callable[[Size, bool], Cost], int]] = {
     "frozen layer": (layer_cost.COSTS["frozen"], 2),
 }
 WITHOUT_DROPOUT = ("Unsloth",)
-BLOCK_CHAINS = {  # to a formula of `cost.block`, and bytes an element of the adapters
+# chain to a formula of `cost.block` and the adapters' bytes an element
+BLOCK_CHAINS = {
     "PEFT, fp32 adapters": ("peft", 4), "PEFT": ("peft", 2), "Unsloth": ("unsloth", 2), "LoRAFusion": ("lorafusion", 2),
     "lora_linear for each": ("triton", 2), "lora_kernels": ("ours", 2), "frozen layers": ("frozen", 2),
     "floor": ("floor", 2),
@@ -85,7 +87,7 @@ _COUNTED = (  # cases of `tests/emulator/counting.py`
 
 
 def seconds(cost: Cost, z: Size, limits: Limits) -> float:
-    """The least time of a chain: its passes over memory, and each base product by whichever limit binds it."""
+    """Compute the least time of a chain: its passes over memory, and each base product at the limit that binds it."""
     base_flops, _ = layer_cost.flops(z.m, z.k, z.n, 0)
     passes = (cost.total - sum(cost.base)) / limits.bandwidth
     products = sum(max(moved / limits.bandwidth, base_flops / limits.flops) for moved in cost.base)
@@ -93,7 +95,7 @@ def seconds(cost: Cost, z: Size, limits: Limits) -> float:
 
 
 def render() -> str:
-    """The page."""
+    """Render the page."""
     parts = [_HEAD, *_launches(), *_counters(), *_chains(), *_blocks(), *_forms()]
     for name, limits in GPUS.items():
         parts += _times(name, limits)
@@ -126,7 +128,7 @@ def _launches() -> list[str]:
 
 
 def _counters() -> list[str]:
-    """What the compiled kernels do, beside the formulas."""
+    """Tabulate the counts of compiled kernels beside the formulas."""
     budgets = counted.stored()
     parts = [
         "## Counted in compiled kernels",
@@ -196,7 +198,7 @@ def _blocks() -> list[str]:
 
 
 def _forms() -> list[str]:
-    """What each form of the large products needs, and the slowdown of the fused kernel at which the next one ties."""
+    """Tabulate the time of each form of the large products, and the fused kernel's slowdown at which the next ties."""
     gpu = model.limits((9, 0), torch.bfloat16)
     rows = []
     for m, (k, n) in itertools.product(FORM_ROWS, SHAPES):
@@ -254,7 +256,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the page, or compare it."""
+    """Write the page, or with --check compare it."""
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--check", action="store_true", help="exit 1 if docs/roofline.md is not up to date")
     page = render()

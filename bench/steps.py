@@ -1,4 +1,4 @@
-"""What the battery runs: steps in order of what they are worth, those of a stage at once."""
+"""The steps of the battery, the most valuable first; the steps of a stage run at once."""
 
 import importlib.util
 import os
@@ -9,19 +9,19 @@ __all__ = ["Stage", "everything", "first", "jobs"]
 
 Stage = tuple[Step, ...]
 BLOCKS = ("qkv", "mlp", "layer")
-_HANGS_S = 60  # a test that takes longer says where it is
+_HANGS_S = 60  # slower tests dump a traceback
 _LLAMA = ("--preset", "llama-8b", "--dtype", "bf16", "--p", "0", "0.1")
 _LEAN = ("--no-compile", "--rounds", "15")
 _TINY = ("--quick", "--no-compile", "--device", "cpu", "--rounds", "2", "--dtype", "bf16")
 
 
 def jobs() -> int:
-    """Processes that compile or test at once: two cores are left to the rest."""
+    """Return the number of processes that compile or test at once; two cores stay free for the rest."""
     return max(1, len(os.sched_getaffinity(0)) - 2)
 
 
 def everything(rehearse: bool) -> list[Stage]:
-    """The whole battery: correctness, then times and memory of every level."""
+    """List the whole battery: correctness, then times and memory of every level."""
     return [
         (_warm_up(rehearse, 110),), _correctness(rehearse, 145, ""),
         (_layers(rehearse, 80),), (_blocks(rehearse, 60),), (_kernels(rehearse, 50),), (_model(rehearse, 50),),
@@ -33,7 +33,7 @@ def everything(rehearse: bool) -> list[Stage]:
 
 
 def first(rehearse: bool) -> list[Stage]:
-    """The first run on a GPU: is it right, does it race, how far from the library; then variants, then the rest."""
+    """List a first run on a GPU: correctness, races and graphs, kernels beside the library, variants, then the rest."""
     return [
         (_warm_up(rehearse, 110),), _correctness(rehearse, 150, "not races and not compiled"),
         (_races(rehearse, 60), _graphs(rehearse, 60)),
@@ -48,7 +48,7 @@ def _warm_up(rehearse: bool, cap: float) -> Step:
 
 
 def _correctness(rehearse: bool, cap: float, which: str) -> Stage:
-    """The GPU tests beside `verify`; both wait for compilers more than for the GPU."""
+    """Run the GPU tests and `verify` at once, because both wait for compilers more than for the GPU."""
     if rehearse:
         emulated = Step("emulated", ("tests/emulator/run.py", "--quick", "--arch", "sm_90"), 300)
         return _tests("gpu_tests", rehearse, 60, which), Step("verify", _verify("--quick"), 120), emulated
@@ -69,10 +69,10 @@ def _graphs(rehearse: bool, cap: float) -> Step:
 
 
 def _tests(name: str, rehearse: bool, cap: float, which: str = "") -> Step:
-    """The tests that need a GPU, spread over processes where pytest-xdist is there.
+    """Run the tests that need a GPU, spread over processes if pytest-xdist is installed.
 
-    addopts: the project's own say how many processes. The warnings ignored, and going on without a file that cannot be
-    read: a plugin or a package that is missing there must not keep the other tests from running.
+    addopts is replaced because the project's own sets the number of processes. Config warnings are ignored and
+    collection errors skipped, because a missing plugin or package must not keep the other tests from running.
     """
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "gpu").glob("test_gpu*.py"))
     spread = ("-n", str(jobs())) if importlib.util.find_spec("xdist") and not rehearse else ()
@@ -82,13 +82,13 @@ def _tests(name: str, rehearse: bool, cap: float, which: str = "") -> Step:
         "-W", "ignore::pytest.PytestConfigWarning",
         "--continue-on-collection-errors",
     )  # fmt: skip
-    if rehearse:  # 5: no such tests
+    if rehearse:  # exit status 5: no tests collected
         return Step(name, (*command, "--collect-only"), cap, fine=(0, 5))
     return Step(name, (*command, "--junitxml={xml}"), cap)
 
 
 def _kernels(rehearse: bool, cap: float) -> Step:
-    """Every launch beside the library: ours / base of y and dx is what `plan.model` assumes of the slowdown."""
+    """Time every launch beside the library; ours / base of y and dx measures the slowdown that `plan.model` assumes."""
     return _bench("kernels", rehearse, cap, ("--level", "kernel", *_LLAMA, *_LEAN), ("--level", "kernel", "--p", "0"))
 
 
@@ -112,7 +112,7 @@ def _model(rehearse: bool, cap: float) -> Step:
 
 
 def _bench(name: str, rehearse: bool, cap: float, options: tuple[str, ...], tiny: tuple[str, ...]) -> Step:
-    """A run of `lora-kernels bench`; in a rehearsal with tiny shapes on a CPU."""
+    """Run `lora-kernels bench`; in a rehearsal with tiny shapes on a CPU."""
     chosen = (*tiny, *_TINY) if rehearse else options
     command = ("-m", "lora_kernels", "bench", "--json", "{file}", "--minutes", "{minutes}", *chosen)
     return Step(name, command, cap if not rehearse else 120)

@@ -1,8 +1,8 @@
 """Triton's own CUDA launcher, linked with a driver that launches nothing: `stub_driver.c`.
 
-Up to the driver's door everything is as on a GPU: Triton lays out the arguments, has the driver encode the descriptors,
-and asks it to launch. For scripts of a process of their own, not interpreted; it needs the C compiler that Triton
-needs.
+All code above the driver runs as on a GPU: Triton lays out the arguments, has the driver encode the descriptors, and
+calls it to launch. Use the stub in a process of its own, without Triton's interpreter; it needs the C compiler that
+Triton needs.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _SOURCE = pathlib.Path(__file__).with_name("stub_driver.c")
 
 
 class Asked(NamedTuple):
-    """A launch that the driver was asked for."""
+    """A launch that Triton requested from the driver."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -42,27 +42,29 @@ class _Launch(ctypes.Structure):
 
 
 class StubDriver:
-    """What the driver was asked for, by all that Triton launches from here on.
+    """A driver that records the launches and descriptors that Triton requests, and launches nothing.
 
     Raises:
         RuntimeError: The process has loaded a real driver.
     """
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory()  # there as long as this is
+        # the folder lives as long as this object
+        self._folder = tempfile.TemporaryDirectory()
         library = os.path.join(self._folder.name, "libcuda.so.1")
         headers = os.path.join(os.path.dirname(nvidia.__file__), "include")
         command = [os.environ.get("CC", "gcc"), "-O2", "-shared", "-fPIC", "-I", headers, str(_SOURCE), "-o", library]
         subprocess.run([*command, "-Wl,-soname,libcuda.so.1"], check=True)
         self.stub = ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
-        if not hasattr(ctypes.CDLL("libcuda.so.1"), "stub_launch"):  # who asks for the name gets what was loaded first
+        # the name resolves to the library that was loaded first
+        if not hasattr(ctypes.CDLL("libcuda.so.1"), "stub_launch"):
             raise RuntimeError("StubDriver: a real libcuda.so.1 is loaded; make the stub first, in a new process.")
         self.stub.stub_launch.restype = ctypes.POINTER(_Launch)
         triton.knobs.nvidia.libcuda_path = self._folder.name
 
     @property
     def count(self) -> int:
-        """How many launches so far."""
+        """Number of launches so far."""
         return self.stub.stub_launched()
 
     @property
@@ -73,13 +75,13 @@ class StubDriver:
 
     @property
     def encoded(self) -> int:
-        """How many descriptors so far."""
+        """Number of descriptors encoded so far."""
         return self.stub.stub_encoded()
 
 
 @contextlib.contextmanager
 def launching(gpu: str = "sm_90") -> Iterator[list]:
-    """`imagine` a GPU whose launches go through Triton's launcher; there has to be a `StubDriver`."""
+    """Imagine a GPU (`imagine`) whose launches go through Triton's launcher; a `StubDriver` must exist."""
     with imagine(GPUS[gpu], nvidia.CudaLauncher) as launched:
         triton.runtime.driver.active.utils = nvidia.CudaUtils()
         yield launched

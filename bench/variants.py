@@ -1,9 +1,9 @@
-"""Changes of one place in the kernels, each timed beside the package as it is: what would it be like without?
+"""Time variants of the kernels, each with one place changed, beside the package as it is.
 
     python -m bench.variants --json FILE [--only NAME ...]
 
-Each variant is a copy of the package with one text replaced, and a run of `lora-kernels bench` by that copy; the
-package as it is comes first and last, so that what changed in between shows. The file is written anew after each.
+Each variant is a copy of the package with one text replaced, and a run of `lora-kernels bench` by that copy. The
+unchanged package runs first and last, so that a drift of the machine shows. The file is rewritten after each variant.
 """
 
 import argparse
@@ -27,12 +27,12 @@ PACKAGE = Path(lora_kernels.__file__).parent
 
 @dataclass(frozen=True)
 class Variant:
-    """A change of one text.
+    """A change of one text in the package.
 
     Attributes:
-        file: In the package.
-        text: What stands there, once.
-        other: What stands there instead.
+        file: Path of the file in the package.
+        text: The text to replace, which the file has exactly once.
+        other: The replacement.
     """
 
     file: str
@@ -63,10 +63,10 @@ _TINY = (
 
 
 def copied(variant: Variant | None, folder: Path) -> Path:
-    """Copy the package into a folder, changed.
+    """Copy the package into a folder, and apply a variant to the copy.
 
     Raises:
-        ValueError: The text that is to be replaced does not stand there once.
+        ValueError: The file does not have the variant's text exactly once.
     """
     copy = folder / PACKAGE.name
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -79,7 +79,7 @@ def copied(variant: Variant | None, folder: Path) -> Path:
 
 
 def _measure(variant: Variant | None, options: tuple[str, ...]) -> dict[str, Any]:
-    """Medians of forward, backward and both, in seconds, by case and provider; or what went wrong."""
+    """Measure medians of forward, backward and both, in seconds, by case and provider; or return the problem."""
     with tempfile.TemporaryDirectory() as folder:
         copied(variant, Path(folder))
         file = Path(folder) / "result.json"
@@ -102,7 +102,7 @@ def _measure(variant: Variant | None, options: tuple[str, ...]) -> dict[str, Any
 
 
 def _line(name: str, found: dict[str, Any]) -> str:
-    """What became of a variant, in words."""
+    """Describe a variant's result in one line."""
     if found["problem"]:
         return f"{name}: {found['problem']}"
     words = []
@@ -117,7 +117,7 @@ def _line(name: str, found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Time the variants and print a line for each; 1 if one could not be."""
+    """Time the variants and print a line for each; return 1 if one could not be timed, else 0."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.variants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

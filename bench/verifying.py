@@ -1,6 +1,7 @@
-"""`lora-kernels verify` of every dtype at once, a process each, as one result: `python -m bench.verifying --json FILE`.
+"""Run `lora-kernels verify` of every dtype at once and merge the results: `python -m bench.verifying --json FILE`.
 
-Checking waits for the compiler and for the host more than for the GPU. Other options go to `verify`.
+Each dtype has a process of its own, because checking waits for the compiler and the host more than for the GPU. Other
+options are passed on to `verify`.
 """
 
 import argparse
@@ -19,11 +20,11 @@ __all__ = ["main", "merged"]
 
 
 def merged(results: Sequence[dict[str, Any]], missing: Sequence[str]) -> dict[str, Any]:
-    """One result of those of several dtypes.
+    """Merge the results of several dtypes into one.
 
     Args:
-        results: What `verify` wrote of each.
-        missing: Dtypes of which it wrote nothing.
+        results: The results that `verify` wrote, one per dtype.
+        missing: Dtypes for which `verify` wrote no result.
     """
     counts = {name: sum(result[name] for result in results) for name in ("passed", "failed", "not_run")}
     notes = dict.fromkeys(note for result in results for note in result["notes"])
@@ -36,7 +37,7 @@ def merged(results: Sequence[dict[str, Any]], missing: Sequence[str]) -> dict[st
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Verify; the largest exit status of the processes."""
+    """Verify every dtype and return the largest exit status of the processes."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.verifying", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

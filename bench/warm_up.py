@@ -1,10 +1,10 @@
-"""Compile, in many processes and without launching anything, what the battery is about to launch.
+"""Compile the kernels that the battery is about to launch, in many processes and without launching anything.
 
     python -m bench.warm_up [--jobs N] [--arch sm_90] [--quick]
 
-Compiling takes a GPU longer than all else, one kernel after the other. Here the layers and blocks of `verify`, of the
-race and of `bench --preset llama-8b` go forward and backward on an imagined GPU (`kernels/_imagined.py`) that is like
-this machine's, so that Triton's cache has their kernels; `--arch` imagines another.
+Compiling one kernel after the other would take longer than all the rest of a run on a GPU. This script runs the layers
+and blocks of `verify`, of the race and of `bench --preset llama-8b` forward and backward on an imagined GPU
+(`kernels/_imagined.py`) like this machine's, so that Triton's cache has their kernels; `--arch` imagines another GPU.
 """
 
 import argparse
@@ -29,12 +29,14 @@ from lora_kernels.verify.problems import run_problem
 
 __all__ = ["main", "work"]
 
-Work = tuple[Any, str]  # a case of `verify`, of its blocks or of `inspect`, and the form of its large products
+# a case of `verify`, of its blocks or of `inspect`, and the form of its large products
+Work = tuple[Any, str]
 
 
 def work(on_gpu: bool, quick: bool) -> list[Work]:
-    """What is compiled, the largest kernels first."""
-    dtypes = ("bf16",) if quick else ("bf16", "fp32", "fp16")  # fp16 last: what bf16 finds wrong is wrong there, too
+    """List the cases to compile, the largest kernels first."""
+    # fp16 last, because errors found in bf16 are in fp16 as well
+    dtypes = ("bf16",) if quick else ("bf16", "fp32", "fp16")
     checked = [
         (case, case.form)
         for dtype in dtypes
@@ -46,7 +48,7 @@ def work(on_gpu: bool, quick: bool) -> list[Work]:
 
 
 def _timed() -> list[Work]:
-    """The layers and blocks of `bench --preset llama-8b`, in both forms that the rules may choose."""
+    """List the layers and blocks of `bench --preset llama-8b`, in both forms that the rules may choose."""
     preset, found = presets.PRESETS["llama-8b"], []
     mlp, qkv = (presets.block_shape(preset.model, block) for block in ("mlp", "qkv"))
     for p in (0.0, 0.1):
@@ -58,7 +60,7 @@ def _timed() -> list[Work]:
 
 
 def _gpu(arch: str | None) -> Any:
-    """The GPU that is imagined: by name, or like this machine's."""
+    """Return the GPU to imagine: by name, or like this machine's."""
     from lora_kernels.kernels import _launch
     from lora_kernels.kernels._imagined import GPUS, ImaginedGPU
 
@@ -71,10 +73,13 @@ def _gpu(arch: str | None) -> Any:
 
 
 def _launcher() -> Callable | None:
-    """Compiles Triton's own launchers and launches nothing by them, where each signature has one, as in Triton 3.6."""
+    """Return a function that compiles Triton's own launcher of a signature and launches nothing.
+
+    Return None on HIP, and where one launcher serves all signatures; Triton 3.6 has one for each signature.
+    """
     from triton.backends.nvidia import driver
 
-    if torch.version.hip or not hasattr(driver, "make_launcher"):  # one for all
+    if torch.version.hip or not hasattr(driver, "make_launcher"):  # one launcher for all
         return None
 
     def compiled_late(source: Any, metadata: Any) -> Callable:
@@ -85,7 +90,7 @@ def _launcher() -> Callable | None:
 
 
 class _Compiler:
-    """What a process compiles on."""
+    """State of a worker process: the imagined GPU, and the compiler of launchers."""
 
     imagined: tuple[Any, Callable | None] = None, None
 
@@ -95,8 +100,9 @@ def _begin(gpu: Any, launchers: bool) -> None:
     if problem:
         raise RuntimeError(problem)
     torch.set_num_threads(1)
-    plan.backend.interpreting = lambda: True  # lets CPU tensors through to the launchers
-    # the library's products, which nobody looks at: on a CPU they would take longer than all that is compiled
+    # let CPU tensors through to the launchers
+    plan.backend.interpreting = lambda: True
+    # skip the library's products: their results are not used, and on a CPU they would take longer than compiling
     torch.mm = lambda p, q: p.new_empty(p.shape[0], q.shape[1])
     torch.addmm = lambda base, p, q: p.new_empty(p.shape[0], q.shape[1])
     torch.Tensor.addmm_ = lambda base, p, q: base
@@ -104,7 +110,7 @@ def _begin(gpu: Any, launchers: bool) -> None:
 
 
 def _compile(one: Work) -> tuple[str, set[str], str]:
-    """Go through a case: its name, hashes of the kernels it launches, and what went wrong, or ""."""
+    """Compile a case; return its name, hashes of the kernels it launches, and what went wrong or ""."""
     from lora_kernels.kernels._imagined import imagine
 
     case, form = one
@@ -112,7 +118,8 @@ def _compile(one: Work) -> tuple[str, set[str], str]:
     try:
         with imagine(*_Compiler.imagined) as launched, plan.forced(form):
             _run(case)
-    except Exception as error:  # what cannot be compiled here will say so where it is run
+    # a case that cannot be compiled here will fail again, with its message, in the step that runs it
+    except Exception as error:
         return _name(case, form), set(), f"{type(error).__name__}: {error}".splitlines()[0]
     return _name(case, form), {launch.kernel.hash for launch in launched}, ""
 
@@ -124,7 +131,7 @@ def _name(case: Any, form: str) -> str:
 
 
 def _run(case: Any) -> None:
-    """Launch a case's kernels, on numbers where `verify` would draw some."""
+    """Launch a case's kernels, on drawn numbers if the case is one of `verify`."""
     if isinstance(case, compiled.Case):
         ys = compiled._forward(case)
         torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
@@ -136,7 +143,7 @@ def _run(case: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compile; 0, or 1 if something could not be compiled, 2 without a GPU to compile for."""
+    """Compile all cases; return 0, 1 if one could not be compiled, or 2 without a GPU to compile for."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.warm_up", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -153,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     begun, hashes, failed = time.monotonic(), set(), 0
     todo, given = work(not args.quick, args.quick), (_gpu(args.arch), not args.arch)
-    # spawned, not forked: a process that has used CUDA cannot be
+    # spawn, because a process that has used CUDA cannot be forked
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, context, _begin, given) as pool:
         futures, done = [pool.submit(_compile, one) for one in todo], 0

@@ -1,1 +1,1 @@
-"""The benchmark engine: cases, what they compare, what they cost, and how results are shown."""
+"""The benchmark engine: cases, the providers they compare, cost formulas, and tables of results."""

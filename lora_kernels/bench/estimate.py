@@ -1,4 +1,4 @@
-"""About how long a run of `bench` takes, by arithmetic: so that nobody waits for one that does not end."""
+"""Estimate by arithmetic how long a run of `bench` takes, to warn before a run that would take very long."""
 
 from collections.abc import Sequence
 
@@ -11,17 +11,22 @@ from lora_kernels.measure.presets import Dims, HostedDims, Shape
 
 __all__ = ["flops", "seconds", "warning"]
 
-_LONG = 300.0  # seconds: who waits for more wants to know first
-_PASSES = {"forward": 0.5, "backward": 1.0, "both": 1.0}  # of forward and backward; backward has its forward before it
-_ONCE = 8.0  # the same, a case: the truth in float64 and its bounds
-_EACH = 6.0  # the same, a provider: checked, weighed, warmed up
+_LONG = 300.0  # seconds; warn about longer runs
+# cost in units of one forward and backward; a timed backward runs its forward first
+_PASSES = {"forward": 0.5, "backward": 1.0, "both": 1.0}
+# per case, in the same units: the float64 truth and its bounds
+_ONCE = 8.0
+# per provider, in the same units: check, measurement of memory, warm-up
+_EACH = 6.0
 _COMPILING = 10.0  # seconds a provider
-_ASSUMED = 1e11  # FLOP/s of a matmul, where nothing is timed and so none was measured
-_REACHED = 0.4  # of the best matmul's rate, by all that is timed and checked
+# FLOP/s of a matmul, if nothing is timed and no peak was measured
+_ASSUMED = 1e11
+# share of the best matmul's rate that timed and checked calls reach
+_REACHED = 0.4
 
 
 def flops(level: str, subject: Shape | Dims, r: int) -> int:
-    """FLOPs of forward and backward of what a case is about."""
+    """Count the FLOPs of one forward and backward of a case's layer, block or model."""
     if isinstance(subject, Dims):
         m, hidden = subject.tokens, subject.hidden
         key_value = subject.kv_heads * subject.head_dim
@@ -35,11 +40,12 @@ def flops(level: str, subject: Shape | Dims, r: int) -> int:
 
 
 def seconds(case: tuple[str, Shape | Dims, int, float], settings: Settings) -> float:
-    """Seconds of a case, from the rate of the matmul that this run measured; right to a factor of about 3."""
+    """Estimate the seconds of a case from this run's measured matmul rate, to a factor of about 3."""
     level, subject, r, _ = case
     names = levels.names(level, settings, r, subject)
     timed = settings.rounds * sum(_PASSES[which] for which in settings.passes)
-    if level == "kernel":  # each launch is timed as a forward, and all together are forward and backward
+    # each launch is timed as a forward, and all launches together are forward and backward
+    if level == "kernel":
         timed *= 2
     work = flops(level, subject, r) * (_ONCE + len(names) * (_EACH + timed))
     compiling = _COMPILING * sum("compiled" in name for name in names)
@@ -47,12 +53,12 @@ def seconds(case: tuple[str, Shape | Dims, int, float], settings: Settings) -> f
 
 
 def warning(cases: Sequence[tuple[str, Shape | Dims, int, float]], settings: Settings, minutes: float | None) -> str:
-    """One line for a run that takes long on a CPU, and the ways out; "" for any other.
+    """Warn in one line of a run that takes long on a CPU, with shorter options; "" for any other run.
 
     Args:
-        cases: Level, what is timed, rank and drop probability of each.
-        settings: Of the run.
-        minutes: After which no case is begun; None if any is.
+        cases: Level, shape or model, rank and drop probability of each case.
+        settings: The run's settings.
+        minutes: No case begins after this many minutes; None without a limit.
     """
     if settings.device.type != "cpu":
         return ""

@@ -1,4 +1,4 @@
-"""The levels of `bench`: which cases and providers each has, and who runs them."""
+"""The levels of `bench`: the cases and providers of each level, and the function that runs them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +17,10 @@ from lora_kernels.measure.presets import Dims, HostedDims, Shape
 __all__ = ["LEVELS", "OF_BLOCK", "PROVIDERS", "names", "run", "subjects"]
 
 LEVELS = ("layer", "kernel", "decoder", "model")
-OF_BLOCK = {"qkv": "qkv", "mlp": "mlp", "layer": "decoder"}  # what --block calls the others, to their level
-_WIDTHS = {"qkv": 3}  # of a shape, where it is not one
+# --block's names to levels
+OF_BLOCK = {"qkv": "qkv", "mlp": "mlp", "layer": "decoder"}
+# out_features in a --shape, if not 1
+_WIDTHS = {"qkv": 3}
 _OF_LEVEL = {
     "layer": tuple(providers.PROVIDERS), "kernel": kernel_case.PROVIDERS,
     "decoder": model_case.PROVIDERS, "model": model_case.PROVIDERS,
@@ -31,20 +33,21 @@ def subjects(
     level: str, preset: str | None, shapes: list[Shape] | None, rows: list[int] | None, model: str | None = None,
     layers: int | None = None, batch: int | None = None, seq: int | None = None,
 ) -> list[Shape | Dims]:  # fmt: skip
-    """What is timed: shapes of a layer or a block, or models.
+    """List the subjects to time: shapes of a layer or a block, or models.
 
     Args:
         level: One of `LEVELS`, or "qkv" or "mlp".
         preset: One of `presets.PRESETS`; None if there are `shapes` or a `model`.
-        shapes: In place of a preset's.
-        rows: Other numbers of rows, or of tokens.
+        shapes: Replace the preset's shapes.
+        rows: Replace the numbers of rows, or of tokens.
         model: One of `presets.MODELS`.
-        layers: Another number of a model's decoder layers.
-        batch: Other sequences at once.
-        seq: Another length of theirs.
+        layers: Replaces the model's number of decoder layers.
+        batch: Replaces the number of sequences in a batch.
+        seq: Replaces the length of the sequences.
 
     Raises:
-        ValueError: The level needs a model and there is none, the rows do not fit one, or a shape is not the level's.
+        ValueError: The level needs a model and has none, the rows do not fit the model, or a shape does not fit the
+            level.
     """
     wanted = _WIDTHS.get(level, 1)
     for shape in shapes or ():
@@ -69,10 +72,10 @@ def subjects(
 
 
 def names(level: str, settings: Settings, r: int, subject: Shape | Dims | None = None) -> list[str]:
-    """The providers of a case, in the tables' order.
+    """List the providers of a case, in the tables' order.
 
     Raises:
-        ValueError: `settings.only` asks for one that the level does not have.
+        ValueError: `settings.only` has a provider that the level does not have.
     """
     unknown = [name for name in settings.only if name not in _OF_LEVEL[level]]
     if unknown:
@@ -91,7 +94,7 @@ def names(level: str, settings: Settings, r: int, subject: Shape | Dims | None =
 def run(
     level: str, subject: Shape | Dims, r: int, p: float, settings: Settings, tick: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Run what is to be timed at a level; one case, or one for each launch."""
+    """Run a subject at a level; return one case, or one per launch at level "kernel"."""
     if level == "kernel":
         return kernel_case.run_case(subject, r, p, settings, tick)
     if level == "layer":

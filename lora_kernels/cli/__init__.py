@@ -1,4 +1,4 @@
-"""The command line, `lora-kernels`: one file a command, each with `add_arguments(parser)` and `run(args) -> int`."""
+"""The command line `lora-kernels`: one file per command, each with `add_arguments(parser)` and `run(args) -> int`."""
 
 import argparse
 import importlib
@@ -19,7 +19,7 @@ _COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `lora-kernels` with `argv`, the process's own arguments if None; the exit status is returned."""
+    """Run `lora-kernels` with `argv` (the process's own arguments if None) and return the exit status."""
     parser = argparse.ArgumentParser(prog="lora-kernels", description="Fused Triton kernels for LoRA.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -44,4 +44,4 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except KeyboardInterrupt:
         print(f"lora-kernels {args.command}: interrupted", file=sys.stderr)
-        return 130  # as a shell has it
+        return 130  # 128 + SIGINT, as in a shell

@@ -1,21 +1,22 @@
-"""Time forward, backward and both against what you would otherwise run.
+"""Time forward, backward and both, beside the alternatives to this package.
 
-Baselines, taken in turn with this package in one run: the frozen linear layer alone (the floor), PEFT's layer with
-adapters in the base's dtype and in fp32, the same under torch.compile, a chain of in-place addmm, and on a GPU a graph
-split as LoRAFusion splits it. Each is checked against float64 first; what fails is not timed. Shares of peak are of a
-matmul measured in this run. Other levels time each launch alone (kernel), a whole decoder layer (decoder), and training
-steps of a small model (model). With --model those are of transformers' Llama with PEFT's adapters: stock, and patched.
---block times what belongs together: q, k and v of one input (qkv), the gated MLP (mlp), a decoder layer (layer).
-On a CPU set OMP_NUM_THREADS=1 where others use it as well: times are then the one thread's own, and steadier.
+Baselines, timed in turn with this package in one run: the frozen linear layer alone (the floor), PEFT's layer with
+adapters in the base's dtype and in fp32, both under torch.compile, a chain of in-place addmm, and on a GPU a graph
+split as LoRAFusion splits it. Each is checked against float64 first; a baseline that fails is not timed. Shares of peak
+are relative to a matmul measured in this run. Other levels time each launch alone (kernel), a whole decoder layer
+(decoder), and training steps of a small model (model). --model times training steps of transformers' Llama with PEFT's
+adapters, stock and patched. --block times the layers of a block together: q, k and v of one input (qkv), the gated MLP
+(mlp), a decoder layer (layer). On a CPU that other processes use, set OMP_NUM_THREADS=1: times are then the CPU time of
+that one thread, which is steadier.
 
   lora-kernels bench                                              a preset that fits this machine
   lora-kernels bench --preset cpu-sweep --no-compile              a sweep for a CPU: 10 shapes, 2 ranks, dropout or none
   lora-kernels bench --block qkv --shape 512x512x512+128+128      your own: out_features of q, k and v
-On a GPU; on a CPU these take long, and say so:
+For a GPU; on a CPU these take long, and bench warns:
   lora-kernels bench --preset lorafusion --m 2048 8192            a published sweep, two of its row counts
   lora-kernels bench --shape 8192x4096x4096 --r 16 --p 0 0.1      your own: rows x in_features x out_features
   lora-kernels bench --level model --m 4096                       training steps, 4096 tokens each
-  lora-kernels bench --model llama-1b --layers 4 --p 0.1          those of a PEFT model, stock against patched
+  lora-kernels bench --model llama-1b --layers 4 --p 0.1          training steps of a PEFT model, stock and patched
   lora-kernels bench --block qkv mlp layer --preset llama-8b      blocks, without dropout and with 0.1
 """
 
@@ -53,7 +54,8 @@ _CACHE_WORDS = {
 _INTERRUPTED = "interrupted"
 _STEADIER = " Steadier: OMP_NUM_THREADS=1 lora-kernels bench, one thread by its own CPU time."
 
-Case = tuple[str, Shape | Dims, int, float]  # level, what is timed, rank, drop probability
+# level, shape or model, rank, drop probability
+Case = tuple[str, Shape | Dims, int, float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,9 +101,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark; 0 if this package's results were right, 1 if not, 2 if it cannot run so, 130 on Ctrl-C."""
+    """Run the benchmark and return the exit status.
+
+    0 if this package's results are right, 1 if not, 2 if the options cannot run here, 130 on Ctrl-C.
+    """
     try:
-        cases = _cases(args)  # the cheap questions first
+        cases = _cases(args)  # the cheap checks first
         settings = _settings(args, {level for level, *_ in cases})
     except (ValueError, RuntimeError, TypeError) as error:
         print(f"lora-kernels bench: {error}", file=sys.stderr)
@@ -131,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) -> tuple[list, list]:
-    """Run case after case, each written as soon as it is there: whoever ends this early keeps what was measured."""
+    """Run case after case, and write each result at once, so that an early end keeps the finished cases."""
     began, done, skipped = time.monotonic(), [], []
     turns = 1 + settings.rounds * bool(settings.passes)
     steps = [
@@ -244,7 +249,8 @@ def _settings(args: argparse.Namespace, chosen: set[str]) -> Settings:
     rounds = args.rounds or (3 if args.quick else 30 if on_gpu else 10)
     dtype = _DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
     for r in args.r or [16]:
-        plan.choose(device, dtype, r, False, args.backend)  # says so now if that backend cannot run
+        # raise now if the backend cannot run
+        plan.choose(device, dtype, r, False, args.backend)
     passes = ("forward",) if "kernel" in chosen else tuple(args.passes or timing.PASSES)
     settings = Settings(
         device, dtype, args.backend, () if args.memory_only else passes, rounds,
@@ -252,7 +258,8 @@ def _settings(args: argparse.Namespace, chosen: set[str]) -> Settings:
         cache=args.cache or ("flush" if on_gpu else "warm"), targets=targets,
     )  # fmt: skip
     for level in chosen:
-        levels.names(level, settings, 1)  # says so now if one of them is not of this level
+        # raise now if a provider does not exist at this level
+        levels.names(level, settings, 1)
     if args.memory_only:
         return settings
     return replace(settings, peaks=timing.measure_peaks(device, dtype, timing.clock(device)))
@@ -285,9 +292,10 @@ def _footnote(settings: Settings) -> str:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[..., None]]:
-    """A bar on stderr, gone when done; what it yields takes the steps done, what is being done, and what has ended.
+    """Show a progress bar on stderr while the context lasts.
 
-    Where stderr is no terminal, a line for each of the latter in place of the bar.
+    The yielded function takes the number of steps done, a description of the current step, and a message of what has
+    ended. If stderr is not a terminal, each such message is printed in place of the bar.
     """
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     console = Console(stderr=True)

@@ -1,11 +1,11 @@
-"""Train a small language model on English prose, adapt it to Python code with LoRA, and prove that the pieces agree.
+"""Train a small language model on English prose, adapt it to Python code with LoRA, and check that the pieces agree.
 
-Real text that ships with every Python: the prose of its help(), then the source of its standard library. The base is
+The text comes with every Python: the prose of its help(), then the source of its standard library. The base is
 trained, frozen, and given a LoRALinear in each projection of attention and MLP; the adapter is trained, saved,
 reloaded and merged. The fused model, the plain PyTorch reference and the merged model must give the same logits.
 
-Runs in under two minutes on two CPU cores; on a GPU it uses the Triton kernels. The exit status is 1 if a loss does
-not fall or the models disagree.
+The demo runs in under two minutes on two CPU cores; on a GPU it uses the Triton kernels. The exit status is 1 if a
+loss does not fall or the models disagree.
 """
 
 import argparse
@@ -35,10 +35,12 @@ __all__ = ["add_arguments", "run"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STEPS, _LORA_STEPS = (360, 50), (240, 40)  # in full, quick
 _BATCH = 16
-_MEASURED = 64  # held-out windows behind each held-out loss, a quarter of it if quick
+# held-out windows per held-out loss; a quarter of them with --quick
+_MEASURED = 64
 _DROPOUT = 0.05
 _PRETRAIN_RATE, _ADAPT_RATE = 1e-2, 1e-2
-_FP16_LOSS_SCALE = 1024.0  # lifts gradients out of fp16's subnormals; Adam does not see a constant factor
+# lifts gradients out of fp16's subnormals; Adam is invariant to a constant factor
+_FP16_LOSS_SCALE = 1024.0
 _PROMPT = b"def read(self, "
 
 
@@ -62,7 +64,7 @@ def _positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tell the story; 0 if every check holds, 1 if one fails, 2 for options that cannot be."""
+    """Run the demo; return 0 if every check holds, 1 if one fails, 2 if the device cannot be used."""
     console = Console(highlight=False)
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -71,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"--device {args.device}: {str(error).splitlines()[0]}", style="red")
         return 2
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the model is small: more threads hardly help, and on a busy machine cost a lot
+    # the model is small: more threads hardly help, and on a busy machine they cost a lot
+    torch.set_num_threads(1)
     try:
         return _Demo(args, console, device).run()
     except FloatingPointError as error:
@@ -116,7 +119,7 @@ class _Demo:
             self.console.print(Panel(Text(sample), title=title, title_align="left", border_style="dim"))
         return self._finish(time.perf_counter() - start)
 
-    # The chapters
+    # The steps of the demo
 
     def _tell_text(self) -> None:
         self._heading("Text")
@@ -218,10 +221,10 @@ class _Demo:
             machine.write_json(self.args.json, payload | dict(seconds=seconds))
         return 1 if failed else 0
 
-    # The tools
+    # Training and measurement
 
     def _train(self, corpus: Corpus, curve: str, steps: int, rate: float, first_step: int) -> None:
-        """Train whatever requires grad, and measure the held-out losses eight times on the way."""
+        """Train the parameters that require grad, and measure the held-out losses eight times on the way."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99))
         warm_up = max(1, steps // 10)
@@ -254,7 +257,7 @@ class _Demo:
 
     @torch.no_grad()
     def _measure(self, corpus: Corpus) -> float:
-        """Held-out loss in evaluation mode."""
+        """Return the held-out loss in evaluation mode."""
         self.model.eval()
         windows = corpus.measure(_MEASURED // 4 if self.args.quick else _MEASURED, CONTEXT + 1)
         loss = self.model.loss(windows.to(self.device)).item()
@@ -271,7 +274,7 @@ class _Demo:
         self.model.train()
         return "".join(c if c.isprintable() or c == "\n" else "�" for c in sample)
 
-    # The words
+    # Output
 
     def _heading(self, text: str) -> None:
         self.console.print(f"\n{text}", style="bold")

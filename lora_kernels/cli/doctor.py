@@ -1,4 +1,4 @@
-"""Say what this machine has, and which backend and path each dtype takes on it, and why.
+"""Show this machine's hardware and versions, the backend and path each dtype takes on it, and why.
 
 backend   triton: the fused kernels; torch: the same contractions in PyTorch's own operators
 path      how the large kernel reads its tiles: by TMA descriptors (sm_90 and later, 16-bit) or by pointers
@@ -24,15 +24,16 @@ from lora_kernels.plan import cache, tuned
 __all__ = ["add_arguments", "run"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-_RANK = 16  # any rank up to plan.MAX_RANK takes the same backend
+# any rank up to plan.MAX_RANK takes the same backend
+_RANK = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`lora-kernels doctor` has no options of its own."""
+    """Add no options: `lora-kernels doctor` has none of its own."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; 0 unless a setting makes every call fail."""
+    """Print the report; return 1 if a setting makes every call fail, else 0."""
     console = on_stdout()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made_on = machine.machine()
@@ -101,7 +102,7 @@ def _triton(version: str | None) -> str:
 
 
 def _route(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Backend, path and reason of a call with backend="auto", as `lora_linear` itself decides."""
+    """Return backend, path and reason of a call with backend="auto", as `lora_linear` itself decides."""
     automatic = plan.backend.automatic(device, dtype, _RANK)
     try:
         backend = plan.choose(device, dtype, _RANK, empty=False, requested="auto")
@@ -118,11 +119,11 @@ def _route(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
 
 def _tuned(device: torch.device, routes: dict[str, dict[str, str]]) -> str:
-    """How many measured choices large products take on this GPU, and where they come from."""
+    """Say how many measured choices are in use on this GPU, and where they come from."""
     if device.type != "cuda" or all(route["backend"] != "triton" for route in routes.values()):
         return "nothing to tune: without the fused kernels every product has one form"
     gpu = torch.cuda.get_device_name(device)
-    choices, file = tuned.in_use(gpu), _kept_in()
+    choices, file = tuned.in_use(gpu), _store_folder()
     own = any(table.gpu == gpu and tuned.versions() in table.choices for _, table in tuned.stored())
     if not choices:
         return f"no choices measured for {gpu} with these versions; the rules choose. Next: lora-kernels tune"
@@ -131,7 +132,7 @@ def _tuned(device: torch.device, routes: dict[str, dict[str, str]]) -> str:
     )
 
 
-def _kept_in() -> str:
+def _store_folder() -> str:
     try:
         return str(cache.directory())
     except RuntimeError:
@@ -139,7 +140,7 @@ def _kept_in() -> str:
 
 
 def _variables() -> list[dict[str, str | None]]:
-    """The environment variables that matter, and what each does as it is now."""
+    """List the environment variables that matter, with their values and present effects."""
     backend = os.environ.get("LORA_KERNELS_BACKEND")
     if backend is None or backend == "auto":
         effect = "the backend is chosen by device and dtype, as above"
@@ -166,13 +167,13 @@ def _variables() -> list[dict[str, str | None]]:
         dict(
             name="LORA_KERNELS_CACHE",
             value=os.environ.get("LORA_KERNELS_CACHE"),
-            effect=f"what `lora-kernels tune` measures is kept in {_kept_in()}",
+            effect=f"what `lora-kernels tune` measures is kept in {_store_folder()}",
         ),
     ]
 
 
 def _verdict(device: torch.device, routes: dict[str, dict[str, str]], made_on: dict[str, Any]) -> tuple[str, str, bool]:
-    """One line on where this machine stands, a command to try next, and whether calls work at all."""
+    """Return a one-line verdict, a command to try next, and whether calls work at all."""
     failing = [name for name, route in routes.items() if route["backend"] == "none"]
     fused = [name for name, route in routes.items() if route["backend"] == "triton"]
     if len(failing) == len(routes):

@@ -1,10 +1,11 @@
-"""Compile every kernel for GPUs that need not be there, and read from the machine code what the compiler made of it.
+"""Compile every kernel for several GPUs, none of which has to be present, and report on and check its machine code.
 
-The launchers themselves run, for an imagined GPU of each architecture, on shapes that reach every tile of the rules:
-what is compiled is what a call would compile there. Each kernel is held to budgets: no spills, tensor cores fed by
-descriptors and waited for once a K step, wide loads, 64-bit offsets, IEEE fp32. The exit status is 1 if one is broken.
+The launchers themselves run for an imagined GPU of each architecture, on shapes that reach every tile of the rules, so
+the kernels are those that a call on that GPU would compile. Each kernel is held to budgets: no spills, tensor cores fed
+by descriptors and waited for once a K step, wide loads, 64-bit offsets, IEEE fp32. The exit status is 1 if a budget is
+broken.
 
-These are compiled properties, not performance.
+The results are compiled properties, not performance.
 """
 
 import argparse
@@ -48,9 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compile and read; 0 if every budget holds, 1 if one is broken, 2 if nothing can be compiled."""
+    """Compile and check the kernels; return 0 if every budget holds, 1 if one is broken, 2 if none can be compiled."""
     console = on_stdout()
-    wrong = problem() or _unfit(args)
+    wrong = problem() or _option_problem(args)
     if wrong:
         console.print(f"lora-kernels inspect: {wrong}", style="red")
         return 2
@@ -73,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def _unfit(args: argparse.Namespace) -> str:
-    """What is wrong with the options, or ""."""
+def _option_problem(args: argparse.Namespace) -> str:
+    """Return what is wrong with the options, or ""."""
     if args.jobs is not None and args.jobs < 1:
         return f"--jobs {args.jobs} is not at least 1."
     if args.renew and not args.budgets:
@@ -85,7 +86,7 @@ def _unfit(args: argparse.Namespace) -> str:
 
 
 def _compile(args: argparse.Namespace) -> list[Kernel]:
-    """Compile case after case, in several processes; each kernel comes once, under the first case that launches it."""
+    """Compile the cases in several processes; each kernel is listed once, under the first case that launches it."""
     cases = [case for case in (QUICK if args.quick else CASES) if args.dtype in (None, case.dtype)]
     tasks = [(case, arch) for arch in args.arch for case in cases]
     bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -104,11 +105,13 @@ def _results(tasks: list[tuple[Case, str]], jobs: int | None) -> Iterator[list[K
     if jobs == 1:
         yield from map(_task, tasks)
         return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:  # Triton's threads survive no fork
+    # spawn, because Triton's threads do not survive a fork
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(_task, tasks)
 
 
-_seen: dict[str, set[str]] = {}  # by architecture, in each process: what it has read
+# by architecture: the kernels that this process has read already
+_seen: dict[str, set[str]] = {}
 
 
 def _task(task: tuple[Case, str]) -> list[Kernel]:
@@ -117,7 +120,7 @@ def _task(task: tuple[Case, str]) -> list[Kernel]:
 
 
 def _hold(console: Console, kernels: list[Kernel], args: argparse.Namespace, triton: str) -> list[str]:
-    """Hold the kernels to the stored budgets, or store what they take."""
+    """Hold the kernels to the stored budgets, or store theirs as the new budgets."""
     path = budget_file(args.budgets, triton)
     if args.renew:
         renew(kernels, path)
@@ -133,7 +136,7 @@ def _hold(console: Console, kernels: list[Kernel], args: argparse.Namespace, tri
     return over
 
 
-# header, how it is justified, and a kernel's cell
+# header, justification, and a kernel's cell
 _COLUMNS: tuple[tuple[str, str, Callable[[Kernel], Any]], ...] = (
     ("dtype", "left", lambda k: k.case.dtype),
     ("pass", "left", lambda k: "bwd" if k.backward else "fwd"),
@@ -152,7 +155,8 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Kernel], Any]], ...] = (
     ("stores", "left", lambda k: _first(k.facts.stores)),
     ("", "left", lambda k: "[red]BAD[/red]" if k.broken else "ok"),
 )
-_NAMES = 5  # with the kernel's: those that tell one row from another
+# leading columns, the kernel's included, that tell one row from another
+_NAMES = 5
 
 
 def _table(arch: str, kernels: list[Kernel]) -> Table:
@@ -178,5 +182,5 @@ def _loop(kernel: Kernel) -> str:
 
 
 def _first(found: dict[Any, int]) -> str:
-    """The first of several, marked where there are others."""
+    """Format the first entry, with "+" if there are more."""
     return f"{next(iter(found))}{'+' if len(found) > 1 else ''}" if found else "-"

@@ -1,9 +1,9 @@
-"""Measure on this GPU which form of each large product is fastest, and keep the answer for every later call.
+"""Measure on this GPU which form of each large product is fastest, and store the choice for every later call.
 
-y and dx can each be computed by the fused kernel, in one of several tiles, or by the vendor's library with the thin
-product around it. A rule chooses by arithmetic on the shape; this command times them all, each checked against float64
-first, taken in turn with a cold cache. Another form than the rule's is stored only if its quartiles are below the
-rule's. Choices hold for this GPU, this dtype, these versions, and for nearby rows and ranks.
+The fused kernel can compute y and dx in one of several tiles; the vendor's library can compute them with the thin
+product around it. By default a rule chooses by arithmetic on the shape. This command checks every form against float64
+and times the forms in turn with a cold cache. A form other than the rule's is stored only if its quartiles are below
+the rule's. Choices apply to this GPU, this dtype, these versions, and to nearby rows and ranks.
 
   lora-kernels tune                                     llama-8b's projections, r = 16, with and without dropout
   lora-kernels tune --shape 8192x4096x4096 --r 16 64    your own: rows x in_features x out_features
@@ -40,7 +40,8 @@ __all__ = ["add_arguments", "run", "tune"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _DASH = "-"
 
-Case = tuple[Shape, int, float, tuple[str, ...]]  # and the passes that no case before it has
+# shape, rank, drop probability, and the passes that no earlier case covers
+Case = tuple[Shape, int, float, tuple[str, ...]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tune; 0 if it was stored, 1 if a form computed something wrong or storing failed, 2 if it cannot run as asked."""
+    """Tune and return the exit status.
+
+    0 if the choices were stored, 1 if a form's results were wrong or storing failed, 2 if the options cannot run here.
+    """
     console = on_stdout()
     if args.show or args.clear:
         return _show(console, args) if args.show else _clear(console)
@@ -82,17 +86,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def tune(args: argparse.Namespace, console: Console, device: torch.device, gpu: str, timer: Time) -> int:
-    """Tune on a device, which is stored under the name `gpu`; see `run`, and `tune_case.Time` for `timer`."""
+    """Tune on a device and store the choices under the name `gpu`; see `run`, and `tune_case.Time` for `timer`."""
     settings = Settings(device, _DTYPES[args.dtype], "triton", rounds=args.rounds)
     try:
         cases = _cases(args, settings)
-        _write(args, gpu, [], [], stored=False)  # refuses now, rather than after all was measured
-        alone = _alone()
+        # raise now if the file cannot be written, not after everything was measured
+        _write(args, gpu, [], [], stored=False)
+        lock = _tuner_lock()
     except tuned.Busy as error:
         return _refuse(f"somebody tunes on this machine already: {error}; wait for it to end, or end it")
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         return _refuse(str(error))
-    with alone:
+    with lock:
         rows, skipped, stored = _tune_all(args, settings, gpu, timer, cases)
     for table in _tables(rows):
         console.print(table)
@@ -112,7 +117,7 @@ def tune(args: argparse.Namespace, console: Console, device: torch.device, gpu: 
 def _tune_all(
     args: argparse.Namespace, settings: Settings, gpu: str, timer: Time, cases: list[Case]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], bool]:
-    """Tune case after case, each stored as soon as it is there: whoever ends this early keeps what was measured."""
+    """Tune case after case, and store each choice at once, so that an early end keeps the finished cases."""
     began, rows, skipped, saved = time.monotonic(), [], [], []
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -143,7 +148,7 @@ def _tune_all(
 
 
 def _cases(args: argparse.Namespace, settings: Settings) -> list[Case]:
-    """What is to be run, at the numbers of rows that choices are stored for, each product once."""
+    """List the cases, at the numbers of rows that choices are stored for, with each product once."""
     preset = None if args.shape else PRESETS[args.preset]
     shapes = preset.shapes if preset else tuple(map(parse_shape, args.shape))
     for option, given in (("--r", args.r), ("--m", args.m), ("--rounds", [args.rounds])):
@@ -158,7 +163,8 @@ def _cases(args: argparse.Namespace, settings: Settings) -> list[Case]:
     cases, seen = [], set()
     for shape in shapes:
         for r in args.r or (preset.r if preset else (16,)):
-            plan.choose(settings.device, settings.dtype, r, False, "triton")  # says so now if the kernels cannot run
+            # raise now if the kernels cannot run
+            plan.choose(settings.device, settings.dtype, r, False, "triton")
             for p in args.p:
                 bucket = replace(shape, m=tuned.bucket(shape.m))
                 new = {w: key for w, key in tune_case.keys(bucket, r, p, settings.dtype).items() if key not in seen}
@@ -168,8 +174,8 @@ def _cases(args: argparse.Namespace, settings: Settings) -> list[Case]:
     return cases
 
 
-def _alone() -> contextlib.AbstractContextManager[None]:
-    """The tuner's lock, held; where the directory cannot have one there is none, and storing will say why."""
+def _tuner_lock() -> contextlib.AbstractContextManager[None]:
+    """Take the tuner's lock; without a usable directory there is no lock, and storing reports the reason later."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(tuned.tuning())

@@ -1,15 +1,15 @@
 """Check both backends against float64 on this machine: outputs, gradients, layouts, dropout, determinism.
 
-Every case runs a layer, or queries, keys and values, or a gated MLP, forward and backward and holds each output to two
-rules (lora_kernels.numerics, and numerics_mlp through an activation):
+Every case runs a layer, or queries, keys and values, or a gated MLP, forward and backward. Two rules apply to each
+output (lora_kernels.verify.numerics; lora_kernels.verify.numerics_mlp for a gated MLP):
   rule 1   every element within its own a-priori error bound
-  rule 2   outputs of enough numbers: rms error at most twice that of PyTorch's operators, or what one long sum comes to
-Shown is how much of each limit the worst output used; 1 and below passes. A case must also give the same bits twice,
-leave its inputs as they were, and drop exactly the elements that its backend's dropout rule says.
+  rule 2   large outputs: rms error at most twice that of PyTorch's operators, or at most that of one long sum
+The table shows how much of each limit the worst output used; 1 and below passes. A case must also give the same bits
+twice, leave its inputs unchanged, and drop exactly the elements that its backend's dropout rule selects.
 
-On a GPU the kernels run on real shapes. Without one they run in Triton's interpreter on small ones, where bfloat16
-cannot be checked: the interpreter multiplies its raw bit patterns. With --emulate the compiled kernels of a GPU that is
-not there are executed instead. The exit status is 1 if any case fails.
+On a GPU the kernels run on real shapes. Without a GPU they run on small shapes in Triton's interpreter, where bfloat16
+cannot be checked because the interpreter multiplies its raw bit patterns. --emulate executes the compiled kernels of a
+GPU that this machine does not have. The exit status is 1 if any case fails.
 """
 
 import argparse
@@ -63,23 +63,24 @@ class Case:
     r: int
     layout: str = "contiguous"
     p: float = 0.0
-    form: str = "fused"  # of the large products, see `lora_kernels.plan.model`; means nothing to the torch backend
+    # form of the large products, see `lora_kernels.plan.model`; the torch backend ignores it
+    form: str = "fused"
 
     def shape(self) -> str:
-        """The shape as the table shows it."""
+        """Format the shape as the table shows it."""
         return f"{self.m}x{self.k}x{self.n} r{self.r}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a case.
+    """The outcome of a case.
 
     Attributes:
         ok: Whether every check held.
-        rule_1: Largest part of rule 1's limit used by any output.
-        rule_2: Likewise for rule 2; None where no output is large enough.
+        rule_1: Largest share of rule 1's limit that any output used.
+        rule_2: Largest share of rule 2's limit; None if no output is large enough.
         message: What is wrong, or "".
-        findings: Every output against both rules.
+        findings: The findings of all outputs.
     """
 
     ok: bool
@@ -103,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run every case that the filters leave; 0 if all pass, 1 if any fails, 2 if nothing could be run."""
+    """Run the cases that the options select; return 0 if all pass, 1 if any fails, 2 if nothing could be run."""
     if args.emulate:
         return emulate.run(args)
     console, start = on_stdout(), time.perf_counter()
@@ -119,7 +120,8 @@ def run(args: argparse.Namespace) -> int:
         return _refuse(console, "These options leave nothing to verify.")
     threads = torch.get_num_threads()
     if device.type == "cpu":
-        torch.set_num_threads(1)  # small products: more threads hardly help, and on a busy machine cost a lot
+        # the products are small: more threads hardly help, and on a busy machine they cost a lot
+        torch.set_num_threads(1)
     try:
         results = _run_all(console, cases, device, args.seed, start + args.minutes * 60)
     finally:
@@ -142,11 +144,11 @@ def _refuse(console: Console, message: str) -> int:
     return 2
 
 
-# Which cases: what each backend can be asked on this device
+# The cases of each backend on this device
 
 
 def _select(args: argparse.Namespace, device: torch.device) -> tuple[list[Case | BlockCase], list[str]]:
-    """The cases that the options leave, and what the user should know about those that do not run."""
+    """Return the cases that the options select, and notes on those that cannot run."""
     cases, notes = [], []
     for backend in ("triton", "torch") if args.backend is None else (args.backend,):
         for dtype in DTYPES if args.dtype is None else (args.dtype,):
@@ -160,19 +162,21 @@ def _select(args: argparse.Namespace, device: torch.device) -> tuple[list[Case |
 
 
 def _kernels_problem(device: torch.device, dtype: str) -> str:
-    """Why the kernels cannot be verified on a device in a dtype, or ""; on a CPU, turn the interpreter on."""
+    """Return why the kernels cannot be verified on a device in a dtype, or ""; on a CPU, turn the interpreter on."""
     if device.type == "cpu":
         if not plan.interpreting() and "triton" in sys.modules:
             return "Kernels skipped: Triton was imported without its interpreter; run this in a process of its own."
         if importlib.util.find_spec("triton") is None:
             return "Kernels skipped: Triton is not installed; the torch backend is what runs on this machine."
         have = tuple(tuple(map(int, version.split(".")[:2])) for version in map(metadata.version, ("triton", "numpy")))
-        if have[0] < (3, 7) and have[1] >= (2, 4):  # https://github.com/triton-lang/triton/issues/9171
+        # https://github.com/triton-lang/triton/issues/9171
+        if have[0] < (3, 7) and have[1] >= (2, 4):
             return (
                 "Kernels skipped: the interpreter of Triton 3.6 needs numpy < 2.4 "
                 f'(numpy is {metadata.version("numpy")}): pip install "numpy<2.4", or take a newer Triton.'
             )
-        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which is later than this
+        # Triton reads the variable at import, which happens later
+        os.environ["TRITON_INTERPRET"] = "1"
         if dtype == "bf16":
             return "bf16 kernels need a GPU to be verified; here they run in fp32 and fp16 in Triton's interpreter."
         return ""
@@ -181,7 +185,7 @@ def _kernels_problem(device: torch.device, dtype: str) -> str:
 
 
 def _matrix(backend: str, dtype: str, on_gpu: bool, quick: bool) -> list[Case]:
-    """The cases of a backend and a dtype."""
+    """List the cases of a backend and a dtype."""
     fast = backend == "torch" or on_gpu
     if backend == "torch":
         shapes, base = _TORCH_SHAPES, (96, 160, 224, 8)
@@ -198,13 +202,14 @@ def _matrix(backend: str, dtype: str, on_gpu: bool, quick: bool) -> list[Case]:
     cases = [Case(backend, dtype, *shape, p=p) for shape in shapes for p in (0.0, 0.1)]
     cases += [Case(backend, dtype, *base, layout, p) for layout in layouts for p in ((0.0, 0.1) if fast else (0.1,))]
     cases += [Case(backend, dtype, *base, p=p) for p in (0.5, 0.999)]
-    if backend == "triton":  # a mask keeps "padded" from dx alone
+    # with a mask, dx cannot be "padded" but y can
+    if backend == "triton":
         cases += [Case(backend, dtype, *base, p=p, form=form) for form in model.NAMES[1:] for p in (0.0, 0.1)]
     return cases
 
 
 _GPU_SHAPES = (
-    (4096, 4096, 4096, 16), (1, 1, 1, 1), (2048, 4096, 1024, 8),  # a k or v projection of Llama-3-8B
+    (4096, 4096, 4096, 16), (1, 1, 1, 1), (2048, 4096, 1024, 8),  # last: k or v of Llama-3-8B
     (777, 1111, 1333, 17), (1, 4096, 4096, 16), (129, 255, 513, 3),
     (512, 4096, 14336, 64), (1024, 2048, 2048, 128), (333, 1000, 264, 24),
     (512, 14336, 4096, 16), (256, 1024, 1024, 256), (4095, 511, 257, 1),
@@ -221,18 +226,19 @@ _TORCH_SHAPES = (
 )  # fmt: skip
 
 
-# One case: make it, run it twice, hold it to the rules
+# One case: draw it, run it twice, hold it to the rules
 
 
 def lay_out(problem: Problem, layout: str) -> Problem:
-    """Give a problem's tensors the strides that a layout names; the values stay what they are."""
+    """Give a problem's tensors the strides that a layout names; values change in "dy expanded" alone."""
     if layout == "x transposed":
         return replace(problem, x=problem.x.mT.contiguous().mT)
     if layout == "x sliced":
         return replace(problem, x=_slice_of_nans(problem.x))
     if layout == "W transposed":
         return replace(problem, weight=problem.weight.mT.contiguous().mT)
-    if layout == "dy expanded":  # what y.sum(0) and the like send back: rows that are one another
+    # as the backward of y.sum(0) gives dy: all rows share one row's memory
+    if layout == "dy expanded":
         return replace(problem, dy=problem.dy[:1].expand_as(problem.dy))
     if layout == "all sliced":
         return replace(problem, **{name: _slice_of_nans(getattr(problem, name)) for name in _OPERANDS[:-1]})
@@ -242,13 +248,13 @@ def lay_out(problem: Problem, layout: str) -> Problem:
 
 
 def _slice_of_nans(t: Tensor) -> Tensor:
-    """A copy of t inside a larger buffer of NaNs, off by one element each way: a stray read or write shows."""
+    """Copy t into a larger buffer of NaNs, off by one element in each dimension, so that stray accesses show."""
     buffer = t.new_full([size + 3 for size in t.shape], float("nan"))
     return buffer[tuple(slice(1, 1 + size) for size in t.shape)].copy_(t)
 
 
 def draw(case: Case, device: torch.device, seed: int) -> Problem:
-    """Draw the problem of a case, laid out as it says, without the dropout mask."""
+    """Draw the problem of a case, in the case's layout and without the dropout mask."""
     batch = (2, case.m // 4, 2) if case.layout == "x 4-D" else (case.m,)
     problem = make_problem(
         batch, case.k, case.n, case.r, DTYPES[case.dtype], str(device), bias=case.layout == "bias",
@@ -295,7 +301,8 @@ def _run_all(
                 break
             try:
                 result = _examine(case, device, seed)
-            except Exception as error:  # a kernel that does not compile or launch fails its case, not the command
+            # a kernel that does not compile or launch fails its case, not the command
+            except Exception as error:
                 result = Result(False, float("inf"), None, f"{type(error).__name__}: {error}", [])
             results.append(result)
             _print_result(console, case, result)
@@ -313,13 +320,14 @@ def _print_result(console: Console, case: Case | BlockCase, result: Result) -> N
 
 
 def _label(case: Case | BlockCase) -> tuple[str, str, str, str, str]:
-    """What a line says of its case; no other case of a run has the same."""
+    """Return the case's cells in its line, which are unique within a run."""
     layout = case.layout if case.form == "fused" else case.form
     return case.backend, case.dtype, case.shape(), layout, f"{case.p:g}"
 
 
 def _row(backend: str, dtype: str, shape: str, layout: str, *numbers: str) -> str:
-    what = f"{shape:26} {layout}"  # a long shape takes of the layout's room, so that most lines fit 80 columns
+    # a long shape shifts into the layout's columns, so that most lines fit 80 columns
+    what = f"{shape:26} {layout}"
     cells = zip((backend, dtype, what, *numbers), (7, 5, 40, 5, 6, 6), strict=True)
     return "".join(f"{cell:{width}} " for cell, width in cells)
 

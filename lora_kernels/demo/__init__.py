@@ -1,1 +1,1 @@
-"""The parts of `lora-kernels demo`: its model, its text, its adapter, its chart."""
+"""The parts of `lora-kernels demo`: a small model, its text, its adapter, its chart."""

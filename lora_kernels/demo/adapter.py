@@ -1,4 +1,4 @@
-"""What the demo does with a trained adapter: save it, load it, and compare three ways to compute the same model."""
+"""Save and load the demo's trained adapter, and compare three ways to compute the same model."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ _ADAPTER, _CONFIG, _BASE = "adapter.safetensors", "adapter_config.json", "base.s
 
 
 def save(model: Transformer, folder: Path, lora_dropout: float) -> dict[str, Path]:
-    """Write the adapter alone, its configuration, and, in a file of its own, the base it belongs to."""
+    """Write the adapter, its configuration and its base model, each to a file of its own."""
     state = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
     adapter = {name: t for name, t in state.items() if name.endswith((".lora_A", ".lora_B"))}
     paths = {"adapter": folder / _ADAPTER, "config": folder / _CONFIG, "base": folder / _BASE}
@@ -61,7 +61,7 @@ class _ReferenceLinear(nn.Module):
 
 
 def reference_copy(model: Transformer) -> Transformer:
-    """The same model with every adapter computed in plain PyTorch, no fusing."""
+    """Copy the model with every adapter computed by the plain PyTorch reference, without fusion."""
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -71,7 +71,7 @@ def reference_copy(model: Transformer) -> Transformer:
 
 
 def merged_copy(model: Transformer) -> Transformer:
-    """The same model with every adapter added into its weight: plain linear layers again."""
+    """Copy the model with every adapter merged into its weight."""
     model = copy.deepcopy(model)
     for layer in lora_layers(model):
         layer.merge()
@@ -80,12 +80,12 @@ def merged_copy(model: Transformer) -> Transformer:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two models' logits are apart.
+    """The difference between two models' logits.
 
     Attributes:
-        rms: Of the difference, relative to the rms of the logits.
+        rms: The rms of the difference, relative to the rms of the logits.
         largest: The largest difference of any logit.
-        limit: What `rms` may be.
+        limit: The largest allowed `rms`.
     """
 
     rms: float
@@ -99,11 +99,11 @@ class Agreement:
 
 
 def compare(actual: Tensor, expected: Tensor, dtype: torch.dtype, layers: int) -> Agreement:
-    """Compare logits of models that differ in rounding alone.
+    """Compare logits of models that differ only in rounding.
 
-    Each of the `layers` rounds its output on its own, to one unit roundoff u at most; independent errors add up to
-    sqrt(layers) · u, which is the limit. In float32 the sums inside a layer round as well, a few times u: four times
-    that. A lost update is far beyond it: the demo shows by how much the adapter moves the logits.
+    Each of the `layers` rounds its output by at most one unit roundoff u. Independent errors add up to
+    sqrt(layers) · u, which is the limit. In float32 the limit is four times that, because the sums inside a layer round
+    by a few u as well. A lost update is far beyond the limit; the demo shows how far the adapter moves the logits.
     """
     difference, expected = actual.double() - expected.double(), expected.double()
     factor = 4 if dtype == torch.float32 else 1

@@ -1,4 +1,4 @@
-"""The demo's losses drawn twice: as text for the terminal, and as a PNG where matplotlib is installed."""
+"""Draw the demo's losses as text for the terminal, and as a PNG if matplotlib is installed."""
 
 import importlib.util
 from pathlib import Path
@@ -8,7 +8,8 @@ from rich.text import Text
 __all__ = ["Curves", "draw_png", "draw_text"]
 
 Curves = dict[str, list[tuple[int, float]]]  # name to (step, loss)
-_LOOKS = {  # name: marker in the terminal, its colour there, colour in the PNG, line style in the PNG
+# name: marker in the terminal, colour in the terminal, colour in the PNG, line style in the PNG
+_LOOKS = {
     "prose, training": ("•", "cyan", "#0072B2", "-"),
     "code, adapting": ("+", "yellow", "#D55E00", "-"),
     "prose, held out": ("", "", "#0072B2", "--"),
@@ -17,7 +18,7 @@ _LOOKS = {  # name: marker in the terminal, its colour there, colour in the PNG,
 
 
 def draw_text(curves: Curves, width: int, height: int = 10) -> Text:
-    """A chart of the curves that have a terminal marker, `width` columns wide; each column is a mean."""
+    """Draw the curves that have a terminal marker, `width` columns wide; each column shows a mean."""
     shown = {name: points for name, points in curves.items() if _LOOKS[name][0] and points}
     columns = {name: _columns(points, _last_step(shown), width - 7) for name, points in shown.items()}
     values = [value for column in columns.values() for value in column.values()]
@@ -41,13 +42,13 @@ def draw_text(curves: Curves, width: int, height: int = 10) -> Text:
 
 
 def draw_png(curves: Curves, path: Path, frozen_at: int, caption: str) -> bool:
-    """Draw all curves to a PNG file; False without matplotlib.
+    """Draw all curves to a PNG file; return False without matplotlib.
 
     Args:
-        curves: What to draw.
+        curves: The curves.
         path: The file.
-        frozen_at: The step at which the base was frozen; marked by a line.
-        caption: What it was made on.
+        frozen_at: The step at which the base was frozen; a line marks it.
+        caption: The machine and versions of the run.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return False
@@ -84,7 +85,7 @@ def _last_step(curves: Curves) -> int:
 
 
 def _columns(points: list[tuple[int, float]], last_step: int, width: int) -> dict[int, float]:
-    """The mean of the points that fall in each column."""
+    """Return the mean of the points that fall in each column."""
     groups: dict[int, list[float]] = {}
     for step, value in points:
         groups.setdefault(min(step * width // (last_step + 1), width - 1), []).append(value)
@@ -92,7 +93,7 @@ def _columns(points: list[tuple[int, float]], last_step: int, width: int) -> dic
 
 
 def _smooth(values: tuple[float, ...], keep: float = 0.9) -> list[float]:
-    """Exponential moving average that starts at the first value."""
+    """Compute the exponential moving average that starts at the first value."""
     smooth = [values[0]]
     for value in values[1:]:
         smooth.append(keep * smooth[-1] + (1 - keep) * value)

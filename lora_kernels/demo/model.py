@@ -1,7 +1,7 @@
 """The demo's model: a small byte-level transformer, written to be read.
 
-Every projection is an `nn.Linear` of its own (q, k, v, o, gate, up, down), as in Llama, so that `LoRALinear` slots in
-by name. Shapes: tokens `[batch, time]`, activations `[batch, time, width]`.
+As in Llama, every projection is an `nn.Linear` of its own (q, k, v, o, gate, up, down), so that `LoRALinear` replaces
+projections by name. Shapes: tokens `[batch, time]`, activations `[batch, time, width]`.
 """
 
 import torch
@@ -12,12 +12,12 @@ from lora_kernels.modules.linear import LoRALinear
 
 __all__ = ["CONTEXT", "PROJECTIONS", "Transformer", "add_lora", "lora_layers"]
 
-CONTEXT = 64  # bytes that the model sees at once
+CONTEXT = 64  # bytes in the attention window
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Encode positions by turning pairs of features, `[..., time, features]` (RoPE, arXiv:2104.09864)."""
+    """Encode positions by rotating pairs of features, `[..., time, features]` (RoPE, arXiv:2104.09864)."""
     time, half = x.shape[-2], x.shape[-1] // 2
     speed = 100.0 ** (-torch.arange(half, device=x.device) / half)
     angle = torch.arange(time, device=x.device)[:, None] * speed
@@ -55,7 +55,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each on normalised input and added to the stream."""
+    """A decoder layer: attention, then MLP, each on normalised input and added to the stream."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -63,13 +63,13 @@ class Block(nn.Module):
         self.attention, self.mlp = Attention(width, heads), MLP(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        """One layer, `[batch, time, width]`."""
+        """Apply the layer, `[batch, time, width]`."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Transformer(nn.Module):
-    """Bytes in, logits of the next byte out; the output layer is the embedding, transposed."""
+    """Maps bytes to logits of the next byte; the output layer is the transposed embedding."""
 
     def __init__(self, width: int = 64, layers: int = 3, heads: int = 4, hidden: int = 192) -> None:
         super().__init__()
@@ -77,7 +77,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
         nn.init.normal_(self.embedding.weight, std=0.05)
-        for block in self.blocks:  # each block starts out as the identity, which trains sooner
+        # each block starts as the identity, because the model then trains sooner
+        for block in self.blocks:
             nn.init.zeros_(block.attention.o.weight)
             nn.init.zeros_(block.mlp.down.weight)
 
@@ -89,13 +90,13 @@ class Transformer(nn.Module):
         return F.linear(self.norm(x), self.embedding.weight)
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Mean cross-entropy, in nats a byte, of predicting each byte of `[batch, time + 1]` from those before it."""
+        """Compute the mean cross-entropy, in nats a byte, of bytes `[batch, time + 1]`, each given those before it."""
         logits = self(tokens[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
     @torch.no_grad()
     def generate(self, prompt: bytes, length: int, seed: int, temperature: float = 0.6) -> bytes:
-        """Continue a prompt by `length` bytes, drawn the same for the same seed."""
+        """Continue a prompt by `length` sampled bytes; the same seed gives the same bytes."""
         generator = torch.Generator().manual_seed(seed)
         tokens = list(prompt)
         for _ in range(length):
@@ -108,14 +109,14 @@ class Transformer(nn.Module):
 def add_lora(
     model: Transformer, r: int, lora_alpha: float, lora_dropout: float, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Freeze a model and put a `LoRALinear` in the place of every projection of its blocks.
+    """Freeze a model and replace every projection of its blocks by a `LoRALinear`.
 
     Args:
         model: Changed in place; its weights are shared, not copied.
         r: Rank.
         lora_alpha: Numerator of the scaling.
         lora_dropout: Drop probability of the adapters' input.
-        dtype: Of the adapters; float32 over a 16-bit base is PEFT's default.
+        dtype: Dtype of the adapters; float32 over a 16-bit base is PEFT's default.
     """
     model.requires_grad_(False)
     for module in list(model.modules()):
@@ -125,5 +126,5 @@ def add_lora(
 
 
 def lora_layers(model: nn.Module) -> list[LoRALinear]:
-    """Every `LoRALinear` of a model, in order."""
+    """List every `LoRALinear` of a model, in order."""
     return [module for module in model.modules() if isinstance(module, LoRALinear)]

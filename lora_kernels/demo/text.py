@@ -1,4 +1,4 @@
-"""The demo's text: English prose and Python source that every Python installation carries."""
+"""The demo's text: English prose and Python source that come with every Python installation."""
 
 import importlib.util
 from pathlib import Path
@@ -21,7 +21,7 @@ _HELD_OUT = ("zipfile", "statistics", "cmd", "heapq", "shelve", "textwrap", "xml
 
 
 class Corpus(NamedTuple):
-    """Bytes to train on and bytes to measure on, as uint8 tensors."""
+    """Bytes for training and held-out bytes for measuring, as uint8 tensors."""
 
     name: str
     train: Tensor
@@ -33,33 +33,34 @@ class Corpus(NamedTuple):
         return self.train[starts + torch.arange(length)].long()
 
     def measure(self, size: int, length: int) -> Tensor:
-        """The same `size` windows of `length` bytes at every call, spread evenly over the held-out part."""
+        """Return `size` windows of `length` bytes, spread evenly over the held-out part; the same at every call."""
         starts = torch.linspace(0, len(self.held_out) - length, size).long()[:, None]
         return self.held_out[starts + torch.arange(length)].long()
 
 
 def prose() -> Corpus:
-    """The language reference as Python's `help()` shows it; the last tenth is held out."""
+    """Load the language reference as Python's `help()` shows it; the last tenth is held out."""
     from pydoc_data.topics import topics
 
-    # topics quote one another: each paragraph counts once, or what is held out would be trained on as well
+    # keep each paragraph once: topics quote one another, so held-out text would otherwise be trained on as well
     paragraphs = list(dict.fromkeys(text for name in sorted(topics) for text in topics[name].split("\n\n")))
     cut = len(paragraphs) * 9 // 10
     return Corpus("prose", *(_bytes("\n\n".join(part)) for part in (paragraphs[:cut], paragraphs[cut:])))
 
 
 def code() -> Corpus:
-    """Source of the standard library; whole modules are held out."""
+    """Load source of the standard library; whole modules are held out."""
     return Corpus("code", *(_bytes("\n".join(_sources(names))) for names in (_TRAIN, _HELD_OUT)))
 
 
 def _sources(modules: tuple[str, ...]) -> list[str]:
-    """The source files of those modules that this Python has, found without running them."""
+    """Read the source files of the modules that this Python has, without importing the modules themselves."""
     texts = []
     for name in modules:
         try:
             spec = importlib.util.find_spec(name)
-        except ImportError:  # a parent package that this Python does not have
+        # a parent package is missing in this Python
+        except ImportError:
             continue
         if spec is not None and spec.origin and spec.origin.endswith(".py") and Path(spec.origin).is_file():
             texts.append(Path(spec.origin).read_text(encoding="utf-8"))

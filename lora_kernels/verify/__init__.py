@@ -1,1 +1,1 @@
-"""Whether results are right: what is computed, what it is held to, and the judgement."""
+"""Check results: the problems, the error rules, and the judgement of a provider."""

@@ -1,14 +1,14 @@
-"""No time without a right answer, for blocks: what a provider is held to, and how its dropout masks are read off it.
+"""Judge a block before it is timed, and read its dropout masks off dx.
 
-With all weights zero, dx = Σ Dᵢ(dsᵢ Aᵢ) is zero where x was dropped; with the dy of one projection alone it shows the
-mask of that one. The masks of an MLP are seen with weights such that one of them alone decides where dx is zero:
+With all weights zero, dx = Σ Dᵢ(dsᵢ Aᵢ) is zero where x was dropped. With only one projection's dy nonzero, dx shows
+that projection's mask. For an MLP, the weights are chosen so that one mask alone decides where dx is zero:
 
-    of gate    W of gate and up are 1 in one column, B of up is 0:    dx is D(ds A) in all columns but that one
-    of up      likewise, the other way round
-    of down    W and B are 0, but for one block of W of gate and up, which is the unit matrix:    dx is D(ds A) of that
-               block of h, times what the activation makes of a positive x
+    gate    W of gate and up are 1 in one column, B of up is 0:    dx is D(ds A) in every other column
+    up      the same with gate and up exchanged
+    down    W of all layers and B of gate and up are 0, except that one block of W of gate and up is the unit matrix:
+            dx is D(ds A) of that block of h, times a factor that the activation makes of a positive x
 
-The same seed draws the same masks again, whatever the numbers. A mask that keeps a share far from 1 - p fails.
+The same seed draws the same masks, whatever values the operands hold. A mask that keeps a share far from 1 - p fails.
 """
 
 import contextlib
@@ -30,26 +30,29 @@ Run = Callable[[tuple[Tensor, ...]], Tensor]  # upstream gradients to dx
 
 
 class Truth:
-    """Exact and eager outputs, kept while the same problem is asked for without dropout: then all share them."""
+    """Exact and eager outputs of a block, cached for one problem.
+
+    The cache is used without dropout only, because then all providers share the same outputs.
+    """
 
     def __init__(self) -> None:
         self._problem: BlockProblem | None = None
         self._outputs: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
 
     def of(self, problem: BlockProblem, keeps: Keeps) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Exact outputs and PyTorch's own."""
+        """Return the float64 outputs and those of PyTorch's operators in x's dtype."""
         if keeps or self._problem is not problem:
             self._problem = None if keeps else problem
             self._outputs = tuple(outputs(problem, keeps, dtype) for dtype in (torch.float64, problem.x.dtype))
         return self._outputs
 
     def forget(self) -> None:
-        """Free them."""
+        """Free the cached outputs."""
         self._problem = self._outputs = None
 
 
 def judge(provider: BlockProvider, truth: Truth, seed: int = 1) -> Verdict:
-    """Run a provider once, forward and backward, and hold what comes out against float64."""
+    """Run a provider once, forward and backward, and check its results against float64."""
     problem = provider.problem
     keeps = find_masks(problem, provider.leaves, lambda dys: run_once(provider, dys, seed)["dx"])
     for name, keep in keeps.items():
@@ -69,7 +72,7 @@ def judge(provider: BlockProvider, truth: Truth, seed: int = 1) -> Verdict:
 
 
 def run_once(provider: BlockProvider, dys: tuple[Tensor, ...], seed: int) -> dict[str, Tensor]:
-    """Outputs by name, after `torch.manual_seed(seed)`."""
+    """Run the provider after `torch.manual_seed(seed)` and return its outputs and gradients by name."""
     torch.manual_seed(seed)
     ys = provider.forward()
     named = dict(zip(provider.problem.ys, (y.detach() for y in ys), strict=True))
@@ -77,12 +80,12 @@ def run_once(provider: BlockProvider, dys: tuple[Tensor, ...], seed: int) -> dic
 
 
 def find_masks(problem: BlockProblem, leaves: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
-    """The masks that a block draws, by layer: bool, `[M, in]` of that layer.
+    """Return the masks that a block draws, by layer: bool, `[M, in]` of that layer.
 
     Args:
-        problem: Its tensors are changed for a while.
-        leaves: Those that the block reads, which may be copies of the problem's.
-        run: Runs the block with these upstream gradients, each time from the same seed; gives dx.
+        problem: The block; its tensors are changed temporarily.
+        leaves: The tensors that the block reads, which may be copies of the problem's.
+        run: Runs the block with the given upstream gradients, always from the same seed, and returns dx.
     """
     dropping = [name for name, q in problem.adapted.items() if q.dropout_p]
     if not problem.activation:
@@ -117,7 +120,8 @@ def _of_input(problem: BlockProblem, leaves: dict[str, Tensor], name: str, run: 
 
             with _changed(pair, one_column):
                 seen = _nonzero(run, problem.dys)
-            seen[:, column] = False  # that of the weights' column: the other one's turn shows it
+            # the weights, not the mask, decide this column; the other iteration shows its mask
+            seen[:, column] = False
             keep |= seen
     return keep
 
@@ -143,19 +147,22 @@ def _of_down(problem: BlockProblem, leaves: dict[str, Tensor], run: Run) -> Tens
 
 
 def _present(leaves: dict[str, Tensor], names: Sequence[str]) -> list[Tensor]:
-    """B of those layers that have one."""
+    """Return B of those named layers that have an adapter."""
     return [leaves[f"dB {name}"] for name in names if f"dB {name}" in leaves]
 
 
 def _nonzero(run: Run, dys: tuple[Tensor, ...]) -> Tensor:
-    """Where dx is not zero. Of many products one may cancel to zero, but hardly for two gradients."""
+    """Mark where dx is not zero.
+
+    In a large dx a sum may cancel to zero by chance, but hardly for two gradients: a second one is run as well.
+    """
     seen = run(dys) != 0
     return seen if seen.numel() < _FEW else seen | (run(tuple(dy.roll(1, 0) for dy in dys)) != 0)
 
 
 @contextlib.contextmanager
 def _changed(tensors: list[Tensor], change: Callable[[Tensor], object]) -> Iterator[None]:
-    """Change tensors where they lie, for a while."""
+    """Change tensors in place, and restore them on exit."""
     tensors = [t.detach() for t in tensors]
     kept = [t.clone() for t in tensors]
     try:

@@ -1,4 +1,4 @@
-"""The blocks of `lora-kernels verify`: which cases there are, and how one of them is run and held to the rules."""
+"""The block cases of `lora-kernels verify`: their list, and how a case is run and held to the rules."""
 
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -28,20 +28,20 @@ __all__ = ["BlockCase", "examine", "matrix"]
 
 @dataclass(frozen=True)
 class BlockCase:
-    """One line of the table: queries, keys and values, or a gated MLP if there is an activation.
+    """One line of the table: queries, keys and values, or a gated MLP if `activation` is set.
 
     Attributes:
         backend: "triton" or "torch".
-        dtype: Of x and the weights, by name.
-        m: Rows.
+        dtype: Name of the dtype of x and the weights.
+        m: Rows of x.
         k: in_features.
-        widths: out_features of each projection; of an MLP those of gate.
-        ranks: Of each layer; 0 is no adapter.
+        widths: out_features of each projection; for an MLP, of gate.
+        ranks: Rank of each layer; 0 is no adapter.
         ps: Drop probability of each layer.
-        activation: Of an MLP.
-        bias: Whether the layers have one.
+        activation: Name of the MLP's activation; "" for queries, keys and values.
+        bias: Whether the layers have a bias.
         fp32_adapters: Whether the adapters are float32.
-        strided: Whether no operand has an element next to another.
+        strided: Whether the elements of x, the weights, the adapters and dy lie two apart.
     """
 
     backend: str
@@ -60,7 +60,7 @@ class BlockCase:
 
     @property
     def layout(self) -> str:
-        """Which block, in the column of the layouts, and what sets it apart."""
+        """The table's layout column: the block, then its bias, fp32 adapters and strides."""
         block = f"mlp {self.activation}" if self.activation else "qkv"
         return block + (" fp32" if self.fp32_adapters else " bias" * self.bias) + " strided" * self.strided
 
@@ -70,7 +70,7 @@ class BlockCase:
         return max(self.ps)
 
     def shape(self) -> str:
-        """The shape as the table shows it, with every rank where they differ."""
+        """Format the shape as the table shows it, with every rank where the ranks differ."""
         ranks = "/".join(map(str, self.ranks[: 1 if len(set(self.ranks)) == 1 else None]))
         return f"{self.m}x{self.k}x{'+'.join(map(str, self.widths))} r{ranks}"
 
@@ -81,7 +81,10 @@ _TORCH = (96, 160, (160, 32, 32), 224, 8)
 
 
 def matrix(backend: str, dtype: str, on_gpu: bool, quick: bool) -> list[BlockCase]:
-    """The cases of a backend and a dtype: grouped-query widths, ranks and dropouts that differ, every activation."""
+    """List the cases of a backend and a dtype.
+
+    They cover grouped-query widths, ranks and dropouts that differ between layers, and every activation.
+    """
     m, k, widths, hidden, r = _TORCH if backend == "torch" else _ON_GPU if on_gpu else _INTERPRETED
     same, mixed, some = (r, r, r), (r, 3, r // 2 + 1), (r, 0, 3)
 
@@ -109,7 +112,7 @@ def matrix(backend: str, dtype: str, on_gpu: bool, quick: bool) -> list[BlockCas
 def examine(
     case: BlockCase, dtype: torch.dtype, device: torch.device, seed: int
 ) -> tuple[list[Finding], list[str]]:  # fmt: skip
-    """Run a case twice and hold it to the rules; the findings, and what else is wrong."""
+    """Run a case twice and hold it to the rules; return the findings and the messages of all other failures."""
     problem = _draw(case, dtype, str(device), seed)
     operands = {f"{name}'s {field}": t for name, q in problem.layers.items()
                 for field, t in zip(Projection._fields[:4], q[:4], strict=True) if t is not None}  # fmt: skip
@@ -132,13 +135,13 @@ def examine(
 
 
 def _name(output: str) -> str:
-    """The name that `numerics_mlp` has for an output: gate.d_lora_A for "dA gate"."""
+    """Return `numerics_mlp`'s name of an output: gate.d_lora_A for "dA gate"."""
     kind, _, layer = output.partition(" ")
     return f"{layer}.d_lora_{kind[1]}" if layer else output
 
 
 def _draw(case: BlockCase, dtype: torch.dtype, device: str, seed: int) -> BlockProblem:
-    """Draw a block; an MLP's down goes back to the width of x."""
+    """Draw a block; down of an MLP maps back to the width of x."""
     hidden = case.widths[0]
     sides = [(case.k, n) for n in case.widths] if not case.activation else [(case.k, hidden)] * 2 + [(hidden, case.k)]
     problems = [
@@ -163,7 +166,7 @@ def _draw(case: BlockCase, dtype: torch.dtype, device: str, seed: int) -> BlockP
 
 
 def _run(problem: BlockProblem, backend: str, seed: int) -> dict[str, Tensor]:
-    """Outputs and gradients by name, after `torch.manual_seed(seed)`."""
+    """Run the block after `torch.manual_seed(seed)` and return its outputs and gradients by name."""
     leaves = leaves_of(problem)
     layers = [
         q if q.lora_A is None else q._replace(lora_A=leaves[f"dA {name}"], lora_B=leaves[f"dB {name}"])
@@ -182,7 +185,7 @@ def _run(problem: BlockProblem, backend: str, seed: int) -> dict[str, Tensor]:
 
 
 def _masks(problem: BlockProblem, backend: str, seed: int) -> dict[str, Tensor]:
-    """The masks by the backend's own rule: of the seeds in order for the kernels, of draws in order for operators."""
+    """Compute the masks by the backend's own rule: from the seeds in order (kernels) or by draws in order (torch)."""
     torch.manual_seed(seed)
     dropping, (m, k) = {name: q for name, q in problem.adapted.items() if q.dropout_p}, problem.x.shape
     if not dropping or backend == "torch":

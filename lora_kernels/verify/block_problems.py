@@ -1,11 +1,11 @@
-"""Blocks to be checked: projections of one x, and the gated MLP; their truth in float64, and what they are held to.
+"""Blocks to check: projections of one x, and the gated MLP; their float64 truth and their error rules.
 
     projections    yᵢ = layerᵢ(x)                              q, k, v
     MLP            y  = down(act(gate(x)) · up(x))             gate, up, down
 
-Projections are held to `numerics.check` each, and their dx to `numerics.check_shared_dx`. Of an MLP, peers round at
-places of their own, which no bound of each element knows: all are held by `check_mlp` to the rms error of PyTorch's
-operators. `verify` holds this package's to `numerics_mlp.check`.
+Each projection is held to `numerics.check`, and the shared dx to `numerics.check_shared_dx`. Peers round an MLP at
+places of their own, which an elementwise bound cannot know; `check_mlp` therefore compares their rms error with that of
+PyTorch's operators. `verify` holds this package's MLP to `numerics_mlp.check`.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,8 @@ __all__ = [
 ]  # fmt: skip
 
 QKV, MLP = ("q", "k", "v"), ("gate", "up", "down")
-Keeps = Mapping[str, Tensor]  # layer to its dropout mask, bool of its input's shape
+# layer to its dropout mask, bool of its input's shape
+Keeps = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class BlockProblem:
     """One call of a block and the gradients that flow back into it.
 
     Attributes:
-        x: `[M, in]`. Its dtype is the one computed in.
-        layers: Name to weight, adapter, scaling and dropout; of an MLP gate, up and down.
-        dys: One for each output.
+        x: `[M, in]`. The block computes in its dtype.
+        layers: Name to weight, adapter, scaling and dropout; for an MLP: gate, up and down.
+        dys: The upstream gradient of each output.
         activation: One of `numerics_mlp.ACTIVATIONS`; "" for projections of x.
     """
 
@@ -62,19 +63,19 @@ class BlockProblem:
 
     @property
     def summed(self) -> int:
-        """How many terms come to any output: the n of rule 2 for all of them, see `numerics.terms`."""
+        """The n of rule 2 for every output: the number of terms that are summed to it, see `numerics.terms`."""
         rows, weights = self.x.shape[0], [q.weight.shape for q in self.layers.values()]
         if self.activation:
             return numerics_mlp.terms(rows, *weights[-2:], self.rank)
         return rows + self.x.shape[1] + sum(n + 2 * self.rank for n, _ in weights)
 
     def frozen(self) -> "BlockProblem":
-        """The same without adapters."""
+        """Return the same block without adapters."""
         bare = {name: Projection(q.weight, bias=q.bias) for name, q in self.layers.items()}
         return replace(self, layers=bare)
 
     def with_adapters_in(self, dtype: torch.dtype) -> "BlockProblem":
-        """The same numbers, the adapters in a dtype."""
+        """Return the same block with its adapters cast to `dtype`."""
         wide = {
             name: q if q.lora_A is None else q._replace(lora_A=q.lora_A.to(dtype), lora_B=q.lora_B.to(dtype))
             for name, q in self.layers.items()
@@ -83,7 +84,7 @@ class BlockProblem:
 
 
 def compose(problem: BlockProblem, x: Tensor, apply: Callable[[str, Tensor], Tensor]) -> tuple[Tensor, ...]:
-    """The block's outputs where `apply` computes a layer, by its name, of an input."""
+    """Compute the block's outputs; `apply(name, input)` computes one layer."""
     if not problem.activation:
         return tuple(apply(name, x) for name in problem.layers)
     gate, up, down = problem.layers
@@ -91,7 +92,7 @@ def compose(problem: BlockProblem, x: Tensor, apply: Callable[[str, Tensor], Ten
 
 
 def leaves_of(problem: BlockProblem, cast: Callable[[Tensor], Tensor] = lambda t: t) -> dict[str, Tensor]:
-    """What gradients are taken of, by the gradient's name: x, and each adapter's A and B."""
+    """Return the tensors that need gradients, by the gradient's name: x, and each adapter's A and B."""
     leaves = {"dx": problem.x}
     for name, q in problem.adapted.items():
         leaves |= {f"dA {name}": q.lora_A, f"dB {name}": q.lora_B}
@@ -99,9 +100,9 @@ def leaves_of(problem: BlockProblem, cast: Callable[[Tensor], Tensor] = lambda t
 
 
 def outputs(problem: BlockProblem, keeps: Keeps, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Outputs and gradients by PyTorch's operators in a dtype, from the inputs as they are rounded to x's.
+    """Compute outputs and gradients by PyTorch's operators in `dtype`, from inputs rounded to x's dtype.
 
-    In float64 this is the truth, in x's own dtype the yardstick.
+    In float64 the result is the truth, in x's own dtype the yardstick.
     """
     narrow = problem.x.dtype
     leaves = leaves_of(problem, lambda t: t.to(narrow).to(dtype))
@@ -122,17 +123,17 @@ def outputs(problem: BlockProblem, keeps: Keeps, dtype: torch.dtype) -> dict[str
 def check_mlp(
     actual: dict[str, Tensor], exact: dict[str, Tensor], eager: dict[str, Tensor], dtype: torch.dtype, summed: int
 ) -> list[Finding]:
-    """Hold outputs to rule 2, of any size (`numerics.allowed_rms`), and no NaN.
+    """Hold outputs of any size to rule 2 (`numerics.allowed_rms`); NaN fails.
 
     Args:
         actual: Output name to tensor.
         exact: The truth, in a wider dtype.
-        eager: What PyTorch's operators give.
-        dtype: The one computed in, whose roundoff u is.
-        summed: How many terms come to each.
+        eager: The outputs of PyTorch's operators.
+        dtype: The dtype computed in; u is its unit roundoff.
+        summed: How many terms are summed to each output.
 
     Returns:
-        A finding for each output in `actual`, in its order; `rule_1` is 0, there is none.
+        A finding for each output in `actual`, in its order; `rule_1` is 0 because rule 1 does not apply.
     """
     findings = []
     for name, tensor in actual.items():
@@ -147,12 +148,12 @@ def check_mlp(
 
 
 def check_projections(actual: dict[str, Tensor], problem: BlockProblem, keeps: Keeps, split: bool) -> list[Finding]:
-    """Hold projections to rules 1 and 2, each on its own and their dx as the sum that it is.
+    """Hold each projection to rules 1 and 2 on its own, and their dx as a sum.
 
     Args:
         actual: Output name to tensor.
-        problem: What was computed.
-        keeps: The masks that were used.
+        problem: The block that was computed.
+        keeps: The masks used.
         split: See `numerics.bounds`.
     """
     found, problems = [], []

@@ -1,7 +1,7 @@
-"""`lora-kernels verify --emulate`: the compiled kernels of a GPU that is not there, executed on this machine.
+"""`lora-kernels verify --emulate`: execute the kernels compiled for a GPU on a machine without that GPU.
 
-Triton compiles what it would compile on that GPU, its own launcher lays out the launches, and the emulator of the
-checkout (`tests/emulator`, built by a C++ compiler) executes the PTX.
+Triton compiles the same code as on that GPU, and its own launcher lays out the launches. The emulator of the checkout
+(`tests/emulator`, built by a C++ compiler) executes the PTX.
 """
 
 import argparse
@@ -33,7 +33,7 @@ tcgen05 of sm_100. A GPU has the last word: lora-kernels verify on one."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Execute the cases that the options leave; 0 if all are right, 1 if any is wrong, 2 if nothing could be run."""
+    """Execute the cases that the options select; return 0 if all are right, 1 if any is wrong, 2 if none can run."""
     console, start = on_stdout(), time.perf_counter()
     if problem := _problem(args):
         console.print(f"lora-kernels verify --emulate: {problem}", style="red")
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _problem(args: argparse.Namespace) -> str:
-    """Why nothing can be executed, or ""; with what to do about it."""
+    """Return why nothing can be executed and what to do about it, or ""."""
     if args.backend == "torch" or args.device not in (None, "cpu"):
         return "it executes the kernels, on this machine's CPU; leave out --backend torch and --device."
     if not (_CHECKOUT / "tests" / "emulator" / "run.py").exists():
@@ -85,7 +85,7 @@ def _problem(args: argparse.Namespace) -> str:
 
 
 def _results(args: argparse.Namespace, status: list[int]) -> Iterator[dict]:
-    """What became of each case, as it ends; the exit status of all goes to the list."""
+    """Yield the result of each case as it ends; `status[0]` receives the emulator's exit status."""
     jobs = min(len(os.sched_getaffinity(0)), 8)
     command = [sys.executable, str(_CHECKOUT / "tests" / "emulator" / "run.py"), "--jsonl", "--arch", args.emulate]
     command += ["--jobs", str(jobs), "--first", str(args.seed + 1), "--minutes", str(args.minutes)]
@@ -97,7 +97,7 @@ def _results(args: argparse.Namespace, status: list[int]) -> Iterator[dict]:
 
 
 def _environment() -> dict[str, str]:
-    """Of the emulator's processes: kernels are not interpreted there."""
+    """Return the environment of the emulator's processes, where kernels are compiled and not interpreted."""
     stock = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join(filter(None, [stock.get("PYTHONPATH"), str(_CHECKOUT / "tests"), str(_CHECKOUT)]))
     return stock | {"PYTHONPATH": path}

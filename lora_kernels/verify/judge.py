@@ -1,10 +1,10 @@
-"""No time without a right answer: what `bench` asks of a provider before its time is printed.
+"""Judge a provider against float64 before `bench` prints its time.
 
-This package is held to its own rules (`numerics.check`). Others round where they like, so they are held to rule 2
-alone, on outputs of any size: an rms error of at most twice that of PyTorch's operators. The truth is float64.
+This package is held to its own rules (`numerics.check`). Other providers round where they like, so they are held to
+rule 2 alone, on outputs of any size: an rms error of at most twice that of PyTorch's operators.
 
-Dropout masks are read off the provider itself, whoever drew them: with W = 0, dx = D(ds A) is zero exactly where x was
-dropped, and the same seed draws the same mask again. A mask that keeps a share far from 1 - p fails.
+The dropout mask is read off the provider itself: with W = 0, dx = D(ds A) is zero exactly where x was dropped, and the
+same seed draws the same mask again. A mask that keeps a share far from 1 - p fails.
 """
 
 from dataclasses import dataclass, replace
@@ -24,12 +24,12 @@ _SIGMAS = 6
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a provider computes what it should.
+    """The judgement of a provider's results.
 
     Attributes:
         reason: What is wrong, or "".
-        worst: The largest error as a fraction of what is allowed.
-        rule: What it was held to, in words.
+        worst: The largest error as a fraction of the allowed error.
+        rule: The rule applied, in words.
     """
 
     reason: str
@@ -43,20 +43,20 @@ class Verdict:
 
 
 class Truth:
-    """Exact and eager outputs by problem, kept while the same problem is asked for: without dropout all share it."""
+    """Exact and eager outputs, cached for one problem, because without dropout all providers share that problem."""
 
     def __init__(self) -> None:
         self._problem: Problem | None = None
         self._outputs: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
 
     def of(self, problem: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Exact outputs and PyTorch's own."""
+        """Return the float64 outputs and those of PyTorch's operators in x's dtype."""
         if self._problem is None or not _same(self._problem, problem):
             self._problem, self._outputs = problem, (numerics.exact(problem), numerics.eager(problem))
         return self._outputs
 
     def forget(self) -> None:
-        """Free them."""
+        """Free the cached outputs."""
         self._problem = self._outputs = None
 
 
@@ -65,7 +65,7 @@ def _same(one: Problem, other: Problem) -> bool:
 
 
 def judge(provider: Provider, truth: Truth, seed: int = 1) -> Verdict:
-    """Run a provider once, forward and backward, and hold what comes out against float64."""
+    """Run a provider once, forward and backward, and check its results against float64."""
     problem = provider.problem
     if problem.dropout_p:
         keep, reason = find_mask(provider, seed)
@@ -83,32 +83,34 @@ def judge(provider: Provider, truth: Truth, seed: int = 1) -> Verdict:
 
 
 def poison(*outputs: Tensor) -> None:
-    """Leave NaN in freed memory: a right answer that another provider left there must not pass for this one's.
+    """Leave NaN in freed memory, so that a right result of another provider cannot pass for this provider's.
 
     Args:
-        *outputs: Tensors as large as those that are about to be allocated.
+        *outputs: Tensors as large as those about to be allocated.
     """
     if outputs[0].is_cuda:
-        torch.cuda.empty_cache()  # so that the allocator has no other blocks to give out
+        # leave the allocator no other blocks to give out
+        torch.cuda.empty_cache()
     left = [torch.full_like(t, float("nan")) for t in outputs for _ in range(2)]
     del left
 
 
 def run_once(provider: Provider, dy: Tensor, seed: int) -> dict[str, Tensor]:
-    """Outputs by name, after `torch.manual_seed(seed)`."""
+    """Run the provider after `torch.manual_seed(seed)` and return its outputs and gradients by name."""
     torch.manual_seed(seed)
     y = provider.forward()
     return {"y": y.detach(), **dict(zip(provider.leaves, provider.backward(y, dy), strict=True))}
 
 
 def find_mask(provider: Provider, seed: int) -> tuple[Tensor, str]:
-    """The mask that a provider draws after `torch.manual_seed(seed)`, and what is wrong with it."""
+    """Return the mask that a provider draws after `torch.manual_seed(seed)`, and what is wrong with it or ""."""
     problem, p = provider.problem, threshold(provider.problem.dropout_p) / 65536
     weight = problem.weight.clone()
     try:
         problem.weight.zero_()
         keep = torch.zeros_like(problem.x, dtype=torch.bool)
-        for dy in (problem.dy, problem.dy.roll(1, 0)):  # a product that cancels to zero does so for one of them only
+        # a sum that cancels to zero by chance does so for one of the two gradients only
+        for dy in (problem.dy, problem.dy.roll(1, 0)):
             keep |= run_once(provider, dy, seed)["dx"] != 0
     finally:
         problem.weight.copy_(weight)
@@ -116,7 +118,7 @@ def find_mask(provider: Provider, seed: int) -> tuple[Tensor, str]:
 
 
 def wrong_share(keep: Tensor, p: float) -> str:
-    """What is wrong with the share of elements that a mask keeps, or ""."""
+    """Say what is wrong with the share of elements that a mask keeps, or ""."""
     off = keep.double().mean().item() - (1 - p)
     allowed = _SIGMAS * (p * (1 - p) / keep.numel()) ** 0.5
     return f"dropout keeps a share of {1 - p + off:.4f}, {1 - p:.4f} expected" if abs(off) > allowed else ""

@@ -1,10 +1,10 @@
-"""How accurate is accurate enough: the rules every backend is held to, and the float64 truth behind them.
+"""The error rules that every backend is held to, and the float64 truth behind them.
 
 A `Problem` is one call and one upstream gradient. `exact` computes its outputs in float64 from the same rounded
-inputs; `bounds` computes how far each element may be from that, before anything is run:
+inputs. `bounds` computes, before anything runs, how far each element may be from the exact one:
 
     u     unit roundoff of the dtype: 2^-8 bf16, 2^-11 fp16, 2^-24 fp32, 2^-53 fp64
-    eta   half its smallest subnormal: rounding is absolute down there
+    eta   half its smallest subnormal, because rounding errors of subnormals are absolute
     g(n)  (n + 8) · u_acc: a sum of n products, in any order, in the accumulator (fp32, or fp64 for fp64)
 
     E_s  = u|s| + eta + (g(K) + u_d)|x_d||A|ᵀ              s and ds are stored once in the dtype
@@ -15,25 +15,26 @@ inputs; `bounds` computes how far each element may be from that, before anything
     E_dB = g(M)|dy|ᵀ|s| + |dy|ᵀE_s
     E_dbias = g(M) Σ|dy|
 
-Where x or dy are off themselves, by e_x or e_dy (`propagated`), |x| above is |x| + e_x, e_x is added to each g(·)|x|,
-and E_dA has |ds|ᵀe_x_d more; likewise of dy.
+Where x or dy carry errors e_x or e_dy of their own (`propagated`), |x| above becomes |x| + e_x, e_x is added to each
+g(·)|x|, and |ds|ᵀe_x_d to E_dA. The same holds for dy.
 
-Where several projections of one x share a dx, E_dx is the sum of theirs with g of the length of the whole sum.
+Where several projections of one x share a dx, E_dx is the sum of their E_dx, with g of the length of the whole sum.
 
     rule 1, every element:                  |T - T64| <= 1.05 (E_T + u(|T64| + E_T) + eta)
     rule 2, enough independent errors:      rms(T - T64) <= max(2 rms(T_eager - T64), c rms(T64)) + u rms(T64)
     rule 3, pooled over many problems:      rms ratio to eager <= 1.10, and <= 0.90 for y and dx in 16 bit
 
-where `T_eager` is what PyTorch's operators give in the same dtype with the same mask (`eager`). c = u_acc sqrt(n/6) is
-the most that n products summed one after the other come to (docs/math.md): such a sum is right, and yet no match for a
-library that splits it, as cuBLAS does for one row. n counts the terms of T's own sum and of those it inherits from:
+where `T_eager` is the result of PyTorch's operators in the same dtype with the same mask (`eager`). c = u_acc sqrt(n/6)
+bounds the relative rms error of n products summed one after the other (docs/math.md). A sequential sum is right, but
+less accurate than that of a library that splits it, as cuBLAS does for one row. n counts the terms of T's own sum and
+of the sums it inherits errors from:
 
     y   K + 2r        dx   N + 2r        dA   M + N        dB   M + K
 
-NaN or inf where the truth is finite fails. Enough for rule 2 are 2,048 elements, and for d_lora_A and d_lora_B besides
-M·r >= 256: however large, they inherit the errors of M·r numbers ds or s, and of a few such numbers either side may be
-the lucky one. The limits are the same on every machine. Derivation of the form: Higham, "Accuracy and Stability of
-Numerical Algorithms", 2nd ed., §3.5 (inner products).
+NaN or inf where the truth is finite fails. Rule 2 needs 2,048 elements, and for d_lora_A and d_lora_B also
+M·r >= 256: whatever their size, they inherit the errors of the M·r numbers ds or s, and with few such numbers either
+side may be more accurate by luck. The limits are the same on every machine. Derivation of the form: Higham, "Accuracy
+and Stability of Numerical Algorithms", 2nd ed., §3.5 (inner products).
 """
 
 import functools
@@ -61,7 +62,7 @@ RULE_2_INHERITED = 256
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """The largest relative error of one rounding to `dtype`."""
+    """Return the largest relative error of one rounding to `dtype`."""
     return _UNIT[dtype]
 
 
@@ -70,15 +71,15 @@ class Problem:
     """One call of the layer and the gradient that flows back into it.
 
     Attributes:
-        x: `[*, in]`. Its dtype is the one computed in.
+        x: `[*, in]`. The layer computes in its dtype.
         weight: `[out, in]`.
         lora_A: `[r, in]`, rounded to x's dtype before use if it is wider.
-        lora_B: `[out, r]`, likewise.
+        lora_B: `[out, r]`, rounded as lora_A is.
         dy: `[*, out]`.
         bias: `[out]` or None.
         scaling: Multiplies the low-rank term.
         dropout_p: Drop probability.
-        keep: The mask that was used, bool of x's shape; None without dropout.
+        keep: The dropout mask used, bool of x's shape; None without dropout.
     """
 
     x: Tensor
@@ -92,21 +93,21 @@ class Problem:
     keep: Tensor | None = None
 
     def output_dtypes(self) -> dict[str, torch.dtype]:
-        """The dtype each output is rounded to: x's, and the adapters' own for their gradients."""
+        """Return the dtype each output is rounded to: x's, and the adapters' own for their gradients."""
         dtypes = dict(y=self.x.dtype, dx=self.x.dtype, d_lora_A=self.lora_A.dtype, d_lora_B=self.lora_B.dtype)
         return dtypes if self.bias is None else dtypes | {"dbias": self.bias.dtype}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """How one output of one call stands to the rules.
+    """The result of holding one output of one call to the rules.
 
     Attributes:
-        name: Which output: y, dx, d_lora_A, d_lora_B, dbias.
+        name: The output: y, dx, d_lora_A, d_lora_B or dbias.
         ok: Whether every rule that applies held.
-        rule_1: Largest error as a fraction of what rule 1 allows that element; 1 and below passes.
-        rule_2: rms error as a fraction of what rule 2 allows; None for too few numbers or with no eager result.
-        rms_ratio: rms error over eager's rms error; None with no eager result.
+        rule_1: Largest error as a fraction of rule 1's limit of its element; 1 and below passes.
+        rule_2: rms error as a fraction of rule 2's limit; None with too few numbers or without an eager result.
+        rms_ratio: rms error over eager's rms error; None without an eager result.
         message: What is wrong, or "".
     """
 
@@ -119,25 +120,25 @@ class Finding:
 
 
 def exact(problem: Problem) -> dict[str, Tensor]:
-    """The outputs of a problem in float64, from its inputs as they are rounded."""
+    """Compute the outputs of a problem in float64 from its rounded inputs."""
     return _outputs(_as(problem, torch.float64))
 
 
 def eager(problem: Problem) -> dict[str, Tensor]:
-    """The outputs by PyTorch's operators in the problem's own dtype: the yardstick of rules 2 and 3."""
+    """Compute the outputs by PyTorch's operators in the problem's own dtype: the yardstick of rules 2 and 3."""
     outputs = _outputs(_as(problem, problem.x.dtype))
     return {name: outputs[name].to(dtype) for name, dtype in problem.output_dtypes().items()}
 
 
 def bounds(problem: Problem, split: bool = False) -> dict[str, Tensor]:
-    """What rule 1 allows each element of each output, in float64.
+    """Compute rule 1's limit of each element of each output, in float64.
 
     Args:
-        problem: What is computed.
+        problem: The problem.
         split: Whether the base product and the low-rank part may be rounded on their own before they are summed, as
-            PyTorch's operators and the hybrids with a library must: one of the two for y and both for dx, so
-            u(max(|x Wᵀ|, |s Bᵀ + bias|) + E) and u(|dy W| + |D(ds A)| + E) more. And whether D(x) may be rounded,
-            which kernels never do: dropout's factor multiplies their accumulators.
+            PyTorch's operators and the hybrids with a library must. One of the two parts is rounded for y and both
+            for dx, which adds u(max(|x Wᵀ|, |s Bᵀ + bias|) + E) and u(|dy W| + |D(ds A)| + E). D(x) may be rounded
+            as well; kernels never round D(x), because dropout's factor multiplies their accumulators.
     """
     e, truth = propagated(_as(problem, torch.float64), problem.x.dtype, split=split), exact(problem)
     return {
@@ -147,12 +148,12 @@ def bounds(problem: Problem, split: bool = False) -> dict[str, Tensor]:
 
 
 def allowed(error: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
-    """What rule 1 allows an output whose error is `error` before it is rounded to `dtype`."""
+    """Return rule 1's limit of an output whose error is `error` before the output is rounded to `dtype`."""
     return _SLACK * rounded(error, truth, dtype)
 
 
 def rounded(error: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
-    """The error of a number with this one, once it is rounded to `dtype`."""
+    """Return the error of a number after rounding to `dtype`, given its error before."""
     return error + _UNIT[dtype] * (truth.abs() + error) + _ETA[dtype]
 
 
@@ -160,14 +161,14 @@ def propagated(
     q: Problem, dtype: torch.dtype, *, e_x: Tensor | float = 0.0, e_dy: Tensor | float = 0.0, inner: int | None = None,
     split: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """E of each output before it is rounded, and of the gradient of the weight, in float64, as matrices.
+    """Compute E of each output and of the weight's gradient, before rounding, in float64, as matrices.
 
     Args:
-        q: What is computed, in float64.
-        dtype: That s and ds are rounded to.
-        e_x: How far x may be from `q.x`, `[M, in]`: then each |x| above is |x| + e_x, and with g(K) x comes e_x.
+        q: The problem, in float64.
+        dtype: The dtype that s and ds are rounded to.
+        e_x: How far x may be from `q.x`, `[M, in]`: each |x| above becomes |x| + e_x, and e_x is added to g(K)|x|.
         e_dy: How far dy may be from `q.dy`, `[M, out]`.
-        inner: How many terms are summed to dx, N + r of them its own; None if there are no others.
+        inner: How many terms are summed to dx, N + r of them this projection's; None if dx has no others.
         split: See `bounds`.
     """
     u, eta = _UNIT[dtype], _ETA[dtype]
@@ -208,7 +209,7 @@ def propagated(
 
 
 def _parts(q: Problem) -> dict[str, Tensor]:
-    """What the separate roundings of two parts are relative to: the larger part of y, the sum of those of dx."""
+    """Return the sizes that separate roundings are relative to: of y the larger part, of dx the sum of both parts."""
     x, dy, keep = _matrices(q)
     base = x @ q.weight.T
     y = reference.forward(x, q.weight, q.lora_A, q.lora_B, q.bias, q.scaling, keep, q.dropout_p)
@@ -220,7 +221,7 @@ def _parts(q: Problem) -> dict[str, Tensor]:
 
 
 def _matrices(q: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The rows of x, dy and the mask."""
+    """Reshape x, dy and the mask to matrices of rows."""
     x, dy = q.x.reshape(-1, q.x.shape[-1]), q.dy.reshape(-1, q.dy.shape[-1])
     return x, dy, None if q.keep is None else q.keep.reshape(x.shape)
 
@@ -228,11 +229,11 @@ def _matrices(q: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
 def check(
     actual: dict[str, Tensor], problem: Problem, baseline: dict[str, Tensor] | None = None, split: bool = False
 ) -> list[Finding]:
-    """Hold outputs against rules 1 and 2.
+    """Hold outputs to rules 1 and 2.
 
     Args:
         actual: Output name to tensor; any subset of y, dx, d_lora_A, d_lora_B, dbias.
-        problem: What was computed.
+        problem: The problem that was computed.
         baseline: PyTorch's own outputs, for rule 2; see `eager`.
         split: See `bounds`; False for the kernels, True for the torch backend and other chains of operators.
 
@@ -252,12 +253,12 @@ def check(
 def check_shared_dx(
     actual: Tensor, problems: Sequence[Problem], baselines: Sequence[Tensor] | None = None, split: bool = False
 ) -> Finding:
-    """Hold the dx of several projections of one x against rules 1 and 2.
+    """Hold the dx of several projections of one x to rules 1 and 2.
 
     Args:
         actual: dx, `[*, in]`.
         problems: The projections, all with the same x.
-        baselines: PyTorch's own dx of each, added up for rule 2.
+        baselines: PyTorch's own dx of each projection, added up for rule 2.
         split: Whether each projection's two parts, and each sum of parts, may be rounded on their own.
     """
     dtype = problems[0].x.dtype
@@ -271,7 +272,10 @@ def check_shared_dx(
 def shared_dx(
     problems: Sequence[Problem], dtype: torch.dtype, e_dys: Sequence[Tensor | float] | None = None, split: bool = False
 ) -> Tensor:
-    """E of the dx of several projections of one x, in float64, as a matrix; see `propagated` and `check_shared_dx`."""
+    """Compute E of the dx of several projections of one x, in float64, as a matrix.
+
+    See `propagated` and `check_shared_dx`.
+    """
     inner = sum(q.weight.shape[0] + q.lora_A.shape[0] for q in problems)
     each = zip(problems, e_dys or [0.0] * len(problems), strict=True)
     error = sum(propagated(q, dtype, e_dy=e_dy, inner=inner)["dx"] for q, e_dy in each)
@@ -282,19 +286,19 @@ def shared_dx(
 
 
 def rms(t: Tensor) -> float:
-    """Root of the mean square, 0 for an empty tensor."""
+    """Return the root of the mean square, 0 for an empty tensor."""
     return t.double().square().mean().sqrt().item() if t.numel() else 0.0
 
 
 def terms(problem: Problem) -> dict[str, int]:
-    """How many terms are summed one after the other to each output and to what it inherits from: the n of rule 2."""
+    """Return the n of rule 2 by output: the terms of its own sum and of the sums it inherits errors from."""
     (n, k), r = problem.weight.shape, problem.lora_A.shape[0]
     rows = problem.x.numel() // max(k, 1)
     return dict(y=k + 2 * r, dx=n + 2 * r, d_lora_A=rows + n, d_lora_B=rows + k, dbias=rows)
 
 
 def allowed_rms(eager_rms: float, truth_rms: float, dtype: torch.dtype, summed: int) -> float:
-    """What rule 2 allows the rms error of an output to which `summed` terms come; see `terms`."""
+    """Return rule 2's limit of the rms error of an output to which `summed` terms are summed; see `terms`."""
     u = _UNIT[dtype]
     chain = min(u, _UNIT[torch.float32]) * math.sqrt(summed / 6)
     return max(2 * eager_rms, chain * truth_rms) + u * truth_rms
@@ -304,7 +308,7 @@ def compare(
     name: str, actual: Tensor, truth: Tensor, limit: Tensor, dtype: torch.dtype, baseline: Tensor | None,
     rule_2_applies: bool, summed: int,
 ) -> Finding:  # fmt: skip
-    """Hold one output against its truth, rule 1's limits of its elements and, where it applies, rule 2."""
+    """Hold one output to rule 1's limits of its elements and, where it applies, to rule 2."""
     if actual.shape != truth.shape or actual.dtype != dtype:
         got, want = (f"{t} {tuple(s)}" for t, s in ((actual.dtype, actual.shape), (dtype, truth.shape)))
         return Finding(name, False, float("inf"), None, None, f"{name} is {got}, expected {want}")
@@ -326,7 +330,8 @@ def compare(
     if baseline is not None:
         eager_rms = rms(baseline.double() - truth)
         ratio = rms(error) / eager_rms if eager_rms else None
-        if rule_2_applies and dtype != torch.float64:  # the truth has the same errors
+        # in float64 the truth has rounding errors of the same size
+        if rule_2_applies and dtype != torch.float64:
             most = allowed_rms(eager_rms, rms(truth), dtype, summed)
             rule_2 = rms(error) / most if most else (float("inf") if error.any() else 0.0)
             if not rule_2 <= 1:
@@ -341,7 +346,7 @@ def _count(bad: Tensor) -> str:
 
 
 def _as(problem: Problem, dtype: torch.dtype) -> Problem:
-    """Round to the problem's own dtype first, then represent in `dtype`."""
+    """Round the tensors to the problem's own dtype, then convert them to `dtype`."""
 
     def cast(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().to(problem.x.dtype).to(dtype)

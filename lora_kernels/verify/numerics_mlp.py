@@ -1,29 +1,30 @@
-"""How accurate a gated MLP has to be: the rules of `numerics`, with the errors of one layer propagated to the next.
+"""The error rules of a gated MLP: those of `numerics`, with the errors of each layer propagated to the next.
 
-A `MLPProblem` is one call of `lora_mlp` and one upstream gradient. E of an output is what `numerics.propagated` gives
-for its layer, of x and dy with these errors, each element rounded once to the dtype (`numerics.rounded`):
+A `MLPProblem` is one call of `lora_mlp` and one upstream gradient. `numerics.propagated` gives E of an output from the
+errors of its layer's x and dy below, each element rounded once to the dtype (`numerics.rounded`):
 
     e_g, e_u     E_y of gate and up
     e_a          min(|a'(g)| e_g + ½ L₂ e_g², L₁ e_g) + 8 u_acc (|g| + |a(g)|)       a(g) in fp32
     e_a'         min(|a"(g)| e_g + ½ L₃ e_g², L₂ e_g) + 16 u_acc (1 + |g|)           a'(g) in fp32
     e_h          e_a (|u| + e_u) + |a| e_u                                           h = a(g) · u; x of down
     e_dh         E_dx of down
-    e_du         of the product dh · a(g), likewise; dy of up
-    e_dg         of the product dh · u · a'(g), likewise; dy of gate
+    e_du         of the product dh · a(g), as e_h; dy of up
+    e_dg         of the product dh · u · a'(g), as e_h; dy of gate
 
-Lᵢ bounds the i-th derivative of a. 8 and 16 units cover what fp32 makes of exp, erf, tanh, a division and a handful of
-products, each within 2 units in the last place: 1 + erf and 1 + tanh are off by as much for every g, so the error of
-a(g) is relative to |g|; and σ g (1 - σ), of a difference, to |g| in a'.
+Lᵢ bounds the i-th derivative of a. 8 and 16 units cover the fp32 errors of exp, erf, tanh, a division and a handful of
+products, each within 2 units in the last place. The error of a(g) is relative to |g| because the absolute error of
+1 + erf and 1 + tanh is the same for every g. That of a' is relative to |g| because of the difference in σ g (1 - σ).
 
-What the rules can see: every h of a row is rounded on its own, and the bound adds these errors without cancelling them:
-√hidden times what they come to, and √M times more in the gradients of gate's and up's A. In fp32 that is far below any
-mistake. In 16 bit rule 1 finds what is wrong by its own size, NaN, and single elements that are far off, and at real
-widths (a right result takes a hundredth of it at 3,584) it is rule 2 that finds the rest. An approximation of the
-activation (tanh's GELU for erf's: at most 5e-4) shows in fp32 alone.
+What the rules can detect: every h of a row is rounded on its own, and the bound adds these errors without cancellation.
+The bound is √hidden times the typical error, and √M times more in the gradients of gate's and up's A. In fp32 that is
+far below any mistake. In 16 bit, rule 1 detects errors as large as the result itself, NaN, and single elements that are
+far off. At real widths a right result uses a hundredth of rule 1's limit (at 3,584), and rule 2 detects the rest. An
+approximation of the activation (tanh's GELU for erf's: at most 5e-4) shows in fp32 alone.
 
-Rule 2's yardstick is `eager`: PyTorch's operators, the activation and the product with u rounded each. It needs
-M·r >= 256 for every output and the smallest r: all of them inherit the errors of some s or ds. Its n (`terms`) is that
-of all sums an output may inherit from, g's counted twice: an activation hardly makes a relative error larger.
+Rule 2's yardstick is `eager`: PyTorch's operators, with the activation and the product with u each rounded. Rule 2
+needs M·r >= 256 for every output, with the smallest r, because every output inherits the errors of some s or ds. Its n
+(`terms`) counts all sums that an output may inherit errors from, those of g twice, because an activation hardly makes
+a relative error larger.
 """
 
 import functools
@@ -42,13 +43,14 @@ from lora_kernels.verify.numerics import Finding, Problem
 __all__ = ["ACTIVATIONS", "MLPProblem", "bounds", "check", "eager", "exact", "terms"]
 
 _UNBOUNDED = 1e300
-_DERIVATIVES = {  # bounds of |a'|, |a"| and |a'''|, found on a fine grid and rounded up
+# bounds of |a'|, |a"| and |a'''|, found on a fine grid and rounded up
+_DERIVATIVES = {
     "silu": (1.1, 0.5, 0.31),
     "gelu": (1.13, 0.8, 0.78),
     "gelu_tanh": (1.13, 0.8, 0.78),
     "relu2": (_UNBOUNDED, 2.0, _UNBOUNDED),  # a" jumps at 0
 }
-# PyTorch's own, and not those of `lora_kernels.activations`: what is checked is not asked what is right
+# PyTorch's activations and not those of `lora_kernels.activations`, because the latter are under test
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -63,13 +65,13 @@ class MLPProblem:
     """One call of `lora_mlp` and the gradient that flows back into it.
 
     Attributes:
-        x: `[*, in]`. Its dtype is the one computed in.
+        x: `[*, in]`. The MLP computes in its dtype.
         gate: The gate as `lora_mlp` takes it, or None.
-        up: Likewise; tensors of another dtype than x's are rounded to that before use.
-        down: Likewise.
+        up: As gate, but never None; tensors of another dtype than x's are rounded to x's dtype before use.
+        down: As up.
         dy: `[*, out]`.
-        activation: Its name.
-        keeps: The masks that were used, by layer name: bool of x's shape, for down of `[*, hidden]`.
+        activation: Name of the activation.
+        keeps: The masks used, by layer name: bool of x's shape, for down `[*, hidden]`.
     """
 
     x: Tensor
@@ -81,11 +83,11 @@ class MLPProblem:
     keeps: dict[str, Tensor] = field(default_factory=dict)
 
     def layers(self) -> dict[str, Layer]:
-        """Those that there are, by name, in order."""
+        """Return the layers by name, in order; without gate if there is none."""
         return {name: q for name in ("gate", "up", "down") if (q := getattr(self, name)) is not None}
 
     def output_dtypes(self) -> dict[str, torch.dtype]:
-        """The dtype each output is rounded to, by name: y, dx, gate.d_lora_A and so on."""
+        """Return the dtype each output is rounded to, by name: y, dx, gate.d_lora_A and so on."""
         own = {
             f"{layer}.{gradient}": t.dtype
             for layer, q in self.layers().items()
@@ -96,12 +98,12 @@ class MLPProblem:
 
 
 def exact(problem: MLPProblem) -> dict[str, Tensor]:
-    """The outputs of a problem in float64, from its inputs as they are rounded: y, dx, gate.d_lora_A and so on."""
+    """Compute the outputs of a problem in float64 from its rounded inputs: y, dx, gate.d_lora_A and so on."""
     return _run(problem, torch.float64, reference.activated)[0]
 
 
 def eager(problem: MLPProblem) -> dict[str, Tensor]:
-    """The outputs by PyTorch's operators in the problem's own dtype: the yardstick of rule 2."""
+    """Compute the outputs by PyTorch's operators in the problem's own dtype: the yardstick of rule 2."""
 
     def activated(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
         value = ACTIVATIONS[activation](gate)
@@ -112,7 +114,7 @@ def eager(problem: MLPProblem) -> dict[str, Tensor]:
 
 
 def bounds(problem: MLPProblem, split: bool = False) -> dict[str, Tensor]:
-    """What rule 1 allows each element of each output, in float64; `split` as in `numerics.bounds`, of each layer."""
+    """Compute rule 1's limit of each element of each output, in float64; `split` of each layer as `numerics.bounds`."""
     truth, layers = _run(problem, torch.float64, reference.activated)
     return _limits(problem, truth, layers, split)
 
@@ -120,11 +122,11 @@ def bounds(problem: MLPProblem, split: bool = False) -> dict[str, Tensor]:
 def check(
     actual: dict[str, Tensor], problem: MLPProblem, baseline: dict[str, Tensor] | None = None, split: bool = False
 ) -> list[Finding]:
-    """Hold outputs against rules 1 and 2.
+    """Hold outputs to rules 1 and 2.
 
     Args:
-        actual: Output name to tensor; any subset of those that `exact` gives.
-        problem: What was computed.
+        actual: Output name to tensor; any subset of the outputs of `exact`.
+        problem: The problem that was computed.
         baseline: PyTorch's own outputs, for rule 2; see `eager`.
         split: See `numerics.bounds`; False for the kernels, True for the torch backend and other chains of operators.
 
@@ -147,7 +149,7 @@ def check(
 
 
 def terms(rows: int, up: Sequence[int], down: Sequence[int], rank: int) -> int:
-    """The n of rule 2 (`numerics.terms`) for every output of an MLP, by the shapes of the weights of up and down."""
+    """Return the n of rule 2 (`numerics.terms`) for every output of an MLP from the weight shapes of up and down."""
     (hidden, k), (n, _) = up, down
     return rows + 3 * (k + 2 * rank) + 2 * (hidden + 2 * rank) + n + 2 * rank
 
@@ -155,7 +157,7 @@ def terms(rows: int, up: Sequence[int], down: Sequence[int], rank: int) -> int:
 def _run(
     problem: MLPProblem, dtype: torch.dtype, activated: Callable[[Tensor, Tensor | None, str], Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Problem]]:
-    """The outputs in `dtype`, and each layer as a problem of its own: with what came to it and what came back."""
+    """Compute the outputs in `dtype`, and each layer as a `Problem` with its own input and upstream gradient."""
 
     def leaf(t: Tensor) -> Tensor:
         return t.detach().to(problem.x.dtype).to(dtype).requires_grad_()
@@ -198,7 +200,8 @@ def _limits(
         for t, q in zip(outs, before, strict=True)
     ]
     value, slope = _activation(*made[0], problem.activation, dtype)
-    up = made[1:]  # or no factor at all
+    # empty without a gate
+    up = made[1:]
     h, e_h = _product(value, *up)
     of_down = numerics.propagated(down, dtype, e_x=numerics.rounded(e_h, h, dtype), split=split)
     dh = reference.grad_x(down.dy, down.weight, down.lora_A, down.lora_B, *_low_rank(down))
@@ -223,7 +226,7 @@ def _low_rank(q: Problem) -> tuple[float, Tensor | None, float]:
 def _activation(
     gate: Tensor, e_g: Tensor, activation: str, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """a(g) and a'(g), each with how far it may be off once g is and it is computed in fp32."""
+    """Compute a(g) and a'(g), each with a bound of its error from e_g and from fp32 arithmetic."""
     g = gate.detach().requires_grad_()
     u_acc = min(numerics.unit_roundoff(dtype), numerics.unit_roundoff(torch.float32))
     first, second, third = _DERIVATIVES[activation]
@@ -237,7 +240,7 @@ def _activation(
 
 
 def _product(*factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The product of numbers, each with its error, and its error."""
+    """Multiply numbers that carry errors; return the product and its error."""
     (total, error), *rest = factors
     for t, e_t in rest:
         total, error = total * t, error * (t.abs() + e_t) + total.abs() * e_t

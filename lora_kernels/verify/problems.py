@@ -1,4 +1,4 @@
-"""One problem, made and run: what `verify` and `bench` check, and how."""
+"""Make and run one problem of the layer, for `verify` and `bench`."""
 
 import torch
 from torch import Tensor
@@ -15,20 +15,20 @@ def make_problem(
     adapter_dtype: torch.dtype | None = None, bias: bool = False, scaling: float = 2.0, dropout_p: float = 0.0,
     seed: int = 0,
 ) -> Problem:  # fmt: skip
-    """Draw a problem whose terms all matter: unit-variance activations, weights of 1/√fan_in, and a B that is not zero.
+    """Draw a problem in which every term matters: unit-variance activations, weights of 1/√fan_in, a nonzero B.
 
     Args:
         batch: Leading dims of x.
         in_features: K.
         out_features: N.
         r: Rank.
-        dtype: Of x, weight, bias and dy.
-        device: Where to put them; the numbers are the same on every device.
-        adapter_dtype: Of lora_A and lora_B; `dtype` if None.
-        bias: Whether there is one.
+        dtype: Dtype of x, weight, bias and dy.
+        device: Device of all tensors; the numbers are the same on every device.
+        adapter_dtype: Dtype of lora_A and lora_B; `dtype` if None.
+        bias: Whether the layer has a bias.
         scaling: Multiplies the low-rank term.
-        dropout_p: Drop probability; the mask is filled in by `with_mask`.
-        seed: Of the draw.
+        dropout_p: Drop probability; `with_mask` fills in the mask.
+        seed: Seed of the draw.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -63,7 +63,7 @@ def with_mask(problem: Problem, backend: str, seed: int) -> Problem:
 
 
 def run_problem(problem: Problem, backend: str, seed: int) -> dict[str, Tensor]:
-    """Run the layer forward and backward after `torch.manual_seed(seed)`; outputs by name, see `numerics`."""
+    """Run the layer forward and backward after `torch.manual_seed(seed)`; return outputs by `numerics`' names."""
     leaves = {
         name: getattr(problem, name).detach().requires_grad_()
         for name in ("x", "lora_A", "lora_B", "bias")
@@ -80,13 +80,13 @@ def run_problem(problem: Problem, backend: str, seed: int) -> dict[str, Tensor]:
 
 
 def every_other(t: Tensor) -> Tensor:
-    """A copy of a matrix whose elements lie two apart, between NaNs, none of them on 16 bytes."""
+    """Copy a matrix so that its elements lie two apart, between NaNs, the first of them off a 16-byte boundary."""
     buffer = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 3), float("nan"))
     return buffer[..., 1:-2:2].copy_(t)
 
 
 def storages(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of everything that lies in the buffers of tensors, beside the tensors as well."""
+    """Copy the whole storage of each tensor, including bytes outside the tensor."""
     return {
         name: torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage()).clone()
         for name, t in tensors.items()
@@ -94,5 +94,5 @@ def storages(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors agree bit for bit, NaN and signed zeros included."""
+    """Check that two tensors agree bit for bit, NaN and signed zeros included."""
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -1,4 +1,4 @@
-"""What is judged and timed: something that computes a problem, and what it is held to."""
+"""Providers: implementations that compute a problem, to be judged and timed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,16 +14,16 @@ __all__ = ["BlockProvider", "Provider"]
 
 @dataclass(frozen=True)
 class Provider:
-    """Something that can be timed.
+    """An implementation of the layer that can be timed.
 
     Attributes:
-        label: For the tables; a dtype in it is the adapters'.
-        problem: What it computes; its adapters may be wider than the case's.
+        label: Its name in the tables; a dtype in it is that of the adapters.
+        problem: The problem it computes; the adapters may be wider than the case's.
         forward: Computes y from the leaves.
-        leaves: Output name (dx, d_lora_A, d_lora_B, dbias) to the tensor whose gradient that is.
-        rule: What it is held to: "kernel" and "operators" are `numerics.check` without and with `split`; "peer" is
-            an rms error of at most twice that of PyTorch's operators.
-        cost: Its formula in `cost.layer.COSTS`; "" where its launches are a compiler's choice.
+        leaves: Gradient name (dx, d_lora_A, d_lora_B, dbias) to the tensor that it is the gradient of.
+        rule: Its error rule: "kernel" and "operators" are `numerics.check` without and with `split`; "peer" is an
+            rms error of at most twice that of PyTorch's operators.
+        cost: Its formula in `cost.layer.COSTS`; "" where a compiler chooses its launches.
     """
 
     label: str
@@ -34,22 +34,22 @@ class Provider:
     cost: str = ""
 
     def backward(self, y: Tensor, dy: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The gradients of the leaves, in their order, from `dy` or else the problem's own."""
+        """Return the gradients of the leaves, in their order, for `dy` or else for the problem's own dy."""
         return torch.autograd.grad(y, tuple(self.leaves.values()), self.problem.dy if dy is None else dy)
 
 
 @dataclass(frozen=True)
 class BlockProvider:
-    """A block that can be timed.
+    """An implementation of a block that can be timed.
 
     Attributes:
-        label: For the tables; a dtype in it is the adapters'.
-        problem: What it computes; its adapters may be wider than the case's.
+        label: Its name in the tables; a dtype in it is that of the adapters.
+        problem: The problem it computes; the adapters may be wider than the case's.
         forward: Computes the outputs from the leaves.
-        leaves: Gradient's name to the tensor whose gradient that is.
-        rule: What projections are held to: "kernel" and "operators" are `numerics`' rules without and with `split`;
-            "peer" is an rms error of at most twice that of PyTorch's operators, which an MLP is held to whoever it is.
-        cost: Its formula in `cost.block.COSTS`; "" where its launches are a compiler's choice or none is written.
+        leaves: Gradient name to the tensor that it is the gradient of.
+        rule: The error rule of projections: "kernel" and "operators" are `numerics`' rules without and with `split`;
+            "peer" is an rms error of at most twice that of PyTorch's operators. An MLP is always held to "peer".
+        cost: Its formula in `cost.block.COSTS`; "" where a compiler chooses its launches or no formula is written.
     """
 
     label: str
@@ -60,5 +60,5 @@ class BlockProvider:
     cost: str = ""
 
     def backward(self, ys: tuple[Tensor, ...], dys: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
-        """The gradients of the leaves, in their order, from `dys` or else the problem's own."""
+        """Return the gradients of the leaves, in their order, for `dys` or else for the problem's own."""
         return torch.autograd.grad(ys, tuple(self.leaves.values()), self.problem.dys if dys is None else dys)

@@ -1,1 +1,1 @@
-"""What is timed: a layer, a block of layers, a single launch, a model."""
+"""The cases that are timed: a layer, a block of layers, a single launch, a model."""

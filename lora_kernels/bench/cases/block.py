@@ -1,4 +1,4 @@
-"""`bench --block qkv` and `--block mlp`: projections of one x, or a gated MLP, beside what else one would run."""
+"""`bench --block qkv` and `--block mlp`: time projections of one x, or a gated MLP, beside their alternatives."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +27,7 @@ SCALING = 2.0
 
 
 def draw(block: str, shape: Shape, r: int, p: float, settings: Settings) -> BlockProblem:
-    """Draw a block in which every term matters, on the device; `p` is resolved to 1/65536, as the kernels do."""
+    """Draw a block in which every term matters, on the device; `p` is rounded to 1/65536, as the kernels round it."""
     generator = torch.Generator(settings.device).manual_seed(0)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
@@ -46,7 +46,7 @@ def draw(block: str, shape: Shape, r: int, p: float, settings: Settings) -> Bloc
 
 
 def clone(problem: BlockProblem) -> BlockProblem:
-    """The same problem in memory of its own."""
+    """Copy the problem to memory of its own."""
     layers = {
         name: q._replace(weight=q.weight.clone(), lora_A=q.lora_A.clone(), lora_B=q.lora_B.clone())
         for name, q in problem.layers.items()
@@ -58,19 +58,20 @@ def run_case(
     block: str, shape: Shape, r: int, p: float, settings: Settings, tick: Callable[[str], None] = lambda doing: None,
     build: Callable[[str, BlockProblem, str], BlockProvider] = block_providers.build,
 ) -> dict[str, Any]:  # fmt: skip
-    """Check, weigh and time every provider on a block of `BLOCKS`; what comes back is plain data.
+    """Check every provider on a block of `BLOCKS`, measure its memory and time it; return plain data.
 
     Args:
         block: "qkv" or "mlp".
-        shape: Of it.
+        shape: Shape of the block.
         r: Rank.
         p: Drop probability.
-        settings: Of the run.
-        tick: Told what is being done.
-        build: Provider name, problem and backend to provider.
+        settings: The run's settings.
+        tick: Called with a description of each step.
+        build: Builds a provider from its name, a problem and a backend.
     """
     if settings.compiled:
-        torch._dynamo.reset()  # its cache is by code, not by layer
+        # dynamo's cache is by code, not by layer
+        torch._dynamo.reset()
     problem, truth = draw(block, shape, r, p, settings), block_judge.Truth()
     copies = layer_case.copies_of(problem, sum(t.nbytes for t in _operands(problem)), clone, settings)
     rows, timed = layer_case.admit_all(
@@ -111,7 +112,7 @@ def _cost_of(problem: BlockProblem, r: int) -> Block:
 def _admit(
     name: str, construct: Callable[[], BlockProvider], truth: block_judge.Truth, r: int, settings: Settings
 ) -> tuple[dict[str, Any], BlockProvider | None]:
-    """A provider's row, and the provider itself if it may be timed."""
+    """Return a provider's row, and the provider itself if it may be timed."""
     row: dict[str, Any] = {"label": name, "reason": "", "check": None, "seconds": {}}
     try:
         provider = construct()
@@ -123,7 +124,8 @@ def _admit(
             return row, None
         row["saved_bytes"] = held_bytes(provider.forward, [*_operands(provider.problem), *provider.leaves.values()])
         row["peak_bytes"] = peak_bytes(timing.Calls(provider.forward, provider.backward), settings.device)
-    except Exception as error:  # a baseline that cannot run here is a line in the table, not the end of it
+    # a baseline that cannot run here becomes a line in the table and does not stop the run
+    except Exception as error:
         row["reason"] = first_line(error)
         return row, None
     if provider.cost:

@@ -1,4 +1,4 @@
-"""`bench --level kernel`: each launch of the layer alone, beside the best PyTorch operators for the same work.
+"""`bench --level kernel`: time each launch of the layer alone, beside the best PyTorch operators for the same work.
 
     s        shrink          s = α D(x) Aᵀ
     y        matmul_expand   y = x Wᵀ + s Bᵀ
@@ -6,9 +6,9 @@
     dx       matmul_expand   dx = dy W + keep · (ds A)
     dA       wgrad           dA = dsᵀ (keep · x)
 
-Operands are random, s and ds as well. Bytes are what this package's launch has to move, for all rows of a table alike:
-a rate is useful work done, whoever did it. Every result is held to the componentwise bound of `verify.numerics`
-before its time is taken, operators with the roundings that they cannot help.
+Operands are random, s and ds as well. All rows of a table count the bytes that this package's launch has to move, so
+that a rate is useful work per second for every provider. Every result is held to the componentwise bound of
+`verify.numerics` before it is timed; the bound of operators includes the roundings that operators cannot avoid.
 """
 
 import itertools
@@ -34,12 +34,12 @@ __all__ = ["LAUNCHES", "PROVIDERS", "Launch", "launches", "run_case"]
 
 LAUNCHES = ("s", "y", "ds, dB", "dx", "dA")
 PROVIDERS = ("base", "ours", "operators")
-_SLACK = 1.05  # as `numerics` has it
+_SLACK = 1.05  # that of `numerics`
 
 
 @dataclass(frozen=True)
 class Sum:
-    """What an output should be: alpha · Σᵢ pᵢ qᵢ, the last product masked by `keep` where there is a mask.
+    """The expected value of an output: alpha · Σᵢ pᵢ qᵢ, the last product masked by `keep` if there is a mask.
 
     Attributes:
         terms: Pairs (p `[*, Kᵢ]`, q `[Kᵢ, *]`).
@@ -54,17 +54,17 @@ class Sum:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch and what does the same.
+    """One launch, and its alternatives for the same work.
 
     Attributes:
-        kernel: Its name.
-        calls: Provider name to a function that gives the outputs.
-        sums: Outputs to what each should be; a mask that was drawn comes last and is taken as it is.
-        flops: FLOPs it needs.
-        bytes: Bytes it has to move.
+        kernel: Name of the kernel.
+        calls: Provider name to a function that returns the outputs.
+        sums: Maps outputs to their expected values; a drawn mask is the last output and has none.
+        flops: FLOPs that the launch needs.
+        bytes: Bytes that the launch has to move.
         like: Tensors as large as the outputs.
-        base_flops: FLOPs of the base product alone, where there is one.
-        mask: Outputs to the mask that was drawn, where one is.
+        base_flops: FLOPs of the base product alone; 0 without one.
+        mask: Maps outputs to the drawn mask; None if the launch draws none.
     """
 
     kernel: str
@@ -78,12 +78,12 @@ class Launch:
 
 
 def launches(problem: Problem, backend: str, seed: int = 2) -> dict[str, Launch]:
-    """The launches of `LAUNCHES` for a problem.
+    """Build the launches of `LAUNCHES` for a problem.
 
     Args:
         problem: Its x, W, A, B, dy, scaling and drop probability are used.
-        backend: "triton" or "torch", for this package's own.
-        seed: Of s and ds.
+        backend: "triton" or "torch", of this package's own launches.
+        seed: Seed of s and ds.
     """
     ops, p = plan.contractions(backend), problem.dropout_p
     x, w, a, b, dy = problem.x, problem.weight, problem.lora_A, problem.lora_B, problem.dy
@@ -93,7 +93,8 @@ def launches(problem: Problem, backend: str, seed: int = 2) -> dict[str, Launch]
     alpha = problem.scaling * keep_scale(p)
     keep = ops.shrink(x, a, alpha, p)[1]
     mask = None if keep is None else unpacked(keep, k)
-    x_kept = x if mask is None else x * mask  # as a chain of operators has it stored by now
+    # a chain of operators has stored the masked x by now
+    x_kept = x if mask is None else x * mask
 
     def shrink_by_operators() -> tuple[Tensor, ...]:
         if not p:
@@ -151,7 +152,7 @@ def launches(problem: Problem, backend: str, seed: int = 2) -> dict[str, Launch]
 
 
 def unpacked(keep: Tensor, cols: int) -> Tensor:
-    """A mask as bool `[M, cols]`, whichever backend drew it."""
+    """Convert a mask of either backend to bool `[M, cols]`."""
     if keep.dtype != torch.int32:  # a byte an element, 0 or 1
         return keep.bool()
     bits = keep[..., None] >> torch.arange(32, dtype=torch.int32, device=keep.device) & 1
@@ -161,12 +162,13 @@ def unpacked(keep: Tensor, cols: int) -> Tensor:
 def run_case(
     shape: Shape, r: int, p: float, settings: Settings, tick: Callable[[str], None] = lambda doing: None
 ) -> list[dict[str, Any]]:
-    """Check and time every launch of a layer; a case for each of `LAUNCHES`."""
+    """Check and time every launch of a layer; return a case for each of `LAUNCHES`."""
     backend = plan.choose(settings.device, settings.dtype, r, False, settings.backend)
     problem = draw(shape, r, p, settings)
     copies = [problem]
     if settings.cache == "rotate":
-        wanted = timing.copies_for(min(problem.x.nbytes, problem.dy.nbytes))  # each launch reads at least one of them
+        # each launch reads at least one of x and dy
+        wanted = timing.copies_for(min(problem.x.nbytes, problem.dy.nbytes))
         copies += [clone(problem) for _ in range(wanted - 1)]
     sets, turn = [launches(copy, backend) for copy in copies], itertools.count()
     cases = []
@@ -203,7 +205,7 @@ def _label(provider: str, backend: str) -> str:
 
 
 def _admit(provider: str, launch: Launch, backend: str, p: float) -> tuple[dict[str, Any], bool]:
-    """A provider's row, and whether it may be timed."""
+    """Return a provider's row, and whether it may be timed."""
     row: dict[str, Any] = {"label": _label(provider, backend), "reason": "", "check": None, "seconds": {}}
     fused = provider == "ours" and backend == "triton"
     try:
@@ -213,9 +215,11 @@ def _admit(provider: str, launch: Launch, backend: str, p: float) -> tuple[dict[
         if provider == "base":
             sums = [Sum(one.terms[:1], one.alpha) for one in sums]
         dropped = launch.mask is not None and p > 0
-        used = [share_used(tensor, one, fused, dropped) for tensor, one in zip(out, sums, strict=False)]  # no mask
+        # not strict: a drawn mask is an output without a sum
+        used = [share_used(tensor, one, fused, dropped) for tensor, one in zip(out, sums, strict=False)]
         reason = judge.wrong_share(launch.mask(out), p) if launch.mask and p else ""
-    except Exception as error:  # what cannot run here is a line in the table, not the end of it
+    # a provider that cannot run here becomes a line in the table and does not stop the run
+    except Exception as error:
         row["reason"] = first_line(error)
         return row, False
     worst = max(used)
@@ -227,10 +231,10 @@ def _admit(provider: str, launch: Launch, backend: str, p: float) -> tuple[dict[
 
 
 def share_used(actual: Tensor, expected: Sum, fused: bool, dropped: bool) -> float:
-    """The largest error of an output as a fraction of what its element is allowed; inf if one is not finite.
+    """Return the largest error of an output as a fraction of its element's limit; inf if an error is not finite.
 
-    |T - T64| <= 1.05 (g(Σ Kᵢ) |α| Σ |pᵢ||qᵢ| + u |T64|), g and u as `numerics` has them. Operators round each term on
-    its own as well, u |α| Σ |pᵢ qᵢ|, and `dropped` elements of p, u |α| Σ |pᵢ||qᵢ|.
+    |T - T64| <= 1.05 (g(Σ Kᵢ) |α| Σ |pᵢ||qᵢ| + u |T64|), with g and u of `numerics`. Operators also round each term on
+    its own, which adds u |α| Σ |pᵢ qᵢ|, and the `dropped` elements of p, which adds u |α| Σ |pᵢ||qᵢ|.
     """
     unit = unit_roundoff(actual.dtype)
     products = [p.double() @ q.double() for p, q in expected.terms]
@@ -249,7 +253,7 @@ def share_used(actual: Tensor, expected: Sum, fused: bool, dropped: bool) -> flo
 
 
 def _rate(rows: dict[str, dict[str, Any]], launch: Launch, settings: Settings) -> None:
-    """Fill in what follows from the times: useful work and bytes a second, and shares of what was measured here."""
+    """Fill in useful FLOPs and bytes a second, and their shares of this machine's measured peaks."""
     for name, row in rows.items():
         flops = launch.base_flops if name == "base" else launch.flops
         for taken in row["seconds"].values():

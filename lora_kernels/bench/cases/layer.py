@@ -1,4 +1,4 @@
-"""One case of `bench`: a shape, a rank and a drop probability, every provider built, judged, weighed and timed."""
+"""One case of `bench`, a shape, a rank and a drop probability: build, judge and time every provider."""
 
 import itertools
 import os
@@ -29,21 +29,21 @@ _OPERANDS = ("x", "weight", "lora_A", "lora_B", "dy")
 
 @dataclass(frozen=True)
 class Settings:
-    """What all cases of a run have in common.
+    """The settings that all cases of a run share.
 
     Attributes:
-        device: Where it runs.
-        dtype: Of x and W.
+        device: Device of the run.
+        dtype: Dtype of x and W.
         backend: "auto", "triton" or "torch", for this package's own rows.
-        passes: Which of `timing.PASSES` are timed; none to weigh memory alone.
+        passes: Which of `timing.PASSES` are timed; none to measure memory alone.
         rounds: Timed calls of each provider and pass.
-        compiled: Whether torch.compile takes part.
+        compiled: Whether compiled providers are included.
         cuda_graph: Whether CUDA graphs are replayed in place of calls.
-        peaks: What this machine reaches, see `timing.measure_peaks`.
-        build: Provider name and problem to provider.
-        only: Provider names to take; all that make sense if empty.
+        peaks: The rates that this machine reaches, see `timing.measure_peaks`.
+        build: Builds a provider from its name, a problem and a backend.
+        only: Names of the providers; all that apply if empty.
         cache: One of `timing.CACHES`.
-        targets: Which projections of a model get an adapter.
+        targets: The projections of a model that get an adapter.
     """
 
     device: torch.device
@@ -60,19 +60,20 @@ class Settings:
     targets: tuple[str, ...] = PROJECTIONS
 
     def clock(self) -> timing.Measure:
-        """How a call is timed."""
+        """Return the function that times a call."""
         return timing.clock(self.device, self.cache == "flush")
 
     def names(self, r: int) -> list[str]:
-        """The providers of a case of rank r, in the tables' order."""
+        """List the providers of a case of rank r, in the tables' order."""
         chosen = plan.choose(self.device, self.dtype, r, False, self.backend)
         return list(self.only) or providers.names_for(self.dtype, chosen, self.compiled)
 
 
 def draw(shape: Shape, r: int, p: float, settings: Settings) -> Problem:
-    """Draw a problem in which every term matters, on the device: at these sizes a CPU takes seconds a tensor.
+    """Draw a problem in which every term matters.
 
-    `p` is resolved to 1/65536, as the kernels do, so that every provider scales by the same number.
+    The numbers are drawn on the device, because at these sizes a CPU takes seconds a tensor. `p` is rounded to 1/65536,
+    as the kernels round it, so that every provider scales by the same number.
     """
     generator = torch.Generator(settings.device).manual_seed(0)
 
@@ -93,9 +94,10 @@ def draw(shape: Shape, r: int, p: float, settings: Settings) -> Problem:
 def run_case(
     shape: Shape, r: int, p: float, settings: Settings, tick: Callable[[str], None] = lambda doing: None
 ) -> dict[str, Any]:
-    """Run one case; `tick` is told what is being done. What comes back is plain data, for tables and JSON alike."""
+    """Run one case and return plain data, for tables and JSON; `tick` is called with a description of each step."""
     if settings.compiled:
-        torch._dynamo.reset()  # its cache is by code, not by layer: after eight shapes it runs eager and does not say
+        # dynamo's cache is by code, not by layer: after eight shapes it would silently run eager
+        torch._dynamo.reset()
     problem, truth = draw(shape, r, p, settings), judge.Truth()
     copies = copies_of(problem, sum(getattr(problem, name).nbytes for name in _OPERANDS), clone, settings)
     rows, timed = admit_all(
@@ -117,7 +119,7 @@ def run_case(
 
 
 def copies_of(problem: Any, size: int, clone: Callable[[Any], Any], settings: Settings) -> list[Any]:
-    """The problem, whose operands take `size` bytes, and its copies where the buffers are rotated."""
+    """Return the problem and, if the buffers are rotated, its copies; the operands of one take `size` bytes."""
     if settings.cache != "rotate" or not settings.passes:
         return [problem]
     return [problem, *(clone(problem) for _ in range(timing.copies_for(size) - 1))]
@@ -127,17 +129,17 @@ def admit_all(
     names: list[str], admit: Callable[[str], tuple[dict[str, Any], Any]], others: Callable[[str], list[Any]],
     settings: Settings, tick: Callable[[str], None],
 ) -> tuple[dict[str, dict[str, Any]], dict[str, timing.Calls]]:  # fmt: skip
-    """Build, judge and weigh every provider.
+    """Build and judge every provider, and measure its memory.
 
     Args:
-        names: Of the providers.
-        admit: Name to the provider's row, and the provider, or None if it may not be timed.
-        others: Name to the same provider on each further copy of the operands.
-        settings: Of the run.
-        tick: Told what is being done.
+        names: Names of the providers.
+        admit: Maps a name to the provider's row and to the provider, or None if it may not be timed.
+        others: Maps a name to the same provider on each further copy of the operands.
+        settings: The run's settings.
+        tick: Called with a description of each step.
 
     Returns:
-        The rows, and what is to be timed.
+        The rows, and the calls to time.
     """
     rows, timed, turn = {}, {}, itertools.count()
     for name in names:
@@ -159,7 +161,7 @@ def admit_all(
 def take_times(
     rows: dict[str, dict[str, Any]], timed: dict[str, timing.Calls], settings: Settings, tick: Callable[[str], None]
 ) -> None:
-    """Time all in turn and fill in their rows."""
+    """Time all providers in turn and write their times into the rows."""
     if settings.passes:
         times = timing.time_all(timed, settings.passes, settings.rounds, settings.clock(), lambda: tick("timing"))
         for name, taken in times.items():
@@ -167,12 +169,12 @@ def take_times(
 
 
 def clone(problem: Problem) -> Problem:
-    """The same problem in memory of its own."""
+    """Copy the problem to memory of its own."""
     return replace(problem, **{name: getattr(problem, name).clone() for name in _OPERANDS})
 
 
 def ready(copies: list[timing.Calls], settings: Settings, turn: Iterator[int]) -> timing.Calls:
-    """What is timed, from one or more copies of it: their graphs if asked for, in turn if there are several."""
+    """Return the calls to time: as CUDA graphs if the settings ask for them, and taking turns over several copies."""
     if settings.cuda_graph:
         copies = [timing.graphed(calls) for calls in copies]
     return timing.rotated(copies, turn) if len(copies) > 1 else copies[0]
@@ -181,7 +183,7 @@ def ready(copies: list[timing.Calls], settings: Settings, turn: Iterator[int]) -
 def _admit(
     name: str, problem: Problem, truth: judge.Truth, settings: Settings
 ) -> tuple[dict[str, Any], Provider | None]:
-    """A provider's row, and the provider itself if it may be timed."""
+    """Return a provider's row, and the provider itself if it may be timed."""
     row: dict[str, Any] = {"label": name, "reason": "", "check": None, "seconds": {}}
     try:
         provider = settings.build(name, problem, settings.backend)
@@ -193,7 +195,8 @@ def _admit(
             return row, None
         row["saved_bytes"] = saved_bytes(provider)
         row["peak_bytes"] = peak_bytes(timing.Calls(provider.forward, provider.backward), settings.device)
-    except Exception as error:  # a baseline that cannot run here is a line in the table, not the end of it
+    # a baseline that cannot run here becomes a line in the table and does not stop the run
+    except Exception as error:
         row["reason"] = first_line(error)
         return row, None
     if provider.cost:
@@ -210,22 +213,23 @@ def _size(problem: Problem) -> layer_cost.Size:
 
 
 def first_line(error: Exception) -> str:
-    """An error in one line."""
+    """Format an error in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # "inductor raised:" alone says nothing
+    # a first line such as "inductor raised:" says nothing without the second
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return f"{type(error).__name__}: {said}"[:300]
 
 
 def compare(
     rows: dict[str, dict[str, Any]], base: tuple[int, int], adapted: tuple[int, int], settings: Settings
 ) -> None:
-    """Fill in what follows from the times: ratios to the floor, shares of the measured peak, and rates.
+    """Fill in ratios to the floor, rates, and shares of the measured peak.
 
     Args:
         rows: Provider name to row.
         base: FLOPs of forward and of backward without adapters.
-        adapted: With them.
-        settings: Of the run.
+        adapted: The same with adapters.
+        settings: The run's settings.
     """
     floor = rows.get("frozen", {}).get("seconds", {})
     for name, row in rows.items():
@@ -245,14 +249,14 @@ def _moved(row: dict[str, Any], which: str) -> int:
 
 
 def saved_bytes(provider: Provider) -> int:
-    """Bytes that a provider's autograd holds for backward beyond x and the parameters."""
+    """Count the bytes that autograd holds for a provider's backward beyond x and the parameters."""
     problem = provider.problem
     given = (problem.x, problem.weight, problem.lora_A, problem.lora_B, problem.bias, *provider.leaves.values())
     return held_bytes(provider.forward, [t for t in given if t is not None])
 
 
 def held_bytes(forward: Callable[[], Tensor], given: Iterable[Tensor]) -> int:
-    """Bytes that autograd holds for backward beyond the tensors `given`, each storage once."""
+    """Count the bytes that autograd holds for backward beyond the tensors `given`, each storage once."""
     not_counted = {t.untyped_storage().data_ptr() for t in given}
     held: dict[int, int] = {}
 
@@ -263,13 +267,14 @@ def held_bytes(forward: Callable[[], Tensor], given: Iterable[Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = forward()  # alive until all is counted, so that no address is given out twice
+        # y stays alive until all storages are counted, so that no address is reused
+        y = forward()
     del y
     return sum(held.values())
 
 
 def peak_bytes(calls: timing.Calls, device: torch.device) -> int:
-    """The most memory forward and backward take on top of what is there before: of tensors, not of the process."""
+    """Measure the peak tensor memory of forward and backward, above the memory allocated before."""
     if device.type != "cuda":
         return _peak_bytes_of_cpu(calls)
     torch.cuda.synchronize(device)
@@ -283,8 +288,9 @@ def peak_bytes(calls: timing.Calls, device: torch.device) -> int:
 
 
 def _peak_bytes_of_cpu(calls: timing.Calls) -> int:
-    """The same from every allocation that PyTorch's profiler sees, in the order of time."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it would write two lines to stderr each time
+    """Measure the peak on a CPU from all allocations that PyTorch's profiler records, in order of time."""
+    # without the setting, Kineto writes two lines to stderr each time
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         y = calls.forward()
         gradients = calls.backward(y)

@@ -1,14 +1,16 @@
-"""`bench --level decoder` and `--level model`: a whole decoder layer, and training steps of a small full model.
+"""`bench --level decoder` and `--level model`: time a whole decoder layer, and training steps of a small full model.
 
-The decoder layer is timed forward and backward, with the gradient of its input, as one layer among many. The small
-model is trained: embedding, a few layers, head, cross-entropy, backward to the adapters and to the embedded tokens,
-AdamW on the adapters. The floor is the same model without adapters: every dx, no low-rank term, no optimizer.
+The decoder layer is timed forward and backward with the gradient of its input, as a layer in the middle of a model
+needs it. The small model is trained: embedding, a few layers, head, cross-entropy, backward to the adapters and to the
+embedded tokens, AdamW on the adapters. The floor is the same model without adapters: every dx, no low-rank term, no
+optimizer.
 
-This package's rows are blocks, `lora_qkv` and `lora_mlp`; beside them stands each layer by `lora_linear` alone.
+This package's rows use the blocks `lora_qkv` and `lora_mlp`; another row computes each layer by `lora_linear` alone.
 
-Checked before anything is timed, without dropout, in a wider dtype (float64 over fp32, fp32 over 16 bit): output, loss
-and the gradient of every adapter have an rms error of at most twice that of PyTorch's operators. With dropout, it must
-move the output as far as PyTorch's moves it. Masks differ by provider here; `--level layer` holds them bit by bit.
+Every provider is checked without dropout before it is timed, against a wider dtype (float64 over fp32, fp32 over 16
+bit): output, loss and the gradient of every adapter have an rms error of at most twice that of PyTorch's operators.
+Dropout must move the output as far as PyTorch's dropout moves it. Masks differ by provider here; `--level layer` checks
+them bit by bit.
 """
 
 import copy
@@ -37,20 +39,21 @@ PROVIDERS = (
     "peft_fp32_compiled",
 )  # fmt: skip
 SCALING = 2.0
-_DROPOUT_BAND = (0.8, 1.25)  # how far dropout moves the output, over how far PyTorch's moves it
+# how far a provider's dropout moves the output, over how far PyTorch's dropout moves it
+_DROPOUT_BAND = (0.8, 1.25)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A model that can be run.
+    """A provider's model, ready to run.
 
     Attributes:
-        label: For the tables.
-        model: With its adapters.
-        leaves: What gradients are taken of: the input as "dx", and every adapter.
+        label: Its name in the tables.
+        model: The model with its adapters.
+        leaves: The tensors that need gradients: the input as "dx", and every adapter.
         forward: Computes the output of the timed pass: y, or the loss.
-        backward: Takes that to the gradients, and the optimizer's step where there is one.
-        outputs: Forward and gradients by name, for the check.
+        backward: Computes the gradients from that output, and takes the optimizer's step if there is an optimizer.
+        outputs: Computes outputs and gradients by name, for the check.
     """
 
     label: str
@@ -62,14 +65,14 @@ class Trial:
 
 
 class Bench:
-    """The model of a case, and what its providers share: weights, adapters, inputs.
+    """The model of a case, with the weights, adapters and inputs that its providers share.
 
     Args:
         dims: The model.
         r: Rank.
         p: Drop probability.
-        settings: Of the run.
-        whole: Whether it is the full model, not a layer of it.
+        settings: The run's settings.
+        whole: Whether the case is the full model, not a layer of it.
     """
 
     def __init__(self, dims: Dims, r: int, p: float, settings: Settings, whole: bool) -> None:
@@ -88,7 +91,7 @@ class Bench:
         self._references: dict[tuple[bool, bool, bool], dict[str, Tensor]] = {}
 
     def trial(self, name: str) -> Trial:
-        """A provider of `PROVIDERS`; raises where this machine cannot run it."""
+        """Build a provider of `PROVIDERS`; raises if this machine cannot run it."""
         form = name.removesuffix("_compiled").removesuffix("_fp32")
         dtype = torch.float32 if "fp32" in name else self.settings.dtype
         words = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
@@ -115,16 +118,16 @@ class Bench:
         return self._trial(label, model, held, model)
 
     def forget(self) -> None:
-        """Free what only checks need."""
+        """Free the reference outputs, which only the checks need."""
         self._references.clear()
 
     def reference(self, wide: bool, adapters: bool, training: bool = False) -> dict[str, Tensor]:
-        """Outputs by PyTorch's operators, in a wider dtype or the model's own; computed once.
+        """Return the outputs by PyTorch's operators, in a wider dtype or the model's own; computed once.
 
         Args:
-            wide: Whether in float64 over fp32, in fp32 over 16 bit: the truth.
-            adapters: Whether with them.
-            training: Whether with dropout.
+            wide: Whether to compute the truth, in float64 over fp32 or in fp32 over 16 bit.
+            adapters: Whether the model has adapters.
+            training: Whether dropout is on.
         """
         key = (wide, adapters, training)
         if key not in self._references:
@@ -173,7 +176,7 @@ class Bench:
         return Trial(label, model, leaves, forward, backward, outputs)
 
     def _input(self, model: nn.Module, dtype: torch.dtype) -> Tensor:
-        """Embedded tokens, whose gradient everyone computes; or activations, for a layer."""
+        """Return embedded tokens, whose gradient all providers compute; or activations, for a layer."""
         return model.embedding(self.tokens).detach() if self.whole else self.x.to(dtype, copy=True)
 
 
@@ -182,7 +185,7 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 
 def names_for(dtype: torch.dtype, compiled: bool, hosted: bool = False) -> list[str]:
-    """The providers that make sense: no fp32-adapter rows where x is fp32 itself, one way to patch a hosted model."""
+    """List the providers that apply: no fp32-adapter rows where x is fp32, and no per_layer row of a hosted model."""
     names = [name for name in PROVIDERS if compiled or "compiled" not in name]
     names = [name for name in names if not hosted or name != "per_layer"]
     return names if dtype.itemsize == 2 else [name for name in names if "fp32" not in name]
@@ -192,9 +195,10 @@ def run_case(
     dims: Dims, r: int, p: float, settings: Settings, tick: Callable[[str], None] = lambda doing: None,
     whole: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Check, weigh and time every provider on a decoder layer, or on the `whole` small model."""
+    """Check every provider on a decoder layer or on the `whole` small model, measure its memory and time it."""
     if settings.compiled:
-        torch._dynamo.reset()  # its cache is by code, not by model
+        # dynamo's cache is by code, not by model
+        torch._dynamo.reset()
     bench, rows, timed = Bench(dims, r, p, settings, whole), {}, {}
     for name in settings.only or names_for(settings.dtype, settings.compiled, isinstance(dims, HostedDims)):
         tick(f"checking {name}")
@@ -221,7 +225,7 @@ def run_case(
 
 
 def _admit(name: str, bench: Bench) -> tuple[dict[str, Any], Trial | None]:
-    """A provider's row, and the provider itself if it may be timed."""
+    """Return a provider's row, and its trial if it may be timed."""
     row: dict[str, Any] = {"label": name, "reason": "", "check": None, "seconds": {}}
     try:
         trial = bench.trial(name)
@@ -234,14 +238,15 @@ def _admit(name: str, bench: Bench) -> tuple[dict[str, Any], Trial | None]:
         given = (*bench.base.parameters(), *bench.base.buffers(), *trial.leaves.values())
         row["saved_bytes"] = held_bytes(trial.forward, given)
         row["peak_bytes"] = peak_bytes(timing.Calls(trial.forward, trial.backward), bench.settings.device)
-    except Exception as error:  # a baseline that cannot run here is a line in the table, not the end of it
+    # a baseline that cannot run here becomes a line in the table and does not stop the run
+    except Exception as error:
         row["reason"] = first_line(error)
         return row, None
     return row, trial
 
 
 def check(trial: Trial, bench: Bench) -> tuple[float, str]:
-    """The largest error of a provider as a fraction of what is allowed, and what is wrong, or ""."""
+    """Return a provider's largest error as a fraction of the allowed error, and what is wrong or ""."""
     adapters = len(trial.leaves) > 1
     trial.model.train(not bench.p)
     actual = trial.outputs()
@@ -251,7 +256,8 @@ def check(trial: Trial, bench: Bench) -> tuple[float, str]:
     for name, tensor in actual.items():
         error = rms(tensor.double() - exact[name].double())
         beside = rms(eager[name].double() - exact[name].double())
-        allowed = allowed_rms(beside, rms(exact[name]), bench.settings.dtype, summed=0)  # as of one rounding
+        # summed=0: the allowance of one rounding
+        allowed = allowed_rms(beside, rms(exact[name]), bench.settings.dtype, summed=0)
         used = error / allowed if allowed else (float("inf") if error else 0.0)
         worst = max(worst, used) if used == used else float("inf")
         if not used <= 1:

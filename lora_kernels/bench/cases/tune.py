@@ -1,7 +1,7 @@
-"""One case of `tune`: a shape, a rank and a drop probability; every form of y and of dx checked, timed, and one chosen.
+"""One case of `tune`, a shape, a rank and a drop probability: check and time every form of y and of dx, and choose one.
 
-A form is timed within its pass, forward or backward, as autograd runs it: it decides what else the pass has to do (a
-joint dx brings ds along) and what overlaps with what. The other pass is left to the fused kernel.
+A form is timed within its whole pass, forward or backward, as autograd runs it, because the form decides what else the
+pass has to compute (a joint dx computes ds as well) and which launches overlap. The other pass uses the fused kernel.
 """
 
 import contextlib
@@ -26,19 +26,19 @@ __all__ = ["PASSES", "Time", "choose", "forms", "keys", "products", "tune_case"]
 
 PASSES = ("forward", "backward")
 
-Time = Callable[..., dict[str, dict[str, dict[str, Any]]]]  # `timing.time_all`, its clock given
+Time = Callable[..., dict[str, dict[str, dict[str, Any]]]]  # `timing.time_all` with a clock
 
 
 @dataclass(frozen=True)
 class _Formed(Provider):
-    """This package's provider with the large product of some passes in a given form."""
+    """This package's provider, with a given form of the large product in some passes."""
 
     taken: dict[str, Form] = field(default_factory=dict)
 
     @classmethod
     def of(cls, provider: Provider, taken: dict[str, Form]) -> "_Formed":
         def forward() -> Tensor:
-            with _taking(taken.get("forward")):
+            with _forced(taken.get("forward")):
                 return provider.forward()
 
         given = {f.name: getattr(provider, f.name) for f in fields(Provider)}
@@ -46,17 +46,17 @@ class _Formed(Provider):
         return cls(**given | {"forward": forward, "rule": "kernel" if exact else "operators"}, taken=taken)
 
     def backward(self, y: Tensor, dy: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The gradients of the leaves, as `Provider.backward` computes them."""
-        with _taking(self.taken.get("backward")):
+        """Compute the gradients of the leaves as `Provider.backward` does, in the given form."""
+        with _forced(self.taken.get("backward")):
             return super().backward(y, dy)
 
 
-def _taking(form: Form | None) -> contextlib.AbstractContextManager[None]:
+def _forced(form: Form | None) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if form is None else plan.forced(*form)
 
 
 def products(shape: Shape, r: int, p: float, dtype: torch.dtype) -> dict[str, Product]:
-    """The large product of each pass."""
+    """Return the large product of each pass."""
     m, k, n = shape.m, shape.k, shape.n
     return {
         "forward": Product(m, k, n, r, dtype.itemsize),
@@ -65,13 +65,13 @@ def products(shape: Shape, r: int, p: float, dtype: torch.dtype) -> dict[str, Pr
 
 
 def keys(shape: Shape, r: int, p: float, dtype: torch.dtype) -> dict[str, str]:
-    """What the choice for each pass is stored under."""
+    """Return the key under which the choice for each pass is stored."""
     tf32 = plan.contractions("triton").uses_tf32(dtype)
     return {which: tuned.key(dtype, product, tf32) for which, product in products(shape, r, p, dtype).items()}
 
 
 def forms(device: torch.device, dtype: torch.dtype, q: Product) -> dict[Form, str]:
-    """Every form that a product may take, the rule's first, each with its name for people."""
+    """List every form that a product may take, the rule's first, each with a readable name."""
     from lora_kernels.kernels._configs import matmul_configs
 
     ops, on_16_bytes = plan.contractions("triton"), (q.inner, q.cols) if q.backward else (q.inner,)
@@ -96,13 +96,13 @@ def tune_case(
         r: Rank.
         p: Drop probability.
         settings: Device, dtype and rounds.
-        time: `timing.time_all` with its `measure` given.
+        time: `timing.time_all` with `measure` bound.
         passes: Which of `PASSES`.
-        tick: Told what is being done.
+        tick: Called with a description of each step.
 
     Returns:
-        A row a pass, plain data: its key, the form the rule takes, the fastest and the chosen one (None where nothing
-        could be timed), and each form with what it was held to and its times.
+        One row per pass, as plain data: its key, the rule's form, the fastest and the chosen form (None if nothing
+        could be timed), and each form with the outcome of its check and its times.
     """
     problem = draw(shape, r, p, settings)
     provider = providers.build("ours", problem, "triton")
@@ -131,7 +131,7 @@ def tune_case(
 
 
 def choose(times: dict[Form, dict[str, Any]], ruled: Form) -> Form | None:
-    """The form with the least median; but the rule's unless their quartiles are apart. None if nothing was timed."""
+    """Choose the form with the least median, but the rule's form if their quartiles overlap; None without times."""
     if not times:
         return None
     fastest = min(times, key=lambda form: times[form]["median"])
@@ -141,15 +141,16 @@ def choose(times: dict[Form, dict[str, Any]], ruled: Form) -> Form | None:
 
 
 def _check(provider: _Formed, truth: judge.Truth) -> dict[str, Any]:
-    """Whether a form may be timed; `wrong` says that it ran and computed something else."""
+    """Check whether a form may be timed; `wrong` says that it ran but its results are wrong."""
     try:
         verdict = judge.judge(provider, truth)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a tile that this GPU has no room for is no reason to stop
+    # a tile too large for this GPU must not stop the tuning
+    except Exception as error:
         return {"ok": False, "wrong": False, "reason": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     return {"ok": verdict.ok, "wrong": not verdict.ok, "reason": verdict.reason}
 
 
 def _nothing(y: Tensor) -> None:
-    """The backward of what is timed forward alone."""
+    """Do nothing: the backward of forms that are timed in forward alone."""

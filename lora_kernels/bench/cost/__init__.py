@@ -1,1 +1,1 @@
-"""What it costs by arithmetic: FLOPs, bytes, the traffic of each launch."""
+"""Costs by arithmetic: FLOPs, bytes, the traffic of each launch."""

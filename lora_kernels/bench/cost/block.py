@@ -1,6 +1,6 @@
-"""What blocks compute and move: projections of one x, and the gated MLP. The model is that of `cost.layer`.
+"""FLOPs and memory traffic of blocks: projections of one x, and the gated MLP. The model is that of `cost.layer`.
 
-    H = M·hidden elements, what gate, up and their product h are;  a chain of operators adds up the dx of each layer
+    H = M·hidden elements, the size of gate, up and their product h;  a chain of operators adds up the dx of each layer
 
 The activation by PyTorch's operators is a = act(g), h = a·u; then da = dh·u, du = dh·a, dg = act'(g) da.
 """
@@ -18,11 +18,11 @@ __all__ = ["COSTS", "Block", "flops", "mlp", "projections"]
 
 @dataclass(frozen=True)
 class Block:
-    """Layers that belong together.
+    """The layers of a block.
 
     Args:
-        inputs: Projections of one x; of an MLP, gate and up.
-        down: The layer that reads the product of the two, if there is one.
+        inputs: Projections of one x; for an MLP, gate and up.
+        down: The layer of an MLP that reads the product of gate and up, or None.
     """
 
     inputs: tuple[Size, ...]
@@ -30,7 +30,7 @@ class Block:
 
     @property
     def layers(self) -> tuple[Size, ...]:
-        """All of them."""
+        """All layers."""
         return self.inputs if self.down is None else (*self.inputs, self.down)
 
     @property
@@ -45,24 +45,24 @@ class Block:
 
 
 def projections(m: int, k: int, widths: tuple[int, ...], r: int, element: int = 2, adapter: int = 0) -> Block:
-    """Several layers of one x `[m, k]`."""
+    """Build a block of several layers of one x `[m, k]`."""
     return Block(tuple(Size(m, k, n, r, element, adapter) for n in widths))
 
 
 def mlp(m: int, k: int, hidden: int, r: int, element: int = 2, adapter: int = 0) -> Block:
-    """A gated MLP of x `[m, k]`."""
+    """Build the block of a gated MLP of x `[m, k]`."""
     pair = projections(m, k, (hidden, hidden), r, element, adapter)
     return Block(pair.inputs, Size(m, hidden, k, r, element, adapter))
 
 
 def flops(block: Block, r: int) -> tuple[int, int]:
-    """FLOPs that forward and backward need; the activation's are not counted. Rank 0 is no adapter."""
+    """Count the FLOPs of forward and of backward without those of the activation; rank 0 is no adapter."""
     forward, backward = zip(*(layer_cost.flops(z.m, z.k, z.n, r) for z in block.layers), strict=True)
     return sum(forward), sum(backward)
 
 
 def _each(layer: Callable[[Size, bool], Cost]) -> Callable[[Block, bool], Cost]:
-    """Every layer on its own, the activation by PyTorch's operators, the sum of dx by autograd."""
+    """Cost every layer on its own, the activation by PyTorch's operators, the sum of dx by autograd."""
 
     def cost(b: Block, dropout: bool) -> Cost:
         costs, h = [layer(z, dropout) for z in b.layers], b.h
@@ -77,21 +77,23 @@ def _each(layer: Callable[[Size, bool], Cost]) -> Callable[[Block, bool], Cost]:
 
 
 def _unsloth(b: Block, dropout: bool) -> Cost:
-    """Unsloth's LoRA_QKV and LoRA_MLP: chains of calls that add to dx in place, an activation kernel each way."""
+    """Cost Unsloth's LoRA_QKV and LoRA_MLP: chains of calls that add to dx in place, an activation kernel each way."""
     costs, h = [layer_cost.unsloth(z) for z in b.layers], b.h
-    read_again = (len(b.inputs) - 1) * b.x  # dx, which the base products after the first add to
+    # the base products after the first add to dx, and so read it
+    read_again = (len(b.inputs) - 1) * b.x
     backward = list(itertools.chain.from_iterable(one.backward for one in costs))
     backward[4] += read_again  # the launch with the base product
-    activation = ((3 * h,), (6 * h,)) if h else ((), ())  # backward makes h once more, beside dg and du
+    # the backward kernel computes h again, besides dg and du
+    activation = ((3 * h,), (6 * h,)) if h else ((), ())
     return Cost(
         (*itertools.chain.from_iterable(one.forward for one in costs), *activation[0]), (*backward, *activation[1])
     )
 
 
 def _ours(b: Block, dropout: bool) -> Cost:
-    """This package's launches: x read once for all sᵢ, for all yᵢ and for all dAᵢ, dx summed in one accumulator.
+    """Cost this package's launches: x read once for all sᵢ, all yᵢ and all dAᵢ, dx summed in one accumulator.
 
-    In an MLP the shrink of down makes h on its way, and one pass over g, u and dh makes dg, du, dA of down, and ds and
+    In an MLP the shrink of down also computes h, and one pass over g, u and dh computes dg, du, dA of down, and ds and
     dB of gate and up.
     """
     z, down = b.inputs, b.down
@@ -101,7 +103,8 @@ def _ours(b: Block, dropout: bool) -> Cost:
     copies_of_A = tuple(itertools.chain.from_iterable(layer_cost.copy_of_A(one, dropout) for one in b.layers))
     stacks = model.stacks(z[0].m, z[0].k, tuple(one.r for one in z), z[0].element, bool(copies_of_A))
     if stacks and down is None and not dropout and not copies_of_A:
-        copies_of_A = (2 * a_bytes,)  # side by side, for one product in dx in place of several
+        # A side by side, for one product in dx in place of several
+        copies_of_A = (2 * a_bytes,)
     y = b.x + sum(one.w + one.y + one.s + one.b for one in z)
     dx = b.x + sum(one.w + one.y for one in z) + s_bytes + (wide_a if dropout else a_bytes) + bits
     d_a = b.x + s_bytes + wide_a + bits
@@ -120,7 +123,10 @@ def _ours(b: Block, dropout: bool) -> Cost:
 
 
 def _floor(b: Block, dropout: bool) -> Cost:
-    """Frozen, with the weights of one x as one and the activation in the products: each large tensor once a pass."""
+    """Cost the frozen block with each large tensor once a pass.
+
+    The weights that share x count as one, and the activation is part of the products.
+    """
     wide, h = b.x + sum(z.w + z.y for z in b.inputs), b.h
     if b.down is None:
         return Cost((wide,), (wide,))

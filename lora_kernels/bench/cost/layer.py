@@ -1,8 +1,8 @@
-"""What a call computes and what it moves: FLOPs and memory traffic, launch by launch. Pure arithmetic.
+"""FLOPs and memory traffic of a call, launch by launch, by arithmetic alone.
 
 The model: every launch reads each of its operands once and writes each result once, and nothing survives in a cache
-between launches. It is a lower bound for a chain of launches, so it tells chains apart, not kernels. Not counted: the
-bias and its gradient, random numbers, and the partial sums of split reductions.
+between launches. The model is a lower bound of a chain of launches, so it compares chains, not kernels. Not counted:
+the bias and its gradient, random numbers, and the partial sums of split reductions.
 
     X = M·K, Y = M·N, W = N·K, A = r·K, B = N·r, S = M·r elements;  a mask is a byte an element, or a bit where packed
 """
@@ -15,7 +15,8 @@ __all__ = [
     "split_minimum", "unsloth",
 ]  # fmt: skip
 
-ONE_READ_RANK = 32  # up to it the kernels take ds and dB from one read of dy; a test holds it to their own rule
+# the largest rank at which the kernels compute ds and dB from one read of dy; a test compares it with their own rule
+ONE_READ_RANK = 32
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ class Size:
 
     @property
     def a(self) -> int:
-        """A and dA, as computed with."""
+        """A and dA, in x's dtype."""
         return self.r * self.k * self.element
 
     @property
     def b(self) -> int:
-        """B and dB, as computed with."""
+        """B and dB, in x's dtype."""
         return self.n * self.r * self.element
 
     @property
@@ -70,12 +71,12 @@ class Size:
 
     @property
     def mask(self) -> int:
-        """A dropout mask of a byte an element."""
+        """A dropout mask with a byte an element."""
         return self.m * self.k
 
     @property
     def bits(self) -> int:
-        """A dropout mask of a bit an element."""
+        """A dropout mask with a bit an element, in rows of whole 32-bit words."""
         return self.m * 4 * -(-self.k // 32)
 
     @property
@@ -90,13 +91,13 @@ class Size:
 
     @property
     def wide(self) -> "Size":
-        """The same call with everything as wide as the adapters."""
+        """The same call with all tensors in the adapters' dtype."""
         return Size(self.m, self.k, self.n, self.r, self.adapter or self.element)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of each launch, in order, and of those two that hold a layer's base products, y and dx."""
+    """Bytes of each launch, in order, and of the two launches with a layer's base products, y and dx."""
 
     forward: tuple[int, ...]
     backward: tuple[int, ...]
@@ -114,7 +115,10 @@ class Cost:
 
 
 def flops(m: int, k: int, n: int, r: int) -> tuple[int, int]:
-    """FLOPs that forward and backward need: y, s and its product; ds, dx in two parts, dA, dB. Rank 0 is no adapter."""
+    """Count the FLOPs of forward (y, s and its product) and of backward (ds, dx in two parts, dA, dB).
+
+    Rank 0 is no adapter.
+    """
     base, low_rank = 2 * m * k * n, 2 * m * r * (k + n)
     return base + low_rank, base + 2 * low_rank
 
@@ -124,7 +128,7 @@ def _frozen(z: Size, dropout: bool) -> Cost:
 
 
 def _peft(z: Size, dropout: bool) -> Cost:
-    """`result + B(A(dropout(x.to(A.dtype)))) * scaling`, `.to(result.dtype)`, and its backward by autograd."""
+    """Cost `result + B(A(dropout(x.to(A.dtype)))) * scaling`, `.to(result.dtype)`, and its backward by autograd."""
     v = z.wide
     dropping = (2 * v.x + v.mask,) if dropout else ()
     into, back = ((z.x + v.x,), (v.y + z.y,)) if z.mixed else ((), ())
@@ -138,7 +142,7 @@ def _peft(z: Size, dropout: bool) -> Cost:
 
 
 def _addmm(z: Size, dropout: bool) -> Cost:
-    """The best chain of library calls: the low-rank product accumulated in place, s kept for backward."""
+    """Cost the best chain of library calls: the low-rank product accumulated in place, s kept for backward."""
     dropping = (2 * z.x + z.mask,) if dropout else ()
     into_dx = (z.s + z.a + z.x, 3 * z.x + z.mask) if dropout else (z.s + z.a + 2 * z.x,)
     return Cost(
@@ -149,7 +153,7 @@ def _addmm(z: Size, dropout: bool) -> Cost:
 
 
 def unsloth(z: Size) -> Cost:
-    """Unsloth's chain, which has no dropout and computes x Aᵀ and dy B twice (unsloth/kernels/fast_lora.py)."""
+    """Cost Unsloth's chain, which has no dropout and computes x Aᵀ and dy B twice (unsloth/kernels/fast_lora.py)."""
     shrink_x, shrink_dy = z.x + z.a + z.s, z.y + z.b + z.s
     d_a, d_b = z.s + z.x + z.a, z.y + z.s + z.b
     return Cost(
@@ -160,7 +164,7 @@ def unsloth(z: Size) -> Cost:
 
 
 def lorafusion(z: Size, dropout: bool) -> Cost:
-    """LoRAFusion's launches (arXiv:2510.00206): dropped x and a byte mask stored, ds and dB summed by fp32 atomics."""
+    """Cost LoRAFusion's launches (arXiv:2510.00206): dropped x and a byte mask stored, ds and dB by fp32 atomics."""
     dropping, mask = ((2 * z.x + z.mask,), z.mask) if dropout else ((), 0)
     ds32, db32 = z.m * z.r * 4, z.n * z.r * 4
     expands = z.base + z.s + z.b, z.base + z.s + z.a + mask
@@ -172,7 +176,7 @@ def lorafusion(z: Size, dropout: bool) -> Cost:
 
 
 def _split(z: Size, dropout: bool) -> Cost:
-    """The same scheme without atomics: ds and dB by this package's one launch, the mask packed for dx in backward."""
+    """Cost LoRAFusion's scheme without atomics: ds and dB by this package's launches, the mask packed for dx."""
     dropping, packing = ((2 * z.x + z.mask,), (2 * z.a, z.mask + z.bits)) if dropout else ((), ())
     expands = z.base + z.s + z.b, z.base + z.s + z.a + (z.bits if dropout else 0)
     return Cost(
@@ -183,23 +187,23 @@ def _split(z: Size, dropout: bool) -> Cost:
 
 
 def from_dy(z: Size, b: int) -> tuple[int, ...]:
-    """Ds and dB: one read of dy at small ranks, two at others; B and dB take `b` bytes."""
+    """Cost ds and dB: one read of dy at small ranks, two at larger ones; B and dB take `b` bytes each."""
     one_read = z.r <= ONE_READ_RANK
     return (z.y + b + z.s + z.s + b,) if one_read else (z.y + b + z.s, z.y + z.s + b)
 
 
 def copy_of_A(z: Size, dropout: bool) -> tuple[int, ...]:
-    """A rounded to x's dtype for dx; with dropout it is rounded as it is read, as everywhere else."""
+    """Cost the copy of A in x's dtype for dx; with dropout, as in all other launches, A is rounded as it is read."""
     return (z.wide.a + z.a,) if z.mixed and not dropout else ()
 
 
 def copy_of_B(z: Size) -> tuple[int, ...]:
-    """B rounded to x's dtype for y."""
+    """Cost the copy of B in x's dtype for y."""
     return (z.wide.b + z.b,) if z.mixed else ()
 
 
 def _kernels(z: Size, dropout: bool) -> Cost:
-    """This package's kernels as they are launched: shrink, expand; ds with dB from one read of dy, expand, wgrad."""
+    """Cost this package's kernels: shrink, expand; in backward ds and dB (`from_dy`), expand, wgrad."""
     bits, wide_a, wide_b = z.bits if dropout else 0, z.wide.a, z.wide.b
     expands = z.base + z.s + z.b, z.base + z.s + (wide_a if dropout else z.a) + bits
     return Cost(
@@ -210,10 +214,10 @@ def _kernels(z: Size, dropout: bool) -> Cost:
 
 
 def _operators(z: Size, dropout: bool) -> Cost:
-    """This package's torch backend: the mask is kept, the dropped copy of x is made twice."""
+    """Cost this package's torch backend: the mask is kept, the dropped copy of x is made twice."""
     drop_x = (2 * z.x + z.mask,) if dropout else ()
     draw = (z.mask,) if dropout else ()
-    casts = (z.wide.a + z.a, z.wide.b + z.b) if z.mixed else ()  # once a pass
+    casts = (z.wide.a + z.a, z.wide.b + z.b) if z.mixed else ()  # once per pass
     into_dx = (z.s + z.a + z.x, 2 * z.x + z.mask, 3 * z.x) if dropout else (z.s + z.a + 2 * z.x,)
     return Cost(
         (*casts, *draw, *drop_x, z.x + z.a + z.s, z.base, z.s + z.b + 2 * z.y),
@@ -226,7 +230,7 @@ def _operators(z: Size, dropout: bool) -> Cost:
 
 
 def split_minimum(z: Size) -> Cost:
-    """The least with s and ds in memory: one pass of dy for ds and dB, one of x for dA; any dropout."""
+    """Cost the minimum with s and ds in memory: one read of dy for ds and dB, one of x for dA; any dropout."""
     expands = z.base + z.s + z.b, z.base + z.s + z.a
     return Cost(
         (z.x + z.a + z.s, expands[0]),
@@ -236,7 +240,7 @@ def split_minimum(z: Size) -> Cost:
 
 
 def floor(z: Size) -> Cost:
-    """Each large tensor once a pass: nobody does this; x must be read again in backward for dA."""
+    """Cost each large tensor once a pass, which no chain of launches does; backward must read x again for dA."""
     forward, backward = z.base + z.a + z.b, z.base + z.x + 2 * (z.a + z.b)
     return Cost((forward,), (backward,), (forward, backward))
 

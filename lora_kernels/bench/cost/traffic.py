@@ -1,13 +1,13 @@
-"""What each launch of the kernels moves, in bytes, as a formula of shapes and tiles; held to counts by the tests.
+"""The bytes that each kernel launch moves, as a formula of shapes and tiles; the tests hold the formulas to counts.
 
-*Touched* counts every byte of an operand once: what memory must deliver at the least, and what it does deliver as long
-as tiles that run together find each other's operands in L2. *Issued* counts what the programs ask for, tile by tile:
-what L2 must deliver. *Parts* of split sums are written once and read back once within a launch, mostly out of L2.
+*Touched* counts every byte of an operand once: the least that memory must deliver, and the actual traffic as long as
+tiles that run together find each other's operands in L2. *Issued* counts the bytes that the programs request, tile by
+tile: L2 must deliver them. *Parts* of split sums are written once and read back once within a launch, mostly from L2.
 
     M rows, K in_features, N out_features, R rank; e bytes an element of x and W; n_m, n_k, ... blocks of a tile size
 
-Several adapters of one x give `shrink` and `wgrad` several ranks, and as many masks as there are dropouts. Inside an
-MLP the operand that they share is made of two or three, [M, K] each, and what is made may be stored.
+Several adapters of one x give `shrink` and `wgrad` several ranks, and one mask for each dropout. Inside an MLP the
+kernels compute the shared operand from two or three others, [M, K] each, and may store the result.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _PART = 4  # bytes an element of a part: fp32
 
 @dataclass(frozen=True)
 class Moved:
-    """Bytes of one launch: operands loaded, each byte once and as issued; results stored; parts, one way."""
+    """Bytes of one launch: operands touched once and loads issued, results stored, parts in one direction."""
 
     kernel: str
     touched: int
@@ -35,21 +35,21 @@ class Moved:
 
     @property
     def total(self) -> int:
-        """Every operand once and every result once: the traffic with memory while parts stay in L2."""
+        """Every operand once and every result once: the memory traffic if parts stay in L2."""
         return self.touched + self.stored
 
     @property
     def most(self) -> int:
-        """The traffic with memory if all parts leave L2 as well."""
+        """The memory traffic if all parts leave L2 as well."""
         return self.total + 2 * self.parts
 
 
 def shrink(
     m: int, k: int, ranks: int | Sequence[int], e: int, masks: int, config: ShrinkConfig, made_of: int = 0
 ) -> Moved:
-    """Bytes of each s = alpha · D(x) aᵀ for x `[M, K]` and a `[R, K]`, `masks` of them with dropout.
+    """Count the bytes of each s = alpha · D(x) aᵀ for x `[M, K]` and a `[R, K]`, `masks` of them with dropout.
 
-    With `made_of` operands x is made of as many, by an activation, and stored; then there may be no rank at all.
+    If `made_of` is not 0, an activation computes x from that many operands and x is stored; `ranks` may then be empty.
     """
     ranks = (ranks,) if isinstance(ranks, int) else ranks
     widest = max(ranks, default=1)
@@ -57,7 +57,8 @@ def shrink(
     r, read = sum(ranks), max(made_of, 1) * m * k * e
     is_split = splits > 1 and bool(ranks)
     parts = splits * m * r * _PART if is_split else 0
-    reset = n_m * n_r * 4 if is_split else 0  # the counters, back to 0
+    # the counters are set back to 0
+    reset = n_m * n_r * 4 if is_split else 0
     touched = read + r * k * e + 8 * masks
     issued = n_r * read + n_m * r * k * e + 8 * masks * n_m * n_r * splits
     made = m * k * e if made_of else 0
@@ -68,7 +69,9 @@ def wgrad(
     m: int, w: int, thin: int | Sequence[int], e: int, e_g: int, config: WgradConfig, masks: int = 0,
     shrinks: bool | Sequence[int] = False, made_of: int = 0,
 ) -> Moved:  # fmt: skip
-    """Bytes of each g = wideᵀ thin for wide `[M, W]` and thin `[M, T]`, and of ds = alpha · wide b from the same read.
+    """Count the bytes of each g = wideᵀ thin, and of each ds = alpha · wide b from the same read.
+
+    wide is `[M, W]` and thin `[M, T]`.
 
     Args:
         m: M.
@@ -77,9 +80,10 @@ def wgrad(
         e: Bytes an element of the operands.
         e_g: Bytes an element of g.
         config: The tile.
-        masks: How many of the products are with a masked wide operand.
-        shrinks: T of each ds; or whether there is one for every product.
-        made_of: Of how many operands an activation makes the wide ones, of which all but one are stored: dg and du.
+        masks: How many of the products have a masked wide operand.
+        shrinks: T of each ds; or whether every product has a ds.
+        made_of: How many operands the activation reads to make the wide ones; one fewer are stored (dg and du). 0
+            without an activation.
     """
     thin = (thin,) if isinstance(thin, int) else thin
     shrunk = sum(thin) * shrinks if isinstance(shrinks, bool) else sum(shrinks)
@@ -101,7 +105,7 @@ def wgrad(
 def matmul_expand(
     m: int, n: int, inner: Sequence[int], e: int, config: MatmulConfig, bias: int = 0, masks: int = 0
 ) -> Moved:
-    """Bytes of y = Σᵢ pᵢ qᵢᵀ + bias for pᵢ `[M, Kᵢ]` and qᵢ `[N, Kᵢ]`, the last products masked.
+    """Count the bytes of y = Σᵢ pᵢ qᵢᵀ + bias for pᵢ `[M, Kᵢ]` and qᵢ `[N, Kᵢ]`, the last products masked.
 
     Args:
         m: M.
@@ -115,10 +119,10 @@ def matmul_expand(
     n_m, n_n = _blocks(m, config.block_m), _blocks(n, config.block_n)
     mask = masks * m * 4 * _words(n)
     touched = sum((m + n) * k * e for k in inner) + n * bias + mask
-    # a masked product takes its thin operand anew for every slice of the tile's columns
+    # a masked product reads its thin operand again for every slice of the tile's columns
     rereads = [n_n] * (len(inner) - masks) + [n_n * config.subtiles] * masks
     issued = sum((reads * m + n_m * n) * k * e for reads, k in zip(rereads, inner, strict=True))
-    # and its mask for each of its K steps
+    # a masked product reads its mask in each of its K steps
     block_r = max(16, min(32, 1 << (max(inner[len(inner) - masks :], default=1) - 1).bit_length()))
     steps = sum(_blocks(k, block_r) for k in inner[len(inner) - masks :])
     issued += n_m * n * bias + steps * m * 4 * _words(n, config.block_n, config.block_n // config.subtiles)
@@ -128,7 +132,7 @@ def matmul_expand(
 def outputs(
     m: int, k: int, widths: Sequence[int], ranks: Sequence[int], e: int, config: MatmulConfig, bias: int = 0
 ) -> Moved:
-    """Bytes of each yᵢ = x Wᵢᵀ + sᵢ Bᵢᵀ in one launch, which touches x once; rank 0 is no adapter."""
+    """Count the bytes of each yᵢ = x Wᵢᵀ + sᵢ Bᵢᵀ in one launch, which touches x once; rank 0 is no adapter."""
     each = [
         matmul_expand(m, n, (k, r) if r else (k,), e, config, bias) for n, r in zip(widths, ranks, strict=True)
     ]  # fmt: skip
@@ -141,10 +145,10 @@ def block(
     m: int, k: int, widths: Sequence[int], ranks: Sequence[int], dtype: torch.dtype, dropout: bool, num_sms: int,
     tma: bool, bias: int = 0, place: int | None = None,
 ) -> list[Moved]:  # fmt: skip
-    """The launches of several projections of one x, forward and backward; rank 0 is no adapter.
+    """List the launches of several projections of one x, forward and backward; rank 0 is no adapter.
 
-    Without the copy of A that `plan.stacks` may ask for: ΣR·K elements, read once and written once. The large products
-    take the shipped tile at `place`, or the rule's.
+    Not included is the copy of A that `plan.stacks` may require: ΣR·K elements, read once and written once. The large
+    products use the shipped tile at `place`, or the rule's.
     """
     e, adapted = dtype.itemsize, [r for r in ranks if r]
     masks, widest = len(adapted) * dropout, max(adapted)
@@ -169,10 +173,10 @@ def mlp(
     m: int, k: int, hidden: int, n: int, ranks: Sequence[int], dtype: torch.dtype, dropout: bool, num_sms: int,
     tma: bool, bias: int = 0, place: int | None = None,
 ) -> list[Moved]:  # fmt: skip
-    """The launches of a gated MLP, forward and backward; `ranks` of gate, up and down, or of up and down.
+    """List the launches of a gated MLP, forward and backward; `ranks` of gate, up and down, or of up and down.
 
-    Backward is that of `block` for gate and up, less what is read of dg and du for their ds and dB: at ranks up to 16
-    the pass that makes them gives these too.
+    Backward is that of `block` for gate and up without the reads of dg and du for their ds and dB, because at ranks up
+    to 16 the launch that computes dg and du also computes those ds and dB.
     """
     e, (*before, r) = dtype.itemsize, ranks
     gated = len(before) == 2
@@ -205,7 +209,7 @@ def layer(
     m: int, k: int, n: int, r: int, dtype: torch.dtype, dropout: bool, num_sms: int, tma: bool,
     adapter: torch.dtype | None = None, bias: int = 0, place: int | None = None,
 ) -> list[Moved]:  # fmt: skip
-    """The launches of a layer's forward and backward, in order; y and dx take the tile at `place`, or the rule's."""
+    """List the launches of a layer's forward and backward; y and dx use the tile at `place`, or the rule's."""
     e, e_g = dtype.itemsize, (adapter or dtype).itemsize
 
     def expand(cols: int, inner: int, masked: bool, bias: int) -> Moved:
@@ -222,7 +226,7 @@ def layer(
 
 
 def _from_dy(m: int, n: int, r: int, e: int, e_g: int, dtype: torch.dtype) -> list[Moved]:
-    """Ds and dB: one read of dy at small ranks, two at others."""
+    """List the launches of ds and dB: one read of dy at small ranks, two at larger ones."""
     if _configs.shrink_wgrad_pays(r):
         return [wgrad(m, n, r, e, e_g, _configs.wgrad_config(m, n, r, dtype, shrinks=True), shrinks=True)]
     config = _configs.shrink_config(m, n, r, dtype)
@@ -235,7 +239,7 @@ def _wgrad(m: int, features: int, r: int, e: int, e_g: int, dtype: torch.dtype, 
 
 
 def _words(cols: int, tile: int = 32, span: int = 32) -> int:
-    """Words of a row of a packed mask; in tiles read by spans of so many columns, one for each half word as well."""
+    """Count the words read of a row of a packed mask; spans under 32 columns read a word once per span."""
     return _blocks(cols, min(tile, 32)) * (min(tile, 32) // min(span, 32))
 
 

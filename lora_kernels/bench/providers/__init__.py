@@ -1,1 +1,1 @@
-"""Who computes it: ours, PEFT, addmm chains, compiled ones, a frozen floor."""
+"""The providers: this package, PEFT, addmm chains, compiled variants, a frozen floor."""

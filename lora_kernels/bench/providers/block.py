@@ -1,6 +1,7 @@
-"""The providers of `bench --block`: this package's block, and what one would run in its place.
+"""The providers of `bench --block`: this package's block, and its alternatives.
 
-A provider gets a `BlockProblem` and gives a forward; autograd does the rest. All read the same tensors.
+A provider takes a `BlockProblem` and supplies a forward; autograd derives the backward. All providers read the same
+tensors.
 """
 
 import importlib
@@ -21,12 +22,12 @@ __all__ = ["PROVIDERS", "BlockProvider", "build", "names_for"]
 
 
 def build(name: str, problem: BlockProblem, backend: str = "auto") -> BlockProvider:
-    """Build a provider of `PROVIDERS`; raises where this machine cannot run it."""
+    """Build a provider of `PROVIDERS`; raises if this machine cannot run it."""
     return PROVIDERS[name](problem, backend)
 
 
 def names_for(dtype: torch.dtype, compiled: bool) -> list[str]:
-    """The providers that make sense: no fp32-adapter rows where x is fp32 itself."""
+    """List the providers that apply: no fp32-adapter rows where x is fp32."""
     names = [name for name in PROVIDERS if compiled or "compiled" not in name]
     return names if dtype.itemsize == 2 else [name for name in names if "fp32" not in name]
 
@@ -46,7 +47,7 @@ def _backend(problem: BlockProblem, backend: str) -> str:
 
 
 def _tag(problem: BlockProblem, chosen: str) -> str:
-    """The backend, and the adapters' dtype where it is another than x's."""
+    """Format the backend, and the adapters' dtype if it differs from x's."""
     dtype = next(iter(problem.layers.values())).lora_A.dtype
     return f"[{chosen}]" + ("" if dtype == problem.x.dtype else f" {short(dtype)}")
 
@@ -74,14 +75,15 @@ def _ours(problem: BlockProblem, backend: str) -> BlockProvider:
 
 
 def _fused(problem: BlockProblem, backend: str) -> bool:
-    """Whether every large product comes from one accumulator with its low-rank part."""
+    """Check that every large product shares one accumulator with its low-rank part."""
     x, rank = problem.x, problem.rank
     masked = any(q.dropout_p for q in problem.layers.values())
     widths = [q.weight.shape[0] for q in problem.layers.values()]
     forms = set()
     if problem.activation:
         *widths, out = widths
-        h, dy = (x.flatten()[:1].expand(x.shape[0], width) for width in (widths[0], out))  # of their shapes alone
+        # stand-ins for h and dy: only their shapes matter
+        h, dy = (x.flatten()[:1].expand(x.shape[0], width) for width in (widths[0], out))
         forms |= {
             plan.expander(backend, h, out, rank, masked=False, backward=False)[0],
             plan.expander(backend, dy, widths[0], rank, masked=masked, backward=True)[0],
@@ -109,7 +111,7 @@ def _per_layer(problem: BlockProblem, backend: str) -> BlockProvider:
 
 
 def _peft(problem: BlockProblem, backend: str) -> BlockProvider:
-    """PEFT's own layers, put together by PEFT itself; its arithmetic where it is not installed."""
+    """Build PEFT's own layers through PEFT; without PEFT installed, build its arithmetic."""
     leaves, dtype = leaves_of(problem), next(iter(problem.layers.values())).lora_A.dtype
     try:
         model, words = _injected(problem, leaves), "PEFT"
@@ -130,7 +132,7 @@ def _peft(problem: BlockProblem, backend: str) -> BlockProvider:
 
 
 def _injected(problem: BlockProblem, leaves: dict[str, Tensor]) -> nn.Module:
-    """A module with a PEFT layer for each of the block's; its adapters become the leaves."""
+    """Build a module with one PEFT layer for each layer of the block; its adapters become the leaves."""
     peft = importlib.import_module("peft")
     model = nn.Module()
     for name, q in problem.layers.items():
@@ -152,7 +154,7 @@ def _injected(problem: BlockProblem, leaves: dict[str, Tensor]) -> nn.Module:
 
 
 def _compiled(provider: BlockProvider) -> BlockProvider:
-    """The same under torch.compile with static shapes; it compiles at the first call, which is never timed."""
+    """Wrap a provider in torch.compile with static shapes; it compiles at the first call, which is never timed."""
     forward = torch.compile(provider.forward, dynamic=False)
     return replace(provider, label=f"{provider.label}, compiled", forward=forward, cost="")
 

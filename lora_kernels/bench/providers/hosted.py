@@ -1,7 +1,7 @@
-"""transformers' Llama as `bench --model` times it: built from its configuration, with random weights, nothing loaded.
+"""transformers' Llama as `bench --model` times it: built from its configuration with random weights, nothing loaded.
 
-PEFT puts the adapters in and `patch_peft` makes them fast, as in anybody's training script. Seen from outside it is
-what `providers.llama.LanguageModel` is: it embeds tokens, and takes embedded tokens to logits.
+PEFT adds the adapters and `patch_peft` makes them fast, as in a usual training script. The model has the interface of
+`providers.llama.LanguageModel`: it embeds tokens, and maps embedded tokens to logits.
 """
 
 import importlib
@@ -15,11 +15,11 @@ __all__ = ["HostedModel", "missing"]
 
 
 class HostedModel(nn.Module):
-    """`LlamaForCausalLM` between embedded tokens and logits.
+    """`LlamaForCausalLM` from embedded tokens to logits.
 
     Args:
-        dims: The model.
-        dtype: Of its weights; the angles of its positions stay float32, as transformers keeps them.
+        dims: The model's sizes.
+        dtype: Dtype of the weights; the rotary angles stay float32, as transformers keeps them.
     """
 
     def __init__(self, dims: HostedDims, dtype: torch.dtype) -> None:
@@ -31,27 +31,29 @@ class HostedModel(nn.Module):
             max_position_embeddings=dims.seq, tie_word_embeddings=dims.tied, use_cache=False,
         )  # fmt: skip
         before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)  # built in it: an 8B model in float32 first would not fit
+        # build the weights in `dtype`, because an 8B model in float32 first would not fit
+        torch.set_default_dtype(dtype)
         try:
             self.llama = transformers.LlamaForCausalLM(config)
         finally:
             torch.set_default_dtype(before)
 
     def embedding(self, tokens: Tensor) -> Tensor:
-        """Embed tokens `[batch, seq]`, `[batch, seq, hidden]`.
+        """Embed tokens `[batch, seq]` to `[batch, seq, hidden]`, with unit variance.
 
-        In unit variance, as a trained model's stream has: layers would drown it otherwise, and whatever changes in one
-        would change all of the output, which is no measure of how much it changed.
+        A trained model's residual stream has unit variance as well. The layers' outputs would drown a smaller
+        embedding. A change in one layer would then change the whole output, so that the size of the change could not
+        be judged by the output.
         """
         return self.llama.get_input_embeddings()(tokens) / self.llama.config.initializer_range
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits `[batch, seq, vocab]` from embedded tokens `[batch, seq, hidden]`."""
+        """Compute logits `[batch, seq, vocab]` from embedded tokens `[batch, seq, hidden]`."""
         return self.llama(inputs_embeds=x, use_cache=False).logits
 
 
 def missing() -> str:
-    """Why there can be no such model here, or ""."""
+    """Return why this machine cannot build the model, or ""."""
     for package in ("transformers", "peft"):
         try:
             importlib.import_module(package)

@@ -1,6 +1,6 @@
-"""The providers `bench` times: this package, and what one would run in its place. Each in its best form.
+"""The providers that `bench` times: this package, and its alternatives, each in its best form.
 
-A provider gets a `Problem` and gives a forward; autograd does the rest. All read the same tensors.
+A provider takes a `Problem` and supplies a forward; autograd derives the backward. All providers read the same tensors.
 """
 
 import functools
@@ -22,16 +22,16 @@ __all__ = ["PROVIDERS", "build", "names_for", "scaled_mm", "short"]
 
 
 def build(name: str, problem: Problem, backend: str = "auto") -> Provider:
-    """Build a provider of `PROVIDERS`; raises where this machine cannot run it."""
+    """Build a provider of `PROVIDERS`; raises if this machine cannot run it."""
     return PROVIDERS[name](problem, backend)
 
 
 def names_for(dtype: torch.dtype, backend: str, compiled: bool) -> list[str]:
-    """Which providers make sense: no fp32-adapter rows where x is fp32 itself, no row that would stand there twice."""
+    """List the providers that apply: no fp32-adapter rows where x is fp32, and no row that would repeat another."""
     names = [name for name in PROVIDERS if compiled or "compiled" not in name]
     if dtype not in (torch.bfloat16, torch.float16):
         names = [name for name in names if "fp32" not in name]
-    # in PyTorch's operators the split graph is the addmm chain
+    # with the torch backend, "ours_torch" equals "ours" and "split" the addmm chain
     return [name for name in names if name not in ("ours_torch", "split") or backend == "triton"]
 
 
@@ -41,7 +41,7 @@ def _leaves(problem: Problem, *names: str) -> dict[str, Tensor]:
 
 
 def _fp32_adapters(problem: Problem) -> Problem:
-    """The same numbers in fp32, so that the truth stays the same."""
+    """Cast the adapters to fp32; their values, and so the truth, stay the same."""
     return replace(problem, lora_A=problem.lora_A.float(), lora_B=problem.lora_B.float())
 
 
@@ -74,7 +74,7 @@ def _ours(problem: Problem, backend: str) -> Provider:
 
 
 def _peft(problem: Problem, backend: str) -> Provider:
-    """PEFT's own layer, put together by PEFT itself."""
+    """Build PEFT's own layer through PEFT; without PEFT installed, build its arithmetic."""
     try:
         peft = importlib.import_module("peft")
     except ImportError:
@@ -112,13 +112,13 @@ def _peft_arithmetic(problem: Problem) -> Provider:
 
 
 def _compiled(provider: Provider) -> Provider:
-    """The same under torch.compile with static shapes; it compiles at the first call, which is never timed."""
+    """Wrap a provider in torch.compile with static shapes; it compiles at the first call, which is never timed."""
     forward = torch.compile(provider.forward, dynamic=False)
     return replace(provider, label=f"{provider.label}, compiled", forward=forward, cost="")
 
 
 class _AddmmChain(torch.autograd.Function):
-    """What a careful author writes without kernels: low-rank products accumulated in place, s kept for backward."""
+    """The best chain without custom kernels: low-rank products accumulated in place, s kept for backward."""
 
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, bias, scaling, p):
@@ -144,7 +144,8 @@ class _AddmmChain(torch.autograd.Function):
 
 def scaled_mm(left: Tensor, right: Tensor, alpha: float) -> Tensor:
     """Compute alpha · left right in one launch."""
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=alpha)  # the first is not read
+    # beta=0: the first operand is not read
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=alpha)
 
 
 def _addmm(problem: Problem, backend: str) -> Provider:
@@ -161,7 +162,8 @@ class _SplitGraph(torch.autograd.Function):
     """LoRAFusion's scheme (arXiv:2510.00206): the graph split at s, dropped x and a byte mask stored for backward.
 
     Dropout and shrink are launches of their own before a fused GEMM. The published backward sums ds and dB by atomics;
-    here they come from this package's launch, which has none. Its GEMM reads the mask as bits, so they are packed.
+    here this package's launch, which has no atomics, computes them. This package's GEMM reads the mask as bits, so the
+    byte mask is packed.
     """
 
     @staticmethod
@@ -181,7 +183,8 @@ class _SplitGraph(torch.autograd.Function):
         ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, ctx.scaling, lora_B.dtype)
         d_lora_A = ops.wgrad(ds, x_d, lora_A.dtype)
         if keep is not None:
-            lora_A = lora_A / (1 - ctx.p)  # the scale of what is kept, on the smallest of the operands
+            # dropout's scale 1 / (1 - p), applied to the smallest operand
+            lora_A = lora_A / (1 - ctx.p)
             keep = _packed(keep) if ctx.backend == "triton" else keep
         dx = ops.matmul_expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
         return dx, None, d_lora_A, d_lora_B, None, None, None, None
@@ -194,19 +197,21 @@ def _packed(keep: Tensor) -> Tensor:
 
 
 def _gather_bits(words: Tensor) -> Tensor:
-    """Bit 0 of each byte of a word, gathered in its top byte: b·2^(8i) · 2^(56-7i) = b·2^(56+i)."""
+    """Gather bit 0 of each byte of a word in the top byte, and return that byte: b·2^(8i) · 2^(56-7i) = b·2^(56+i)."""
     return ((words * 0x0102040810204080) >> 56).bitwise_and(255).to(torch.uint8)
 
 
 @functools.cache
 def _compiled_gather() -> Callable[[Tensor], Tensor]:
-    return torch.compile(_gather_bits, dynamic=True)  # one launch in place of four
+    # one launch in place of four
+    return torch.compile(_gather_bits, dynamic=True)
 
 
 def _split(problem: Problem, backend: str) -> Provider:
     chosen, leaves = _backend(problem, backend), _leaves(problem)
     if chosen == "triton" and problem.dropout_p:
-        with torch.no_grad():  # compiles now and here, not in the thread of the first backward
+        # compile here and now, not in the thread of the first backward
+        with torch.no_grad():
             _packed(torch.ones_like(problem.x, dtype=torch.bool))
 
     def forward() -> Tensor:
@@ -219,7 +224,7 @@ def _split(problem: Problem, backend: str) -> Provider:
 
 
 def short(dtype: torch.dtype) -> str:
-    """A dtype in the tables' words, such as bf16."""
+    """Return the tables' name of a dtype, such as bf16."""
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}.get(dtype, str(dtype)[6:])
 
 

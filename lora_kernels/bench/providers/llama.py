@@ -1,7 +1,8 @@
 """A Llama-shaped model with random weights, and its adapters in every form that `bench` compares.
 
-Grouped-query attention with rotary positions, RMSNorm, SwiGLU; no biases. All forms of one model share its frozen
-weights and hold the same numbers in their adapters. Shapes: activations `[batch, seq, hidden]`, tokens `[batch, seq]`.
+The model has grouped-query attention with rotary positions, RMSNorm and SwiGLU, and no biases. All forms of one model
+share its frozen weights, and their adapters hold the same numbers. Shapes: activations `[batch, seq, hidden]`, tokens
+`[batch, seq]`.
 """
 
 import copy
@@ -43,15 +44,15 @@ class Attention(nn.Module):
         return self.o(mixed.transpose(1, 2).flatten(-2))
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values."""
+        """Compute queries, keys and values."""
         return self.q(x), self.k(x), self.v(x)
 
 
 class BlockAttention(Attention):
-    """The same with queries, keys and values by `lora_qkv`."""
+    """`Attention` with queries, keys and values by `lora_qkv`."""
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values."""
+        """Compute queries, keys and values."""
         layers = [_projection(layer) for layer in (self.q, self.k, self.v)]
         adapters = [None if q.lora_A is None else (q.lora_A, q.lora_B) for q in layers]
         numbers = {what: [getattr(q, what) for q in layers] for what in ("scaling", "dropout_p")}
@@ -59,7 +60,7 @@ class BlockAttention(Attention):
 
 
 class BlockMLP(MLP):
-    """The same by `lora_mlp`."""
+    """`MLP` by `lora_mlp`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each position on its own, `[batch, seq, hidden]`."""
@@ -74,7 +75,7 @@ def _projection(layer: nn.Module) -> Projection:
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Encode positions by turning pairs of features (RoPE, arXiv:2104.09864); the pairs are half a head apart."""
+    """Encode positions by rotating pairs of features half a head apart (RoPE, arXiv:2104.09864)."""
     left, right = x.chunk(2, -1)
     return x * cos + torch.cat((-right, left), -1) * sin
 
@@ -88,13 +89,13 @@ class Block(nn.Module):
         self.attention, self.mlp = Attention(dims), MLP(dims.hidden, dims.intermediate)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """One layer, `[batch, seq, hidden]`."""
+        """Apply the layer, `[batch, seq, hidden]`."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Stack(nn.Module):
-    """Decoder layers and the angles of their positions."""
+    """Decoder layers and the rotary angles of their positions."""
 
     def __init__(self, dims: Dims, layers: int = 1) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ class Stack(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """All layers, `[batch, seq, hidden]`."""
+        """Apply all layers, `[batch, seq, hidden]`."""
         for block in self.blocks:
             x = block(x, self.cos, self.sin)
         return x
@@ -121,12 +122,12 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(dims.hidden, dims.vocab, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits `[batch, seq, vocab]` from embedded tokens `[batch, seq, hidden]`."""
+        """Compute logits `[batch, seq, vocab]` from embedded tokens `[batch, seq, hidden]`."""
         return self.head(self.norm(self.stack(x)))
 
 
 def projections(model: nn.Module, targets: Sequence[str] = PROJECTIONS) -> dict[str, nn.Linear]:
-    """The layers that get an adapter, by name; "q" is what transformers calls "q_proj"."""
+    """Find the layers that get an adapter, by name; "q" stands for transformers' "q_proj" as well."""
     short = [target.removesuffix("_proj") for target in targets]
     return {
         name: module for name, module in model.named_modules() if name.rpartition(".")[2].removesuffix("_proj") in short
@@ -145,7 +146,7 @@ def draw_adapters(model: nn.Module, r: int, targets: Sequence[str] = PROJECTIONS
 
 
 class PeftArithmetic(nn.Module):
-    """What PEFT's layer computes, where PEFT is not installed."""
+    """The arithmetic of PEFT's layer, for environments without PEFT."""
 
     def __init__(self, linear: nn.Linear, lora_A: nn.Parameter, lora_B: nn.Parameter, scaling: float, p: float) -> None:
         super().__init__()
@@ -162,15 +163,15 @@ class PeftArithmetic(nn.Module):
 def adapted(
     base: nn.Module, form: str, adapters: Adapters, dtype: torch.dtype, scaling: float, p: float
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """The model with its adapters, sharing every frozen tensor of `base`.
+    """Copy the model with adapters; the copy shares every frozen tensor of `base`.
 
     Args:
         base: A frozen model; not changed.
-        form: "frozen" for no adapters, "layers" for `LoRALinear`, "ours" for the same in blocks (`lora_qkv` and
-            `lora_mlp`), "peft" for PEFT's own layers and "patched" for the same after `patch_peft` (`ImportError`
-            where PEFT is not installed), "arithmetic" for `PeftArithmetic`.
-        adapters: Their numbers.
-        dtype: What they are held in.
+        form: "frozen" for no adapters, "layers" for `LoRALinear`, "ours" for `LoRALinear` in blocks (`lora_qkv` and
+            `lora_mlp`), "peft" for PEFT's own layers and "patched" for those after `patch_peft` (both raise
+            `ImportError` if PEFT is not installed), "arithmetic" for `PeftArithmetic`.
+        adapters: The adapters' values.
+        dtype: Dtype of the adapters' parameters.
         scaling: Multiplies the low-rank term.
         p: Drop probability in training mode.
 

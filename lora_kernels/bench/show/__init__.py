@@ -1,1 +1,1 @@
-"""How results look: tables, levels, plots."""
+"""The presentation of results: tables, levels, plots."""

@@ -1,4 +1,4 @@
-"""What `bench` shows of a run: tables of launches and of models, and those of layers by `show.tables`."""
+"""The tables that `bench` prints: of launches and of models here, of layers in `show.tables`."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 SHAPED = ("layer", "qkv", "mlp")  # levels whose cases are shapes
-_FULL_UP_TO = 3  # layers; more are one row each
+_FULL_UP_TO = 3  # cases; more are one row each
 _MEMORY = (
     "saved: held for backward beyond x and the parameters; peak: the most of forward + backward, over what was there"
 )
@@ -38,7 +38,7 @@ KERNEL_HEADING = (
 
 
 def kernel_row(case: dict[str, Any]) -> list[str]:
-    """A launch in the columns of `KERNEL_HEADING`; rates are of this package's launch."""
+    """Format a launch in the columns of `KERNEL_HEADING`; rates are of this package's launch."""
     shape, rows = case["shape"], case["providers"]
     taken = {name: row["seconds"].get("forward") for name, row in rows.items()}
     ours = taken.get("ours")
@@ -57,7 +57,7 @@ def kernel_row(case: dict[str, Any]) -> list[str]:
 
 
 def kernel_table(cases: list[dict[str, Any]]) -> Group:
-    """A launch a row."""
+    """Build a table with one launch per row."""
     ours = labels_of(cases).get("ours", "lora_kernels")
     table = SplitTable(title=Text(f"single launches: {ours} beside PyTorch's operators for the same work"), names=5)
     for i, heading in enumerate(KERNEL_HEADING):
@@ -69,7 +69,7 @@ def kernel_table(cases: list[dict[str, Any]]) -> Group:
 
 
 def model_title(case: dict[str, Any]) -> str:
-    """A model in words."""
+    """Describe a model in words."""
     d = case["model"]
     name = f"{d['name']} (transformers, PEFT), " if d.get("name") else ""
     layers = f"{d['layers']} layer{'s' * (d['layers'] != 1)}"
@@ -84,7 +84,7 @@ def model_title(case: dict[str, Any]) -> str:
 
 
 def passes_of(case: dict[str, Any]) -> dict[str, str]:
-    """The passes that were timed, and what each is called at this level."""
+    """Return the timed passes, each with its name at this level."""
     names = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
     if case["level"] == "model":
         names |= {"backward": "backward + AdamW", "both": "training step"}
@@ -93,7 +93,7 @@ def passes_of(case: dict[str, Any]) -> dict[str, str]:
 
 
 def model_table(case: dict[str, Any]) -> Group:
-    """A provider a row."""
+    """Build a table with one provider per row."""
     passes = passes_of(case)
     last = list(passes)[-1:]
     table = SplitTable(title=model_title(case))
@@ -113,7 +113,7 @@ def model_table(case: dict[str, Any]) -> Group:
 
 
 def show(console: Console, cases: list[dict[str, Any]], full: bool) -> None:
-    """Print the tables of a run, of layers in `full` or a row a case where there are many, and the means."""
+    """Print the tables and the mean speedups of a run; many layers or blocks are one row each, unless `full`."""
     shares: list[float | None] = []
     for level in dict.fromkeys(case["level"] for case in cases):
         of_level = [case for case in cases if case["level"] == level]

@@ -1,7 +1,7 @@
-"""The pictures of `bench --plot` and of the generated page: time over the floor's, a tick a case.
+"""The pictures of `bench --plot` and of the generated page: time as a ratio to the floor's, with one tick per case.
 
-Layers are a line a provider, launches and models bars. The floor is the frozen layer or model; of a single launch,
-PyTorch's operators for the same work.
+Layers have one line per provider; blocks, launches and models have bars. The floor is the frozen layer, block or model;
+for a single launch the floor is PyTorch's operators for the same work.
 """
 
 import importlib.util
@@ -14,15 +14,16 @@ __all__ = ["missing", "plot"]
 
 
 def missing() -> str:
-    """Why there can be no plot, or ""."""
+    """Return why no plot can be drawn, or ""."""
     if importlib.util.find_spec("matplotlib") is None:
         return "pictures need matplotlib: pip install 'matplotlib>=3.8'"
     return ""
 
 
 def plot(cases: list[dict[str, Any]], caption: str, path: str) -> None:
-    """Draw the last pass of the cases over the floor's and write it to `path`."""
-    import matplotlib  # heavy, and an extra: loaded only for a picture
+    """Draw the time of the cases' last pass over the floor's, and write the picture to `path`."""
+    # imported here because matplotlib is optional and slow to import
+    import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -55,7 +56,7 @@ def plot(cases: list[dict[str, Any]], caption: str, path: str) -> None:
 
 
 def _tick(case: dict[str, Any]) -> str:
-    """A case in few words."""
+    """Format a case for the axis."""
     if "model" in case:
         what = f"{case['model']['hidden']}/{case['model']['intermediate']}, {case['tokens']} tokens"
     else:

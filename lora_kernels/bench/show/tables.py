@@ -1,4 +1,4 @@
-"""What `bench` and the generated page say of measured cases: rows, ratios and geometric means, then tables by rich."""
+"""Tables of measured cases for `bench` and the generated page: rows, ratios, geometric means, and rich tables."""
 
 import math
 from typing import Any
@@ -37,58 +37,61 @@ _SWEEP_COLUMNS = (
 
 
 def mib(size: int | None) -> str:
-    """Bytes as MiB; what is little shows that it is not nothing."""
+    """Format bytes as MiB; small sizes keep two digits, so that they do not show as 0."""
     if size is None:
         return _DASH
     return f"{size / 2**20:.1f}" if size == 0 or size >= 10 * 2**20 else f"{size / 2**20:.2g}"
 
 
 def median_ms(case: dict[str, Any], name: str, which: str = "both") -> float | None:
-    """A provider's median in milliseconds; None where it was not timed."""
+    """Return a provider's median in milliseconds; None if it was not timed."""
     taken = case["providers"].get(name, {}).get("seconds", {}).get(which)
     return None if taken is None else taken["median"] * 1e3
 
 
 def shape_words(case: dict[str, Any], times: str = " x ", plus: str = " + ") -> str:
-    """A case's shape: rows x in x out, of several projections out + out."""
+    """Format a case's shape: rows x in x out, with out + out for several projections."""
     shape = case["shape"]
     widths = plus.join(map(str, (shape["n"], *shape.get("others", ()))))
     return times.join((str(shape["m"]), str(shape["k"]), widths))
 
 
 def case_title(case: dict[str, Any]) -> str:
-    """A case in words: rows x in x out, then what else it is."""
+    """Describe a case in words: block, rows x in x out, label, rank, p and dtype."""
     label = f" ({case['shape']['label']})" if case["shape"]["label"] else ""
     what = {"qkv": "Queries, keys and values: ", "mlp": "Gated MLP: "}.get(case["level"], "")
     return f"{what}{shape_words(case)}{label}, r={case['r']}, p={case['p']:g}, {case['dtype']}"
 
 
 def last_pass(cases: list[dict[str, Any]]) -> str:
-    """The pass that tables of many cases show: both if it was timed."""
+    """Return the pass that tables of many cases show: "both" if it was timed, else "backward", else "forward"."""
     rows = [row for case in cases for row in case["providers"].values()]
     return next((w for w in ("both", "backward", "forward") if any(w in row["seconds"] for row in rows)), "both")
 
 
 def pass_name(cases: list[dict[str, Any]]) -> str:
-    """`last_pass` in words."""
+    """Return `last_pass` in words."""
     which = last_pass(cases)
     return _OF_LEVEL.get((cases[0]["level"], which), _PASS_NAMES[which])
 
 
 def labels_of(cases: list[dict[str, Any]]) -> dict[str, str]:
-    """Provider name to label, in the order of the tables; one that could not be built has none but its name."""
+    """Map provider names to labels, in the tables' order; a provider that could not be built keeps its name."""
     rows = [item for case in cases for item in case["providers"].items()]
     found = dict.fromkeys(name for name, _ in rows)
     return {name: max((r["label"] for n, r in rows if n == name), key=lambda label: label != name) for name in found}
 
 
 def own(name: str) -> str:
-    """Which of this package's rows a provider is compared with: the one whose adapters are as wide."""
+    """Return the row of this package that a provider is compared with: the row with adapters of the same width."""
     return "ours_fp32" if "fp32" in name else "ours"
 
 
 def speedups(cases: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of this package over each other provider: geometric mean, worst and best of the cases that have both times."""
+    """Compute this package's speedup over each other provider, from the cases that have both times.
+
+    Each is given as geometric mean, worst, best and number of cases.
+    """
     out, which = {}, last_pass(cases)
     for name in dict.fromkeys(name for case in cases for name in case["providers"]):
         if name in ("ours", "ours_fp32"):
@@ -102,7 +105,7 @@ def speedups(cases: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def overview(cases: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """`speedups` in words, a provider a line: its label and the figures."""
+    """Format `speedups` in words, one line per provider: its label and the figures."""
     labels, lines = labels_of(cases), []
     for name, s in speedups(cases).items():
         spread = f" (worst {s['worst']:.3f}x, best {s['best']:.3f}x of {s['cases']})" if s["cases"] > 1 else ""
@@ -111,7 +114,7 @@ def overview(cases: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def case_table(case: dict[str, Any]) -> Group:
-    """All there is to say of one case, a provider a row; what was not timed says why underneath."""
+    """Build the full table of one case, with one provider per row and the reasons of untimed providers below."""
     rows = list(case["providers"].values())
     passes = [which for which in ("forward", "backward", "both") if any(which in row["seconds"] for row in rows)]
     columns = [(f"{which} ms", [with_spread(row["seconds"].get(which)) for row in rows]) for which in passes]
@@ -150,7 +153,7 @@ def _moved(row: dict[str, Any]) -> int | None:
 
 
 def sweep_table(cases: list[dict[str, Any]]) -> Group:
-    """One row a case, one pass, the most telling columns alone."""
+    """Build a table with one case per row: one pass, and only the most informative columns."""
     which = last_pass(cases)
     names = [n for n in _SWEEP_COLUMNS if any(median_ms(case, n, which) is not None for case in cases)]
     labels = labels_of(cases)
@@ -172,13 +175,13 @@ def sweep_table(cases: list[dict[str, Any]]) -> Group:
 
 
 def _saved_beside_peft(case: dict[str, Any]) -> str:
-    """What this package holds for backward over what PEFT does, at the same dtypes."""
+    """Return the ratio of bytes held for backward, this package's over PEFT's, at the same dtypes."""
     ours, peft = (case["providers"].get(name, {}).get("saved_bytes") for name in ("ours", "peft"))
     return quotient(ours, peft or None)
 
 
 def show_speedups(console: Console, cases: list[dict[str, Any]]) -> None:
-    """Print the means over the cases of a run."""
+    """Print the mean speedups over the cases of a run."""
     lines = overview(cases)
     if lines:
         grid = Table.grid(padding=(0, 2))
@@ -189,7 +192,7 @@ def show_speedups(console: Console, cases: list[dict[str, Any]]) -> None:
 
 
 def unsteady(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The times whose middle half spans more than `_UNSTEADY` of their median: a ratio of such times means nothing."""
+    """List the times whose interquartile range exceeds `_UNSTEADY` of their median; ratios of them mean nothing."""
     return [
         {"case": i, "provider": name, "pass": which, "spread": spread}
         for i, case in enumerate(cases)
@@ -200,7 +203,7 @@ def unsteady(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def unsteady_words(cases: list[dict[str, Any]], remedy: str = "") -> str:
-    """`unsteady` in words, with what helps; or ""."""
+    """Describe `unsteady` in words, followed by the remedy; "" if all times are steady."""
     found = unsteady(cases)
     if not found:
         return ""
@@ -215,7 +218,7 @@ def unsteady_words(cases: list[dict[str, Any]], remedy: str = "") -> str:
 
 
 def host_bound(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The times that may be the host's and not the GPU's, see `timing.host_bound`."""
+    """List the times that may be the host's and not the GPU's, see `timing.host_bound`."""
     return [
         {"case": i, "provider": name, "pass": which, "host": taken["host_median"]}
         for i, case in enumerate(cases)
@@ -226,7 +229,7 @@ def host_bound(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def host_bound_words(cases: list[dict[str, Any]]) -> str:
-    """`host_bound` in words, or ""."""
+    """Describe `host_bound` in words, or ""."""
     found = host_bound(cases)
     if not found:
         return ""
@@ -239,7 +242,7 @@ def host_bound_words(cases: list[dict[str, Any]]) -> str:
 
 
 def with_spread(taken: dict[str, Any] | None) -> str:
-    """A median in milliseconds and half its interquartile range, marked where it may be the host's."""
+    """Format a median in milliseconds and half its interquartile range, marked if the time may be the host's."""
     if taken is None:
         return _DASH
     spread = (taken["q3"] - taken["q1"]) / 2 / taken["median"]
@@ -257,10 +260,10 @@ def _ratios(taken: dict[str, Any] | None) -> list[str]:
 
 
 def plain(number: float, digits: int) -> str:
-    """A number in at least so many digits and without an exponent, but for the smallest."""
+    """Format a number with at least `digits` digits; only very small numbers get an exponent."""
     return f"{number:.0f}" if number >= 10 ** (digits - 1) else f"{number:.{digits}g}"
 
 
 def quotient(over: float | None, under: float | None) -> str:
-    """One number over another, or a dash."""
+    """Format one number over another, or a dash if either is missing."""
     return _DASH if over is None or under is None else f"{over / under:.3f}"
