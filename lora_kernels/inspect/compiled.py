@@ -255,7 +255,7 @@ def _forward(case: Case) -> tuple[torch.Tensor, ...]:
 
     def make(*shape: int, grad: bool = True, dtype: torch.dtype = DTYPES[case.dtype]) -> torch.Tensor:
         if case.strided:
-            # No two elements are adjacent, and no row is on 16 bytes.
+            # No two elements are adjacent, and the first is not on 16 bytes.
             return torch.empty(*shape[:-1], 2 * shape[-1] + 3, dtype=dtype)[..., 1:-2:2].requires_grad_(grad)
         return torch.empty(shape, dtype=dtype, requires_grad=grad)
 

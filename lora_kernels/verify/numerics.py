@@ -7,7 +7,7 @@ inputs. `bounds` computes, before anything runs, how far each element may be fro
     eta   half its smallest subnormal, because rounding errors of subnormals are absolute
     g(n)  (n + 8) · u_acc: a sum of n products, in any order, in the accumulator (fp32, or fp64 for fp64)
 
-    E_s  = u|s| + eta + (g(K) + u_d)|x_d||A|ᵀ              s and ds are stored once in the dtype
+    E_s  = u|s| + eta + (g(K) + u_d)|scaling x_d||A|ᵀ      s and ds are stored once in the dtype
     E_ds = u|ds| + eta + g(N)·|scaling dy||B|              u_d = u where D(x) may be rounded
     E_y  = g(K + r)(|x||W|ᵀ + |s||B|ᵀ + |bias|) + E_s|B|ᵀ
     E_dx = g(N + r)(|dy||W| + D(|ds||A|)) + D(E_ds|A|)
