@@ -3,16 +3,41 @@
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 __all__ = [
-    "autocast_off", "autocasts", "backward_products", "gradient", "gradients", "plain_scaling", "register",
+    "Context", "autocast_off", "autocasts", "backward_products", "gradient", "gradients", "plain_scaling", "register",
     "register_flops", "save",
 ]  # fmt: skip
+
+
+class Context(Protocol):
+    """What PyTorch hands to a Function's two halves; each operation sets what more it keeps on it."""
+
+    @property
+    def needs_input_grad(self) -> Any:
+        """Whether the gradient of each input is needed."""
+
+    @property
+    def saved_tensors(self) -> tuple[Any, ...]:
+        """What was saved."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Save tensors for backward."""
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        """Let outputs have no gradients."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Choose between zeros and None for gradients that nobody computed."""
+
+    def __getattr__(self, name: str) -> Any: ...
+
+    def __setattr__(self, name: str, value: Any) -> None: ...
+
 
 _NOTHING = contextlib.nullcontext()
 
@@ -61,7 +86,7 @@ def plain_scaling(lora_A: Tensor, scaling: float) -> tuple[Tensor, float]:
     return lora_A, scaling
 
 
-def _differentiate_again(ctx: FunctionCtx, *_: Tensor | None) -> None:
+def _differentiate_again(ctx: Context, *_: Tensor | None) -> None:
     """Refuse: the derivative has none of its own."""
     raise RuntimeError(
         "lora_linear: trying to differentiate twice a function that was marked with @once_differentiable; "
@@ -94,7 +119,7 @@ def register_flops(formulas: dict[Any, Callable[..., int]]) -> None:
 
 
 def save(
-    ctx: FunctionCtx, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, s: Tensor, keep: Tensor | None,
+    ctx: Context, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, s: Tensor, keep: Tensor | None,
     alpha: float, backend: str, needs: Sequence[bool],
 ) -> None:  # fmt: skip
     """Keep for the backward of one layer what its gradients need; `needs`: of x, W, A and B."""

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from lora_kernels import plan
 from lora_kernels.autograd import packing
 from lora_kernels.autograd.common import (
+    Context,
     autocast_off,
     backward_products,
     gradients,
@@ -53,7 +54,7 @@ class LoRAProjectionsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, backend: str, numbers: Sequence[tuple[float, float, bool]],
+        ctx: Context, x: Tensor, backend: str, numbers: Sequence[tuple[float, float, bool]],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Compute each y `[M, outᵢ]` and save for backward what the gradients that are needed need.
@@ -84,7 +85,7 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in its tensor's dtype."""
         into = gradients([None if dy is None else pair for dy, pair in zip(dys, ctx.accumulate, strict=True)])
         with autocast_off(next(dy for dy in dys if dy is not None)):
@@ -98,7 +99,7 @@ def _by_projection(flat: Sequence[bool]) -> list[Sequence[bool]]:
 
 @once_differentiable
 def _backward(
-    ctx: FunctionCtx, into: Sequence[tuple[Tensor | None, Tensor | None]], *dys: Tensor | None
+    ctx: Context, into: Sequence[tuple[Tensor | None, Tensor | None]], *dys: Tensor | None
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     need_x, needs = ctx.needs_input_grad[0], _by_projection(ctx.needs_input_grad)
     x, *saved = ctx.saved_tensors
@@ -196,7 +197,7 @@ def _fake_backward(x, tensors, places, alphas, backend, dtype, need_x, need_As):
     return results
 
 
-def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, tensors, places, _, scalings, dropout_ps, backend = inputs
     _, s, keeps = output
     need_x, *flags = ctx.needs_input_grad[: 1 + len(tensors)]  # flat, here
@@ -218,7 +219,7 @@ def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Any, ...]) ->
     ctx.dtypes = [t.dtype for t in tensors]
 
 
-def _differentiate(ctx: FunctionCtx, dys: Sequence[Tensor | None], *_: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Context, dys: Sequence[Tensor | None], *_: Any) -> tuple[Any, ...]:
     there = [dy for dy in dys if dy is not None]
     if not there:
         return None, [None] * len(ctx.dtypes), None, None, None, None, None
@@ -227,7 +228,7 @@ def _differentiate(ctx: FunctionCtx, dys: Sequence[Tensor | None], *_: Any) -> t
     return dx, packing.gradients_of(grads, ctx.places, ctx.dtypes), None, None, None, None, None
 
 
-def _gradients(ctx: FunctionCtx, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Tensor | None]]:
+def _gradients(ctx: Context, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx, and a gradient or None for the four tensors of each projection."""
     x, s, *saved = ctx.saved_tensors
     need_x, flags = ctx.needs_input_grad[:2]
