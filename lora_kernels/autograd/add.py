@@ -69,10 +69,12 @@ def _keep(
 
 
 def _backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, _, *saved = ctx.saved_tensors
+    x, _, lora_A, lora_B, s, keep = ctx.saved_tensors
     need_base, *needed = ctx.needs_input_grad[:4]
     flat, x = rows(dy.to(ctx.dtype)), None if x is None else rows(x)  # copies, if any, before launches that overlap
-    dx, d_lora_A, d_lora_B = add_pass.backward(flat, x, *saved, ctx.alpha, ctx.backend, ctx.adapter_dtypes, needed)
+    dx, d_lora_A, d_lora_B = add_pass.backward(
+        flat, x, lora_A, lora_B, s, keep, ctx.alpha, ctx.backend, ctx.adapter_dtypes, needed
+    )
     dbase = dy.view(ctx.base_shape) if need_base else None
     return dbase, None if dx is None else dx.view(ctx.x_shape), d_lora_A, d_lora_B, None, None, None
 
@@ -125,7 +127,7 @@ def _fake_backward(dy, x, lora_A, lora_B, s, keep, alpha, backend, dtype, dtype_
     )
 
 
-def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
     _, x, lora_A, lora_B, _, scaling, dropout_p, backend = inputs
     _, s, keep = output
     _keep(ctx, x, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)

@@ -55,7 +55,7 @@ def autocasts(device_type: str) -> bool:
     return available and torch.is_autocast_enabled(device_type)
 
 
-def gradient(adapter: Tensor | None) -> Tensor | None:
+def gradient(adapter: Tensor | Any) -> Tensor | None:
     """The gradient to add to in place, where the engine would do no more than that: a plain one, and nobody listens.
 
     None in grad mode, where backward is differentiated and the engine adds out of place. `once_differentiable` hides
@@ -74,7 +74,7 @@ def gradient(adapter: Tensor | None) -> Tensor | None:
 
 def gradients(adapters: Sequence[tuple[Tensor, Tensor] | None]) -> list[tuple[Tensor | None, Tensor | None]]:
     """Gradients of these adapters to add to in place; of two that are the same none, since a launch adds to all."""
-    found = [(None, None) if pair is None else tuple(map(gradient, pair)) for pair in adapters]
+    found = [(None, None) if pair is None else (gradient(pair[0]), gradient(pair[1])) for pair in adapters]
     places = [g.data_ptr() for pair in found for g in pair if g is not None]
     return found if len(set(places)) == len(places) else [(None, None)] * len(found)
 

@@ -82,7 +82,8 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in its parameter's dtype."""
-        into = tuple(map(gradient, ctx.accumulate))
+        lora_A, lora_B = ctx.accumulate
+        into = gradient(lora_A), gradient(lora_B)
         with autocast_off(dy):
             # the guard against a second differentiation takes as long as three small operators: only where one may come
             return _backward_once(ctx, into, dy) if torch.is_grad_enabled() else _backward(ctx, into, dy)
@@ -91,6 +92,7 @@ class LoRALinearFunction(torch.autograd.Function):
 def _backward(
     ctx: Context, into: tuple[Tensor | None, Tensor | None], dy: Tensor
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
+    x: Any
     x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
     need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
     dy, x = rows(dy), None if x is None else rows(x)
@@ -173,7 +175,7 @@ def _fake_backward(dy, x, weight, lora_A, lora_B, s, keep, alpha, backend, dtype
     )
 
 
-def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
     x, weight, lora_A, lora_B, _, _, scaling, dropout_p, backend = inputs
     _, s, keep = output
     save(ctx, x, weight, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend, ctx.needs_input_grad[:4])

@@ -70,7 +70,8 @@ class LoRAMLPFunction(torch.autograd.Function):
         need_x, all_needs = ctx.needs_input_grad[0], by_layer(ctx.needs_input_grad[5:])
         ctx.save_for_backward(*mlp_pass.to_save(x, layers, outs, shrunk, keeps, need_x, all_needs, recompute))
         ctx.numbers = [
-            (q.alpha, None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype), needs)
+            # where there is an A there is a B
+            (q.alpha, None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype), needs)  # type: ignore[union-attr]
             for q, needs in zip(layers, all_needs, strict=True)
         ]
         ctx.accumulate = [
@@ -225,7 +226,8 @@ def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Non
 
 
 def _differentiate(ctx: Context, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    dx, grads = None, [None] * len(ctx.dtypes)
+    dx = None
+    grads: list[Tensor | None] = [None] * len(ctx.dtypes)
     if dy is not None:
         with autocast_off(dy):
             dx, grads = _gradients(ctx, dy)

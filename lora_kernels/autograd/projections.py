@@ -55,7 +55,7 @@ class LoRAProjectionsFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Context, x: Tensor, backend: str, numbers: Sequence[tuple[float, float, bool]],
-        *tensors: Tensor | None,
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Compute each y `[M, outᵢ]` and save for backward what the gradients that are needed need.
 
@@ -81,7 +81,11 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         ctx.accumulate = [
             (q.lora_A, q.lora_B) if added else None for q, (_, _, added) in zip(projections, numbers, strict=True)
         ]
-        ctx.adapter_dtypes = [None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype) for q in projections]
+        ctx.adapter_dtypes = [
+            # where there is an A there is a B
+            None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype)  # type: ignore[union-attr]
+            for q in projections
+        ]
         return tuple(ys)
 
     @staticmethod
@@ -99,18 +103,22 @@ def _by_projection(flat: Sequence[bool]) -> list[Sequence[bool]]:
 
 @once_differentiable
 def _backward(
-    ctx: Context, into: Sequence[tuple[Tensor | None, Tensor | None]], *dys: Tensor | None
+    ctx: Context, into: Sequence[tuple[Tensor | None, Tensor | None]], *dys: Any
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     need_x, needs = ctx.needs_input_grad[0], _by_projection(ctx.needs_input_grad)
+    x: Any
     x, *saved = ctx.saved_tensors
     x = None if x is None else rows(x)  # a copy, where one is needed, comes before the launches that overlap
     there = [i for i, dy in enumerate(dys) if dy is not None]
     parts = [
-        Part(rows(dys[i]), *saved[5 * i : 5 * i + 5], ctx.alphas[i], ctx.adapter_dtypes[i], needs[i][1], into[i])
+        # five are saved of each, and no checker knows how long a slice is
+        Part(  # type: ignore[call-arg]
+            rows(dys[i]), *saved[5 * i : 5 * i + 5], ctx.alphas[i], ctx.adapter_dtypes[i], needs[i][1], into[i]
+        )
         for i in there
     ]
     dx, low_rank = projections_pass.backward(x, parts, need_x, ctx.backend)
-    grads: list[Tensor | None] = [None] * 4 * len(dys)
+    grads: list[Tensor | None] = [None] * (4 * len(dys))
     for i, part, own in zip(there, parts, low_rank, strict=True):
         need_weight, _, _, need_bias = needs[i]
         dweight = torch.mm(part.dy.t(), x) if need_weight else None
@@ -169,7 +177,8 @@ def _projections_backward(
     saved = packing.unpack(tensors, places, len(alphas), _SAVED)
     x, shape = None if x is None else rows(x), saved[0][0].shape[:-1]
     parts = [
-        Part(rows(dy), *five, alpha, (dtype, dtype), need_A)
+        # five are left of six
+        Part(rows(dy), *five, alpha, (dtype, dtype), need_A)  # type: ignore[call-arg]
         for (dy, *five), alpha, need_A in zip(saved, alphas, need_As, strict=True)
     ]
     dx, grads = projections_pass.backward(x, parts, need_x, backend)
@@ -186,7 +195,7 @@ def _fake_forward(x, tensors, places, noise, scalings, dropout_ps, backend):
 
 
 def _fake_backward(x, tensors, places, alphas, backend, dtype, need_x, need_As):
-    results = []
+    results: list[Tensor] = []
     for i, (dy, weight, _, lora_B, s, _) in enumerate(packing.unpack(tensors, places, len(alphas), _SAVED)):
         if need_x and not results:
             results.append(dy.new_empty(*dy.shape[:-1], weight.shape[1]))
@@ -248,7 +257,7 @@ def _gradients(ctx: Context, dys: Sequence[Tensor | None]) -> tuple[Tensor | Non
         wide, dtype = x if any(need_As) else None, packing.widest(ctx.dtypes)
         results = iter(projections_backward(wide, tensors, places, alphas, ctx.backend, dtype, need_x, need_As))
     dx = next(results) if need_x else None
-    grads = []
+    grads: list[Tensor | None] = []
     for dy, (need_weight, need_A, need_B, need_bias) in zip(dys, needs, strict=True):
         if dy is None:
             grads += [None] * packing.GIVEN

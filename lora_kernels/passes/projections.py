@@ -79,7 +79,7 @@ def shrink(
 def backward(
     x: Kept, parts: Sequence[Part], need_x: bool, backend: str,
     made: Sequence[tuple[Kept, Tensor | None]] | None = None,
-) -> tuple[Tensor | None, list[list[Tensor | None]]]:  # fmt: skip
+) -> tuple[Kept, list[list[Tensor | None]]]:  # fmt: skip
     """Compute dx `[M, in]`, and dA and dB of each part, as far as they are needed. x is `[M, in]`.
 
     `made` has ds and dB of each where they were made with its dy.
@@ -90,7 +90,7 @@ def backward(
 def _backward_pass(
     backend: str, parts: Sequence[Part], x: Kept, need_x: bool,
     made: Sequence[tuple[Kept, Tensor | None]] | None,
-) -> tuple[Tensor | None, list[list[Tensor | None]]]:  # fmt: skip
+) -> tuple[Kept, list[list[Tensor | None]]]:  # fmt: skip
     ops, dx, how, stack = plan.contractions(backend), None, None, None
     if need_x:
         how, expand_all = _expander(parts, backend)
