@@ -70,7 +70,7 @@ def meant(activation: object) -> str:
     """The one of `ACTIVATIONS` that another name, a function or a module stands for; "" where there is no telling."""
     approximate = getattr(activation, "approximate", "none")  # of nn.GELU
     if isinstance(activation, functools.partial):  # of F.gelu
-        activation, approximate = activation.func, activation.keywords.get("approximate", "none")
+        approximate, activation = activation.keywords.get("approximate", "none"), activation.func
     name = activation if isinstance(activation, str) else getattr(activation, "__name__", type(activation).__name__)
     name = "gelu_tanh" if approximate == "tanh" else name
     name = _OTHER_NAMES.get(name.lower(), name.lower())
