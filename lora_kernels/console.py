@@ -44,7 +44,9 @@ class SplitTable(Table):
     """
 
     def __init__(self, *columns: Column | str, names: int = 1, **look: Any) -> None:
-        usual = dict(box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
+        usual: dict[str, Any] = dict(
+            box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0)
+        )
         self._look = usual | look
         super().__init__(*columns, **self._look)
         self._names = names

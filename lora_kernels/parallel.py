@@ -65,7 +65,8 @@ class _LoRAStyle(ParallelStyle):
             placement = Shard(self.shards[name]) if name in self.shards else Replicate()
             t_shard = distribute_tensor(t, device_mesh, [placement], src_data_rank=self.src_data_rank)
             setattr(module, name, nn.Parameter(t_shard, requires_grad=t.requires_grad))
-        module.__class__, module._style = _ParallelLoRALinear, self
+        # of the class that it gets at the same time
+        module.__class__, module._style = _ParallelLoRALinear, self  # type: ignore[assignment]
         return module
 
 
@@ -107,6 +108,12 @@ class LoRARowwise(_LoRAStyle):
 
 class _ParallelLoRALinear(LoRALinear):
     """A `LoRALinear` whose parameters are DTensors of one mesh dim: computes this rank's part, and communicates."""
+
+    weight: DTensor
+    bias: DTensor | None
+    lora_A: DTensor
+    lora_B: DTensor
+    _style: _LoRAStyle
 
     def forward(self, x: Tensor) -> Tensor:
         style, mesh = self._style, self.weight.device_mesh

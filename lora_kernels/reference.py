@@ -19,7 +19,7 @@ arXiv:2002.05202 (SwiGLU, GEGLU); Hendrycks and Gimpel 2016, arXiv:1606.08415 (G
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -177,7 +177,7 @@ def lora_linear(
 def lora_projections(
     x: Tensor, weights: Sequence[Tensor], adapters: Sequence[tuple[Tensor, Tensor] | None], *,
     biases: Sequence[Tensor | None] | None = None, scaling: float | Sequence[float] = 1.0,
-    dropout_p: float | Sequence[float] = 0.0, seeds: Sequence[Tensor | int] | None = None,
+    dropout_p: float | Sequence[float] = 0.0, seeds: Sequence[Tensor | int | None] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Compute the same as `lora_kernels.lora_projections`, in plain differentiable PyTorch: `lora_linear` for each.
 
@@ -229,14 +229,14 @@ def lora_mlp(
         y, `[*, out]`.
     """
     before = [_layer(x, q, seed) for q, seed in zip((gate, up), seeds, strict=False) if q is not None]
-    return _layer(activated(*(*before, None)[:2], activation), down, seeds[2])
+    return _layer(activated(before[0], before[1] if len(before) > 1 else None, activation), down, seeds[2])
 
 
 def _layer(x: Tensor, q: Layer, seed: Tensor | int | None) -> Tensor:
+    pair: Any = None if q.lora_A is None else (q.lora_A, q.lora_B)
     return lora_projections(
-        x, [q.weight], [None if q.lora_A is None else (q.lora_A, q.lora_B)], biases=[q.bias], scaling=q.scaling,
-        dropout_p=q.dropout_p, seeds=seed,
-    )[0]  # fmt: skip
+        x, [q.weight], [pair], biases=[q.bias], scaling=q.scaling, dropout_p=q.dropout_p, seeds=[seed]
+    )[0]
 
 
 def lora_add(

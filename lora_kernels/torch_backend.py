@@ -17,6 +17,7 @@ composed of operators that PyTorch differentiates itself: `composes` and `compos
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -148,7 +149,7 @@ def shrink_all(
     drawn = iter(noise.view(masks, -1)) if noise is not None and masks else itertools.repeat(None)
     keeps = [draw_mask(x.shape, p, x.device, next(drawn)) if p > 0 else None for _, _, p in rows]
     factors = [(_wide(a.to(x.dtype)).t(), alpha) for a, alpha, _ in rows]
-    parts = [[] for _ in rows]
+    parts: list[list[Tensor]] = [[] for _ in rows]
     for x_m, *keeps_m in _blocks(x, *keeps):
         wide_m = _wide(x_m)
         for part, (right, alpha), keep_m in zip(parts, factors, keeps_m, strict=True):
@@ -221,7 +222,7 @@ def wgrad_all(
 
 
 def _totals(rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor) -> list[Tensor]:
-    totals: list[Tensor | None] = [None] * len(rows)
+    totals: list[Any] = [None] * len(rows)
     lefts, dtypes, keeps = zip(*rows, strict=True)
     for right_m, *operands in _blocks(right, *lefts, *keeps):
         wide_m = _wide(right_m)
@@ -235,7 +236,8 @@ def shrink_wgrad(
     dy: Tensor, s: Tensor, lora_B: Tensor, alpha: float, out_dtype: torch.dtype, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Compute ds = alpha · dy B, `[M, r]`, and dB = dyᵀ s, `[out, r]`, in `out_dtype`, or add it to `into`."""
-    parts, total, right = [], None, _wide(lora_B.to(dy.dtype))
+    total: Any = None
+    parts, right = [], _wide(lora_B.to(dy.dtype))
     # sᵀ dy: libraries are up to five times slower at a tall, thin result; for few rows its transposition takes longer
     flipped = dy.shape[0] > 2 * s.shape[1]
     for dy_m, s_m in _blocks(dy, s):
@@ -256,17 +258,17 @@ def activate_shrink(
 
 
 def activation_wgrad(
-    gate: Tensor, up: Tensor | None, dh: Tensor, activation: str, after: After | None, *before: Before | None
+    gate: Tensor, up: Tensor | None, dh: Tensor, activation: str, after: After | Any, *before: Before | Any
 ) -> tuple[list[Tensor], Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """Compute dg and, with `up`, du; dA of the layer after; ds and dB of the layers before, as far as asked for.
 
-    dA and dB that are added to gradients are not returned.
+    `after` and each of `before` are None where nothing is. dA and dB that are added to gradients are not returned.
     """
     wides, total = [gate.new_empty(gate.shape) for _ in before], None
     results: list[list[Tensor | None]] = [[None, None] for _ in before]
     of_rows = [t for one in before for t in (one.s if one else None,)]
     ds, keep = (after.ds, after.keep) if after else (None, None)
-    rights = [_wide(one.lora_B.to(gate.dtype)) if one and one.lora_B is not None else None for one in before]
+    rights: list[Any] = [_wide(one.lora_B.to(gate.dtype)) if one and one.lora_B is not None else None for one in before]
     parts: list[list[Tensor]] = [[] for _ in before]
     for gate_m, up_m, dh_m, ds_m, keep_m, *rest in _blocks(gate, up, dh, ds, keep, *wides, *of_rows):
         h_m, made = gradients(gate_m, up_m, dh_m, activation)
@@ -285,7 +287,7 @@ def activation_wgrad(
         if result[1] is not None:
             result[1] = _delivered(result[1], one.out_dtype, one.into)
     dA = None if total is None else _delivered(total, after.out_dtype, after.into)
-    return wides, dA, [tuple(result) for result in results]
+    return wides, dA, [(ds, dB) for ds, dB in results]
 
 
 def _delivered(total: Tensor, out_dtype: torch.dtype, into: Tensor | None) -> Tensor | None:
@@ -317,7 +319,7 @@ def _matmul_expand_in_fp32(
     return y
 
 
-def _blocks(wide: Tensor, *others: Tensor | None) -> Iterable[tuple[Tensor | None, ...]]:
+def _blocks(wide: Tensor, *others: Tensor | None) -> Iterable[tuple[Any, ...]]:
     """The same rows of a wide tensor and of others, a block after the other; all at once where it is not on a CPU."""
     if wide.numel() <= _BLOCK or wide.device.type != "cpu":
         return ((wide, *others),)

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from lora_kernels import plan
-from lora_kernels.autograd.common import autocast_off, plain_scaling, register, register_flops, save
+from lora_kernels.autograd.common import Context, autocast_off, plain_scaling, register, register_flops, save
 from lora_kernels.autograd.noise import draw_noise
 from lora_kernels.dropout import keep_scale
 from lora_kernels.passes import add as add_pass
@@ -41,7 +41,7 @@ class LoRAAddFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor,
+        ctx: Context, base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor,
         scaling: float, dropout_p: float, backend: str,
     ) -> Tensor:  # fmt: skip
         """Compute y `[M, out]` and save for backward what the gradients that are needed need."""
@@ -52,14 +52,14 @@ class LoRAAddFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in its tensor's dtype."""
         with autocast_off(dy):
             return _backward(ctx, dy)
 
 
 def _keep(
-    ctx: FunctionCtx, x: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor, keep: Tensor | None, alpha: float,
+    ctx: Context, x: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor, keep: Tensor | None, alpha: float,
     backend: str,
 ) -> None:  # fmt: skip
     """Keep for backward what gradients need: of base nothing is, and a W there is not."""
@@ -68,11 +68,13 @@ def _keep(
     ctx.dtype = x.dtype
 
 
-def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, _, *saved = ctx.saved_tensors
+def _backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, _, lora_A, lora_B, s, keep = ctx.saved_tensors
     need_base, *needed = ctx.needs_input_grad[:4]
     flat, x = rows(dy.to(ctx.dtype)), None if x is None else rows(x)  # copies, if any, before launches that overlap
-    dx, d_lora_A, d_lora_B = add_pass.backward(flat, x, *saved, ctx.alpha, ctx.backend, ctx.adapter_dtypes, needed)
+    dx, d_lora_A, d_lora_B = add_pass.backward(
+        flat, x, lora_A, lora_B, s, keep, ctx.alpha, ctx.backend, ctx.adapter_dtypes, needed
+    )
     dbase = dy.view(ctx.base_shape) if need_base else None
     return dbase, None if dx is None else dx.view(ctx.x_shape), d_lora_A, d_lora_B, None, None, None
 
@@ -125,7 +127,7 @@ def _fake_backward(dy, x, lora_A, lora_B, s, keep, alpha, backend, dtype, dtype_
     )
 
 
-def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
     _, x, lora_A, lora_B, _, scaling, dropout_p, backend = inputs
     _, s, keep = output
     _keep(ctx, x, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)
@@ -133,14 +135,14 @@ def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor | None
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: FunctionCtx, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Context, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 8
     with autocast_off(dy):
         return _gradients(ctx, dy)
 
 
-def _gradients(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
     need_base, *needed = ctx.needs_input_grad[:4]
     gradients = (None,) * 3
     if any(needed):

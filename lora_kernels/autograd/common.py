@@ -3,16 +3,41 @@
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 __all__ = [
-    "autocast_off", "autocasts", "backward_products", "gradient", "gradients", "plain_scaling", "register",
+    "Context", "autocast_off", "autocasts", "backward_products", "gradient", "gradients", "plain_scaling", "register",
     "register_flops", "save",
 ]  # fmt: skip
+
+
+class Context(Protocol):
+    """What PyTorch hands to a Function's two halves; each operation sets what more it keeps on it."""
+
+    @property
+    def needs_input_grad(self) -> Any:
+        """Whether the gradient of each input is needed."""
+
+    @property
+    def saved_tensors(self) -> tuple[Any, ...]:
+        """What was saved."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Save tensors for backward."""
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        """Let outputs have no gradients."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Choose between zeros and None for gradients that nobody computed."""
+
+    def __getattr__(self, name: str) -> Any: ...
+
+    def __setattr__(self, name: str, value: Any) -> None: ...
+
 
 _NOTHING = contextlib.nullcontext()
 
@@ -30,7 +55,7 @@ def autocasts(device_type: str) -> bool:
     return available and torch.is_autocast_enabled(device_type)
 
 
-def gradient(adapter: Tensor | None) -> Tensor | None:
+def gradient(adapter: Tensor | Any) -> Tensor | None:
     """The gradient to add to in place, where the engine would do no more than that: a plain one, and nobody listens.
 
     None in grad mode, where backward is differentiated and the engine adds out of place. `once_differentiable` hides
@@ -49,7 +74,7 @@ def gradient(adapter: Tensor | None) -> Tensor | None:
 
 def gradients(adapters: Sequence[tuple[Tensor, Tensor] | None]) -> list[tuple[Tensor | None, Tensor | None]]:
     """Gradients of these adapters to add to in place; of two that are the same none, since a launch adds to all."""
-    found = [(None, None) if pair is None else tuple(map(gradient, pair)) for pair in adapters]
+    found = [(None, None) if pair is None else (gradient(pair[0]), gradient(pair[1])) for pair in adapters]
     places = [g.data_ptr() for pair in found for g in pair if g is not None]
     return found if len(set(places)) == len(places) else [(None, None)] * len(found)
 
@@ -61,7 +86,7 @@ def plain_scaling(lora_A: Tensor, scaling: float) -> tuple[Tensor, float]:
     return lora_A, scaling
 
 
-def _differentiate_again(ctx: FunctionCtx, *_: Tensor | None) -> None:
+def _differentiate_again(ctx: Context, *_: Tensor | None) -> None:
     """Refuse: the derivative has none of its own."""
     raise RuntimeError(
         "lora_linear: trying to differentiate twice a function that was marked with @once_differentiable; "
@@ -94,7 +119,7 @@ def register_flops(formulas: dict[Any, Callable[..., int]]) -> None:
 
 
 def save(
-    ctx: FunctionCtx, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, s: Tensor, keep: Tensor | None,
+    ctx: Context, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, s: Tensor, keep: Tensor | None,
     alpha: float, backend: str, needs: Sequence[bool],
 ) -> None:  # fmt: skip
     """Keep for the backward of one layer what its gradients need; `needs`: of x, W, A and B."""

@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from lora_kernels import plan
 from lora_kernels.autograd.common import (
+    Context,
     autocast_off,
     backward_products,
     gradient,
@@ -66,7 +67,7 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
+        ctx: Context, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
         scaling: float, dropout_p: float, backend: str, accumulate_grad: bool = False,
         noise: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
@@ -79,17 +80,19 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in its parameter's dtype."""
-        into = tuple(map(gradient, ctx.accumulate))
+        lora_A, lora_B = ctx.accumulate
+        into = gradient(lora_A), gradient(lora_B)
         with autocast_off(dy):
             # the guard against a second differentiation takes as long as three small operators: only where one may come
             return _backward_once(ctx, into, dy) if torch.is_grad_enabled() else _backward(ctx, into, dy)
 
 
 def _backward(
-    ctx: FunctionCtx, into: tuple[Tensor | None, Tensor | None], dy: Tensor
+    ctx: Context, into: tuple[Tensor | None, Tensor | None], dy: Tensor
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
+    x: Any
     x, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
     need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
     dy, x = rows(dy), None if x is None else rows(x)
@@ -172,7 +175,7 @@ def _fake_backward(dy, x, weight, lora_A, lora_B, s, keep, alpha, backend, dtype
     )
 
 
-def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
     x, weight, lora_A, lora_B, _, _, scaling, dropout_p, backend = inputs
     _, s, keep = output
     save(ctx, x, weight, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend, ctx.needs_input_grad[:4])
@@ -180,14 +183,14 @@ def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor | None
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: FunctionCtx, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Context, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 9
     with autocast_off(dy):
         return _gradients(ctx, dy)
 
 
-def _gradients(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, *saved = ctx.saved_tensors
     need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
     dx = d_lora_A = d_lora_B = None

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from lora_kernels import plan
 from lora_kernels.autograd import packing
 from lora_kernels.autograd.common import (
+    Context,
     autocast_off,
     backward_products,
     gradients,
@@ -49,7 +50,7 @@ class LoRAMLPFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, backend: str, activation: str, recompute: bool,
+        ctx: Context, x: Tensor, backend: str, activation: str, recompute: bool,
         numbers: Sequence[tuple[float, float, bool]], *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """Compute y `[M, out]` and save for backward what the gradients that are needed need.
@@ -69,7 +70,8 @@ class LoRAMLPFunction(torch.autograd.Function):
         need_x, all_needs = ctx.needs_input_grad[0], by_layer(ctx.needs_input_grad[5:])
         ctx.save_for_backward(*mlp_pass.to_save(x, layers, outs, shrunk, keeps, need_x, all_needs, recompute))
         ctx.numbers = [
-            (q.alpha, None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype), needs)
+            # where there is an A there is a B
+            (q.alpha, None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype), needs)  # type: ignore[union-attr]
             for q, needs in zip(layers, all_needs, strict=True)
         ]
         ctx.accumulate = [
@@ -79,7 +81,7 @@ class LoRAMLPFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in its tensor's dtype."""
         into = gradients(ctx.accumulate)
         with autocast_off(dy):
@@ -88,7 +90,7 @@ class LoRAMLPFunction(torch.autograd.Function):
 
 @once_differentiable
 def _backward(
-    ctx: FunctionCtx, into: Sequence[tuple[Tensor | None, Tensor | None]], dy: Tensor
+    ctx: Context, into: Sequence[tuple[Tensor | None, Tensor | None]], dy: Tensor
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     count, need_x = len(ctx.numbers), ctx.needs_input_grad[0]
     x, *saved = ctx.saved_tensors
@@ -207,7 +209,7 @@ def _fake_backward(dy, x, outs, tensors, places, alphas, activation, backend, dt
     return results
 
 
-def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, tensors, places, _, _, scalings, dropout_ps, activation, recompute, backend = inputs
     _, outs, s, s_down, kept = output
     layers, drawn = packing.entries(tensors, places, scalings, dropout_ps), iter(kept)
@@ -223,15 +225,16 @@ def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Any, ...]) ->
     ctx.dtypes = [t.dtype for t in tensors]
 
 
-def _differentiate(ctx: FunctionCtx, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    dx, grads = None, [None] * len(ctx.dtypes)
+def _differentiate(ctx: Context, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    dx = None
+    grads: list[Tensor | None] = [None] * len(ctx.dtypes)
     if dy is not None:
         with autocast_off(dy):
             dx, grads = _gradients(ctx, dy)
     return dx, grads, *(None,) * 8
 
 
-def _gradients(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+def _gradients(ctx: Context, dy: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx, and a gradient or None for each of the tensors."""
     need_x, flags = ctx.needs_input_grad[:2]
     needs = [need for own in packing.needed(flags, ctx.places, len(ctx.alphas)) for need in own]

@@ -32,13 +32,14 @@ def prepared(
     biases: Sequence[Tensor | None], scalings: Sequence[float], backend: str,
 ) -> tuple[str, list[Tensor], list[int], list[float]]:  # fmt: skip
     """Choose a backend for layers of one call; pack their tensors, with scalings that are plain numbers."""
-    adapted = [i for i, lora_A in enumerate(lora_As) if lora_A is not None]
-    rank = max((int(lora_As[i].shape[0]) for i in adapted), default=1)  # compiled in, where all else may vary
+    # compiled in, where all else may vary
+    rank = max((int(lora_A.shape[0]) for lora_A in lora_As if lora_A is not None), default=1)
     empty = x.numel() == 0 or any(weight.shape[0] == 0 for weight in weights)
     backend = plan.choose(x.device, x.dtype, rank, empty, backend)
     lora_As, numbers = list(lora_As), [1.0] * len(weights)
-    for i in adapted:
-        lora_As[i], numbers[i] = plain_scaling(lora_As[i], scalings[i])
+    for i, lora_A in enumerate(lora_As):
+        if lora_A is not None:
+            lora_As[i], numbers[i] = plain_scaling(lora_A, scalings[i])
     return backend, *pack(zip(weights, lora_As, lora_Bs, biases, strict=True)), numbers
 
 
@@ -52,7 +53,7 @@ def pack(groups: Iterable[Iterable[Tensor | None]]) -> tuple[list[Tensor], list[
     """The tensors that are there, and where among all of them."""
     everything = list(itertools.chain.from_iterable(groups))
     places = [place for place, t in enumerate(everything) if t is not None]
-    return [everything[place] for place in places], places
+    return [t for t in everything if t is not None], places
 
 
 def unpack(tensors: Sequence[Any], places: Sequence[int], count: int, each: int) -> list[list[Any]]:
@@ -85,9 +86,7 @@ def gradients_of(
     grads: Sequence[Tensor | None], places: Sequence[int], dtypes: Sequence[torch.dtype]
 ) -> list[Tensor | None]:
     """Of the gradients of all, those of packed tensors, each in its tensor's dtype."""
-    return [
-        None if grads[place] is None else grads[place].to(dtype) for place, dtype in zip(places, dtypes, strict=True)
-    ]
+    return [None if (g := grads[place]) is None else g.to(dtype) for place, dtype in zip(places, dtypes, strict=True)]
 
 
 def ranks(layers: Iterable[Projection]) -> list[int]:
@@ -103,12 +102,12 @@ def pitches(of: Sequence[int], dtype: torch.dtype, backend: str) -> list[int]:
 
 def side_by_side(x: Tensor, shrunk: Sequence[Tensor | None], backend: str) -> Tensor:
     """The s of layers as columns of one tensor `[M, ·]`, where there is one; x is `[M, in]`."""
-    shrunk = [s for s in shrunk if s is not None]
-    own = pitches([s.shape[1] for s in shrunk], x.dtype, backend)
-    if not shrunk or shrunk[0].stride(0) != sum(own):
-        return torch.cat(shrunk, 1) if shrunk else x.new_empty(x.shape[0], 0)
-    whole = shrunk[0].as_strided((x.shape[0], sum(own)), (sum(own), 1))
-    for s, place in zip(shrunk, whole.split(own, 1), strict=True):
+    there = [s for s in shrunk if s is not None]
+    own = pitches([s.shape[1] for s in there], x.dtype, backend)
+    if not there or there[0].stride(0) != sum(own):
+        return torch.cat(there, 1) if there else x.new_empty(x.shape[0], 0)
+    whole = there[0].as_strided((x.shape[0], sum(own)), (sum(own), 1))
+    for s, place in zip(there, whole.split(own, 1), strict=True):
         if s.shape[1] < place.shape[1]:  # padding, which nobody wrote
             place[:, s.shape[1] :] = 0
     return whole

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from lora_kernels import plan
 from lora_kernels.autograd import packing
 from lora_kernels.autograd.common import (
+    Context,
     autocast_off,
     backward_products,
     gradients,
@@ -53,8 +54,8 @@ class LoRAProjectionsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, backend: str, numbers: Sequence[tuple[float, float, bool]],
-        *tensors: Tensor | None,
+        ctx: Context, x: Tensor, backend: str, numbers: Sequence[tuple[float, float, bool]],
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Compute each y `[M, outᵢ]` and save for backward what the gradients that are needed need.
 
@@ -80,11 +81,15 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         ctx.accumulate = [
             (q.lora_A, q.lora_B) if added else None for q, (_, _, added) in zip(projections, numbers, strict=True)
         ]
-        ctx.adapter_dtypes = [None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype) for q in projections]
+        ctx.adapter_dtypes = [
+            # where there is an A there is a B
+            None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype)  # type: ignore[union-attr]
+            for q in projections
+        ]
         return tuple(ys)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in its tensor's dtype."""
         into = gradients([None if dy is None else pair for dy, pair in zip(dys, ctx.accumulate, strict=True)])
         with autocast_off(next(dy for dy in dys if dy is not None)):
@@ -98,18 +103,22 @@ def _by_projection(flat: Sequence[bool]) -> list[Sequence[bool]]:
 
 @once_differentiable
 def _backward(
-    ctx: FunctionCtx, into: Sequence[tuple[Tensor | None, Tensor | None]], *dys: Tensor | None
+    ctx: Context, into: Sequence[tuple[Tensor | None, Tensor | None]], *dys: Any
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     need_x, needs = ctx.needs_input_grad[0], _by_projection(ctx.needs_input_grad)
+    x: Any
     x, *saved = ctx.saved_tensors
     x = None if x is None else rows(x)  # a copy, where one is needed, comes before the launches that overlap
     there = [i for i, dy in enumerate(dys) if dy is not None]
     parts = [
-        Part(rows(dys[i]), *saved[5 * i : 5 * i + 5], ctx.alphas[i], ctx.adapter_dtypes[i], needs[i][1], into[i])
+        # five are saved of each, and no checker knows how long a slice is
+        Part(  # type: ignore[call-arg]
+            rows(dys[i]), *saved[5 * i : 5 * i + 5], ctx.alphas[i], ctx.adapter_dtypes[i], needs[i][1], into[i]
+        )
         for i in there
     ]
     dx, low_rank = projections_pass.backward(x, parts, need_x, ctx.backend)
-    grads: list[Tensor | None] = [None] * 4 * len(dys)
+    grads: list[Tensor | None] = [None] * (4 * len(dys))
     for i, part, own in zip(there, parts, low_rank, strict=True):
         need_weight, _, _, need_bias = needs[i]
         dweight = torch.mm(part.dy.t(), x) if need_weight else None
@@ -168,7 +177,8 @@ def _projections_backward(
     saved = packing.unpack(tensors, places, len(alphas), _SAVED)
     x, shape = None if x is None else rows(x), saved[0][0].shape[:-1]
     parts = [
-        Part(rows(dy), *five, alpha, (dtype, dtype), need_A)
+        # five are left of six
+        Part(rows(dy), *five, alpha, (dtype, dtype), need_A)  # type: ignore[call-arg]
         for (dy, *five), alpha, need_A in zip(saved, alphas, need_As, strict=True)
     ]
     dx, grads = projections_pass.backward(x, parts, need_x, backend)
@@ -185,7 +195,7 @@ def _fake_forward(x, tensors, places, noise, scalings, dropout_ps, backend):
 
 
 def _fake_backward(x, tensors, places, alphas, backend, dtype, need_x, need_As):
-    results = []
+    results: list[Tensor] = []
     for i, (dy, weight, _, lora_B, s, _) in enumerate(packing.unpack(tensors, places, len(alphas), _SAVED)):
         if need_x and not results:
             results.append(dy.new_empty(*dy.shape[:-1], weight.shape[1]))
@@ -196,7 +206,7 @@ def _fake_backward(x, tensors, places, alphas, backend, dtype, need_x, need_As):
     return results
 
 
-def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, tensors, places, _, scalings, dropout_ps, backend = inputs
     _, s, keeps = output
     need_x, *flags = ctx.needs_input_grad[: 1 + len(tensors)]  # flat, here
@@ -218,7 +228,7 @@ def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Any, ...]) ->
     ctx.dtypes = [t.dtype for t in tensors]
 
 
-def _differentiate(ctx: FunctionCtx, dys: Sequence[Tensor | None], *_: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Context, dys: Sequence[Tensor | None], *_: Any) -> tuple[Any, ...]:
     there = [dy for dy in dys if dy is not None]
     if not there:
         return None, [None] * len(ctx.dtypes), None, None, None, None, None
@@ -227,7 +237,7 @@ def _differentiate(ctx: FunctionCtx, dys: Sequence[Tensor | None], *_: Any) -> t
     return dx, packing.gradients_of(grads, ctx.places, ctx.dtypes), None, None, None, None, None
 
 
-def _gradients(ctx: FunctionCtx, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Tensor | None]]:
+def _gradients(ctx: Context, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx, and a gradient or None for the four tensors of each projection."""
     x, s, *saved = ctx.saved_tensors
     need_x, flags = ctx.needs_input_grad[:2]
@@ -247,7 +257,7 @@ def _gradients(ctx: FunctionCtx, dys: Sequence[Tensor | None]) -> tuple[Tensor |
         wide, dtype = x if any(need_As) else None, packing.widest(ctx.dtypes)
         results = iter(projections_backward(wide, tensors, places, alphas, ctx.backend, dtype, need_x, need_As))
     dx = next(results) if need_x else None
-    grads = []
+    grads: list[Tensor | None] = []
     for dy, (need_weight, need_A, need_B, need_bias) in zip(dys, needs, strict=True):
         if dy is None:
             grads += [None] * packing.GIVEN

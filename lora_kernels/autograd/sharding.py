@@ -40,13 +40,14 @@ def _forward_layouts(
     x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, noise: Any, *numbers: Any
 ) -> list[_Layout]:  # fmt: skip
     last = Shard(x.ndim - 1)
-    layouts = [([_R] * 3, [_R] * 6)]
+    layouts: list[_Layout] = [([_R] * 3, [_R] * 6)]
     if noise is None:
-        layouts += [
+        more: list[_Layout] = [
             ([_S0, _S0, None], [_S0, _R, _R, _R, _R, None]),
             ([last, _R, None], [_R, _S0, _R, _S0, _S0, None]),
             ([_P, _P, None], [last, _S1, _S1, _R, _P, None]),
-        ][x.ndim == 1 :]  # a single row has no dim of rows
+        ]
+        layouts += more[x.ndim == 1 :]  # a single row has no dim of rows
     return _of_these(layouts, (True, True, noise is not None), (x, weight, lora_A, lora_B, bias, noise), numbers)
 
 
@@ -56,13 +57,14 @@ def _backward_layouts(
     alpha: float, backend: str, dtype_A: Any, dtype_B: Any, needed: Sequence[bool],
 ) -> list[_Layout]:  # fmt: skip
     last = Shard(dy.ndim - 1)
-    layouts = [([_R] * 3, [_R] * 7)]
+    layouts: list[_Layout] = [([_R] * 3, [_R] * 7)]
     if keep is None:
-        layouts += [
+        more: list[_Layout] = [
             ([_S0, _P, _P], [_S0, _S0, _R, _R, _R, _S0, None]),
             ([_P, _P, _S0], [last, _R, _S0, _R, _S0, _R, None]),
             ([last, _S1, _P], [_R, last, _S1, _S1, _R, _P, None]),
-        ][dy.ndim == 1 :]
+        ]
+        layouts += more[dy.ndim == 1 :]
     numbers = (alpha, backend, dtype_A, dtype_B, needed)
     return _of_these(layouts, needed, (dy, x, weight, lora_A, lora_B, s, keep), numbers)
 

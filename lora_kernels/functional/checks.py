@@ -194,7 +194,7 @@ def is_sharded(t: object) -> bool:
     return type(t).__name__ == "DTensor"
 
 
-def check_counts(call: str, weights: object, adapters: object, expected: int | None = None, **others: object) -> int:
+def check_counts(call: str, weights: Any, adapters: Any, expected: int | None = None, **others: Any) -> int:
     """Check the lists of a call for several projections; return how many there are.
 
     Args:
@@ -263,7 +263,7 @@ def check_activation(call: str, activation: object) -> None:
     raise TypeError(f"{call}: activation must be a string, one of: {known}; got {type(activation).__name__}.{hint}")
 
 
-def check_mlp(layers: dict[str, object], activation: str) -> None:
+def check_mlp(layers: dict[str, Any], activation: str) -> None:
     """Check that the layers of `lora_mlp` are projections that fit each other, and that the activation is known.
 
     Raises:

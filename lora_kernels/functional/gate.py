@@ -1,6 +1,7 @@
 """What a call passes on its way in: collectives, autocast, transforms and modes that watch."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ class _Wait(torch.autograd.Function):
     """Wait for a collective; the tensor's own `wait` gives one that autograd knows nothing of."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, t: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, t: Any) -> Tensor:
         t = t.wait()
         return t.view_as(t)
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from lora_kernels.autograd.common import autocasts
 from lora_kernels.functional import checks
 from lora_kernels.functional.gate import arrived, cast, transforming, watched
 from lora_kernels.functional.projections import alone, arguments, check_each, joined, with_floats
-from lora_kernels.passes.layer import Projection
+from lora_kernels.passes.layer import Adapted, Projection
 
 __all__ = ["lora_mlp"]
 
@@ -58,10 +59,11 @@ def lora_mlp(
 
     Source: Shazeer 2020, arXiv:2002.05202 (SwiGLU, GEGLU); So et al. 2021, arXiv:2109.08668 (squared ReLU).
     """
-    layers = {name: q for name, q in (("gate", gate), ("up", up), ("down", down)) if name != "gate" or q is not None}
+    given = ("gate", gate), ("up", up), ("down", down)
+    layers: dict[str, Any] = {name: q for name, q in given if name != "gate" or q is not None}
     checks.check_mlp(layers, activation)
     checks.check_flag("lora_mlp", "accumulate_grad", accumulate_grad, "layer")
-    added = accumulate_grad if isinstance(accumulate_grad, (list, tuple)) else [accumulate_grad] * len(layers)
+    added: Any = accumulate_grad if isinstance(accumulate_grad, (list, tuple)) else [accumulate_grad] * len(layers)
     if len(added) != len(layers):
         raise ValueError(f"lora_mlp: accumulate_grad is for {len(added)} layers and there are {len(layers)}.")
     x = arrived(x)
@@ -88,6 +90,7 @@ def _mlp(
     if chosen is None:
 
         def composed(x: Tensor) -> Tensor:
+            gate: Any  # there always is one of the two
             gate, up = (*joined(x, before, backend, added[:-1], adapters_fit[:-1]), None)[:2]
             return alone(activated(gate, up, activation), down, backend, adapters_fit[-1], added[-1])
 
@@ -110,7 +113,7 @@ def _fused_backend(x: Tensor, entries: list[Projection], backend: str) -> str | 
 
     Where something watches, the one that was asked for, as in `_shared_backend`.
     """
-    adapted = [q for q in entries if q.lora_A is not None]
+    adapted: list[Adapted] = [q for q in entries if q.lora_A is not None]
     if not adapted or transforming() or checks.is_sharded(x):
         return None
     if any(q.dropout_p == 1 or not q.lora_A.shape[0] for q in adapted):  # adds nothing, and gets gradients of 0

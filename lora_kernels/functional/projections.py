@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from lora_kernels.autograd.common import autocasts
 from lora_kernels.functional import checks
 from lora_kernels.functional.gate import arrived, as_number, cast, transforming, watched
 from lora_kernels.functional.linear import compute
-from lora_kernels.passes.layer import Projection
+from lora_kernels.passes.layer import Adapted, Projection
 
 __all__ = ["alone", "arguments", "check_each", "joined", "lora_projections", "lora_qkv", "with_floats"]
 
@@ -67,7 +68,10 @@ def lora_qkv(
     With grouped-query attention Wk and Wv have fewer rows than Wq. Arguments, result and errors are those of
     `lora_projections`.
     """
-    return _projected("lora_qkv", x, weights, adapters, biases, scaling, dropout_p, backend, 3, accumulate_grad)
+    # it has seen that there are three
+    return _projected(  # type: ignore[return-value]
+        "lora_qkv", x, weights, adapters, biases, scaling, dropout_p, backend, 3, accumulate_grad
+    )
 
 
 def _projected(
@@ -109,6 +113,8 @@ def check_each(
 ) -> None:  # fmt: skip
     """Check some projections of a call, those that read x; `layers` are their names, or places in the lists."""
     for layer, q, fits in zip(layers, entries, adapters_fit, strict=True):
+        lora_A: Any  # whatever was given
+        lora_B: Any
         lora_A, lora_B = _no_adapter(q.weight) if q.lora_A is q.lora_B is None else (q.lora_A, q.lora_B)
         where = f"{call}: {_named(call, layer)}"
         checks.check_call(x, q.weight, lora_A, lora_B, q.bias, q.scaling, q.dropout_p, where)
@@ -143,7 +149,7 @@ def _shared_backend(x: Tensor, entries: list[Projection], backend: str) -> str |
 
     Where something watches, the one that was asked for: the operators choose, and with sizes that they can see.
     """
-    adapted = [q for q in entries if q.lora_A is not None and q.lora_A.shape[0]]
+    adapted: list[Adapted] = [q for q in entries if q.lora_A is not None and q.lora_A.shape[0]]
     if len(entries) < 2 or not adapted or transforming() or checks.is_sharded(x):
         return None
     if watched():
@@ -187,7 +193,8 @@ def alone(x: Tensor, q: Projection, backend: str, adapters_fit: bool, added: boo
     if q.lora_A is None:
         return F.linear(x, q.weight, q.bias)
     how = q.scaling, q.dropout_p, backend, added, (0, 1)
-    return compute(x, q.weight, q.lora_A, q.lora_B, q.bias, *how, adapters_fit)
+    # where there is an A there is a B
+    return compute(x, q.weight, q.lora_A, q.lora_B, q.bias, *how, adapters_fit)  # type: ignore[arg-type]
 
 
 def _no_adapter(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -110,7 +110,7 @@ def _driver() -> str | None:
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-    return (done.stdout.strip().splitlines() or [None])[0]
+    return next(iter(done.stdout.strip().splitlines()), None)
 
 
 def _cpu_model() -> str | None:

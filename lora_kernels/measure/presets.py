@@ -186,7 +186,8 @@ def parse_shape(text: str, several: bool = False) -> Shape:
             f"a shape is ROWSxINxOUT, three positive whole numbers like 8192x4096x4096{more}, not {text!r}"
         )
     n, *others = map(int, widths)
-    return Shape(*map(int, sides), n, others=tuple(others))
+    rows, inner = map(int, sides)
+    return Shape(rows, inner, n, others=tuple(others))
 
 
 def with_rows(shapes: tuple[Shape, ...], rows: list[int]) -> tuple[Shape, ...]:

@@ -54,7 +54,7 @@ class Calls:
         state = self.forward()
         return state if self.backward is None else self.backward(state)
 
-    def split(self, name: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    def split(self, name: str) -> tuple[Callable[[], Any], Any]:
         """Return the untimed preparation and the timed part of a pass."""
         if name == "forward":
             return (lambda: None), (lambda _: self.forward())
@@ -215,7 +215,7 @@ def graphed(calls: Calls) -> Calls:
     with torch.cuda.graph(forward):
         y = calls.forward()
     if calls.backward is None:
-        return Calls(lambda: (forward.replay(), y))
+        return Calls(lambda: (forward.replay(), y))  # type: ignore[func-returns-value]
     with torch.cuda.graph(backward, pool=forward.pool()):
         kept = calls.backward(y)
 

@@ -42,7 +42,7 @@ class _Block(nn.Module):
             setattr(self, name, child.requires_grad_(False) if plain else child)
 
     @classmethod
-    def _checked(cls, linears: Sequence[nn.Module], targets: Sequence[str], *numbers: float) -> list[str]:
+    def _checked(cls, linears: Sequence[nn.Module], targets: Sequence[str], *numbers: Any) -> list[str]:
         """Refuse layers whose place the block cannot take; return what shall have an adapter and has none."""
         cls._check_targets(targets)
         check_numbers(cls.__name__, *numbers)
@@ -56,7 +56,7 @@ class _Block(nn.Module):
             raise ValueError(f"{cls.__name__}.from_linears: the layers must have one device, got {each}.")
         return [name for name in new if name in targets]
 
-    def _take(self, linears: Sequence[nn.Module], adapt: Sequence[str], **how: Any) -> None:
+    def _take(self, linears: Sequence[Any], adapt: Sequence[str], **how: Any) -> None:
         """Make children of layers that are there: new adapters for those in `adapt`, the others as they are."""
         for name, linear in zip(self.names, linears, strict=True):
             setattr(self, name, LoRALinear.from_linear(linear, **how) if name in adapt else linear)
@@ -80,7 +80,7 @@ class _Block(nn.Module):
     def _together(self) -> tuple[list[Projection], list[bool]] | None:
         """What each child computes, and its `accumulate_grad`; None where one of them has to be called itself."""
         children = self._children()
-        entries = list(map(_projection, children))
+        entries: list[Any] = list(map(_projection, children))
         if None in entries or _has_any_global_hook():
             return None
         return entries, [getattr(child, "accumulate_grad", False) for child in children]
@@ -135,6 +135,9 @@ class LoRAQKV(_Block):
     """
 
     names = ("q_proj", "k_proj", "v_proj")
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
 
     def __init__(
         self, hidden_size: int, q_features: int, kv_features: int | None = None, r: int = 8, lora_alpha: float = 8,
@@ -230,6 +233,9 @@ class LoRAMLP(_Block):
     """
 
     names = ("gate_proj", "up_proj", "down_proj")
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0.0,
@@ -306,7 +312,7 @@ class LoRAMLP(_Block):
         self.activation, self.recompute = activation, recompute
 
 
-def _projection(layer: nn.Module) -> Projection | None:
+def _projection(layer: Any) -> Projection | None:
     """What a layer computes of its input; None where it has to be called itself."""
     if type(layer) not in (LoRALinear, nn.Linear) or listened_to(layer):
         return None

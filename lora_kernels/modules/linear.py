@@ -48,6 +48,14 @@ class LoRALinear(nn.Module):
         ValueError: r < 1, `lora_alpha` is not finite, or `lora_dropout` outside [0, 1].
     """
 
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    merged: bool
+    accumulate_grad: bool
+    _added: Any  # while it is merged: A, B and the scaling of then
+
     def __init__(
         self, in_features: int, out_features: int, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0.0,
         bias: bool = True, use_rslora: bool = False,
@@ -154,13 +162,15 @@ class LoRALinear(nn.Module):
     def _adopt(self, linear: nn.Linear, dtype: torch.dtype | None) -> None:
         self.weight = linear.weight.requires_grad_(False)
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
-        like = dict(device=self.weight.device, dtype=dtype or self.weight.dtype)
+        like: dict[str, Any] = dict(device=self.weight.device, dtype=dtype or self.weight.dtype)
         self.lora_A = nn.Parameter(torch.empty(self.r, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, **like))
         self.reset_lora_parameters()
 
     def _add_update(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-        like = dict(device=self.weight.device, dtype=torch.promote_types(self.weight.dtype, torch.float32))
+        like: dict[str, Any] = dict(
+            device=self.weight.device, dtype=torch.promote_types(self.weight.dtype, torch.float32)
+        )
         update = (lora_B.to(**like) @ lora_A.to(**like)).mul_(scaling)
         self.weight.copy_(update.add_(self.weight))
 

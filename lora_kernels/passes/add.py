@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_kernels import plan
 from lora_kernels.dropout import keep_scale
-from lora_kernels.passes.layer import readable, rows
+from lora_kernels.passes.layer import Kept, readable, rows
 
 __all__ = ["backward", "forward"]
 
@@ -50,8 +50,8 @@ def _forward_pass(
 
 
 def backward(
-    dy: Tensor, x: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, s: Tensor | None, keep: Tensor | None,
-    alpha: float, backend: str, adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: Sequence[bool],
+    dy: Tensor, x: Kept, lora_A: Kept, lora_B: Kept, s: Kept, keep: Tensor | None, alpha: float, backend: str,
+    adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Compute dx `[M, in]`, dA and dB, as far as they are `needed`, from what they need.
 
@@ -62,11 +62,12 @@ def backward(
 
 
 def _backward_pass(
-    backend: str, dy: Tensor, x: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, s: Tensor | None,
-    keep: Tensor | None, alpha: float, adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: Sequence[bool],
+    backend: str, dy: Tensor, x: Kept, lora_A: Kept, lora_B: Kept, s: Kept, keep: Tensor | None, alpha: float,
+    adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     (need_x, need_A, need_B), ops = needed, plan.contractions(backend)
-    dx = d_lora_A = d_lora_B = ds = None
+    ds: Kept = None
+    dx = d_lora_A = d_lora_B = None
     if need_x or need_A:
         lora_B = readable(lora_B, dy.dtype)
         if need_B:

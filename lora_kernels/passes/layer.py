@@ -2,16 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lora_kernels.dropout import keep_scale
 
-__all__ = ["Layer", "Part", "Projection", "as_dtype", "by_layer", "readable", "rows"]
+__all__ = ["Adapted", "Kept", "Layer", "Part", "Projection", "as_dtype", "by_layer", "readable", "rows"]
 
 _EACH = 4  # weight, lora_A, lora_B, bias
+
+# a tensor that is None where no gradient needs it: which are there follows from what is needed, and no checker sees how
+Kept: TypeAlias = Tensor | Any
+# a projection that was seen to have an adapter: it has A and B
+Adapted: TypeAlias = Any
 
 
 class Projection(NamedTuple):
@@ -56,10 +61,10 @@ class Part(NamedTuple):
     """
 
     dy: Tensor
-    weight: Tensor | None
-    lora_A: Tensor | None
-    lora_B: Tensor | None
-    s: Tensor | None
+    weight: Kept
+    lora_A: Kept
+    lora_B: Kept
+    s: Kept
     keep: Tensor | None
     alpha: float
     dtypes: tuple[torch.dtype, torch.dtype]
@@ -82,13 +87,13 @@ class Layer(NamedTuple):
         into: Gradients to which dA and dB are added, which then are not returned, or None.
     """
 
-    weight: Tensor | None
-    lora_A: Tensor | None
-    lora_B: Tensor | None
-    s: Tensor | None
+    weight: Kept
+    lora_A: Kept
+    lora_B: Kept
+    s: Kept
     keep: Tensor | None
     alpha: float
-    dtypes: tuple[torch.dtype, torch.dtype] | None
+    dtypes: tuple[torch.dtype, torch.dtype] | Any
     needs: Sequence[bool]
     into: tuple[Tensor | None, Tensor | None] = (None, None)
 

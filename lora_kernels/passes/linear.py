@@ -17,13 +17,14 @@ is ever written.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_kernels import plan
 from lora_kernels.dropout import keep_scale
-from lora_kernels.passes.layer import as_dtype, readable, rows
+from lora_kernels.passes.layer import Kept, as_dtype, readable, rows
 
 __all__ = ["backward", "forward", "from_dy"]
 
@@ -52,9 +53,8 @@ def _forward_pass(
 
 
 def backward(
-    dy: Tensor, x: Tensor | None, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,
-    s: Tensor | None, keep: Tensor | None, alpha: float, backend: str,
-    adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: Sequence[bool],
+    dy: Tensor, x: Kept, weight: Kept, lora_A: Kept, lora_B: Kept, s: Kept, keep: Tensor | None, alpha: float,
+    backend: str, adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: Sequence[bool],
     into: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Compute dx `[M, in]`, dA and dB, as far as they are `needed`, from what they need.
@@ -69,9 +69,9 @@ def backward(
 
 
 def _backward_pass(
-    backend: str, dy: Tensor, x: Tensor | None, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,
-    s: Tensor | None, keep: Tensor | None, alpha: float, adapter_dtypes: tuple[torch.dtype, torch.dtype],
-    needed: Sequence[bool], into: tuple[Tensor | None, Tensor | None],
+    backend: str, dy: Tensor, x: Kept, weight: Kept, lora_A: Kept, lora_B: Kept, s: Kept, keep: Tensor | None,
+    alpha: float, adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: Sequence[bool],
+    into: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     need_x, need_A, _ = needed
     dx, ds, d_lora_B, how = from_dy(
@@ -85,14 +85,15 @@ def _backward_pass(
 
 
 def from_dy(
-    dy: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, s: Tensor | None,
-    keep: Tensor | None, alpha: float, backend: str, dtype_B: torch.dtype, needed: Sequence[bool],
-    into: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, str | None]:  # fmt: skip
+    dy: Tensor, weight: Kept, lora_A: Any, lora_B: Any, s: Kept, keep: Tensor | None, alpha: float, backend: str,
+    dtype_B: torch.dtype, needed: Sequence[bool], into: Tensor | None = None,
+) -> tuple[Tensor | None, Kept, Tensor | None, str | None]:  # fmt: skip
     """Compute what `backward` computes without x: dx, ds, dB, and the form that dx took. `needed`: dx, ds, dB."""
     (need_x, need_ds, need_B), ops = needed, plan.contractions(backend)
     lora_A, lora_B = (None if t is None else readable(t, dy.dtype) for t in (lora_A, lora_B))
-    dx = d_lora_B = how = expand = ds = None
+    expand: Any = None
+    ds: Kept = None
+    dx = d_lora_B = how = None
     if need_x:
         how, expand = plan.expander(backend, dy, weight.shape[1], lora_B.shape[1], keep is not None, True)
         lora_A = as_dtype(lora_A, dy.dtype) if keep is None else lora_A  # before the launches, too

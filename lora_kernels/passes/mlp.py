@@ -20,6 +20,7 @@ Source: Shazeer 2020, arXiv:2002.05202; Hu et al. 2021, arXiv:2106.09685. Recomp
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from torch import Tensor
 from lora_kernels import plan
 from lora_kernels.activations import After, Before
 from lora_kernels.passes import linear, projections
-from lora_kernels.passes.layer import Layer, Part, Projection, readable, rows
+from lora_kernels.passes.layer import Kept, Layer, Part, Projection, readable, rows
 
 __all__ = ["SAVED", "backward", "differentiate", "forward", "reads_outs", "to_save"]
 
@@ -60,7 +61,8 @@ def _forward_pass(
     backend: str, x: Tensor, before: Sequence[Projection], down: Projection, activation: str,
     noise: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None], list[Tensor | None]]:  # fmt: skip
-    lora_B = None if down.lora_B is None else down.lora_B.to(x.dtype)  # before the launches, which overlap
+    gate: Any  # there always is one of the two
+    lora_B: Any = None if down.lora_B is None else down.lora_B.to(x.dtype)  # before the launches, which overlap
     outs, shrunk, keeps = projections.forward(x, before, backend, noise[0])
     rows_of_down = [] if down.lora_A is None else [(readable(down.lora_A, x.dtype), down.alpha, down.dropout_p)]
     gate, up = (*outs, None)[:2]
@@ -68,11 +70,11 @@ def _forward_pass(
     sources = [(h, down.weight), *((one, lora_B) for one in s)]
     rank = s[0].shape[1] if s else 0
     _, expand = plan.expander(backend, h, down.weight.shape[0], rank, masked=False, backward=False)
-    return expand(sources, down.bias), outs, [*shrunk, *(s or [None])], [*keeps, *(keep or [None])]
+    return expand(sources, down.bias), outs, [*shrunk, *(s or (None,))], [*keeps, *(keep or (None,))]
 
 
 def backward(
-    dy: Tensor, x: Tensor | None, outs: Sequence[Tensor], layers: Sequence[Layer], need_x: bool, activation: str,
+    dy: Tensor, x: Kept, outs: Sequence[Tensor], layers: Sequence[Layer], need_x: bool, activation: str,
     backend: str,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """Compute dx `[M, in]`, and the gradients of weight, lora_A, lora_B and bias of each layer, as far as needed.
@@ -91,6 +93,7 @@ def backward(
     need_dh = need_x or any(any(q.needs) for q in before)
     dh, ds, d_lora_B = _through_down(dy, down, need_dh, backend)
     dweight = d_lora_A = None
+    gate: Any
     gate, up = (*outs, None)[:2] if outs else (None, None)
     if need_weight or (need_A and not need_dh):
         h, _, _ = ops.activate_shrink(gate, up, activation, [])
@@ -115,8 +118,8 @@ def backward(
 
 
 def differentiate(
-    dy: Tensor, x: Tensor | None, groups: Sequence[Sequence[Tensor | None]], outs: Sequence[Tensor],
-    numbers: Sequence[tuple], need_x: bool, activation: str, backend: str,
+    dy: Tensor, x: Kept, groups: Sequence[Sequence[Kept]], outs: Sequence[Tensor],
+    numbers: Sequence[tuple[Any, ...]], need_x: bool, activation: str, backend: str,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """Call `backward` with what `to_save` kept, and compute the outputs of gate and up again where it kept none.
 
@@ -134,8 +137,8 @@ def differentiate(
 
 
 def _differentiate_pass(
-    backend: str, dy: Tensor, x: Tensor | None, groups: Sequence[Sequence[Tensor | None]], outs: Sequence[Tensor],
-    numbers: Sequence[tuple], need_x: bool, activation: str,
+    backend: str, dy: Tensor, x: Kept, groups: Sequence[Sequence[Any]], outs: Sequence[Tensor],
+    numbers: Sequence[tuple[Any, ...]], need_x: bool, activation: str,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     layers = [Layer(*five, *rest) for (*five, _), rest in zip(groups, numbers, strict=True)]
     if not outs and reads_outs(need_x, [q.needs for q in layers]):
@@ -174,9 +177,7 @@ def reads_outs(need_x: bool, all_needs: Sequence[Sequence[bool]]) -> bool:
     return need_x or any(map(any, all_needs[:-1])) or any(all_needs[-1][:2])
 
 
-def _through_down(
-    dy: Tensor, down: Layer, need_dh: bool, backend: str
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _through_down(dy: Tensor, down: Layer, need_dh: bool, backend: str) -> tuple[Kept, Kept, Tensor | None]:
     """The dh, ds and dB that follow from dy."""
     _, need_A, need_B, _ = down.needs
     if down.dtypes is None:  # no adapter

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lora_kernels import plan
-from lora_kernels.passes.layer import Part, Projection, readable, rows
+from lora_kernels.passes.layer import Adapted, Kept, Part, Projection, readable, rows
 
 __all__ = ["backward", "expand", "forward", "shrink"]
 
@@ -56,7 +56,8 @@ def expand(x: Tensor, projections: Sequence[Projection], shrunk: Sequence[Tensor
     rank = max((s.shape[1] for s in shrunk if s is not None), default=0)
     _, expand_all = plan.expander_all(backend, x, x.shape[1], cols, rank, masked=False, backward=False)
     outputs = [
-        ([(x, q.weight)] if s is None else [(x, q.weight), (s, q.lora_B.to(x.dtype))], q.bias)
+        # where there is an s there is a B
+        ([(x, q.weight)] if s is None else [(x, q.weight), (s, q.lora_B.to(x.dtype))], q.bias)  # type: ignore[union-attr]
         for q, s in zip(projections, shrunk, strict=True)
     ]
     return expand_all(outputs)
@@ -66,7 +67,7 @@ def shrink(
     x: Tensor, projections: Sequence[Projection], backend: str, noise: Tensor | None = None
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Compute each s and mask of `forward` from x `[M, in]`."""
-    adapted = [q for q in projections if q.lora_A is not None]
+    adapted: list[Adapted] = [q for q in projections if q.lora_A is not None]
     if not adapted:
         return [None] * len(projections), [None] * len(projections)
     operands = [(readable(q.lora_A, x.dtype), q.alpha, q.dropout_p) for q in adapted]
@@ -76,9 +77,9 @@ def shrink(
 
 
 def backward(
-    x: Tensor | None, parts: Sequence[Part], need_x: bool, backend: str,
-    made: Sequence[tuple[Tensor | None, Tensor | None]] | None = None,
-) -> tuple[Tensor | None, list[list[Tensor | None]]]:  # fmt: skip
+    x: Kept, parts: Sequence[Part], need_x: bool, backend: str,
+    made: Sequence[tuple[Kept, Tensor | None]] | None = None,
+) -> tuple[Kept, list[list[Tensor | None]]]:  # fmt: skip
     """Compute dx `[M, in]`, and dA and dB of each part, as far as they are needed. x is `[M, in]`.
 
     `made` has ds and dB of each where they were made with its dy.
@@ -87,9 +88,9 @@ def backward(
 
 
 def _backward_pass(
-    backend: str, parts: Sequence[Part], x: Tensor | None, need_x: bool,
-    made: Sequence[tuple[Tensor | None, Tensor | None]] | None,
-) -> tuple[Tensor | None, list[list[Tensor | None]]]:  # fmt: skip
+    backend: str, parts: Sequence[Part], x: Kept, need_x: bool,
+    made: Sequence[tuple[Kept, Tensor | None]] | None,
+) -> tuple[Kept, list[list[Tensor | None]]]:  # fmt: skip
     ops, dx, how, stack = plan.contractions(backend), None, None, None
     if need_x:
         how, expand_all = _expander(parts, backend)
@@ -153,12 +154,12 @@ def _stack(parts: Sequence[Part], backend: str) -> _Stack | None:
         return None
     if not plan.stacks(backend, parts[0].dy, adapters):
         return None
-    ds, columns, lora_A = plan.contractions(backend).stack(parts[0].dy, adapters)
+    ds, columns, lora_A = plan.contractions("triton").stack(parts[0].dy, adapters)
     free = iter(columns)
     return _Stack((ds, lora_A.t()), [None if part.lora_A is None else next(free) for part in parts])
 
 
-def _ds_and_dB(part: Part, backend: str, ds: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+def _ds_and_dB(part: Part, backend: str, ds: Tensor | None = None) -> tuple[Kept, Tensor | None]:
     """Compute ds, to where `ds` is if that is said, and dB of a part, as far as they are needed."""
     dy, _, _, lora_B, s, _, alpha, dtypes, _, (_, into) = part
     ops = plan.contractions(backend)
@@ -167,5 +168,5 @@ def _ds_and_dB(part: Part, backend: str, ds: Tensor | None = None) -> tuple[Tens
     lora_B = readable(lora_B, dy.dtype)
     if s is None:
         return ops.shrink(dy, lora_B.t(), alpha)[0], None
-    there = () if ds is None else (ds,)
+    there: Sequence[Tensor] = () if ds is None else (ds,)
     return ops.shrink_wgrad(dy, s, lora_B, alpha, dtypes[1], into, *there)

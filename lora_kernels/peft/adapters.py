@@ -214,7 +214,7 @@ def _check_keys(folder: Path, names: list[str], tensors: Mapping[str, Tensor]) -
         raise ValueError(f"load_adapter: {where} has {_some(surplus)}, for which the model has no LoRA layer.")
 
 
-def _shapes(config: dict[str, Any], name: str, layer: nn.Module) -> dict[str, tuple[int, int]]:
+def _shapes(config: dict[str, Any], name: str, layer: Any) -> dict[str, tuple[int, int]]:
     """What the adapters of a layer have to be: the layer's rank, or, where there is none yet, the configuration's."""
     r = layer.r if isinstance(layer, LoRALinear) else pattern_value(config.get("rank_pattern"), name, config["r"])
     return {"lora_A": (r, layer.in_features), "lora_B": (layer.out_features, r)}

@@ -40,7 +40,7 @@ def block_forward(
         found: What `structure` sees in it, with no reason against it.
         backend: For `lora_projections` and `lora_mlp`.
     """
-    forward = (
+    forward: Any = (
         _attention_forward(cls, stock, backend) if found.kind == "attention" else _mlp_forward(stock, found, backend)
     )
     forward._lora_kernels_stock, forward._lora_kernels_structure = stock, found
@@ -85,7 +85,7 @@ def _mlp_forward(stock: Callable[..., Any], found: Structure, backend: str) -> C
         if layers is None:
             return stock(self, *args)
         *gate, up, down = layers
-        return lora_mlp(args[0], *(gate or [None]), up, down, activation=found.activation, backend=backend)
+        return lora_mlp(args[0], gate[0] if gate else None, up, down, activation=found.activation, backend=backend)
 
     return forward
 
@@ -112,6 +112,9 @@ class _Call:
     """One call of an attention block: its projections of one x, from the first that is asked for to the last."""
 
     __slots__ = ("_backend", "_layers", "_ready", "_version", "_x")
+    _x: Any  # None before the first, the call itself when it is closed
+    _version: int | None
+    _ready: dict[str, Tensor]
 
     def __init__(self, layers: Sequence[nn.Module], backend: str) -> None:
         self._layers, self._backend = dict(zip(ATTENTION, layers, strict=True)), backend
@@ -148,8 +151,9 @@ class _Layer:
     def __init__(self, name: str, call: _Call) -> None:
         self._name, self._call = name, call
 
-    @property
-    def __class__(self) -> type[nn.Module]:
+    # of the class of another, as mocks are
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[nn.Module]:  # type: ignore[override]
         """The layer's, for a forward that asks with `isinstance`."""
         return type(self._call.layer(self._name))
 
@@ -168,12 +172,13 @@ def _stand_in_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (cls,), body | {"__slots__": ("_lora_kernels_call",)})
 
 
-def _looked_up(name: str, stand_in: nn.Module) -> _Layer:
+def _looked_up(name: str, stand_in: Any) -> _Layer:
     return _Layer(name, stand_in._lora_kernels_call)
 
 
 def _adapter(q: Projection) -> tuple[Tensor, Tensor] | None:
-    return None if q.lora_A is None else (q.lora_A, q.lora_B)
+    # where there is an A there is a B
+    return None if q.lora_A is None else (q.lora_A, q.lora_B)  # type: ignore[return-value]
 
 
 def _version(x: Tensor) -> int | None:

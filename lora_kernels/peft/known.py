@@ -25,7 +25,7 @@ _CLASSES = (
 )  # fmt: skip
 
 
-def lora_layer() -> type:
+def lora_layer() -> type[Any]:
     """PEFT's mix-in that all LoRA layers share.
 
     Raises:
@@ -34,7 +34,7 @@ def lora_layer() -> type:
     return _peft("layer").LoraLayer
 
 
-def multihead_attention() -> type[nn.Module]:
+def multihead_attention() -> type[Any]:
     """PEFT's layer that merges its adapters around the call of `nn.MultiheadAttention`."""
     return _peft("layer").MultiheadAttention
 
@@ -86,7 +86,7 @@ def check_backend(call: str, backend: str) -> None:
     checks.check_backend(call, backend, plan.BACKENDS)
 
 
-def _forward(cls: type) -> Callable[..., Any]:
+def _forward(cls: Any) -> Callable[..., Any]:
     return stock_forward(cls.forward)
 
 

@@ -52,7 +52,7 @@ def accelerated_forward(stock: Callable[..., Tensor], backend: str) -> Callable[
             return stock(self, x, *args, **kwargs)
         return _compute(self.__dict__["_modules"]["base_layer"], x, terms, backend)
 
-    forward._lora_kernels_stock = stock
+    forward._lora_kernels_stock = stock  # type: ignore[attr-defined]
     return forward
 
 
@@ -80,7 +80,7 @@ def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
         return None
     lora_As, lora_Bs = modules["lora_A"].__dict__["_modules"], modules["lora_B"].__dict__["_modules"]
     dropouts = modules["lora_dropout"].__dict__["_modules"]
-    terms = []
+    terms: list[Term] = []
     for name in (active,) if isinstance(active, str) else active:
         if name not in lora_As:
             continue
@@ -120,6 +120,8 @@ def projection(layer: nn.Module, x: Tensor) -> Projection | None:
         layer: A patched PEFT layer, a plain `nn.Linear`, or anything else, which has to be called.
         x: Its input.
     """
+    base: nn.Module
+    terms: list[Any] | None
     base, terms = layer, None
     if type(layer) is nn.Linear:
         terms = [(None, None, 1.0, 0.0)] if type(x) is Tensor and not traced() else None

@@ -143,13 +143,14 @@ class _Patched:
     """What a patched module's class has beside its own: copying keeps it patched, pickling does not."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        twin = type(self).__new__(type(self))
+        twin: Any = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__dict__, memo))
         return twin
 
-    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
-        build, (cls, *args), *state = super().__reduce_ex__(1)  # later protocols insist on the very class
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(1)  # later protocols insist on the very class
+        build, (cls, *args), *state = reduced
         return build, (_stock_class(cls) or cls, *args), *state
 
 
@@ -169,7 +170,7 @@ def _patched_class(
     return type(cls.__name__, (_Patched, cls), body)
 
 
-def _give_class(module: nn.Module, cls: type[nn.Module]) -> None:
+def _give_class(module: Any, cls: type[nn.Module]) -> None:
     """Swap a module's class, and its forward where accelerate's device hook keeps or has left it on the instance."""
     before = types.MethodType(type(module).forward, module)
     for name in ("forward", "_old_forward"):
@@ -178,7 +179,7 @@ def _give_class(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
 
 
-def _stock_class(cls: type) -> type[nn.Module] | None:
+def _stock_class(cls: type) -> Any:
     """The class that a patched one stands for, any other itself; None for one derived from a patched one."""
     if not issubclass(cls, _Patched):
         return cls

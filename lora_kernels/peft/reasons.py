@@ -75,7 +75,8 @@ class Report:
 
     def count(self, form: str) -> int:
         """How many layers, or blocks, are computed in a form."""
-        return sum(one.form == form for one in (*self.layers, *self.blocks))
+        reports: tuple[LayerReport | BlockReport, ...] = (*self.layers, *self.blocks)
+        return sum(one.form == form for one in reports)
 
     def __str__(self) -> str:
         counts = ", ".join(f"{self.count(form)} {form}" for form in FORMS)
@@ -179,7 +180,7 @@ def _forward_reason(module: nn.Module) -> str:
     return "its forward is replaced on the instance (X-LoRA, or a hook from before)"
 
 
-def _state_reason(module: nn.Module) -> str:
+def _state_reason(module: Any) -> str:
     if missing := _STATE - vars(module).keys():
         return f"this PEFT keeps its state elsewhere ({', '.join(sorted(missing))})"
     if module.disable_adapters:
@@ -192,7 +193,7 @@ def _state_reason(module: nn.Module) -> str:
     return next(filter(None, (_adapter_reason(module, name) for name in active)), "")
 
 
-def _adapter_reason(module: nn.Module, name: str) -> str:
+def _adapter_reason(module: Any, name: str) -> str:
     variant, scaling = module.lora_variant.get(name), module.scaling[name]
     if variant is not None and not rules.is_plain_variant(variant):
         return f"adapter {name!r} is a variant: {type(variant).__name__.removesuffix('LinearVariant')}"
@@ -218,7 +219,7 @@ def _adapter_reason(module: nn.Module, name: str) -> str:
     return ""
 
 
-def _call_reason(module: nn.Module, x: Tensor | None) -> str:
+def _call_reason(module: Any, x: Tensor | None) -> str:
     if rules._has_any_global_hook():
         return "a hook on all modules is registered"
     if rules.traced():
@@ -238,10 +239,10 @@ def _call_reason(module: nn.Module, x: Tensor | None) -> str:
     return ""
 
 
-def _base_reason(base: nn.Module, x: Tensor | None, name: str = "the base layer") -> str:
+def _base_reason(base: Any, x: Tensor | None, name: str = "the base layer") -> str:
     if listened := _not_bare(base, (nn.Linear,)):
         return f"{name} {listened}"
-    like = base.weight if x is None and isinstance(base.weight, Tensor) else x
+    like: Any = base.weight if x is None and isinstance(base.weight, Tensor) else x
     if rules.fusable(base, like):
         return ""
     kinds = {type(t).__name__ for t in (base.weight, base.bias) if t is not None and type(t) is not nn.Parameter}
@@ -306,7 +307,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Structure]]:
             yield name, module, block
 
 
-def _member_reason(own: str, layer: nn.Module, found: LayerReport) -> str:
+def _member_reason(own: str, layer: Any, found: LayerReport) -> str:
     """Why a LoRA layer of a block has to be called."""
     if found.form != "fused":
         return f"{own} is {found.form}: {found.reason}"

@@ -18,7 +18,7 @@ import copy
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -102,7 +102,8 @@ def _part(module: nn.Module) -> Part:
 
 def members(module: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
     """The layers of a block."""
-    return [module._modules[name] for name in layers]
+    modules: Mapping[str, Any] = module._modules
+    return [modules[name] for name in layers]
 
 
 @functools.cache
@@ -112,7 +113,7 @@ def _attention_reason(forward: Callable[..., Any]) -> str:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
     except (OSError, TypeError, SyntaxError):
         return "the source of its forward cannot be read"
-    calls = [node for node in ast.walk(tree) if _is_projection(node)]
+    calls: list[Any] = [node for node in ast.walk(tree) if _is_projection(node)]
     if sorted(call.func.attr for call in calls) != sorted(ATTENTION):
         return "its forward does not call each of q_proj, k_proj and v_proj once"
     given = [call.args[0] for call in calls if len(call.args) == 1 and not call.keywords]
@@ -163,7 +164,8 @@ def _mlp(module: nn.Module, forward: Callable[..., Any], layers: tuple[str, ...]
     holding += [name for own in (module._parameters, module._buffers) for name, t in own.items() if t is not None]
     if holding:
         return replace(other, reason=f"it has more than {', '.join(layers)} and an activation: {', '.join(holding)}")
-    fields, read = vars(module), set()
+    fields = vars(module)
+    read: set[str] = set()
     try:
         found = {_activation(module, forward, layers, rest, read, training) for training in (True, False)}
     except _Touched:
@@ -190,7 +192,7 @@ class _Sealed(Tensor):
     """A tensor that can be handed on, and not so much as be asked for its shape."""
 
     @classmethod
-    def __torch_function__(cls, function: Any, *_: Any, **__: Any) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise _Touched
 
 
@@ -218,12 +220,13 @@ def _activation(
 
             return call
 
-        class Twin(type(module)):
+        # of a class that is known when it runs
+        class Twin(type(module)):  # type: ignore[misc]
             def __getattribute__(self, name: str) -> Any:
                 read.add(name)
                 return super().__getattribute__(name)
 
-        modules = {name: copy.deepcopy(child).train(training) for name, child in rest.items()}
+        modules: dict[str, Any] = {name: copy.deepcopy(child).train(training) for name, child in rest.items()}
         modules |= {name: stand_in(name, result) for name, result in zip(layers, (*leaves, y), strict=True)}
         twin, fields = object.__new__(Twin), vars(module) | {"training": training, "_modules": modules}
         object.__setattr__(twin, "__dict__", dict(fields))
@@ -243,6 +246,6 @@ def _activation(
 
 def _same(made: Sequence[Tensor], leaves: Sequence[Tensor], activation: str) -> bool:
     """Whether an h and its gradients are those of an activation."""
-    h = activated(*(*leaves, None)[:2], activation)
+    h = activated(leaves[0], leaves[1] if len(leaves) > 1 else None, activation)
     expected = (h, *torch.autograd.grad(h.sum(), leaves))
     return all(torch.allclose(t, own, rtol=1e-8, atol=1e-8) for t, own in zip(made, expected, strict=True))

@@ -75,7 +75,7 @@ def swap_named(
         TypeError: One of them is not exactly an `nn.Linear`, or its weight is sharded; or a number is none.
         ValueError: One of them has hooks, or is wrapped itself; or a number is out of range.
     """
-    modules = dict(named_modules(model))
+    modules: dict[str, Any] = dict(named_modules(model))
     _check_places("swap_linear", modules, ranks)
     for name, r in ranks.items():
         linear = modules[name]
@@ -244,6 +244,6 @@ def _replace(modules: Mapping[str, nn.Module], name: str, module: nn.Module) -> 
 
 
 def _plain(layer: LoRALinear) -> nn.Linear:
-    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    linear: Any = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     linear.weight, linear.bias = layer.weight, layer.bias
     return linear.train(layer.training)

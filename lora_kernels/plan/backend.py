@@ -10,10 +10,11 @@ import importlib.util
 import logging
 import os
 import re
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
+
+from lora_kernels.plan.interface import Contractions, Kernels
 
 __all__ = [
     "BACKENDS", "MAX_RANK", "Choice", "automatic", "choose", "contractions", "interpreting", "overridden",
@@ -65,7 +66,7 @@ def overridden(backend: str) -> str:
 
 # torch.compiler.assume_constant_result, which would import the compiler: a compiled graph, and the key under which it
 # is kept on disk, hold the answer and not the question
-overridden._dynamo_marked_constant = True
+overridden._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -136,8 +137,16 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@overload
+def contractions(backend: Literal["triton"]) -> Kernels: ...
+
+
+@overload
+def contractions(backend: str) -> Contractions: ...
+
+
 @functools.cache
-def contractions(backend: str) -> ModuleType:
+def contractions(backend: str) -> Any:
     """The module that has `shrink`, `matmul_expand` and `wgrad` for a backend; "triton" loads Triton."""
     return importlib.import_module({"triton": "lora_kernels.kernels", "torch": "lora_kernels.torch_backend"}[backend])
 

@@ -40,9 +40,9 @@ def expander(backend: str, p: Tensor, cols: int, rank: int, masked: bool, backwa
     Returns:
         The name of the strategy, and the function; `joint` for "joint", which takes other arguments.
     """
-    ops = contractions(backend)
     if backend == "torch":
-        return "operators", ops.matmul_expand
+        return "operators", contractions(backend).matmul_expand
+    ops = contractions("triton")
     if not rank:
         return "library", ops.library
     (rows, inner), device, dtype = p.shape, p.device, p.dtype
@@ -74,9 +74,9 @@ def expander_all(
     Returns:
         "operators", "fused" or "beta1", and the function.
     """
-    ops = contractions(backend)
     if backend == "torch":
-        return "operators", ops.matmul_expand_all
+        return "operators", contractions(backend).matmul_expand_all
+    ops = contractions("triton")
     product = Product(p.shape[0], inner, cols, rank, p.dtype.itemsize, masked, backward)
     chosen = _forced or _several(p.device, p.dtype, product, sources, ops.uses_tf32(p.dtype))
     if chosen.strategy != "fused":
@@ -101,7 +101,7 @@ def stacks(backend: str, dy: Tensor, adapters: Sequence[Tensor]) -> bool:
         return False
     ranks, dtype = tuple(a.shape[0] for a in adapters), dy.dtype
     copied = all(a.dtype != dtype for a in adapters)
-    k_step = 64 if contractions(backend).describe_path(dy.device, dtype)[0] == "tma" else 32  # of the large tiles
+    k_step = 64 if contractions("triton").describe_path(dy.device, dtype)[0] == "tma" else 32  # of the large tiles
     return model.stacks(dy.shape[0], adapters[0].shape[1], ranks, dtype.itemsize, copied, k_step)
 
 
@@ -163,4 +163,4 @@ def repeat(backend: str, pass_: Callable, *arguments: Any) -> Any:
     """
     if backend == "torch":
         return pass_(backend, *arguments)
-    return contractions(backend).repeat(pass_, _forced, backend, *arguments)
+    return contractions("triton").repeat(pass_, _forced, backend, *arguments)

@@ -186,7 +186,7 @@ def tuning() -> contextlib.AbstractContextManager[None]:
 
 
 def _shipped(gpu: str) -> Choices:
-    file = resources.files("lora_kernels").joinpath("tables", _file_of(gpu).removeprefix("tuned-"))
+    file = resources.files("lora_kernels").joinpath("tables").joinpath(_file_of(gpu).removeprefix("tuned-"))
     if not file.is_file():
         return {}
     try:
