@@ -74,7 +74,7 @@ def meant(activation: object) -> str:
     # `approximate` is an attribute of nn.GELU, or an argument of a partial of F.gelu.
     approximate = getattr(activation, "approximate", "none")
     if isinstance(activation, functools.partial):
-        activation, approximate = activation.func, activation.keywords.get("approximate", "none")
+        approximate, activation = activation.keywords.get("approximate", "none"), activation.func
     name = activation if isinstance(activation, str) else getattr(activation, "__name__", type(activation).__name__)
     name = "gelu_tanh" if approximate == "tanh" else name
     name = _OTHER_NAMES.get(name.lower(), name.lower())
