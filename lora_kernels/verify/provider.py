@@ -23,7 +23,8 @@ class Provider:
         leaves: Output name (dx, d_lora_A, d_lora_B, dbias) to the tensor whose gradient that is.
         rule: What it is held to: "kernel" and "operators" are `numerics.check` without and with `split`; "peer" is
             an rms error of at most twice that of PyTorch's operators.
-        cost: Its formula in `cost.layer.COSTS`; "" where its launches are a compiler's choice.
+        cost: Its formula in `cost.layer.COSTS` or, of `lora_add`, in `cost.add.COSTS`; "" where its launches are a
+            compiler's choice.
     """
 
     label: str

@@ -108,7 +108,9 @@ def test_every_provider_is_right_and_timed(block, dtype, p):
     case = block_case.run_case(block, SHAPES[block], 8, p, settings(dtype))
     rows = case["providers"]
     half = dtype == torch.bfloat16
-    assert set(rows) == {"frozen", "ours", "per_layer", "peft"} | ({"ours_fp32", "peft_fp32"} if half else set())
+    assert set(rows) == {"frozen", "ours", "per_layer", "peft", "addmm"} | (
+        {"ours_fp32", "peft_fp32"} if half else set()
+    )
     for row in rows.values():
         assert row["reason"] == ""
         assert row["check"]["ok"]
