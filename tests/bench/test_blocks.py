@@ -323,7 +323,7 @@ def test_the_command_times_all_blocks(tmp_path, capsys):
         (("--block", "mlp", "--shape", "8x8x8+4+4"), "here a shape is ROWSxINxOUT, 1 of"),
         (("--shape", "8x8x8+4+4",), "here a shape is ROWSxINxOUT, 1 of"),
         (("--block", "qkv", "--preset", "lorafusion"), "--block qkv takes a --preset that is a model: llama-8b,"),
-        (("--block", "qkv", "--providers", "addmm"), "--providers addmm: --block qkv has frozen, ours,"),
+        (("--block", "qkv", "--providers", "split"), "--providers split: --block qkv has frozen, ours,"),
         (("--block", "qkv", "--target-modules", "q"), "--target-modules: of a model"),
         (("--block", "qkv", "layer", "--backend", "torch"), "a model takes --backend auto"),
     ],
