@@ -78,7 +78,7 @@ def _tests(name: str, rehearse: bool, cap: float, which: str = "") -> Step:
     spread = ("-n", str(jobs())) if importlib.util.find_spec("xdist") and not rehearse else ()
     command = (
         "-m", "pytest", *files, "-m", "gpu", *(("-k", which) if which else ()), *spread, "-q", "-rf",
-        "-o", "addopts=--strict-markers", "-o", f"faulthandler_timeout={_HANGS_S}", "--tb=short",
+        "-o", "addopts=--strict-markers -p no:benchmark", "-o", f"faulthandler_timeout={_HANGS_S}", "--tb=short",
         "-W", "ignore::pytest.PytestConfigWarning",
         "--continue-on-collection-errors",
     )  # fmt: skip

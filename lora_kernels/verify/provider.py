@@ -23,7 +23,8 @@ class Provider:
         leaves: Gradient name (dx, d_lora_A, d_lora_B, dbias) to the tensor that it is the gradient of.
         rule: Its error rule: "kernel" and "operators" are `numerics.check` without and with `split`; "peer" is an
             rms error of at most twice that of PyTorch's operators.
-        cost: Its formula in `cost.layer.COSTS`; "" where a compiler chooses its launches.
+        cost: Its formula in `cost.layer.COSTS` or, for `lora_add`, in `cost.add.COSTS`; "" where a compiler chooses its
+            launches.
     """
 
     label: str

@@ -108,7 +108,9 @@ def test_every_provider_is_right_and_timed(block, dtype, p):
     case = block_case.run_case(block, SHAPES[block], 8, p, settings(dtype))
     rows = case["providers"]
     half = dtype == torch.bfloat16
-    assert set(rows) == {"frozen", "ours", "per_layer", "peft"} | ({"ours_fp32", "peft_fp32"} if half else set())
+    assert set(rows) == {"frozen", "ours", "per_layer", "peft", "addmm"} | (
+        {"ours_fp32", "peft_fp32"} if half else set()
+    )
     for row in rows.values():
         assert row["reason"] == ""
         assert row["check"]["ok"]
@@ -321,7 +323,7 @@ def test_the_command_times_all_blocks(tmp_path, capsys):
         (("--block", "mlp", "--shape", "8x8x8+4+4"), "here a shape is ROWSxINxOUT, 1 of"),
         (("--shape", "8x8x8+4+4",), "here a shape is ROWSxINxOUT, 1 of"),
         (("--block", "qkv", "--preset", "lorafusion"), "--block qkv takes a --preset that is a model: llama-8b,"),
-        (("--block", "qkv", "--providers", "addmm"), "--providers addmm: --block qkv has frozen, ours,"),
+        (("--block", "qkv", "--providers", "split"), "--providers split: --block qkv has frozen, ours,"),
         (("--block", "qkv", "--target-modules", "q"), "--target-modules: of a model"),
         (("--block", "qkv", "layer", "--backend", "torch"), "a model takes --backend auto"),
     ],

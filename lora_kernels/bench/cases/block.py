@@ -20,7 +20,7 @@ from lora_kernels.verify import block_judge
 from lora_kernels.verify.block_problems import MLP, QKV, BlockProblem
 from lora_kernels.verify.provider import BlockProvider
 
-__all__ = ["BLOCKS", "clone", "draw", "run_case"]
+__all__ = ["BLOCKS", "admit", "clone", "cost_of", "draw", "run_case"]
 
 BLOCKS = ("qkv", "mlp")
 SCALING = 2.0
@@ -76,12 +76,12 @@ def run_case(
     copies = layer_case.copies_of(problem, sum(t.nbytes for t in _operands(problem)), clone, settings)
     rows, timed = layer_case.admit_all(
         list(settings.only) or block_providers.names_for(settings.dtype, settings.compiled),
-        lambda name: _admit(name, lambda: build(name, problem, settings.backend), truth, r, settings),
+        lambda name: admit(name, lambda: build(name, problem, settings.backend), truth, r, settings),
         lambda name: [build(name, copy, settings.backend) for copy in copies[1:]], settings, tick,
     )  # fmt: skip
     truth.forget()
     layer_case.take_times(rows, timed, settings, tick)
-    cost = _cost_of(problem, r)
+    cost = cost_of(problem, r)
     base, work = (block_cost.flops(cost, rank) for rank in (0, r))
     layer_case.compare(rows, base, work, settings)
     return {
@@ -99,7 +99,8 @@ def _operands(problem: BlockProblem) -> list[Tensor]:
     return [problem.x, *problem.dys, *of_layers]
 
 
-def _cost_of(problem: BlockProblem, r: int) -> Block:
+def cost_of(problem: BlockProblem, r: int) -> Block:
+    """The sizes of a block's layers, for the formulas of `cost.block`; its adapters are of rank `r`."""
     (m, k), element = problem.x.shape, problem.x.element_size()
     first, adapted = next(iter(problem.layers.values())), problem.adapted
     adapter = next(iter(adapted.values())).lora_A.element_size() if adapted else 0
@@ -109,10 +110,21 @@ def _cost_of(problem: BlockProblem, r: int) -> Block:
     return block_cost.projections(m, k, widths, r, element, adapter)
 
 
-def _admit(
+def admit(
     name: str, construct: Callable[[], BlockProvider], truth: block_judge.Truth, r: int, settings: Settings
 ) -> tuple[dict[str, Any], BlockProvider | None]:
-    """Return a provider's row, and the provider itself if it may be timed."""
+    """Build, judge and weigh a provider.
+
+    Args:
+        name: Of the provider, for the row of one that cannot be built.
+        construct: Builds it.
+        truth: Of its problem, kept from one provider to the next.
+        r: Rank.
+        settings: Of the run.
+
+    Returns:
+        The provider's row, and the provider itself if it may be timed.
+    """
     row: dict[str, Any] = {"label": name, "reason": "", "check": None, "seconds": {}}
     try:
         provider = construct()
@@ -130,7 +142,7 @@ def _admit(
         return row, None
     if provider.cost:
         dropout = any(q.dropout_p for q in provider.problem.adapted.values())
-        cost = block_cost.COSTS[provider.cost](_cost_of(provider.problem, r), dropout)
+        cost = block_cost.COSTS[provider.cost](cost_of(provider.problem, r), dropout)
         row["model"] = {
             "forward_bytes": sum(cost.forward), "backward_bytes": sum(cost.backward), "launches": cost.launches
         }  # fmt: skip

@@ -30,7 +30,7 @@ from lora_kernels.measure.presets import Shape
 from lora_kernels.verify import judge
 from lora_kernels.verify.numerics import Problem, unit_roundoff
 
-__all__ = ["LAUNCHES", "PROVIDERS", "Launch", "launches", "run_case"]
+__all__ = ["LAUNCHES", "PROVIDERS", "Launch", "admit", "launches", "run_case"]
 
 LAUNCHES = ("s", "y", "ds, dB", "dx", "dA")
 PROVIDERS = ("base", "ours", "operators")
@@ -178,7 +178,7 @@ def run_case(
             tick(f"checking {name} of {provider}")
             if provider not in sets[0][name].calls:
                 continue
-            row, right = _admit(provider, sets[0][name], backend, problem.dropout_p)
+            row, right = admit(provider, sets[0][name], backend, problem.dropout_p)
             rows[provider] = row
             if right:
                 try:
@@ -204,8 +204,18 @@ def _label(provider: str, backend: str) -> str:
     return {"base": "base product alone", "ours": f"lora_kernels [{backend}]"}.get(provider, "PyTorch's operators")
 
 
-def _admit(provider: str, launch: Launch, backend: str, p: float) -> tuple[dict[str, Any], bool]:
-    """Return a provider's row, and whether it may be timed."""
+def admit(provider: str, launch: Launch, backend: str, p: float) -> tuple[dict[str, Any], bool]:
+    """Run a provider's launch once and hold every element to its bound.
+
+    Args:
+        provider: One of `PROVIDERS` that the launch has.
+        launch: One of `launches`.
+        backend: "triton" or "torch", of this package's own.
+        p: Drop probability.
+
+    Returns:
+        The provider's row, and whether it may be timed.
+    """
     row: dict[str, Any] = {"label": _label(provider, backend), "reason": "", "check": None, "seconds": {}}
     fused = provider == "ours" and backend == "triton"
     try:

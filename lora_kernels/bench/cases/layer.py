@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,8 +20,8 @@ from lora_kernels.verify.numerics import Problem
 from lora_kernels.verify.provider import Provider
 
 __all__ = [
-    "Settings", "admit_all", "clone", "compare", "copies_of", "draw", "first_line", "held_bytes", "peak_bytes", "ready",
-    "run_case", "saved_bytes", "take_times",
+    "Settings", "admit", "admit_all", "clone", "compare", "copies_of", "draw", "first_line", "held_bytes", "peak_bytes",
+    "ready", "run_case", "saved_bytes", "take_times",
 ]  # fmt: skip
 
 _OPERANDS = ("x", "weight", "lora_A", "lora_B", "dy")
@@ -101,7 +101,7 @@ def run_case(
     problem, truth = draw(shape, r, p, settings), judge.Truth()
     copies = copies_of(problem, sum(getattr(problem, name).nbytes for name in _OPERANDS), clone, settings)
     rows, timed = admit_all(
-        settings.names(r), lambda name: _admit(name, problem, truth, settings),
+        settings.names(r), lambda name: admit(name, problem, truth, settings),
         lambda name: [settings.build(name, copy, settings.backend) for copy in copies[1:]], settings, tick,
     )  # fmt: skip
     truth.forget()
@@ -180,10 +180,22 @@ def ready(copies: list[timing.Calls], settings: Settings, turn: Iterator[int]) -
     return timing.rotated(copies, turn) if len(copies) > 1 else copies[0]
 
 
-def _admit(
-    name: str, problem: Problem, truth: judge.Truth, settings: Settings
-) -> tuple[dict[str, Any], Provider | None]:
-    """Return a provider's row, and the provider itself if it may be timed."""
+def admit(
+    name: str, problem: Problem, truth: judge.Truth, settings: Settings,
+    costs: Mapping[str, Callable[[layer_cost.Size, bool], layer_cost.Cost]] = layer_cost.COSTS,
+) -> tuple[dict[str, Any], Provider | None]:  # fmt: skip
+    """Build, judge and weigh a provider.
+
+    Args:
+        name: Of the provider, as `settings.build` knows it.
+        problem: What it computes.
+        truth: Of the problem, kept from one provider to the next.
+        settings: Of the run.
+        costs: The formulas that `Provider.cost` names.
+
+    Returns:
+        The provider's row, and the provider itself if it may be timed.
+    """
     row: dict[str, Any] = {"label": name, "reason": "", "check": None, "seconds": {}}
     try:
         provider = settings.build(name, problem, settings.backend)
@@ -200,7 +212,7 @@ def _admit(
         row["reason"] = first_line(error)
         return row, None
     if provider.cost:
-        cost = layer_cost.COSTS[provider.cost](_size(provider.problem), problem.dropout_p > 0)
+        cost = costs[provider.cost](_size(provider.problem), problem.dropout_p > 0)
         row["model"] = {
             "forward_bytes": sum(cost.forward), "backward_bytes": sum(cost.backward), "launches": cost.launches
         }  # fmt: skip

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels import plan
-from lora_kernels.bench.providers.layer import short
+from lora_kernels.bench.providers.layer import addmm_chain, short
 from lora_kernels.functional import lora_linear, lora_mlp, lora_qkv
 from lora_kernels.verify.block_problems import BlockProblem, compose, leaves_of
 from lora_kernels.verify.provider import BlockProvider
@@ -131,6 +131,19 @@ def _peft(problem: BlockProblem, backend: str) -> BlockProvider:
     )
 
 
+def _addmm(problem: BlockProblem, backend: str) -> BlockProvider:
+    """The in-place addmm chain layer by layer."""
+    leaves = leaves_of(problem)
+
+    def apply(name: str, x: Tensor) -> Tensor:
+        q = problem.layers[name]
+        return addmm_chain(x, q.weight, leaves[f"dA {name}"], leaves[f"dB {name}"], q.bias, q.scaling, q.dropout_p)
+
+    return BlockProvider(
+        "in-place addmm chain", problem, lambda: compose(problem, leaves["dx"], apply), leaves, cost="addmm"
+    )
+
+
 def _injected(problem: BlockProblem, leaves: dict[str, Tensor]) -> nn.Module:
     """Build a module with one PEFT layer for each layer of the block; its adapters become the leaves."""
     peft = importlib.import_module("peft")
@@ -172,4 +185,5 @@ PROVIDERS: dict[str, Callable[[BlockProblem, str], BlockProvider]] = {
     "peft_fp32": lambda problem, backend: _peft(_fp32(problem), backend),
     "peft_compiled": lambda problem, backend: _compiled(_peft(problem, backend)),
     "peft_fp32_compiled": lambda problem, backend: _compiled(_peft(_fp32(problem), backend)),
+    "addmm": _addmm,
 }

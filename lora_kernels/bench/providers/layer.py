@@ -18,7 +18,10 @@ from lora_kernels.functional import lora_linear
 from lora_kernels.verify.numerics import Problem
 from lora_kernels.verify.provider import Provider
 
-__all__ = ["PROVIDERS", "build", "names_for", "scaled_mm", "short"]
+__all__ = [
+    "PROVIDERS", "addmm_chain", "build", "chosen_backend", "fp32_adapters", "leaves_of", "names_for", "scaled_mm",
+    "short", "under_compile",
+]  # fmt: skip
 
 
 def build(name: str, problem: Problem, backend: str = "auto") -> Provider:
@@ -35,18 +38,19 @@ def names_for(dtype: torch.dtype, backend: str, compiled: bool) -> list[str]:
     return [name for name in names if name not in ("ours_torch", "split") or backend == "triton"]
 
 
-def _leaves(problem: Problem, *names: str) -> dict[str, Tensor]:
+def leaves_of(problem: Problem, *names: str) -> dict[str, Tensor]:
+    """What gradients are taken of, by the gradient's name: all of x, A and B, or those of `names`."""
     of = {"dx": problem.x, "d_lora_A": problem.lora_A, "d_lora_B": problem.lora_B}
     return {name: of[name].detach().requires_grad_() for name in names or of}
 
 
-def _fp32_adapters(problem: Problem) -> Problem:
+def fp32_adapters(problem: Problem) -> Problem:
     """Cast the adapters to fp32; their values, and so the truth, stay the same."""
     return replace(problem, lora_A=problem.lora_A.float(), lora_B=problem.lora_B.float())
 
 
 def _frozen(problem: Problem, backend: str) -> Provider:
-    leaves = _leaves(problem, "dx")
+    leaves = leaves_of(problem, "dx")
     problem = replace(problem, lora_B=torch.zeros_like(problem.lora_B), dropout_p=0.0)
     return Provider(
         "frozen linear", problem, lambda: F.linear(leaves["dx"], problem.weight, problem.bias), leaves,
@@ -54,12 +58,13 @@ def _frozen(problem: Problem, backend: str) -> Provider:
     )  # fmt: skip
 
 
-def _backend(problem: Problem, backend: str) -> str:
+def chosen_backend(problem: Problem, backend: str) -> str:
+    """The backend that computes a problem where `backend` is asked for."""
     return plan.choose(problem.x.device, problem.x.dtype, problem.lora_A.shape[0], False, backend)
 
 
 def _ours(problem: Problem, backend: str) -> Provider:
-    chosen, leaves = _backend(problem, backend), _leaves(problem)
+    chosen, leaves = chosen_backend(problem, backend), leaves_of(problem)
 
     def forward() -> Tensor:
         return lora_linear(
@@ -90,7 +95,7 @@ def _peft(problem: Problem, backend: str) -> Provider:
         init_lora_weights=False,
     )  # fmt: skip
     layer = peft.inject_adapter_in_model(config, model).linear.train()
-    leaves = _leaves(problem, "dx")
+    leaves = leaves_of(problem, "dx")
     for which, tensor in (("A", problem.lora_A), ("B", problem.lora_B)):
         module = getattr(layer, f"lora_{which}")["default"]
         module.weight = leaves[f"d_lora_{which}"] = nn.Parameter(tensor.detach())
@@ -99,7 +104,7 @@ def _peft(problem: Problem, backend: str) -> Provider:
 
 
 def _peft_arithmetic(problem: Problem) -> Provider:
-    leaves, p, scaling = _leaves(problem), problem.dropout_p, problem.scaling
+    leaves, p, scaling = leaves_of(problem), problem.dropout_p, problem.scaling
 
     def forward() -> Tensor:
         x, a, b = leaves.values()
@@ -111,7 +116,7 @@ def _peft_arithmetic(problem: Problem) -> Provider:
     return Provider(label, problem, forward, leaves, cost="peft")
 
 
-def _compiled(provider: Provider) -> Provider:
+def under_compile(provider: Provider) -> Provider:
     """Wrap a provider in torch.compile with static shapes; it compiles at the first call, which is never timed."""
     forward = torch.compile(provider.forward, dynamic=False)
     return replace(provider, label=f"{provider.label}, compiled", forward=forward, cost="")
@@ -142,6 +147,13 @@ class _AddmmChain(torch.autograd.Function):
         return dx, None, ds.t() @ x_d, dy.t() @ s, None, None, None
 
 
+def addmm_chain(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, p: float
+) -> Tensor:
+    """Compute y `[M, out]` of x `[M, in]` by the best chain of library calls we know, forward and backward."""
+    return _AddmmChain.apply(x, weight, lora_A, lora_B, bias, scaling, p)
+
+
 def scaled_mm(left: Tensor, right: Tensor, alpha: float) -> Tensor:
     """Compute alpha · left right in one launch."""
     # beta=0: the first operand is not read
@@ -149,11 +161,11 @@ def scaled_mm(left: Tensor, right: Tensor, alpha: float) -> Tensor:
 
 
 def _addmm(problem: Problem, backend: str) -> Provider:
-    leaves = _leaves(problem)
+    leaves = leaves_of(problem)
 
     def forward() -> Tensor:
         x, a, b = leaves.values()
-        return _AddmmChain.apply(x, problem.weight, a, b, problem.bias, problem.scaling, problem.dropout_p)
+        return addmm_chain(x, problem.weight, a, b, problem.bias, problem.scaling, problem.dropout_p)
 
     return Provider("in-place addmm chain", problem, forward, leaves, cost="addmm")
 
@@ -208,7 +220,7 @@ def _compiled_gather() -> Callable[[Tensor], Tensor]:
 
 
 def _split(problem: Problem, backend: str) -> Provider:
-    chosen, leaves = _backend(problem, backend), _leaves(problem)
+    chosen, leaves = chosen_backend(problem, backend), leaves_of(problem)
     if chosen == "triton" and problem.dropout_p:
         # compile here and now, not in the thread of the first backward
         with torch.no_grad():
@@ -231,12 +243,12 @@ def short(dtype: torch.dtype) -> str:
 PROVIDERS: dict[str, Callable[[Problem, str], Provider]] = {
     "frozen": _frozen,
     "ours": _ours,
-    "ours_fp32": lambda problem, backend: _ours(_fp32_adapters(problem), backend),
+    "ours_fp32": lambda problem, backend: _ours(fp32_adapters(problem), backend),
     "ours_torch": lambda problem, backend: _ours(problem, "torch"),
     "peft": _peft,
-    "peft_fp32": lambda problem, backend: _peft(_fp32_adapters(problem), backend),
-    "peft_compiled": lambda problem, backend: _compiled(_peft(problem, backend)),
-    "peft_fp32_compiled": lambda problem, backend: _compiled(_peft(_fp32_adapters(problem), backend)),
+    "peft_fp32": lambda problem, backend: _peft(fp32_adapters(problem), backend),
+    "peft_compiled": lambda problem, backend: under_compile(_peft(problem, backend)),
+    "peft_fp32_compiled": lambda problem, backend: under_compile(_peft(fp32_adapters(problem), backend)),
     "addmm": _addmm,
     "split": _split,
 }
