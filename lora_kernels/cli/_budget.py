@@ -11,7 +11,7 @@ __all__ = ["broken"]
 # instructions for 64 of K, with room beside what is needed: 80 to 92 and, where the tensor cores have a memory of their
 # own that is waited for by hand, 135 on Triton 3.6
 _LOOPS = {"sm_90": 100, "sm_100": 140}
-_SOURCE = 5  # more for each source beyond two, which is selected there
+_SOURCE = 7  # more for each source beyond two, which is selected there
 _FAST_ROWS = 64  # a dot of fewer rows cannot use Hopper's asynchronous tensor-core instructions
 
 

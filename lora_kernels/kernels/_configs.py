@@ -82,7 +82,7 @@ def descriptor_path(capability: tuple[int, int] | None, dtype: torch.dtype) -> t
 @functools.lru_cache(maxsize=4096)
 def matmul_config(
     rows: int, inner: int, cols: int, dtype: torch.dtype, tma: bool, masked: bool, num_sms: int, tf32: bool = False,
-    place: int | None = None, strided: bool = False,
+    place: int | None = None, strided: bool = False, many: bool = False,
 ) -> MatmulConfig:  # fmt: skip
     """The tile for y `[rows, cols]`: of the shipped ones the soonest done by the model, of equals the least padded.
 
@@ -97,8 +97,11 @@ def matmul_config(
         tf32: Whether fp32 products may use TF32.
         place: Only this one of `matmul_configs`; ignored where there are not so many.
         strided: Whether a large operand has no element next to another, so that each has an address of its own.
+        many: Whether there are more than six sources to select among, which costs registers beside a masked product.
     """
     shipped = matmul_configs(dtype, tma, masked, tf32)
+    if many and masked and tma and place is None:
+        shipped = shipped[1:]
     if place is not None and place < len(shipped):
         shipped = shipped[place : place + 1]
     elif inner <= _THIN:  # writing y is most of the work: many small programs at once
@@ -231,7 +234,7 @@ def shrink_wgrad_pays(rank: int, activated: bool = False) -> bool:
 def wgrad_config(
     rows: int, wide: int, thin: int, dtype: torch.dtype, shrinks: bool = False, shared: int = SHARED,
     adapters: int = 1, masked: bool = False, activated: bool = False, strided: bool = False, rounds: bool = False,
-    tf32: bool = False, num_sms: int = _PROGRAMS // 2,
+    tf32: bool = False, num_sms: int = _PROGRAMS // 2, mixed: bool = False,
 ) -> WgradConfig:  # fmt: skip
     """The tile for g `[wide, thin]` summed over `rows`, and where the sum is split.
 
@@ -239,7 +242,8 @@ def wgrad_config(
     and, with a mask, a masked tile each: fewer columns. `activated` operands are made of three others, a tile of each.
     `strided` operands, which have no element next to another, take an address each. A program that `rounds` B holds it
     in fp32 for a while, in the registers of more warps. `shared` is a multiprocessor's shared memory in bytes. `tf32`
-    says that fp32 products may use TF32. `num_sms` multiprocessors have a program each of what is `activated`.
+    says that fp32 products may use TF32. `num_sms` multiprocessors have a program each of what is `activated`. Adapters
+    are `mixed` where some have a mask and some have none.
     """
     single = dtype.itemsize == 4
     small = shared < SHARED
@@ -247,6 +251,10 @@ def wgrad_config(
         wide_tile = 128 if strided or (rounds and shared <= _LEAST_SHARED) else 256
     else:
         wide_tile = 64 if adapters > 1 and (masked or adapters * _fit(thin, 64) > 64) else 128
+    # Mixed adapters take one tile masked, from registers, and as it is, from shared memory. No wgmma may do either
+    # (docs/traps.md), and 32 columns are too few for one. Four wide masked tiles spill with more.
+    if not single and (mixed or (masked and adapters > 3 and thin > 32)):
+        wide_tile = 32
     if activated:  # more columns, for fewer parts of ds, as far as three operands leave registers for them
         wide_tile = 128 if single or thin <= (32 if shared > _LEAST_SHARED else 16) else 32 if masked else 64
     # 64 columns of masked fp32 and more are rounded to TF32 by Triton 3.6 on sm_100, whatever precision it is told

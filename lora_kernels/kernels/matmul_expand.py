@@ -330,7 +330,17 @@ def _settle(
         strided = any(1 not in t.strides for pair in large for t in pair)
         crowded = bool(masked) or (len(sources) > 2 and not tma)  # pointers to select among cost registers, too
         config = matmul_config(
-            rows, max(inner), sum(cols), dtype, tma, crowded, sms, precision == "tf32", place=config, strided=strided
+            rows,
+            max(inner),
+            sum(cols),
+            dtype,
+            tma,
+            crowded,
+            sms,
+            precision == "tf32",
+            place=config,
+            strided=strided,
+            many=len(sources) > 6,
         )
     ranks = [p.shape[1] for p, _ in masked]
     block_r = max(16, min(32, triton.next_power_of_2(max(ranks, default=0))))
