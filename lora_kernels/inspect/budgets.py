@@ -12,7 +12,7 @@ __all__ = ["broken"]
 # cores have a memory of their own with explicit waits.
 _LOOPS = {"sm_90": 100, "sm_100": 140}
 # Extra instructions for each source beyond two, for its select.
-_SOURCE = 5
+_SOURCE = 7
 # A dot of fewer rows cannot use Hopper's asynchronous tensor-core instructions.
 _FAST_ROWS = 64
 

@@ -75,6 +75,7 @@ _QKV = (1024, 1024)
 QUICK = (
     Case(*_LARGE, 16, bias=True, place=0), Case(*_LARGE, 16, p=0.1, place=0), Case(16, 4096, 4096, 16, p=0.1),
     Case(*_SMALL, 16, "fp32", p=0.1), Case(*_LARGE, 16, p=0.1, others=_QKV), Case(*_MLP, 16, p=0.1, activation="silu"),
+    Case(*_LARGE, 16, p=0.1, others=_QKV, mixed=True),
 )  # fmt: skip
 # Cases for every tile of every path and for every flag.
 CASES = (
@@ -95,7 +96,10 @@ CASES = (
     # Queries, keys and values; gate and up.
     Case(*_LARGE, 16, others=_QKV), Case(*_LARGE, 16, bias=True, others=_QKV), Case(*_LARGE, 64, others=_QKV),
     Case(*_LARGE, 64, p=0.1, others=_QKV), *(Case(16, 4096, 4096, 16, p=p, others=_QKV) for p in (0.0, 0.1)),
-    *(Case(m, 4096, 4096, 16, p=0.1, others=_QKV, mixed=True) for m in (16, 8192)),
+    Case(16, 4096, 4096, 16, p=0.1, others=_QKV, mixed=True),
+    # as many projections as a launch takes
+    Case(*_LARGE, 16, p=0.1, others=(*_QKV, 1024)), Case(*_LARGE, 16, others=(*_QKV, 1024)),
+    Case(*_LARGE, 64, p=0.1, others=(*_QKV, 1024), mixed=True), Case(16, 4096, 4096, 16, p=0.1, others=(*_QKV, 1024)),
     Case(*_SMALL, 16, "fp32", p=0.1, others=(256, 256)), Case(*_SMALL, 16, p=0.1, strided=True, others=(256, 256)),
     *(Case(8192, 4096, 14336, 16, p=p, others=(14336,)) for p in (0.0, 0.1)),
     Case(*_MLP, 64, activation="silu"),
@@ -265,7 +269,7 @@ def _forward(case: Case) -> tuple[torch.Tensor, ...]:
 
     x, first = make(case.m, case.k), projection(case.n)
     # Scaling, drop probability, and whether backward may add to gradients itself, for each projection.
-    numbers = [(2.0, 0.0 if case.mixed and i else case.p, False) for i in range(3)]
+    numbers = [(2.0, 0.0 if case.mixed and i else case.p, False) for i in range(4)]
     if case.activation:
         tensors = itertools.chain(first, projection(case.n), projection(case.k, case.n))
         return (LoRAMLPFunction.apply(x, "triton", case.activation, False, tuple(numbers), *tensors),)

@@ -86,7 +86,7 @@ def descriptor_path(capability: tuple[int, int] | None, dtype: torch.dtype) -> t
 @functools.lru_cache(maxsize=4096)
 def matmul_config(
     rows: int, inner: int, cols: int, dtype: torch.dtype, tma: bool, masked: bool, num_sms: int, tf32: bool = False,
-    place: int | None = None, strided: bool = False,
+    place: int | None = None, strided: bool = False, many: bool = False,
 ) -> MatmulConfig:  # fmt: skip
     """Pick the tile for y `[rows, cols]`: the shipped tile that the model finishes first; on a tie, the least padded.
 
@@ -101,8 +101,11 @@ def matmul_config(
         tf32: Whether fp32 products may use TF32.
         place: Restrict the choice to this entry of `matmul_configs`; ignored past the end of the tuple.
         strided: Whether no two elements of a large operand are adjacent, so each element needs its own address.
+        many: Whether there are more than six sources; a select among them costs registers beside a masked product.
     """
     shipped = matmul_configs(dtype, tma, masked, tf32)
+    if many and masked and tma and place is None:
+        shipped = shipped[1:]
     if place is not None and place < len(shipped):
         shipped = shipped[place : place + 1]
     elif inner <= _THIN:
@@ -244,7 +247,7 @@ def shrink_wgrad_pays(rank: int, activated: bool = False) -> bool:
 def wgrad_config(
     rows: int, wide: int, thin: int, dtype: torch.dtype, shrinks: bool = False, shared: int = SHARED,
     adapters: int = 1, masked: bool = False, activated: bool = False, strided: bool = False, rounds: bool = False,
-    tf32: bool = False, num_sms: int = _PROGRAMS // 2,
+    tf32: bool = False, num_sms: int = _PROGRAMS // 2, mixed: bool = False,
 ) -> WgradConfig:  # fmt: skip
     """Pick the tile for g `[wide, thin]` summed over `rows`, and the split of the sum.
 
@@ -262,6 +265,7 @@ def wgrad_config(
         rounds: Whether B is rounded from fp32; a program then holds B in fp32 for a while, in registers of more warps.
         tf32: Whether fp32 products may use TF32.
         num_sms: Multiprocessors of the device; with `activated` each runs one program at a time.
+        mixed: Whether some products have a mask and some have none.
     """
     single = dtype.itemsize == 4
     small = shared < SHARED
@@ -269,6 +273,10 @@ def wgrad_config(
         wide_tile = 128 if strided or (rounds and shared <= _LEAST_SHARED) else 256
     else:
         wide_tile = 64 if adapters > 1 and (masked or adapters * _fit(thin, 64) > 64) else 128
+    # Mixed products read one tile masked, from registers, and unmasked, from shared memory. A wgmma must do neither
+    # (docs/traps.md), and 32 columns are too few for a wgmma. Four wide masked tiles spill with more columns.
+    if not single and (mixed or (masked and adapters > 3 and thin > 32)):
+        wide_tile = 32
     if activated:
         # Take as many columns as the registers of three operands allow, for fewer parts of ds.
         wide_tile = 128 if single or thin <= (32 if shared > _LEAST_SHARED else 16) else 32 if masked else 64

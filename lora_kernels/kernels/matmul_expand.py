@@ -344,7 +344,17 @@ def _settle(
         # A select among pointers costs registers, as a mask does.
         crowded = bool(masked) or (len(sources) > 2 and not tma)
         config = matmul_config(
-            rows, max(inner), sum(cols), dtype, tma, crowded, sms, precision == "tf32", place=config, strided=strided
+            rows,
+            max(inner),
+            sum(cols),
+            dtype,
+            tma,
+            crowded,
+            sms,
+            precision == "tf32",
+            place=config,
+            strided=strided,
+            many=len(sources) > 6,
         )
     ranks = [p.shape[1] for p, _ in masked]
     block_r = max(16, min(32, triton.next_power_of_2(max(ranks, default=0))))

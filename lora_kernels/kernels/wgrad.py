@@ -177,9 +177,6 @@ def _wgrad_kernel(
             if keep_ptrs[i] is not None:
                 words = load_kept(keep_ptrs[i], offs_m, M, block * BLOCK_W, W, BLOCK_W)
                 right = tl.where(kept(words, BLOCK_W), right, tl.zeros((BLOCK_M, BLOCK_W), right.dtype))
-            elif HAS_KEEP and ACTIVATION is None:
-                # Take the tile from registers, as the masked products do.
-                right = tl.where(mask_m[:, None], right, tl.zeros((BLOCK_M, BLOCK_W), right.dtype))
             sums = sums + (tl.dot(tl.trans(right), thin, accs[i], input_precision=PRECISION),)
             if b_ptrs[i] is not None:
                 part = tl.dot(wides[WIDE[i]], bs[i], input_precision=PRECISION)
@@ -355,7 +352,7 @@ def _settle(
     config = config or wgrad_config(
         rows, width, max(widths, default=1), dtype, bool(shrunk), _launch.shared_per_sm(device), len(widths),
         any(keeps), activation is not None, strided, any(b.dtype != dtype for b in bs if b), precision == "tf32",
-        _launch.num_sms(device),
+        _launch.num_sms(device), any(keeps) and not all(keeps),
     )  # fmt: skip
     splits = triton.cdiv(rows, config.rows_per_split)
     blocks = triton.cdiv(width, config.block_c)
