@@ -265,7 +265,7 @@ def _forward(case: Case) -> tuple[torch.Tensor, ...]:
     numbers = [(2.0, 0.0 if case.mixed and i else case.p, False) for i in range(4)]  # of each projection
     if case.activation:
         tensors = itertools.chain(first, projection(case.n), projection(case.k, case.n))
-        return (LoRAMLPFunction.apply(x, "triton", case.activation, False, tuple(numbers), *tensors),)
+        return (LoRAMLPFunction.apply(x, "triton", case.activation, False, tuple(numbers[:3]), *tensors),)
     if case.others:
         tensors = itertools.chain(first, *map(projection, case.others))
         return LoRAProjectionsFunction.apply(x, "triton", tuple(numbers[: 1 + len(case.others)]), *tensors)
