@@ -16,6 +16,7 @@ tests/emulator where possible, and gives no figures.
 import argparse
 import signal
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,9 +61,20 @@ def run_stages(
                 "command": "battery", "rehearsal": rehearsal, "minutes": minutes, "complete": len(records) == total,
                 "steps": records,
             })  # fmt: skip
+            _pack(out)
     finally:
         log.close()
     return records
+
+
+def _pack(out: Path) -> None:
+    """Put all files of a run into one, because some machines hand back a few files alone."""
+    partial = out / ".results.tar.gz"
+    with tarfile.open(partial, "w:gz") as archive:
+        for path in sorted(out.glob("[!.]*")):
+            if path.is_file() and path.name != "results.tar.gz":
+                archive.add(path, path.name)
+    partial.replace(out / "results.tar.gz")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -57,6 +57,8 @@ class Step:
         return _TAIL_OF_TESTS if "pytest" in self.command else _TAIL
 
 
+# Many processes run at once, and each would start as many threads and compilers as there are cores.
+_ENVIRONMENT = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 _FILES = {"{file}": "json", "{xml}": "xml"}
 
 
@@ -89,7 +91,7 @@ class _Process:
         minutes = f"{max(limit - _AHEAD_S, _LEAST_S) / 60:.3f}"
         command = [sys.executable, *(_filled(part, str(self.file), minutes) for part in step.command)]
         paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+        environment = _ENVIRONMENT | os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
         self.began, self.took, self.interrupted = time.monotonic(), 0.0, 0.0
         self.lines: deque[str] = deque(maxlen=step.lines)
         # a session of its own, so that the step's children (compilers, test workers) can be ended with it

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from lora_kernels.cli.verify import DTYPES
 from lora_kernels.measure.machine import write_json
 
 __all__ = ["main", "merged"]
+
+# after an interrupt the processes have so long to write; the battery kills them all 10 s after its interrupt
+_GRACE_S = 8.0
 
 
 def merged(results: Sequence[dict[str, Any]], missing: Sequence[str]) -> dict[str, Any]:
@@ -51,10 +55,25 @@ def main(argv: list[str] | None = None) -> int:
             )
             for dtype, file in files.items()
         }
-        for process in running.values():
-            process.wait()
+
+        # an interrupt reaches the processes as well, and each then writes its results so far
+        def write() -> None:
             there = {dtype: json.loads(file.read_text()) for dtype, file in files.items() if file.exists()}
             write_json(args.json, merged(list(there.values()), [dtype for dtype in DTYPES if dtype not in there]))
+
+        ended = 0
+        try:
+            while ended < len(running):
+                time.sleep(0.1)
+                before, ended = ended, sum(process.poll() is not None for process in running.values())
+                if ended > before:
+                    write()
+        except KeyboardInterrupt:
+            until = time.monotonic() + _GRACE_S
+            while time.monotonic() < until and any(process.poll() is None for process in running.values()):
+                time.sleep(0.1)
+            write()
+            return 130
     return max(abs(process.returncode) for process in running.values())
 
 

@@ -104,7 +104,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the cases that the options select; return 0 if all pass, 1 if any fails, 2 if nothing could be run."""
+    """Run the cases that the options select.
+
+    Return 0 if all pass, 1 if any fails, 2 if nothing could be run, 130 on Ctrl-C.
+    """
     if args.emulate:
         return emulate.run(args)
     console, start = on_stdout(), time.perf_counter()
@@ -123,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         # the products are small: more threads hardly help, and on a busy machine they cost a lot
         torch.set_num_threads(1)
     try:
-        results = _run_all(console, cases, device, args.seed, start + args.minutes * 60)
+        results, interrupted = _run_all(console, cases, device, args.seed, start + args.minutes * 60)
     finally:
         torch.set_num_threads(threads)
     failed = sum(not result.ok for result in results)
@@ -136,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
             dict(command="verify", device=str(device), seed=args.seed, quick=args.quick, notes=notes, summary=summary,
                  passed=len(results) - failed, failed=failed, not_run=len(cases) - len(results), cases=records),
         )  # fmt: skip
-    return 1 if failed else 0
+    return 130 if interrupted else 1 if failed else 0
 
 
 def _refuse(console: Console, message: str) -> int:
@@ -287,7 +290,8 @@ def _result(findings: list[Finding], messages: list[str]) -> Result:
 
 def _run_all(
     console: Console, cases: list[Case | BlockCase], device: torch.device, seed: int, end: float
-) -> list[Result]:
+) -> tuple[list[Result], bool]:
+    """Run cases until all are done, the time is up or Ctrl-C comes; return the results, and whether Ctrl-C came."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
     )  # fmt: skip
@@ -301,13 +305,17 @@ def _run_all(
                 break
             try:
                 result = _examine(case, device, seed)
+            # the results so far are still written
+            except KeyboardInterrupt:
+                console.print("interrupted", style="yellow")
+                return results, True
             # a kernel that does not compile or launch fails its case, not the command
             except Exception as error:
                 result = Result(False, float("inf"), None, f"{type(error).__name__}: {error}", [])
             results.append(result)
             _print_result(console, case, result)
             progress.advance(task)
-    return results
+    return results, False
 
 
 def _print_result(console: Console, case: Case | BlockCase, result: Result) -> None:

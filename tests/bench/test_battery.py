@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -143,7 +144,10 @@ def test_battery_keeps_its_time_and_says_what_happened(tmp_path, monkeypatch):
     assert written == [False, True, True, True], "there after the first stage"
     assert summary["steps"][1]["output"] == ["why"]
     assert summary["complete"] is True
-    assert {path.name for path in tmp_path.iterdir()} == {"good.json", "tests.xml", "summary.json", "log.txt"}
+    written = {"good.json", "tests.xml", "summary.json", "log.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {*written, "results.tar.gz"}
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        assert set(archive.getnames()) == written
 
 
 @pytest.mark.parametrize("spread", [False, True])
@@ -152,8 +156,8 @@ def test_battery_runs_the_tests_that_it_can(spread, tmp_path, monkeypatch, log):
     (tmp_path / "pytest.ini").write_text(
         "[pytest]\nfilterwarnings = error\nof_a_missing_plugin = 1\naddopts = --of-xdist 2\nmarkers = gpu\n"
     )
-    files = tmp_path / "tests"
-    files.mkdir()
+    files = tmp_path / "tests" / "gpu"
+    files.mkdir(parents=True)
     (files / "test_gpu_a.py").write_text("import of_a_missing_package")
     (files / "test_gpu.py").write_text("import pytest\n@pytest.mark.gpu\ndef test(): pass\ndef test_not(): pass")
     (files / "test_other.py").write_text("raise KeyError")
@@ -256,7 +260,7 @@ def test_the_tests_of_a_first_run_are_all_there_is_between_its_steps():
 
 
 def test_the_tests_that_need_a_gpu_load_no_more_than_they_need():
-    listing = "import sys; sys.path.insert(0, 'tests'); import glob, pathlib\n"
+    listing = "import sys; sys.path[:0] = ['tests', 'tests/samples', 'tests/gpu']; import glob, pathlib\n"
     listing += "for file in glob.glob('tests/gpu/test_gpu*.py'): __import__(pathlib.Path(file).stem)\n"
     listing += (
         "print(*(name for name in ('peft', 'transformers', 'torch._dynamo', 'matplotlib') if name in sys.modules))"

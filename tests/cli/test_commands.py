@@ -211,6 +211,23 @@ def test_verify_says_that_an_old_interpreter_needs_an_old_numpy(monkeypatch, tri
     assert (said == "") if runs else ("needs numpy < 2.4 (numpy is 2.4.6)" in said)
 
 
+def test_an_interrupted_verify_writes_its_results_so_far(monkeypatch, tmp_path, capsys):
+    stock, seen = verify._examine, []
+
+    def examine(*args):
+        seen.append(args)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return stock(*args)
+
+    monkeypatch.setattr(verify, "_examine", examine)
+    file = tmp_path / "verify.json"
+    assert cli.main(["verify", "--quick", "--device", "cpu", "--backend", "torch", "--json", str(file)]) == 130
+    written = json.loads(file.read_text())
+    assert (written["passed"], written["failed"], len(written["cases"])) == (2, 0, 2)
+    assert written["not_run"] > 0
+
+
 @pytest.mark.parametrize("layout", verify.LAYOUTS)
 def test_layouts_keep_the_values_and_change_the_strides(layout):
     bias = layout == "bias"
