@@ -5,7 +5,7 @@
 Of each kind of fault `--most` are planted, chosen by `--seed` and spread over the kernels of cases whose results are
 exact, so that one wrong bit is noticed. Each runs in a process of its own, late, at random and early, until it is
 noticed. A fault is noticed by wrong results or by what the emulator says. What is missed is judged (`judged.py`); exit
-status 1 if that finds no reason, or if of six faults of a kind not one is noticed.
+status 1 if that finds no reason, or if six faults of a kind are judged by silence alone and not one is noticed.
 """
 
 import argparse
@@ -223,14 +223,24 @@ def work(arch: str, args: argparse.Namespace) -> tuple[list[Result], int]:
     return results, 0
 
 
+def outcome(one: Result) -> str:
+    """What became of a fault: noticed, proven to change nothing, judged by silence alone, or missed."""
+    if TESTS not in sys.path:
+        sys.path.insert(0, TESTS)
+    from emulator import judged
+
+    if one.noticed or not one.judged:
+        return "noticed" if one.noticed else "missed"
+    return "silent" if one.judged in judged.ORDERS.values() else "proven"
+
+
 def show(result: Result, verbose: bool) -> None:
     """Print a fault that was missed, or any."""
     if result.noticed and not verbose:
         return
-    word = "noticed" if result.noticed else "judged" if result.judged else "MISSED"
     how = result.noticed[:160] or result.judged
     place = f"{result.arch} {result.kernel} ({result.case}) line {result.line}"
-    print(f"{word:7} {place}: {result.kind}: {result.was[:70]}  {how}", flush=True)
+    print(f"{outcome(result):7} {place}: {result.kind}: {result.was[:70]}  {how}", flush=True)
 
 
 def table(results: list[Result]) -> Iterator[str]:
@@ -238,28 +248,26 @@ def table(results: list[Result]) -> Iterator[str]:
     cells = collections.defaultdict(collections.Counter)
     for one in results:
         cells[one.kind][one.arch] += 1
-        cells[one.kind][one.arch, "noticed" if one.noticed else "judged" if one.judged else "missed"] += 1
+        cells[one.kind][one.arch, outcome(one)] += 1
     yield f"{'noticed of planted':42}" + "".join(f"{arch:>10}" for arch in ARCHES) + "   not noticed"
     for kind in sorted(cells):
         count = cells[kind]
         rates = "".join(f"{count[arch, 'noticed']:6}/{count[arch]:<3}" if count[arch] else " " * 10 for arch in ARCHES)
-        judged, missed = (sum(count[arch, word] for arch in ARCHES) for word in ("judged", "missed"))
-        words = [f"{judged} change nothing"] * bool(judged) + [f"{missed} MISSED"] * bool(missed)
-        yield f"{kind:42}{rates}   {', '.join(words)}"
-    total = collections.Counter("noticed" if one.noticed else "judged" if one.judged else "missed" for one in results)
-    yield f"{len(results)} planted: {total['noticed']} noticed, {total['judged']} change nothing, {total['missed']} missed"
+        others = {word: sum(count[arch, word] for arch in ARCHES) for word in ("proven", "silent", "missed")}
+        yield f"{kind:42}{rates}   {', '.join(f'{number} {word}' for word, number in others.items() if number)}"
+    total = collections.Counter(map(outcome, results))
+    yield f"{len(results)} planted: " + ", ".join(
+        f"{total[word]} {word}" for word in ("noticed", "proven", "silent", "missed")
+    )
 
 
 def unseen(results: list[Result]) -> list[str]:
-    """Kinds of which so many were planted that one has to be noticed, and none was, nor is it proven by a value."""
-    if TESTS not in sys.path:
-        sys.path.insert(0, TESTS)
-    from emulator import judged
-
-    silent = {*judged.ORDERS.values(), ""}
-    planted = collections.Counter(one.kind for one in results if one.noticed or one.judged in silent)
-    noticed = {one.kind for one in results if one.noticed}
-    return sorted(kind for kind, count in planted.items() if count >= 6 and kind not in noticed)
+    """Kinds of which six or more were planted, and of which all were judged by silence."""
+    words = collections.defaultdict(set)
+    for one in results:
+        words[one.kind].add(outcome(one))
+    counts = collections.Counter(one.kind for one in results)
+    return sorted(kind for kind, found in words.items() if counts[kind] >= 6 and found == {"silent"})
 
 
 def parser() -> argparse.ArgumentParser:

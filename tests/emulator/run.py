@@ -198,12 +198,15 @@ def main() -> int:
         else:
             ended.append(line)
     executed, lacking = zip(*(coverage(ended, arch) for arch in args.arch), strict=True)
-    part = args.filter or args.share[1] > 1 or time.time() > args.end
+    late = time.time() > args.end
+    part = args.filter or args.share[1] > 1 or late
     executed, lacking = [*itertools.chain(*executed)], [] if part else [*itertools.chain(*lacking)]
     failed = sum(bool(case["wrong"]) for case in cases)
     if args.jsonl:
         print(json.dumps(dict(executed=executed, lacking=lacking)))
     else:
+        if late:
+            print("the time was up before all cases had run: what else was to be executed is not judged")
         print(*executed, *lacking, f"{len(cases)} cases, {failed} wrong, {time.time() - begun:.0f}s", sep="\n")
     return 1 if failed or lacking or not cases else 0
 

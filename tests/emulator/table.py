@@ -101,6 +101,9 @@ def _exact(arch: str) -> Iterator[Case]:
         yield exact.projections(dtype, 150, 208, (272,), (16,))
         yield exact.projections(dtype, 150, 200, (256, 40, 40), (16, 8, 3), (0.5, 0.0, 0.5), accumulate=True)
         yield exact.projections(dtype, 150, 201, (263,), (5,), (0.5,), strided=True)
+    # as many projections as a launch takes
+    yield exact.projections("bf16", 150, 200, (256, 40, 40, 72), (16, 8, 3, 5), (0.5, 0.0, 0.5, 0.5), accumulate=True)
+    yield exact.projections("fp16", 150, 208, (272, 48, 48, 48), (64, 64, 64, 64), (0.5, 0.5, 0.5, 0.5))
     for place in range(8 if arch != "sm_80" else 4):
         yield exact.projections("bf16", 280, 208, (528,), (16,), place=place)
     for place, p in itertools.product(range(2), (0.0, 0.5)):
