@@ -208,10 +208,10 @@ def shrink_config(
         activated: Whether an activation makes x from two operands, which costs registers and one more tile.
         adapter_itemsize: Bytes per element of A, where A is wider than x.
     """
-    # 64 rows of fp32 with dropout spill. 64 rows of 16 bits with dropout would be a wgmma of a masked x in registers,
-    # which some versions of ptxas overwrite too early (docs/traps.md), and a multiprocessor would hold two programs
-    # where it holds five of 32 rows.
-    block_m = _fit(rows, 32 if dtype.itemsize == 4 or dropout else 64)
+    # 64 rows of fp32 with dropout spill. 64 rows of 16 bits would be a wgmma of an x in registers where x is masked or
+    # made by an activation. Some versions of ptxas overwrite these registers too early (docs/traps.md), and a
+    # multiprocessor would hold two programs where it holds five of 32 rows.
+    block_m = _fit(rows, 32 if dtype.itemsize == 4 or dropout or activated else 64)
     block_r = _fit(rank, 64 if adapters < 4 else 32)
     # A K step of 128 spills beside the mask and the addresses or sums; several adapters take a shorter step below.
     crowded = dropout and adapters == 1 and (strided or block_r == 64)
