@@ -14,6 +14,8 @@ pytest.importorskip("accelerate")
 
 from filelock import FileLock
 
+# Accelerate starts two processes, and each of them PyTorch's compiler.
+pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parents[1] / "samples"
 CASES = (
     "ddp", "ddp_that_accumulates", "fsdp_that_accumulates", "fsdp_by_layer", "fsdp_by_leaf", "fsdp_of_a_16_bit_base",
@@ -47,7 +49,6 @@ def launch(folder):
         )  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_compute_what_one_does(case, folder):
     for rank in range(2):
