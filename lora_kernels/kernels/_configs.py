@@ -199,9 +199,10 @@ def shrink_config(
         activated: Whether x is made of two operands by an activation, which costs registers and a tile more.
         adapter_itemsize: Bytes an element of A, where it is wider than x.
     """
-    # 64 rows of fp32 with dropout spill. Of 16 bits they would be a wgmma of a masked x in registers, which some ptxas
-    # overwrite too early (docs/traps.md), and leave a multiprocessor two programs where 32 rows leave it five
-    block_m = _fit(rows, 32 if dtype.itemsize == 4 or dropout else 64)
+    # 64 rows of fp32 with dropout spill. Of 16 bits they would be a wgmma of an x in registers, where x is masked or made
+    # by an activation. Some ptxas overwrite these too early (docs/traps.md), and a multiprocessor has two programs of 64
+    # rows, five of 32.
+    block_m = _fit(rows, 32 if dtype.itemsize == 4 or dropout or activated else 64)
     block_r = _fit(rank, 64 if adapters < 4 else 32)
     # 128 of K beside the mask, and addresses or sums, spill; several adapters take less of it anyway
     crowded = dropout and adapters == 1 and (strided or block_r == 64)
