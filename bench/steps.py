@@ -78,7 +78,8 @@ def _tests(name: str, rehearse: bool, cap: float, which: str = "") -> Step:
     spread = ("-n", str(jobs())) if importlib.util.find_spec("xdist") and not rehearse else ()
     command = (
         "-m", "pytest", *files, "-m", "gpu", *(("-k", which) if which else ()), *spread, "-q", "-rf",
-        "-o", "addopts=--strict-markers --import-mode=importlib -p no:benchmark", "-o", f"faulthandler_timeout={_HANGS_S}", "--tb=short",
+        "-o", "addopts=--strict-markers --import-mode=importlib -p no:benchmark",
+        "-o", f"faulthandler_timeout={_HANGS_S}", "--tb=short",
         # a warning of another PyTorch must not fail a kernel that is right
         "-o", "filterwarnings=default",
         "--continue-on-collection-errors",
