@@ -1,15 +1,9 @@
 """Fused LoRA for PyTorch: y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias, forward and backward.
 
-    patch_peft, unpatch_peft     make a PEFT model fast in place, and undo the change
-    explain                      says for each layer whether a kernel serves it, and why not
-    lora_linear                  the function
-    lora_qkv, lora_projections   the function for several projections of one x
-    lora_mlp                     the function for a gated MLP
-    LoRALinear, LoRAQKV, LoRAMLP the modules
-    swap_linear, save_adapter,
-    load_adapter,
-    merge_and_unload             for models made of the modules
-    reference                    the same computations in plain PyTorch
+`patch_peft` makes a PEFT model fast in place, and `explain` says what became of each layer. The functions are
+`lora_linear`, `lora_qkv` and `lora_projections` for several projections of one x, and `lora_mlp` for a gated MLP. The
+modules are `LoRALinear`, `LoRAQKV` and `LoRAMLP`, with `swap_linear`, `save_adapter`, `load_adapter` and
+`merge_and_unload` for models made of them. `reference` computes the same in plain PyTorch.
 """
 
 from typing import Any

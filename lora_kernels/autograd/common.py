@@ -75,10 +75,7 @@ def gradient(adapter: Tensor | Any) -> Tensor | None:
 
 
 def gradients(adapters: Sequence[tuple[Tensor, Tensor] | None]) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Return the gradients of the adapters to add to in place, or all None if two gradients share memory.
-
-    One launch adds to all of them, so two that share memory would race.
-    """
+    """Return the gradients to add to in place, or only None if two are the same, because one launch adds to all."""
     found = [(None, None) if pair is None else (gradient(pair[0]), gradient(pair[1])) for pair in adapters]
     places = [g.data_ptr() for pair in found for g in pair if g is not None]
     return found if len(set(places)) == len(places) else [(None, None)] * len(found)

@@ -157,7 +157,7 @@ def _linear_backward(
     shape = (*dy.shape[:-1], -1 if weight is None else weight.shape[1])
     dy, x = rows(dy), None if x is None else rows(x)
     gradients = linear_pass.backward(dy, x, weight, lora_A, lora_B, s, keep, alpha, backend, (dtype_A, dtype_B), needed)
-    # Some forms of the products return padded rows or columns in memory; `_fake_backward` promises contiguous results.
+    # Some forms of the products return padded or transposed results; `_fake_backward` promises contiguous ones.
     dx, d_lora_A, d_lora_B = (None if g is None else g.contiguous() for g in gradients)
     return None if dx is None else dx.view(shape), d_lora_A, d_lora_B
 
