@@ -265,7 +265,7 @@ def _forward_flops(x, tensors, places, noise, noise_down, scalings, *_: Any, **_
 def _backward_flops(
     dy, x, outs, tensors, places, alphas, activation, backend, dtype, need_x: bool, needs: list[bool], **_: Any
 ) -> int:  # fmt: skip
-    """Count 2 M K N FLOPs per dW, input gradient and recomputed output, 2 M r (K or N) per thin product, from shapes."""
+    """Count 2 M K N FLOPs per dW, input gradient and recomputed output, 2 M r (K or N) per thin product; of shapes."""
     groups, wanted = packing.unpack(tensors, places, len(alphas), mlp_pass.SAVED), by_layer(needs)
     sizes, total = _sizes(dy, x, outs, groups), 0
     again, need_dh = not outs and mlp_pass.reads_outs(need_x, wanted), need_x or any(map(any, wanted[:-1]))

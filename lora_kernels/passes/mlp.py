@@ -159,7 +159,7 @@ def to_save(
 ) -> list[Tensor | None]:  # fmt: skip
     """List the tensors for `differentiate`: x, six of each layer, and the outputs of gate and up unless `recompute`.
 
-    The six are weight, lora_A, lora_B, s, mask and bias. Tensors that the gradients in `all_needs` do not take are None.
+    The six are weight, lora_A, lora_B, s, mask and bias. A tensor that no gradient in `all_needs` takes is None.
     """
     need_outs, need_dh = reads_outs(need_x, all_needs), need_x or any(map(any, all_needs[:-1]))
     # To compute the outputs of gate and up again, backward needs their inputs.
