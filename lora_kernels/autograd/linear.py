@@ -9,7 +9,7 @@ contractions, so the numbers are the same. An operator also has a name, shapes w
 an autograd formula. An operator costs some tens of microseconds per call, so plain eager calls use the Function.
 
 `linear` is composite: a compiler traces through it, with its own symbols for sizes and numbers, and keeps the other two
-operators in the graph. Two things stay outside of these two:
+operators in the graph. Two tasks stay outside of `linear_forward` and `linear_backward`:
 
     randomness   PyTorch's own operators draw the noise, because compilers and checkpointing preserve their order and
                  state. `linear_forward` gives the same result for the same noise.
