@@ -15,7 +15,7 @@ a 0/1 mask.
 Saved for backward: x, W, A and B as given, s (M·r elements) and, with dropout, the mask; of these only the tensors that
 the needed gradients take. fp32 adapters over a 16-bit x are rounded to x's dtype as they are read. Where that is not
 possible, the pass rounds a copy and does not save the copy: for few rows the copies would be larger than all other
-saved tensors. No input is ever written.
+saved tensors. No input except `into` is ever written.
 """
 
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ r"""A gated MLP: the products of `linear` and `projections`, with the activation
 Nine launches. Saved for backward: x, g, u, the s and the masks. With `recompute` g and u are not saved, and backward
 computes them again from x and the s. In addition backward holds dh, dg and du, two of the three at a time, and up to
 rank 32 the fp32 parts of ds_g and ds_u, one for every 128 columns: at rank 16 in bf16 together half as large as dh. No
-input is written.
+input except `into` is written.
 
 Source: Shazeer 2020, arXiv:2002.05202; Hu et al. 2021, arXiv:2106.09685. Recomputing h in backward: Liger's SwiGLU
 (idea; there g and u are overwritten). No code was taken.

@@ -1,4 +1,4 @@
-r"""Several projections of one x, for example Q, K and V: the products of `linear`, with one launch per row below.
+r"""Several projections of one x, for example Q, K and V: the products of `linear`, a launch with a row per projection.
 
     forward    sᵢ  = scalingᵢ · Dᵢ(x) Aᵢᵀ                shrink           one read of x, a mask and a product for each
                yᵢ  = x Wᵢᵀ + sᵢ Bᵢᵀ + biasᵢ              matmul_expand    one launch for all outputs
