@@ -1,9 +1,9 @@
 """Fused LoRA for PyTorch: y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias, forward and backward.
 
-`patch_peft` makes a PEFT model fast in place, `explain` says what became of each layer; `lora_linear` is the function,
-`lora_qkv` and `lora_projections` the same for several projections of one x, `lora_mlp` for a gated MLP; `LoRALinear`,
-`LoRAQKV` and `LoRAMLP` are the modules, with `swap_linear`, `save_adapter`, `load_adapter` and `merge_and_unload` for
-models made of them; `reference` is the same in plain PyTorch.
+`patch_peft` makes a PEFT model fast in place, and `explain` says what became of each layer. The functions are
+`lora_linear`, `lora_qkv` and `lora_projections` for several projections of one x, and `lora_mlp` for a gated MLP. The
+modules are `LoRALinear`, `LoRAQKV` and `LoRAMLP`, with `swap_linear`, `save_adapter`, `load_adapter` and
+`merge_and_unload` for models made of them. `reference` computes the same in plain PyTorch.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Names of `lora_kernels.peft`, loaded when they are first asked for."""
+    """Load the names of `lora_kernels.peft` on first access."""
     if name in _FROM_PEFT:
         from lora_kernels import peft
 

@@ -10,11 +10,12 @@ Row-wise, each rank has its own features of x, and of W and A the columns that m
 
     y = Σᵢ (xᵢ Wᵢᵀ + sᵢ Bᵀ) + bias,    sᵢ = scaling · D(xᵢ) Aᵢᵀ     W, A in shards; B, bias on every rank
 
-y is linear in s, so s is never gathered: the sum over the ranks is the one that a row-wise linear layer has anyway.
-What every rank holds, x, A, B or a bias, gets a part of its gradient on each; the parts are added up in backward.
+y is linear in s, so s is never gathered: the sum over the ranks is the sum that a row-wise linear layer has anyway. For
+a tensor that every rank holds (x, A, B or a bias), each rank computes a part of the gradient, and backward adds up the
+parts.
 
-The products are `lora_linear`'s on plain tensors, the communication is DTensor's, and the parameters are DTensors:
-optimizers, `fully_shard` over another dim of the mesh and `torch.distributed.checkpoint` take them as they take others.
+`lora_linear` computes the products on plain tensors, and DTensor communicates. The parameters are DTensors, so that
+optimizers, `fully_shard` over another dim of the mesh and `torch.distributed.checkpoint` work with them as usual.
 """
 
 from torch import Tensor, nn
@@ -28,9 +29,11 @@ __all__ = ["LoRAColwise", "LoRARowwise"]
 
 
 class _LoRAStyle(ParallelStyle):
-    """What both styles do; they differ in `shards`, and in what they take and give."""
+    """The common part of both styles; they differ in `shards`, and in the layouts of x and y."""
 
-    shards: dict[str, int]  # which parameters are sharded, and along which dim; every rank holds all of the others
+    # The sharded parameters and their dims; every rank holds the whole of each other parameter.
+    shards: dict[str, int]
+    # The layouts of x and of y.
     takes: Placement
     gives: Placement
 
@@ -65,7 +68,7 @@ class _LoRAStyle(ParallelStyle):
             placement = Shard(self.shards[name]) if name in self.shards else Replicate()
             t_shard = distribute_tensor(t, device_mesh, [placement], src_data_rank=self.src_data_rank)
             setattr(module, name, nn.Parameter(t_shard, requires_grad=t.requires_grad))
-        # of the class that it gets at the same time
+        # `_style` belongs to the class that the module gets on this line.
         module.__class__, module._style = _ParallelLoRALinear, self  # type: ignore[assignment]
         return module
 
@@ -74,8 +77,8 @@ class LoRAColwise(_LoRAStyle):
     """Shard the output features of a `LoRALinear`, as `ColwiseParallel` does those of an `nn.Linear`.
 
     Args:
-        input_layouts: Layout of x on the ranks; replicated if None. Another one is gathered.
-        output_layouts: Layout that y gets; sharded along the last dim if None.
+        input_layouts: Layout of x on the ranks; replicated if None. x in another layout is gathered.
+        output_layouts: Layout of y; sharded along the last dim if None.
         use_local_output: Whether y is this rank's plain tensor or a DTensor.
 
     With dropout, ranks whose generators are seeded alike draw the same mask.
@@ -93,8 +96,9 @@ class LoRARowwise(_LoRAStyle):
     """Shard the input features of a `LoRALinear`, as `RowwiseParallel` does those of an `nn.Linear`.
 
     Args:
-        input_layouts: Layout of x on the ranks; sharded along the last dim if None. Another one is redistributed.
-        output_layouts: Layout that y gets; replicated if None. `Shard(1)` for sequence parallelism.
+        input_layouts: Layout of x on the ranks; sharded along the last dim if None. x in another layout is
+            redistributed.
+        output_layouts: Layout of y; replicated if None. `Shard(1)` for sequence parallelism.
         use_local_output: Whether y is this rank's plain tensor or a DTensor.
 
     With dropout, ranks whose generators are seeded alike draw independent masks, and their generators stay alike.
@@ -107,7 +111,7 @@ class LoRARowwise(_LoRAStyle):
 
 
 class _ParallelLoRALinear(LoRALinear):
-    """A `LoRALinear` whose parameters are DTensors of one mesh dim: computes this rank's part, and communicates."""
+    """A `LoRALinear` whose parameters are DTensors over one mesh dim: computes this rank's part, and communicates."""
 
     weight: DTensor
     bias: DTensor | None
@@ -123,7 +127,8 @@ class _ParallelLoRALinear(LoRALinear):
         bias, shard = None if self.bias is None else _local(self.bias, self.bias.placements[0]), (0, 1)
         if style.gives.is_partial():
             shard = mesh.get_local_rank(), mesh.size()
-            bias = None if bias is None else bias * (shard[0] == 0)  # added once; every rank's gradient is a part
+            # Only rank 0 adds the bias; each rank's gradient is a part.
+            bias = None if bias is None else bias * (shard[0] == 0)
         y = self._compute(_local(x, style.takes), weight, lora_A, lora_B, bias, dropout_shard=shard)
         y = DTensor.from_local(y, mesh, [style.gives], run_check=False)
         y = y.redistribute(placements=[style.output_layout])
@@ -131,9 +136,9 @@ class _ParallelLoRALinear(LoRALinear):
 
 
 def _local(t: DTensor, placement: Placement) -> Tensor:
-    """This rank's part of a tensor in some layout; what is replicated gets partial gradients, which are added up.
+    """Return this rank's part of a tensor in a layout; a replicated tensor gets partial gradients, which are added up.
 
-    Where t already has the layout, `redistribute` does nothing but that, in backward.
+    If t already has the layout, `redistribute` only adds up the gradients, in backward.
     """
     t = t.redistribute(placements=[placement])
     return t.to_local(grad_placements=[Partial() if at.is_replicate() else at for at in t.placements])

@@ -1,16 +1,15 @@
-"""The three contractions in PyTorch's own operators: the "torch" backend, for CPUs and whatever Triton cannot run.
+"""The three contractions in PyTorch's own operators: the "torch" backend, for CPUs and all that Triton cannot run.
 
-Same functions and same meaning as the launchers in `lora_kernels.kernels`; see there for the formulas. What sets
-this apart from the slow chain is that sums are accumulated in place, the scaling rides in a matmul's alpha, no
-dropped copy of x outlives the call that needs it, and the mask is one byte an element from PyTorch's own generator.
+The functions have the meaning of the launchers in `lora_kernels.kernels`; see there for the formulas. Unlike in the
+slow chain of operators, sums accumulate in place, a matmul's alpha does the scaling, no dropped copy of x outlives the
+call that needs the copy, and the mask takes one byte per element, from PyTorch's own generator.
 
-A CPU has two more needs. It makes its passes over x and dy a block of rows at a time, so that what lies between two
-operators (a dropped block, a widened block) is still in the cache, and never so large that the C library takes fresh
-pages for it from the system, which costs more than the pass. And where PyTorch has no fast 16-bit product, which is
-on every x86 without AVX-512, it multiplies in fp32, tile by tile, and rounds once: there its own 16-bit product is 5
-to 60 times slower.
+On a CPU, passes over x and dy take a block of rows at a time. So an intermediate result (a dropped block, a widened
+block) stays in the cache, and is never so large that the C library requests fresh pages from the system, which costs
+more than the pass. Where PyTorch has no fast 16-bit product, that is on every x86 without AVX-512, a product is
+computed in fp32, tile by tile, and rounded once, because PyTorch's own 16-bit product is 5 to 60 times slower there.
 
-And calls too small to be worth a Function in Python, whose two halves cost as much as twenty small operators, are
+Small calls do not pay for a Function in Python, whose two halves cost as much as twenty small operators. Such calls are
 composed of operators that PyTorch differentiates itself: `composes` and `composed`.
 """
 
@@ -44,39 +43,46 @@ __all__ = [
     "wgrad_all",
 ]
 
-_BLOCK = 1 << 17  # elements of x or dy at a time: half a megabyte in fp32
-_DRAWN = 1 << 19  # elements of a mask at a time
-_SMALL = 1 << 16  # elements of x or y up to which `composed` is the faster one
-_LEAST_ROWS = 64  # of a block; fewer would spend their time on the sum they are added to
-_TILE = 1024, 1 << 20  # rows of y, and elements of the weight, widened at a time
+# Elements of x or dy per block: half a megabyte in fp32.
+_BLOCK = 1 << 17
+_DRAWN = 1 << 19  # elements of a mask per draw
+# `composed` is faster up to this number of elements of x or y.
+_SMALL = 1 << 16
+# Least rows of a block; with fewer rows, updates of the sum would take most of the time.
+_LEAST_ROWS = 64
+# Rows of y, and elements of the weight, that are widened at a time.
+_TILE = 1024, 1 << 20
 _HALF = (torch.bfloat16, torch.float16)
 
 
 def draw_mask(shape: torch.Size, dropout_p: float, device: torch.device, noise: Tensor | None = None) -> Tensor:
-    """Draw a dropout mask, uint8, 1 where kept, or make it of the `noise` that was drawn.
+    """Draw a dropout mask, uint8, 1 where kept, or compute the mask from `noise` if given.
 
-    Kept with the probability 1 - threshold(p) / 65536, like the kernels' mask. One 64-bit draw decides four elements,
-    which on a CPU is several times faster than `bernoulli_`, one draw an element; and it multiplies by bytes several
-    times faster than by bools.
+    An element is kept with probability 1 - threshold(p) / 65536, like in the kernels' mask. One 64-bit draw decides
+    four elements. On a CPU this is several times faster than `bernoulli_` with one draw per element, and a product with
+    bytes is several times faster than with bools.
     """
     drop, numel = threshold(dropout_p), shape.numel()
-    if drop == 65536:  # more than int16 can compare with
+    # The comparison below would need 32768, which int16 does not have.
+    if drop == 65536:
         return torch.zeros(shape, dtype=torch.uint8, device=device)
     if noise is not None or numel <= _DRAWN or device.type != "cpu":
         words = _words(numel, device) if noise is None else noise.view(torch.int16)[:numel]
         return words.ge(drop - 32768).view(shape).view(torch.uint8)
     keep = torch.empty(numel, dtype=torch.uint8)
-    for part in keep.split(_DRAWN):  # the words of a single draw, a part at a time
+    # All parts together are the words of one draw.
+    for part in keep.split(_DRAWN):
         torch.ge(_words(part.numel(), device), drop - 32768, out=part)
     return keep.view(shape)
 
 
 def draw_noise(x: Tensor, count: int = 1) -> Tensor:
-    """Draw what decides `count` masks of x, from the device's default torch generator: 16 bits an element, in int64."""
+    """Draw the noise of `count` masks of x from the device's default torch generator: 16 bits per element, in int64."""
     if count == 1:
         return _draw(x.numel(), x.device)
     noise = torch.empty(count, -(-x.numel() // 4), dtype=torch.int64, device=x.device)
-    for part in noise:  # as many draws as `draw_mask` would make: on a GPU they give others than one of all
+    # Draw once per mask, like `draw_mask`, because on a GPU one draw for all masks gives other numbers.
+    for part in noise:
         part.random_(-(2**63), None)
     return noise.view(-1)
 
@@ -86,13 +92,13 @@ def _draw(numel: int, device: torch.device) -> Tensor:
 
 
 def _words(numel: int, device: torch.device) -> Tensor:
-    """Random 16-bit words, int16."""
+    """Draw random 16-bit words, int16."""
     words = _draw(numel, device).view(torch.int16)
     return words[:numel] if numel % 4 else words
 
 
 def composes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Whether `composed` should do a call: one dtype, which PyTorch multiplies well on a CPU, and few elements."""
+    """Return whether `composed` should serve a call: on a CPU, few elements, and one dtype with fast products."""
     dtype = x.dtype
     return (
         x.numel() <= _SMALL
@@ -107,23 +113,24 @@ def composed(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
     noise: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Compute y, `[*, out]`, of x, `[*, in]`, by operators that PyTorch differentiates, saving a dropped copy of x."""
+    """Compute y, `[*, out]`, from x, `[*, in]`, by operators that PyTorch differentiates; save a dropped copy of x."""
     dropped = x * draw_mask(x.shape, dropout_p, x.device, noise) if dropout_p > 0 else x
     y, s, alpha = F.linear(x, weight, bias), F.linear(dropped, lora_A), scaling * keep_scale(dropout_p)
     if x.dim() == 2:
         return torch.addmm(y, s, lora_B.t(), alpha=alpha)
-    rows = x.shape[:-1].numel()  # -1 would not do where there are none, or no features
+    # A view cannot infer -1 if there are no rows or no features.
+    rows = x.shape[:-1].numel()
     flat = torch.addmm(y.view(rows, y.shape[-1]), s.view(rows, s.shape[-1]), lora_B.t(), alpha=alpha)
     return flat.view(y.shape)
 
 
 def thin_pitch(rank: int, dtype: torch.dtype) -> int:
-    """Elements from one row of an s to the next, which for kernels are more than there are columns."""
+    """Return the number of elements from one row of an s to the next; the kernels' rows are padded."""
     return rank
 
 
 def outputs(x: Tensor, rank: int, dropout_p: float) -> tuple[Tensor, Tensor | None]:
-    """Allocate what `shrink` returns, s `[M, R]` and keep `[M, K]`, for shapes and strides alone."""
+    """Allocate the results of `shrink`, s `[M, R]` and keep `[M, K]`, for their shapes and strides."""
     return x.new_empty(x.shape[0], rank), x.new_empty(x.shape, dtype=torch.uint8) if dropout_p > 0 else None
 
 
@@ -132,7 +139,7 @@ def shrink(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute s = alpha · (x · keep) aᵀ, `[M, R]`, and draw keep, uint8 `[M, K]`, when `dropout_p` > 0.
 
-    With `noise`, from an earlier `draw_noise(x)`, nothing is drawn: a pure function.
+    With `noise`, from an earlier `draw_noise(x)`, the function draws nothing and is pure.
     """
     (s,), (keep,) = shrink_all(x, ((a, alpha, dropout_p),), noise=noise)
     return s, keep
@@ -141,9 +148,9 @@ def shrink(
 def shrink_all(
     x: Tensor, rows: Sequence[tuple[Tensor, float, float]], *, noise: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Compute `shrink` for several adapters (a `[Rᵢ, K]`, alpha, dropout_p) of one x, a block of it at a time.
+    """Compute `shrink` for several adapters (a `[Rᵢ, K]`, alpha, dropout_p) of one x, a block of x at a time.
 
-    `noise` is that of `draw_noise(x, count)`, with a count of the rows that have dropout.
+    `noise` is the result of `draw_noise(x, count)`, where count is the number of adapters with dropout.
     """
     masks = sum(p > 0 for _, _, p in rows)
     drawn = iter(noise.view(masks, -1)) if noise is not None and masks else itertools.repeat(None)
@@ -171,9 +178,9 @@ def matmul_expand_all(
     outputs: Sequence[tuple[Sequence[tuple[Tensor, Tensor]], Tensor | None]],
     masked: Sequence[tuple[Tensor, Tensor, Tensor]] = (), wide: int = 1,
 ) -> list[Tensor]:  # fmt: skip
-    """Compute a y `[M, Nₒ]` for each (sources, bias); `masked` (p, q, keep) are products of a single one.
+    """Compute a y `[M, Nₒ]` for each (sources, bias); with `masked` products (p, q, keep) there is a single y.
 
-    `wide` is for kernels.
+    Only the kernels use `wide`.
     """
     return [_matmul_expand(sources, bias, masked) for sources, bias in outputs]
 
@@ -203,9 +210,9 @@ def wgrad(
     left: Tensor, right: Tensor, out_dtype: torch.dtype, keep: Tensor | None = None, *,
     into: Tensor | None = None, ready: bool = False,
 ) -> Tensor | None:  # fmt: skip
-    """Compute g = leftᵀ (right · keep), `[C, D]`, in `out_dtype` without rounding it to a narrower one first.
+    """Compute g = leftᵀ (right · keep), `[C, D]`, in `out_dtype`, without rounding to a narrower dtype first.
 
-    With `into`, g is added to that and nothing is returned. `ready` is for kernels, which may begin early.
+    With `into`, add g to `into` and return None. Only the kernels, which may begin early, use `ready`.
     """
     (total,) = _totals(((left, out_dtype, keep),), right)
     return _delivered(total, out_dtype, into)
@@ -215,7 +222,7 @@ def wgrad_all(
     rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor, ready: bool = False,
     into: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Compute `wgrad` for several (left, dtype, keep) of one right operand, a block of it at a time."""
+    """Compute `wgrad` for several (left, dtype, keep) with one right operand, a block of `right` at a time."""
     into = into or (None,) * len(rows)
     totals = zip(_totals(rows, right), rows, into, strict=True)
     return [_delivered(total, dtype, there) for total, (_, dtype, _), there in totals]
@@ -238,7 +245,8 @@ def shrink_wgrad(
     """Compute ds = alpha · dy B, `[M, r]`, and dB = dyᵀ s, `[out, r]`, in `out_dtype`, or add it to `into`."""
     total: Any = None
     parts, right = [], _wide(lora_B.to(dy.dtype))
-    # sᵀ dy: libraries are up to five times slower at a tall, thin result; for few rows its transposition takes longer
+    # Compute sᵀ dy, because libraries are up to five times slower at a tall, thin result. For few rows the
+    # transposition would take longer.
     flipped = dy.shape[0] > 2 * s.shape[1]
     for dy_m, s_m in _blocks(dy, s):
         dy_m, s_m = _wide(dy_m), _wide(s_m)
@@ -251,7 +259,7 @@ def activate_shrink(
     gate: Tensor, up: Tensor | None, activation: str, rows: Sequence[tuple[Tensor, float, float]], *,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:  # fmt: skip
-    """Compute h = a(gate) · up, `[M, K]`, and `shrink_all` of it."""
+    """Compute h = a(gate) · up, `[M, K]`, and `shrink_all` of h."""
     blocks = [activated(gate_m, up_m, activation) for gate_m, up_m in _blocks(gate, up)]
     h = _joined(blocks)
     return h, *(shrink_all(h, rows, noise=noise) if rows else ([], []))
@@ -260,9 +268,10 @@ def activate_shrink(
 def activation_wgrad(
     gate: Tensor, up: Tensor | None, dh: Tensor, activation: str, after: After | Any, *before: Before | Any
 ) -> tuple[list[Tensor], Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-    """Compute dg and, with `up`, du; dA of the layer after; ds and dB of the layers before, as far as asked for.
+    """Compute dg and, with `up`, du; the requested dA of the layer after; the requested ds and dB of the layers before.
 
-    `after` and each of `before` are None where nothing is. dA and dB that are added to gradients are not returned.
+    `after` and each of `before` are None if nothing is requested. A dA or dB that is added to a gradient is not
+    returned.
     """
     wides, total = [gate.new_empty(gate.shape) for _ in before], None
     results: list[list[Tensor | None]] = [[None, None] for _ in before]
@@ -291,7 +300,7 @@ def activation_wgrad(
 
 
 def _delivered(total: Tensor, out_dtype: torch.dtype, into: Tensor | None) -> Tensor | None:
-    """A sum rounded to `out_dtype`, or added to `into` in the width it has."""
+    """Return a sum rounded to `out_dtype`, or add the unrounded sum to `into`."""
     if into is None:
         return total.to(out_dtype)
     into.add_(total)
@@ -301,7 +310,7 @@ def _delivered(total: Tensor, out_dtype: torch.dtype, into: Tensor | None) -> Te
 def _matmul_expand_in_fp32(
     sources: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None, masked: Sequence[tuple[Tensor, Tensor, Tensor]]
 ) -> Tensor:
-    """`matmul_expand` with a tile of fp32 sums, rounded once."""
+    """Compute `matmul_expand` by tiles of fp32 sums, rounded once."""
     (p, q), *_ = sources
     y = p.new_empty(p.shape[0], q.shape[0])
     rows, cols = _TILE[0], max(1, _TILE[1] // q.shape[1])
@@ -320,7 +329,7 @@ def _matmul_expand_in_fp32(
 
 
 def _blocks(wide: Tensor, *others: Tensor | None) -> Iterable[tuple[Any, ...]]:
-    """The same rows of a wide tensor and of others, a block after the other; all at once where it is not on a CPU."""
+    """Iterate over blocks of the same rows of a wide tensor and of others; one block of all rows if not on a CPU."""
     if wide.numel() <= _BLOCK or wide.device.type != "cpu":
         return ((wide, *others),)
     rows = max(_LEAST_ROWS, _BLOCK // wide.shape[1])
@@ -334,12 +343,12 @@ def _product(left: Tensor, right: Tensor, alpha: float, out_dtype: torch.dtype) 
         return torch.mm(left, right).mul_(alpha).to(out_dtype)
     if alpha == 1:
         return torch.mm(left, right)
-    # alpha rides inside the product; with beta=0 what was there is not read
+    # The product applies alpha. With beta=0 the uninitialised result is not read.
     return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=alpha)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """Add leftᵀ right to a sum that is as wide as `out_dtype`, or wider."""
+    """Add leftᵀ right to a sum in `out_dtype` or a wider dtype."""
     if total is not None:
         return total.addmm_(left.t(), right)
     if left.is_cuda and out_dtype != left.dtype:
@@ -352,7 +361,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _wide(t: Tensor) -> Tensor:
-    """On a CPU thin products of 16-bit tensors are summed in fp32 throughout: they wait for memory anyway."""
+    """Widen 16-bit tensors to fp32 on a CPU, because thin products are bound by memory there anyway."""
     return t.float() if t.dtype in _HALF and t.device.type == "cpu" else t
 
 
@@ -362,7 +371,7 @@ def _dropped(t: Tensor, keep: Tensor | None) -> Tensor:
 
 @functools.cache
 def _slow(dtype: torch.dtype) -> bool:
-    """Whether PyTorch has no fast matrix product in this dtype on this CPU."""
+    """Return whether PyTorch has no fast matrix product in this dtype on this CPU."""
     if dtype not in _HALF:
         return False
     if not torch.backends.mkldnn.is_available():

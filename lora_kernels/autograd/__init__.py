@@ -1,4 +1,4 @@
-"""How PyTorch sees each operation: an eager Function and registered operators, side by side, over `passes`."""
+"""Each operation for PyTorch's autograd: an eager Function and registered operators, both over `passes`."""
 
 from lora_kernels.autograd import add, linear, mlp, projections
 

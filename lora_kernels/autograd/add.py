@@ -1,11 +1,11 @@
-"""The low-rank term over a base result as PyTorch sees it: a Function and operators, as `linear` has.
+"""A Function and operators for the low-rank term over a base result, as in `linear`.
 
-    lora_kernels::add            y; chooses a backend, draws the noise of dropout, calls the next
+    lora_kernels::add            y; chooses a backend, draws the noise of dropout, calls add_forward
     lora_kernels::add_forward    y, s, keep: a pure function of its arguments, differentiable once
-    lora_kernels::add_backward   dx, dA, dB: its derivative; dy is base's
+    lora_kernels::add_backward   dx, dA, dB: the derivative of add_forward; base's gradient is dy
 
-They run `passes.add.forward` and `backward`. Without them a compiler, or a policy of selective checkpointing,
-would see other operators than a plain call runs, which draw other masks from the same seed.
+The operators run `passes.add.forward` and `backward`. Without them a compiler, or a policy of selective checkpointing,
+would see other operators than a plain call runs, and those operators draw other masks from the same seed.
 """
 
 import math
@@ -37,14 +37,14 @@ for _schema in (
 
 
 class LoRAAddFunction(torch.autograd.Function):
-    """`forward` with a backward. Differentiable once; a second time raises."""
+    """Run the forward and backward passes. Differentiable once; a second differentiation raises."""
 
     @staticmethod
     def forward(
         ctx: Context, base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor,
         scaling: float, dropout_p: float, backend: str,
     ) -> Tensor:  # fmt: skip
-        """Compute y `[M, out]` and save for backward what the gradients that are needed need."""
+        """Compute y `[M, out]` and save the tensors that the needed gradients take."""
         y, s, keep = add_pass.forward(base, x, lora_A, lora_B, scaling, dropout_p, backend)
         _keep(ctx, x, lora_A, lora_B, s, keep, scaling * keep_scale(dropout_p), backend)
         ctx.base_shape, ctx.x_shape = base.shape, x.shape
@@ -53,7 +53,7 @@ class LoRAAddFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradients that `ctx.needs_input_grad` asks for, each in its tensor's dtype."""
+        """Compute the gradients that `ctx.needs_input_grad` asks for, each in the dtype of its tensor."""
         with autocast_off(dy):
             return _backward(ctx, dy)
 
@@ -62,7 +62,7 @@ def _keep(
     ctx: Context, x: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor, keep: Tensor | None, alpha: float,
     backend: str,
 ) -> None:  # fmt: skip
-    """Keep for backward what gradients need: of base nothing is, and a W there is not."""
+    """Save the tensors that the needed gradients take. No gradient takes base, and the operation has no W."""
     _, need_x, need_A, need_B = ctx.needs_input_grad[:4]
     save(ctx, x, None, lora_A, lora_B, s, keep, alpha, backend, (need_x, False, need_A, need_B))
     ctx.dtype = x.dtype
@@ -71,7 +71,8 @@ def _keep(
 def _backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, _, lora_A, lora_B, s, keep = ctx.saved_tensors
     need_base, *needed = ctx.needs_input_grad[:4]
-    flat, x = rows(dy.to(ctx.dtype)), None if x is None else rows(x)  # copies, if any, before launches that overlap
+    # Copies, if any, come before the launches, because the launches overlap.
+    flat, x = rows(dy.to(ctx.dtype)), None if x is None else rows(x)
     dx, d_lora_A, d_lora_B = add_pass.backward(
         flat, x, lora_A, lora_B, s, keep, ctx.alpha, ctx.backend, ctx.adapter_dtypes, needed
     )
@@ -82,9 +83,10 @@ def _backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _add(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str
 ) -> Tensor:
-    """Compute y `[*, out]` of arguments that `functional.lora_add` has checked and cast."""
+    """Compute y `[*, out]` from arguments that `functional.lora_add` has checked and cast."""
     register_flops({add_forward: _forward_flops, add_backward: _backward_flops})
-    rank = int(lora_A.shape[0])  # compiled in, where everything else may vary
+    # `int` compiles the rank into a graph; all other sizes may vary.
+    rank = int(lora_A.shape[0])
     backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or base.numel() == 0, backend)
     noise = draw_noise(x, torch.empty(0, device=x.device), backend) if dropout_p > 0 else None
     lora_A, scaling = plain_scaling(lora_A, scaling)
@@ -104,11 +106,12 @@ def _add_backward(
     dy: Tensor, x: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, s: Tensor | None, keep: Tensor | None,
     alpha: float, backend: str, dtype: torch.dtype, dtype_A: torch.dtype, dtype_B: torch.dtype, needed: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Compute dx `[*, in]` in `dtype`, dA and dB as far as they are needed, and None for the rest."""
+    """Compute those of dx `[*, in]` in `dtype`, dA and dB that are needed, and return None for the others."""
     shape = (*dy.shape[:-1], -1 if lora_A is None else lora_A.shape[1])
     dy, x = rows(dy.to(dtype)), None if x is None else rows(x)
     gradients = add_pass.backward(dy, x, lora_A, lora_B, s, keep, alpha, backend, (dtype_A, dtype_B), needed)
-    dx, d_lora_A, d_lora_B = (None if g is None else g.contiguous() for g in gradients)  # as the shapes below say
+    # `_fake_backward` promises contiguous results.
+    dx, d_lora_A, d_lora_B = (None if g is None else g.contiguous() for g in gradients)
     return None if dx is None else dx.view(shape), d_lora_A, d_lora_B
 
 
@@ -158,14 +161,14 @@ add, add_forward, add_backward = register(
 
 
 def _forward_flops(base, x, lora_A, lora_B, *_: Any, **__: Any) -> int:
-    """2 M r (K + N), of shapes."""
+    """Count 2 M r (K + N) FLOPs; the arguments are shapes."""
     return 2 * math.prod(x[:-1]) * lora_A[0] * (x[-1] + base[-1])
 
 
 def _backward_flops(
     dy, x, lora_A, lora_B, s, keep, alpha, backend, dtype, dtype_A, dtype_B, needed: list[bool], **_: Any
 ) -> int:  # fmt: skip
-    """2 M r K for each of dx and dA, 2 M r N for dB and once more for ds, of shapes."""
+    """Count 2 M r K FLOPs for each of dx and dA, 2 M r N for each of dB and ds; the arguments are shapes."""
     need_x, need_A, need_B = needed
     inner = lora_A[1] if need_x else x[-1] if need_A else 0
     thin = inner * (need_x + need_A) + dy[-1] * (need_B + (need_x or need_A))

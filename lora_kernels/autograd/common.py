@@ -1,4 +1,4 @@
-"""What the Functions and operators of all operations share."""
+"""Helpers that the Functions and operators of all operations share."""
 
 import contextlib
 import sys
@@ -15,24 +15,24 @@ __all__ = [
 
 
 class Context(Protocol):
-    """What PyTorch hands to a Function's two halves; each operation sets what more it keeps on it."""
+    """The context that PyTorch passes to forward and backward of a Function; operations set further attributes."""
 
     @property
     def needs_input_grad(self) -> Any:
-        """Whether the gradient of each input is needed."""
+        """Return for each input whether its gradient is needed."""
 
     @property
     def saved_tensors(self) -> tuple[Any, ...]:
-        """What was saved."""
+        """Return the saved tensors."""
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Save tensors for backward."""
 
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
-        """Let outputs have no gradients."""
+        """Mark outputs that have no gradients."""
 
     def set_materialize_grads(self, value: bool) -> None:
-        """Choose between zeros and None for gradients that nobody computed."""
+        """Choose between zeros and None for the gradients of unused outputs."""
 
     def __getattr__(self, name: str) -> Any: ...
 
@@ -43,28 +43,30 @@ _NOTHING = contextlib.nullcontext()
 
 
 def autocast_off(dy: Tensor) -> contextlib.AbstractContextManager:
-    """A context for backward: every dtype was settled in forward, and autocast would settle it anew."""
+    """Return a context for backward without autocast, which would change the dtypes that forward has settled."""
     device_type = dy.device.type
     return torch.autocast(device_type, enabled=False) if autocasts(device_type) else _NOTHING
 
 
 def autocasts(device_type: str) -> bool:
-    """Whether autocast is on for a type of device."""
-    # of these two it is known, and asking takes as long as a small check
+    """Return whether autocast is on for a type of device."""
+    # CPU and CUDA always support autocast, so skip the query, which takes as long as a small check.
     available = device_type in ("cuda", "cpu") or torch.amp.is_autocast_available(device_type)
     return available and torch.is_autocast_enabled(device_type)
 
 
 def gradient(adapter: Tensor | Any) -> Tensor | None:
-    """The gradient to add to in place, where the engine would do no more than that: a plain one, and nobody listens.
+    """Return the `.grad` to add to in place, or None unless the engine would only add in place too.
 
-    None in grad mode, where backward is differentiated and the engine adds out of place. `once_differentiable` hides
-    that mode from what it wraps: call this outside.
+    The gradient must be plain and without hooks. The result is None in grad mode, because backward is then
+    differentiated and the engine adds out of place. `once_differentiable` hides grad mode from the function that it
+    wraps, so call `gradient` outside.
     """
     grad = None if adapter is None or not adapter.is_leaf or torch.is_grad_enabled() else adapter.grad
     if grad is None or grad.layout is not torch.strided or grad.is_neg():
         return None
-    if torch._debug_has_internal_overlap(grad) == 1:  # elements in one place, which the engine refuses to write to
+    # The engine refuses to write to elements that share memory.
+    if torch._debug_has_internal_overlap(grad) == 1:
         return None
     if adapter._backward_hooks or getattr(adapter, "_post_accumulate_grad_hooks", None):
         return None
@@ -73,21 +75,21 @@ def gradient(adapter: Tensor | Any) -> Tensor | None:
 
 
 def gradients(adapters: Sequence[tuple[Tensor, Tensor] | None]) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Gradients of these adapters to add to in place; of two that are the same none, since a launch adds to all."""
+    """Return the gradients to add to in place, or only None if two are the same, because one launch adds to all."""
     found = [(None, None) if pair is None else (gradient(pair[0]), gradient(pair[1])) for pair in adapters]
     places = [g.data_ptr() for pair in found for g in pair if g is not None]
     return found if len(set(places)) == len(places) else [(None, None)] * len(found)
 
 
 def plain_scaling(lora_A: Tensor, scaling: float) -> tuple[Tensor, float]:
-    """A and the scaling as a plain number: one that a compiler has made a symbol is multiplied into A."""
+    """Return A and the scaling as a plain number; multiply a scaling that is a compiler's symbol into A."""
     if isinstance(scaling, torch.SymFloat):
         return lora_A.to(torch.promote_types(lora_A.dtype, torch.float32)) * scaling, 1.0
     return lora_A, scaling
 
 
 def _differentiate_again(ctx: Context, *_: Tensor | None) -> None:
-    """Refuse: the derivative has none of its own."""
+    """Refuse a second differentiation, because the backward operators have no derivative."""
     raise RuntimeError(
         "lora_linear: trying to differentiate twice a function that was marked with @once_differentiable; "
         "lora_kernels.reference.lora_linear differentiates any number of times."
@@ -95,13 +97,13 @@ def _differentiate_again(ctx: Context, *_: Tensor | None) -> None:
 
 
 def backward_products(inner: int, cols: int, rank: int, need_x: bool, need_A: bool, need_B: bool) -> int:
-    """Multiplications a row of a layer's backward: for dx, dA, dB and, for the first two, ds."""
+    """Count the multiplications per row in a layer's backward: for dx, dA, dB, and ds if dx or dA is needed."""
     thin = rank * (inner * (need_x + need_A) + cols * (need_B + (need_x or need_A)))
     return inner * cols * need_x + thin
 
 
 def register_flops(formulas: dict[Any, Callable[..., int]]) -> None:
-    """Tell PyTorch's FLOP counter the formulas, where it is loaded: to load it would load Triton."""
+    """Register the formulas with PyTorch's FLOP counter if its module is loaded; an import here would load Triton."""
     if "torch.utils.flop_counter" not in sys.modules:
         return
     from torch.utils import flop_counter
@@ -111,7 +113,8 @@ def register_flops(formulas: dict[Any, Callable[..., int]]) -> None:
     for operator, formula in packets.items():
         if operator not in flop_counter.flop_registry:
             flop_counter.register_flop_formula(operator)(formula)
-    for mode in _get_current_dispatch_mode_stack():  # one that is counting already has its own copy of the table
+    # An active counter has its own copy of the registry.
+    for mode in _get_current_dispatch_mode_stack():
         counter = getattr(mode, "counter", None)
         if isinstance(counter, flop_counter.FlopCounterMode):
             for operator in packets:
@@ -122,7 +125,7 @@ def save(
     ctx: Context, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, s: Tensor, keep: Tensor | None,
     alpha: float, backend: str, needs: Sequence[bool],
 ) -> None:  # fmt: skip
-    """Keep for the backward of one layer what its gradients need; `needs`: of x, W, A and B."""
+    """Save the tensors that one layer's needed gradients take; `needs` has a flag for each of x, W, A and B."""
     need_x, need_weight, need_A, need_B = needs
     ctx.save_for_backward(
         x if need_A or need_weight else None,
@@ -140,18 +143,19 @@ def register(
     library: torch.library.Library, name: str, *, composed: Callable, forward: Callable, backward: Callable,
     fake_forward: Callable, fake_backward: Callable, save: Callable, differentiate: Callable,
 ) -> list[torch._ops.OpOverload]:  # fmt: skip
-    """Register the three operators of an operation, whose schemas are defined; return them.
+    """Register the three operators of an operation, whose schemas are already defined; return the operators.
 
     Args:
-        library: Where the schemas are.
-        name: Of the first, which a compiler traces through; the others are `name`_forward and `name`_backward.
-        composed: Chooses a backend, draws noise and calls the second.
+        library: The library that has the schemas.
+        name: Name of the first operator, which a compiler traces through; the others are `name`_forward and
+            `name`_backward.
+        composed: Chooses a backend, draws noise and calls `name`_forward.
         forward: A pure function of its arguments.
-        backward: Its derivative.
-        fake_forward: `forward` of shapes without values.
-        fake_backward: Likewise.
-        save: Keeps for backward what it needs, of a context, inputs and outputs.
-        differentiate: Calls the third, of a context and the gradients of the outputs.
+        backward: The derivative of `forward`.
+        fake_forward: `forward` for shapes without values.
+        fake_backward: `backward` for shapes without values.
+        save: Saves tensors for backward, given a context, inputs and outputs.
+        differentiate: Calls `name`_backward, given a context and the gradients of the outputs.
     """
     library.impl(name, composed, "CompositeImplicitAutograd")
     for half, function, fake in (("forward", forward, fake_forward), ("backward", backward, fake_backward)):

@@ -1,20 +1,20 @@
-"""The LoRA linear layer as PyTorch sees it: a Function for eager calls, and registered operators.
+"""A Function for eager calls of the LoRA linear layer, and registered operators.
 
-    lora_kernels::linear            y; chooses a backend, draws the noise of dropout, calls the next
+    lora_kernels::linear            y; chooses a backend, draws the noise of dropout, calls linear_forward
     lora_kernels::linear_forward    y, s, keep: a pure function of its arguments, differentiable once
-    lora_kernels::linear_backward   dx, dA, dB: its derivative
+    lora_kernels::linear_backward   dx, dA, dB: the derivative of linear_forward
 
-They run what the eager path runs, `passes.linear.forward` and `backward` over a backend's contractions, so the
-numbers are the same. What differs is the boundary: an operator has a name, shapes without values (fake), a formula for
-its FLOPs and an autograd formula, and costs some tens of microseconds a call, so plain eager calls do not take it.
+The Function and the operators run the same passes, `passes.linear.forward` and `backward` over a backend's
+contractions, so the numbers are the same. An operator also has a name, shapes without values (fake), a FLOP formula and
+an autograd formula. An operator costs some tens of microseconds per call, so plain eager calls use the Function.
 
-`linear` is composite: a compiler traces through it, with its own symbols for sizes and numbers, and keeps the other
-two. Two things are kept out of these:
+`linear` is composite: a compiler traces through it, with its own symbols for sizes and numbers, and keeps the other two
+operators in the graph. Two tasks stay outside of `linear_forward` and `linear_backward`:
 
-    randomness   The noise is drawn by PyTorch's own operators, whose order and state compilers and checkpointing
-                 know how to keep. `linear_forward` of the same noise is the same.
-    scaling      A scaling that a compiler has made symbolic is multiplied into A, a tensor operation like any other,
-                 so that no value of it is compiled in. A plain number stays a number and costs nothing.
+    randomness   PyTorch's own operators draw the noise, because compilers and checkpointing preserve their order and
+                 state. `linear_forward` gives the same result for the same noise.
+    scaling      A scaling that a compiler has made symbolic is multiplied into A by a tensor operation, so that no
+                 value of the scaling is compiled in. A plain number stays a number and costs nothing.
 """
 
 import math
@@ -63,7 +63,7 @@ _library.define(
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """`forward` with a backward. Differentiable once; a second time raises."""
+    """Run the forward and backward passes. Differentiable once; a second differentiation raises."""
 
     @staticmethod
     def forward(
@@ -71,7 +71,7 @@ class LoRALinearFunction(torch.autograd.Function):
         scaling: float, dropout_p: float, backend: str, accumulate_grad: bool = False,
         noise: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Compute y `[M, out]` and save for backward what the gradients that are needed need."""
+        """Compute y `[M, out]` and save the tensors that the needed gradients take."""
         ctx.accumulate = (lora_A, lora_B) if accumulate_grad else (None, None)
         y, s, keep = linear_pass.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, noise)
         alpha = scaling * keep_scale(dropout_p)
@@ -81,11 +81,12 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradients that `ctx.needs_input_grad` asks for, each in its parameter's dtype."""
+        """Compute the gradients that `ctx.needs_input_grad` asks for, each in the dtype of its parameter."""
         lora_A, lora_B = ctx.accumulate
         into = gradient(lora_A), gradient(lora_B)
         with autocast_off(dy):
-            # the guard against a second differentiation takes as long as three small operators: only where one may come
+            # The guard against a second differentiation takes as long as three small operators, so guard in grad mode
+            # alone.
             return _backward_once(ctx, into, dy) if torch.is_grad_enabled() else _backward(ctx, into, dy)
 
 
@@ -114,9 +115,10 @@ def _linear(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
     scaling: float, dropout_p: float, backend: str, dropout_shard: Sequence[int] = (0, 1),
 ) -> Tensor:  # fmt: skip
-    """Compute y `[*, out]` of arguments that `functional.lora_linear` has checked and cast."""
+    """Compute y `[*, out]` from arguments that `functional.lora_linear` has checked and cast."""
     register_flops({linear_forward: _forward_flops, linear_backward: _backward_flops})
-    rank = int(lora_A.shape[0])  # compiled in, where everything else may vary
+    # `int` compiles the rank into a graph; all other sizes may vary.
+    rank = int(lora_A.shape[0])
     backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or weight.shape[0] == 0, backend)
     noise = None
     if dropout_p > 0:
@@ -134,10 +136,10 @@ def _linear_forward(
     Args:
         x: `[*, in]`.
         weight: W, `[out, in]`, in x's dtype.
-        lora_A: A, `[r, in]`; x's dtype, or float32 over a 16-bit x.
-        lora_B: B, `[out, r]`; likewise.
+        lora_A: A, `[r, in]`, in x's dtype, or in float32 over a 16-bit x.
+        lora_B: B, `[out, r]`, in a dtype as A.
         bias: `[out]`, in x's dtype, or None.
-        noise: What the backend's `draw_noise(x)` drew; None without dropout.
+        noise: Result of the backend's `draw_noise(x)`; None without dropout.
         scaling: Multiplies the low-rank term.
         dropout_p: Probability of dropping an element.
         backend: "triton" or "torch".
@@ -151,11 +153,11 @@ def _linear_backward(
     s: Tensor | None, keep: Tensor | None, alpha: float, backend: str,
     dtype_A: torch.dtype, dtype_B: torch.dtype, needed: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Compute dx `[*, in]`, dA and dB as far as they are needed, and None for the rest."""
+    """Compute those of dx `[*, in]`, dA and dB that are needed, and return None for the others."""
     shape = (*dy.shape[:-1], -1 if weight is None else weight.shape[1])
     dy, x = rows(dy), None if x is None else rows(x)
     gradients = linear_pass.backward(dy, x, weight, lora_A, lora_B, s, keep, alpha, backend, (dtype_A, dtype_B), needed)
-    # some forms of the products leave padding between the rows or have them in columns, which no shape tells
+    # Some forms of the products return padded or transposed results; `_fake_backward` promises contiguous ones.
     dx, d_lora_A, d_lora_B = (None if g is None else g.contiguous() for g in gradients)
     return None if dx is None else dx.view(shape), d_lora_A, d_lora_B
 
@@ -210,7 +212,7 @@ linear, linear_forward, linear_backward = register(
 
 
 def _forward_flops(x, weight, lora_A, lora_B, *_: Any, **__: Any) -> int:
-    """2 M (K N + r K + r N), of shapes."""
+    """Count 2 M (K N + r K + r N) FLOPs; the arguments are shapes."""
     rows, (cols, inner), rank = math.prod(x[:-1]), weight, lora_A[0]
     return 2 * rows * (inner * cols + rank * (inner + cols))
 
@@ -218,7 +220,7 @@ def _forward_flops(x, weight, lora_A, lora_B, *_: Any, **__: Any) -> int:
 def _backward_flops(
     dy, x, weight, lora_A, lora_B, s, keep, alpha, backend, dtype_A, dtype_B, needed: list[bool], **_: Any
 ) -> int:  # fmt: skip
-    """2 M K N + 2 M r K for dx, 2 M r K for dA, 2 M r N for dB and once more for ds, of shapes."""
+    """Count 2 M K N + 2 M r K FLOPs for dx, 2 M r K for dA, 2 M r N for each of dB and ds; the arguments are shapes."""
     need_x, need_A, need_B = needed
     rows, cols = math.prod(dy[:-1]), dy[-1]
     inner = weight[1] if need_x else x[-1] if need_A else 0

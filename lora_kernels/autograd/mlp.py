@@ -1,11 +1,11 @@
-"""A gated MLP as PyTorch sees it: a Function and operators, as `linear` has.
+"""A Function and operators for a gated MLP, as in `linear`.
 
-    lora_kernels::mlp            y; chooses a backend, draws the noise of all masks, calls the next
-    lora_kernels::mlp_forward    y, and what backward needs: a pure function of its arguments, differentiable once
-    lora_kernels::mlp_backward   dx, and the gradients of all that is trained: its derivative
+    lora_kernels::mlp            y; chooses a backend, draws the noise of all masks, calls mlp_forward
+    lora_kernels::mlp_forward    y and the tensors for backward: a pure function of its arguments, differentiable once
+    lora_kernels::mlp_backward   dx and the gradients of all trained tensors: the derivative of mlp_forward
 
-They run `passes.mlp.forward` and `differentiate`, in any number of rows, as in `projections`. Layers are gate, up and
-down, or up and down; their tensors are one list, as `packing` says: four of each, or in backward six.
+The operators run `passes.mlp.forward` and `differentiate` for any number of rows, as in `projections`. Layers are gate,
+up and down, or up and down. Their tensors are one list (see `packing`), four per layer, or six in backward.
 """
 
 import math
@@ -46,22 +46,22 @@ for _schema in (
 
 
 class LoRAMLPFunction(torch.autograd.Function):
-    """`forward` with a backward. Differentiable once; a second time raises."""
+    """Run the forward and backward passes. Differentiable once; a second differentiation raises."""
 
     @staticmethod
     def forward(
         ctx: Context, x: Tensor, backend: str, activation: str, recompute: bool,
         numbers: Sequence[tuple[float, float, bool]], *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """Compute y `[M, out]` and save for backward what the gradients that are needed need.
+        """Compute y `[M, out]` and save the tensors that the needed gradients take.
 
         Args:
             ctx: The context.
             x: `[*, in]`.
             backend: "triton" or "torch".
-            activation: Its name.
-            recompute: Whether to keep x in place of the outputs of gate and up.
-            numbers: scaling and dropout_p of each layer, and whether its backward may add to gradients itself.
+            activation: Name of the activation.
+            recompute: Whether to save x instead of the outputs of gate and up.
+            numbers: scaling and dropout_p of each layer, and whether backward may add to its gradients itself.
             tensors: weight, lora_A, lora_B and bias of gate and up, or of up alone, and of down.
         """
         groups = zip(by_layer(tensors), numbers, strict=True)
@@ -70,7 +70,7 @@ class LoRAMLPFunction(torch.autograd.Function):
         need_x, all_needs = ctx.needs_input_grad[0], by_layer(ctx.needs_input_grad[5:])
         ctx.save_for_backward(*mlp_pass.to_save(x, layers, outs, shrunk, keeps, need_x, all_needs, recompute))
         ctx.numbers = [
-            # where there is an A there is a B
+            # A layer with an A has a B.
             (q.alpha, None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype), needs)  # type: ignore[union-attr]
             for q, needs in zip(layers, all_needs, strict=True)
         ]
@@ -82,7 +82,7 @@ class LoRAMLPFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradients that `ctx.needs_input_grad` asks for, each in its tensor's dtype."""
+        """Compute the gradients that `ctx.needs_input_grad` asks for, each in the dtype of its tensor."""
         into = gradients(ctx.accumulate)
         with autocast_off(dy):
             return _backward(ctx, into, dy)
@@ -108,10 +108,11 @@ def _mlp(
     biases: Sequence[Tensor | None], scalings: Sequence[float], dropout_ps: Sequence[float], activation: str,
     recompute: bool, backend: str,
 ) -> Tensor:  # fmt: skip
-    """Compute y `[*, out]` of arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
+    """Compute y `[*, out]` from arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
     register_flops({mlp_forward: _forward_flops, mlp_backward: _backward_flops})
     chosen, tensors, places, numbers = packing.prepared(x, weights, lora_As, lora_Bs, biases, scalings, backend)
-    h = x.new_empty(1).expand(*x.shape[:-1], weights[-1].shape[1])  # of its shape in name alone
+    # A placeholder with the shape of h but without its memory.
+    h = x.new_empty(1).expand(*x.shape[:-1], weights[-1].shape[1])
     noise = packing.draw(x, chosen, lora_As[:-1], dropout_ps[:-1])
     noise_down = packing.draw(h, chosen, lora_As[-1:], dropout_ps[-1:])
     return mlp_forward(x, tensors, places, noise, noise_down, numbers, dropout_ps, activation, recompute, chosen)[0]
@@ -121,18 +122,18 @@ def _mlp_forward(
     x: Tensor, tensors: Sequence[Tensor], places: Sequence[int], noise: Tensor | None, noise_down: Tensor | None,
     scalings: Sequence[float], dropout_ps: Sequence[float], activation: str, recompute: bool, backend: str,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """Compute y `[*, out]`, the outputs of gate and up, their s side by side, that of down, and the backend's masks.
+    """Compute y `[*, out]`, the outputs of gate and up, their s side by side, the s of down, and the backend's masks.
 
     Args:
         x: `[*, in]`.
-        tensors: W, A, B and bias of each layer, those that are there; shapes and dtypes as in `linear`.
-        places: Where each of these is, of 4 a layer.
-        noise: What the backend's `draw_noise(x, count)` drew for the masks of gate and up, or None.
-        noise_down: What its `draw_noise(h)` drew for that of down, or None; h is `[*, hidden]`.
-        scalings: Multiplies the low-rank term, of each.
-        dropout_ps: Probability of dropping an element, of each.
-        activation: Its name.
-        recompute: Whether to return no outputs of gate and up: backward computes them again.
+        tensors: W, A, B and bias of each layer without the Nones; shapes and dtypes as in `linear`.
+        places: Place of each tensor among 4 per layer.
+        noise: Result of the backend's `draw_noise(x, count)` for the masks of gate and up, or None.
+        noise_down: Result of its `draw_noise(h)` for the mask of down, or None; h is `[*, hidden]`.
+        scalings: For each layer, multiplies the low-rank term.
+        dropout_ps: For each layer, the probability of dropping an element.
+        activation: Name of the activation.
+        recompute: Whether to return no outputs of gate and up, because backward computes them again.
         backend: "triton" or "torch".
     """
     *before, down = packing.entries(tensors, places, scalings, dropout_ps)
@@ -147,20 +148,20 @@ def _mlp_backward(
     dy: Tensor, x: Tensor | None, outs: Sequence[Tensor], tensors: Sequence[Tensor], places: Sequence[int],
     alphas: Sequence[float], activation: str, backend: str, dtype: torch.dtype, need_x: bool, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """Compute dx `[*, in]` if it is needed, and after it the gradients of each layer as far as they are.
+    """Compute dx `[*, in]` if needed, then the needed gradients of each layer.
 
     Args:
         dy: `[*, out]`.
-        x: `[*, in]`, where `passes.mlp.to_save` says so.
-        outs: The outputs of gate and up, likewise; none where they are to be computed again.
-        tensors: W, A, B, s, mask and bias of each layer, likewise.
-        places: Where each of these is, of 6 a layer.
-        alphas: scaling · keep_scale of each.
-        activation: Its name.
+        x: `[*, in]`, if `passes.mlp.to_save` keeps x.
+        outs: The outputs of gate and up, if `to_save` keeps them; empty to compute them again.
+        tensors: W, A, B, s, mask and bias of each layer that `to_save` keeps.
+        places: Place of each tensor among 6 per layer.
+        alphas: scaling · keep_scale of each layer.
+        activation: Name of the activation.
         backend: "triton" or "torch".
-        dtype: Of each dA and dB; the others have dy's.
+        dtype: The dtype of each dA and dB; other gradients have dy's dtype.
         need_x: Whether dx is needed.
-        needs: Whether the gradients of W, A, B and bias are, of each layer.
+        needs: For each layer, whether the gradients of W, A, B and bias are needed.
     """
     groups = packing.unpack(tensors, places, len(alphas), mlp_pass.SAVED)
     numbers = [
@@ -169,12 +170,13 @@ def _mlp_backward(
     ]
     flat = None if x is None else rows(x)
     dx, grads = mlp_pass.differentiate(rows(dy), flat, groups, outs, numbers, need_x, activation, backend)
-    results = [g.contiguous() for g in grads if g is not None]  # as the shapes below say
+    # `_fake_backward` promises contiguous results.
+    results = [g.contiguous() for g in grads if g is not None]
     return results if dx is None else [dx.contiguous().view(*dy.shape[:-1], dx.shape[1]), *results]
 
 
 def _sizes(dy, x, outs, groups) -> list[tuple[int, int, int]]:
-    """in, out and rank of each layer, of shapes; 0 where nothing that is needed tells."""
+    """Return in, out and rank of each layer from shapes; 0 if no saved tensor has the size."""
     *before, (down, *_) = groups
     inner = next((t[-1] for t in (x, *(weight for weight, *_ in before)) if t), 0)
     inward = [weight[0] for weight, *_ in before if weight]
@@ -213,7 +215,8 @@ def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Non
     x, tensors, places, _, _, scalings, dropout_ps, activation, recompute, backend = inputs
     _, outs, s, s_down, kept = output
     layers, drawn = packing.entries(tensors, places, scalings, dropout_ps), iter(kept)
-    need_x, *flags = ctx.needs_input_grad[: 1 + len(tensors)]  # flat, here
+    # During forward, `needs_input_grad` has a flat entry for each tensor of a list.
+    need_x, *flags = ctx.needs_input_grad[: 1 + len(tensors)]
     needs, of = packing.needed(flags, places, len(layers)), packing.ranks(layers)
     shrunk = [*packing.columns(s, of[:-1], backend), *packing.columns(s_down, of[-1:], backend)]
     keeps = [next(drawn) if rank and q.dropout_p > 0 else None for q, rank in zip(layers, of, strict=True)]
@@ -235,7 +238,7 @@ def _differentiate(ctx: Context, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 def _gradients(ctx: Context, dy: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx, and a gradient or None for each of the tensors."""
+    """Compute dx, and a gradient or None for each of the packed tensors."""
     need_x, flags = ctx.needs_input_grad[:2]
     needs = [need for own in packing.needed(flags, ctx.places, len(ctx.alphas)) for need in own]
     x, *saved = ctx.saved_tensors
@@ -255,14 +258,14 @@ mlp, mlp_forward, mlp_backward = register(
 
 
 def _forward_flops(x, tensors, places, noise, noise_down, scalings, *_: Any, **__: Any) -> int:
-    """2 M (K N + r K + r N) of each, of shapes."""
+    """Count 2 M (K N + r K + r N) FLOPs for each layer; the arguments are shapes."""
     return packing.forward_flops(x, tensors, places, len(scalings))
 
 
 def _backward_flops(
     dy, x, outs, tensors, places, alphas, activation, backend, dtype, need_x: bool, needs: list[bool], **_: Any
 ) -> int:  # fmt: skip
-    """Of each: 2 M K N for dW and for what comes before it, and 2 M r (K or N) for each thin product, of shapes."""
+    """Count 2 M K N FLOPs per dW, input gradient and recomputed output, 2 M r (K or N) per thin product; of shapes."""
     groups, wanted = packing.unpack(tensors, places, len(alphas), mlp_pass.SAVED), by_layer(needs)
     sizes, total = _sizes(dy, x, outs, groups), 0
     again, need_dh = not outs and mlp_pass.reads_outs(need_x, wanted), need_x or any(map(any, wanted[:-1]))

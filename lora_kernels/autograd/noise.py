@@ -1,4 +1,4 @@
-"""Where the noise of dropout is drawn: outside the operators, which are pure, in an operator of its own."""
+"""The operator that draws the noise of dropout; the other operators are pure."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ _library.define(
 def draw_shard(x: Tensor, backend: str, dropout_shard: Sequence[int] = (0, 1), count: int = 1) -> Tensor:
     """Draw the noise that decides `count` masks of x, `[*, in]`, from the device's default torch generator.
 
-    With `dropout_shard` = (i, n) n times, of which the i-th counts: generators that were alike stay alike.
+    With `dropout_shard` = (i, n), draw n times and return the i-th draw, so that equal generators stay equal.
     """
     index, shards = dropout_shard
     for i in range(shards):
@@ -32,10 +32,10 @@ def draw_shard(x: Tensor, backend: str, dropout_shard: Sequence[int] = (0, 1), c
 def _draw_noise(
     x: Tensor, unique: Tensor, backend: str, dropout_shard: Sequence[int] = (0, 1), count: int = 1
 ) -> Tensor:
-    """`draw_shard` for compilers.
+    """Run `draw_shard` for compilers, and keep them from merging calls.
 
-    They merge equal calls, of random operators too where they are not PyTorch's own. They never merge two `empty`,
-    so a new one as `unique` makes every call a different one: layers that read the same x get masks of their own.
+    Compilers merge equal calls, even of random operators if these are not PyTorch's own. They never merge two `empty`,
+    so a new `empty` as `unique` makes every call different, and layers that read the same x get masks of their own.
     """
     return draw_shard(x, backend, dropout_shard, count)
 

@@ -1,14 +1,14 @@
-"""Several projections of one x as PyTorch sees them: a Function and operators, as `linear` has.
+"""A Function and operators for several projections of one x, as in `linear`.
 
-    lora_kernels::projections            each y; chooses a backend, draws the noise of all masks, calls the next
+    lora_kernels::projections            each y; chooses a backend, draws the noise of all masks, calls ..._forward
     lora_kernels::projections_forward    each y, the s, the masks: a pure function of its arguments, differentiable once
-    lora_kernels::projections_backward   dx, each dA and dB: its derivative
+    lora_kernels::projections_backward   dx, each dA and dB: the derivative of projections_forward
 
-They run `passes.projections.forward` and `backward`. The form of the large products depends on how many rows there
-are, so it is chosen when they run: a graph holds for every batch. Small calls on a CPU are not composed here, as in
-`linear`.
+The operators run `passes.projections.forward` and `backward`. They choose the form of the large products at run time,
+because the form depends on the number of rows: a graph holds for every batch. As in `linear`, the operators do not
+compose small calls on a CPU.
 
-The tensors of all projections are one list, as `packing` says: four of each, or in backward six.
+The tensors of all projections are one list (see `packing`), four per projection, or six in backward.
 """
 
 import math
@@ -50,20 +50,20 @@ for _schema in (
 
 
 class LoRAProjectionsFunction(torch.autograd.Function):
-    """`forward` with a backward. Differentiable once; a second time raises."""
+    """Run the forward and backward passes. Differentiable once; a second differentiation raises."""
 
     @staticmethod
     def forward(
         ctx: Context, x: Tensor, backend: str, numbers: Sequence[tuple[float, float, bool]],
         *tensors: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """Compute each y `[M, outᵢ]` and save for backward what the gradients that are needed need.
+        """Compute each y `[M, outᵢ]` and save the tensors that the needed gradients take.
 
         Args:
             ctx: The context.
             x: `[*, in]`.
             backend: "triton" or "torch".
-            numbers: scaling and dropout_p of each projection, and whether its backward may add to gradients itself.
+            numbers: scaling and dropout_p of each projection, and whether backward may add to its gradients itself.
             tensors: weight, lora_A, lora_B and bias of the first projection, of the second, and so on.
         """
         projections = [Projection(*tensors[4 * i : 4 * i + 4], *pair) for i, (*pair, _) in enumerate(numbers)]
@@ -82,7 +82,7 @@ class LoRAProjectionsFunction(torch.autograd.Function):
             (q.lora_A, q.lora_B) if added else None for q, (_, _, added) in zip(projections, numbers, strict=True)
         ]
         ctx.adapter_dtypes = [
-            # where there is an A there is a B
+            # A projection with an A has a B.
             None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype)  # type: ignore[union-attr]
             for q in projections
         ]
@@ -90,14 +90,14 @@ class LoRAProjectionsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Context, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Compute the gradients that `ctx.needs_input_grad` asks for, each in its tensor's dtype."""
+        """Compute the gradients that `ctx.needs_input_grad` asks for, each in the dtype of its tensor."""
         into = gradients([None if dy is None else pair for dy, pair in zip(dys, ctx.accumulate, strict=True)])
         with autocast_off(next(dy for dy in dys if dy is not None)):
             return _backward(ctx, into, *dys)
 
 
 def _by_projection(flat: Sequence[bool]) -> list[Sequence[bool]]:
-    """What is needed of each projection's weight, lora_A, lora_B and bias."""
+    """Return for each projection which gradients of weight, lora_A, lora_B and bias are needed."""
     return [flat[i : i + 4] for i in range(3, len(flat), 4)]
 
 
@@ -108,10 +108,11 @@ def _backward(
     need_x, needs = ctx.needs_input_grad[0], _by_projection(ctx.needs_input_grad)
     x: Any
     x, *saved = ctx.saved_tensors
-    x = None if x is None else rows(x)  # a copy, where one is needed, comes before the launches that overlap
+    # A copy, if needed, comes before the launches, because the launches overlap.
+    x = None if x is None else rows(x)
     there = [i for i, dy in enumerate(dys) if dy is not None]
     parts = [
-        # five are saved of each, and no checker knows how long a slice is
+        # Five tensors are saved for each projection, but a type checker does not know the length of a slice.
         Part(  # type: ignore[call-arg]
             rows(dys[i]), *saved[5 * i : 5 * i + 5], ctx.alphas[i], ctx.adapter_dtypes[i], needs[i][1], into[i]
         )
@@ -130,7 +131,7 @@ def _projections(
     x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None],
     biases: Sequence[Tensor | None], scalings: Sequence[float], dropout_ps: Sequence[float], backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    """Compute each y `[*, outᵢ]` of arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
+    """Compute each y `[*, outᵢ]` from arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
     register_flops({projections_forward: _forward_flops, projections_backward: _backward_flops})
     backend, tensors, places, numbers = packing.prepared(x, weights, lora_As, lora_Bs, biases, scalings, backend)
     noise = packing.draw(x, backend, lora_As, dropout_ps)
@@ -141,15 +142,15 @@ def _projections_forward(
     x: Tensor, tensors: Sequence[Tensor], places: Sequence[int], noise: Tensor | None, scalings: Sequence[float],
     dropout_ps: Sequence[float], backend: str,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
-    """Compute each y `[*, outᵢ]`, the s side by side, `[M, ·]`, and the backend's mask of each that has dropout.
+    """Compute each y `[*, outᵢ]`, the s side by side, `[M, ·]`, and the backend's mask of each projection with dropout.
 
     Args:
         x: `[*, in]`.
-        tensors: W, A, B and bias of each projection, those that are there; shapes and dtypes as in `linear`.
-        places: Where each of these is, of 4 a projection.
-        noise: What the backend's `draw_noise(x, count)` drew for all masks, or None.
-        scalings: Multiplies the low-rank term, of each.
-        dropout_ps: Probability of dropping an element, of each.
+        tensors: W, A, B and bias of each projection without the Nones; shapes and dtypes as in `linear`.
+        places: Place of each tensor among 4 per projection.
+        noise: Result of the backend's `draw_noise(x, count)` for all masks, or None.
+        scalings: For each projection, multiplies the low-rank term.
+        dropout_ps: For each projection, the probability of dropping an element.
         backend: "triton" or "torch".
     """
     entries, flat = packing.entries(tensors, places, scalings, dropout_ps), rows(x)
@@ -162,27 +163,28 @@ def _projections_backward(
     x: Tensor | None, tensors: Sequence[Tensor], places: Sequence[int], alphas: Sequence[float], backend: str,
     dtype: torch.dtype, need_x: bool, need_As: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """Compute dx `[*, in]` if it is needed, and after it dA and dB of each projection as far as they are, in `dtype`.
+    """Compute dx `[*, in]` if needed, then the needed dA and dB of each projection, in `dtype`.
 
     Args:
-        x: `[*, in]`, where a dA is needed.
-        tensors: dy, W, A, B, s and mask of each projection whose dy there is, as far as gradients need them.
-        places: Where each of these is, of 6 a projection.
-        alphas: scaling · keep_scale of each.
+        x: `[*, in]`, if a dA is needed.
+        tensors: dy, W, A, B, s and mask of each projection that has a dy, without those that no gradient takes.
+        places: Place of each tensor among 6 per projection.
+        alphas: scaling · keep_scale of each projection.
         backend: "triton" or "torch".
-        dtype: Of dA and dB.
+        dtype: The dtype of dA and dB.
         need_x: Whether dx is needed.
-        need_As: Whether dA of each is; dB is where there is its s.
+        need_As: For each projection, whether dA is needed; dB is needed if s is given.
     """
     saved = packing.unpack(tensors, places, len(alphas), _SAVED)
     x, shape = None if x is None else rows(x), saved[0][0].shape[:-1]
     parts = [
-        # five are left of six
+        # Five of the six entries remain.
         Part(rows(dy), *five, alpha, (dtype, dtype), need_A)  # type: ignore[call-arg]
         for (dy, *five), alpha, need_A in zip(saved, alphas, need_As, strict=True)
     ]
     dx, grads = projections_pass.backward(x, parts, need_x, backend)
-    results = [g.contiguous() for own in grads for g in own if g is not None]  # as the shapes below say
+    # `_fake_backward` promises contiguous results.
+    results = [g.contiguous() for own in grads for g in own if g is not None]
     return results if dx is None else [dx.contiguous().view(*shape, dx.shape[1]), *results]
 
 
@@ -209,7 +211,8 @@ def _fake_backward(x, tensors, places, alphas, backend, dtype, need_x, need_As):
 def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, tensors, places, _, scalings, dropout_ps, backend = inputs
     _, s, keeps = output
-    need_x, *flags = ctx.needs_input_grad[: 1 + len(tensors)]  # flat, here
+    # During forward, `needs_input_grad` has a flat entry for each tensor of a list.
+    need_x, *flags = ctx.needs_input_grad[: 1 + len(tensors)]
     needs, drawn, saved = packing.needed(flags, places, len(scalings)), iter(keeps), []
     entries = packing.entries(tensors, places, scalings, dropout_ps)
     for q, (_, need_A, _, _) in zip(entries, needs, strict=True):
@@ -238,7 +241,7 @@ def _differentiate(ctx: Context, dys: Sequence[Tensor | None], *_: Any) -> tuple
 
 
 def _gradients(ctx: Context, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx, and a gradient or None for the four tensors of each projection."""
+    """Compute dx, and a gradient or None for each of the four tensors of each projection."""
     x, s, *saved = ctx.saved_tensors
     need_x, flags = ctx.needs_input_grad[:2]
     needs = packing.needed(flags, ctx.places, len(dys))
@@ -275,12 +278,15 @@ projections, projections_forward, projections_backward = register(
 
 
 def _forward_flops(x, tensors, places, noise, scalings, *_: Any, **__: Any) -> int:
-    """2 M (K N + r K + r N) of each, of shapes."""
+    """Count 2 M (K N + r K + r N) FLOPs for each projection; the arguments are shapes."""
     return packing.forward_flops(x, tensors, places, len(scalings))
 
 
 def _backward_flops(x, tensors, places, alphas, backend, dtype, need_x: bool, need_As: list[bool], **_: Any) -> int:
-    """2 M K N + 2 M r K for dx, 2 M r K for dA, 2 M r N for dB and once more for ds, of each, of shapes."""
+    """Count FLOPs of each projection: 2 M K N + 2 M r K for dx, 2 M r K for dA, 2 M r N for each of dB and ds.
+
+    The arguments are shapes.
+    """
     total = 0
     groups = packing.unpack(tensors, places, len(alphas), _SAVED)
     for (dy, weight, _, lora_B, s, _), need_A in zip(groups, need_As, strict=True):

@@ -1,8 +1,9 @@
-"""How the registered operators are computed on DTensors: which layouts need no communication.
+"""Sharding rules of the registered operators for DTensors: the layouts that need no communication.
 
-A layout says what each rank holds of each tensor, along one dim of a mesh; PyTorch combines them for more dims, picks
-the one that costs least to get to from the layouts at hand, and redistributes. R is replicated, S(d) sharded along
-dim d, and P a partial sum, what is held adding up to the tensor. y is linear in s, so a partial s is never added up.
+A layout says which part of each tensor each rank holds, along one dim of a mesh. PyTorch combines layouts for more
+dims, picks the one that is cheapest to reach from the present layouts, and redistributes. R is replicated, S(d) sharded
+along dim d, and P a partial sum: the parts of all ranks add up to the tensor. y is linear in s, so the ranks never add
+up a partial s.
 
     linear_forward       y      s    keep | x      W     A     B     bias  noise
     replicated           R      R    R    | R      R     R     R     R     R
@@ -16,8 +17,8 @@ dim d, and P a partial sum, what is held adding up to the tensor. y is linear in
     column-wise          P      P     S(0) | S(-1)  R      S(0)  R     S(0)  R
     row-wise             S(-1)  S(1)  P    | R      S(-1)  S(1)  S(1)  R     P
 
-With a mask only the replicated layout is left, and noise has no layout at all: it belongs to the rank that drew it.
-Importing this registers the rules; `lora_linear` does so when it is given DTensors.
+With a mask only the replicated layout remains. Noise has no layout, because noise belongs to the rank that drew it.
+An import of this module registers the rules; `lora_linear` imports the module when its arguments are DTensors.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from lora_kernels.autograd.linear import linear_backward, linear_forward
 __all__: list[str] = []
 
 _R, _P, _S0, _S1 = Replicate(), Partial(), Shard(0), Shard(1)
-_Layout = tuple[list[Placement | None], list[Placement | None]]  # of the outputs, of the arguments
+_Layout = tuple[list[Placement | None], list[Placement | None]]  # outputs, arguments
 
 
 @register_sharding(linear_forward)
@@ -47,7 +48,8 @@ def _forward_layouts(
             ([last, _R, None], [_R, _S0, _R, _S0, _S0, None]),
             ([_P, _P, None], [last, _S1, _S1, _R, _P, None]),
         ]
-        layouts += more[x.ndim == 1 :]  # a single row has no dim of rows
+        # A single row has no dim of rows to shard.
+        layouts += more[x.ndim == 1 :]
     return _of_these(layouts, (True, True, noise is not None), (x, weight, lora_A, lora_B, bias, noise), numbers)
 
 
@@ -72,7 +74,7 @@ def _backward_layouts(
 def _of_these(
     layouts: list[_Layout], returned: Sequence[bool], given: Sequence[Any], numbers: Sequence[Any]
 ) -> list[_Layout]:
-    """The layouts with None for what is not returned, not given, or not a tensor."""
+    """Return the layouts with None for each output not returned, argument not given, and argument not a tensor."""
     return [
         (
             [at if there else None for at, there in zip(outputs, returned, strict=True)],

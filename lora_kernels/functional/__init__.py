@@ -1,4 +1,7 @@
-"""The functions: each checks its arguments, applies autocast, chooses a backend and calls it; below, nothing checks."""
+"""The public functions: each checks its arguments, applies autocast, chooses a backend and calls the backend.
+
+The layers below check no arguments.
+"""
 
 from lora_kernels.functional.add import lora_add
 from lora_kernels.functional.linear import lora_linear

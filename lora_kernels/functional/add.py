@@ -17,11 +17,12 @@ def lora_add(
 ) -> Tensor:  # fmt: skip
     """Add a low-rank adapter to the result of a base layer that only the layer itself can compute.
 
-    y = base + scaling · D(x) Aᵀ Bᵀ, for quantised layers, hooked ones, a second adapter over the first.
+    y = base + scaling · D(x) Aᵀ Bᵀ. The base may be a quantised layer, a layer with hooks, or a layer that has an
+    adapter already.
 
     Args:
-        base: The base layer's result, `[*, out_features]`; read, not written.
-        x: What the base layer was given, `[*, in_features]`; as in `lora_linear`.
+        base: The base layer's result, `[*, out_features]`; only read, never written.
+        x: The base layer's input, `[*, in_features]`; as in `lora_linear`.
         lora_A: A, `[r, in_features]`; as in `lora_linear`.
         lora_B: B, `[out_features, r]`.
         scaling: Multiplies the low-rank term.
@@ -29,7 +30,7 @@ def lora_add(
         backend: As in `lora_linear`.
 
     Returns:
-        y, `[*, out_features]`, in base's dtype. The low-rank term is computed in x's dtype, or autocast's.
+        y, `[*, out_features]`, in base's dtype. The low-rank term is computed in x's dtype, or in autocast's.
 
     Raises:
         TypeError, ValueError, RuntimeError: As `lora_linear`.
@@ -39,7 +40,8 @@ def lora_add(
     autocast = autocasts(device_type)
     if autocast and isinstance(x, Tensor) and x.is_floating_point() and x.itemsize <= 4:
         x = x.to(torch.get_autocast_dtype(device_type))
-        with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
+        # All operands are cast already, and autocast would round fp32 sums on the way.
+        with torch.autocast(device_type, enabled=False):
             return _checked_add(base, x, lora_A, lora_B, scaling, dropout_p, backend, True)
     return _checked_add(base, x, lora_A, lora_B, scaling, dropout_p, backend, False)
 
@@ -48,7 +50,7 @@ def _checked_add(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str,
     adapters_fit: bool,
 ) -> Tensor:  # fmt: skip
-    """Check, choose a backend, and call it; `adapters_fit` where autocast makes up for their dtypes."""
+    """Check, choose a backend, and call it; `adapters_fit` says that autocast allows any dtype of the adapters."""
     checks.check_add(base, x, lora_A, lora_B, scaling, dropout_p)
     if not adapters_fit:
         checks.check_dtypes(x, x, lora_A, lora_B, None, call="lora_add")
@@ -58,7 +60,8 @@ def _checked_add(
         return reference.lora_add(base, x, a, b, scaling=scaling, dropout_p=dropout_p)
     rank = lora_A.shape[0]
     if dropout_p == 1 or rank == 0:
-        plan.choose(x.device, x.dtype, rank, True, backend, "lora_add")  # whether there is such a backend
+        # Raise if `backend` is not a known name.
+        plan.choose(x.device, x.dtype, rank, True, backend, "lora_add")
         return base + nothing(lora_A, lora_B).to(base.dtype)
     if watched():
         return autograd.add.add(

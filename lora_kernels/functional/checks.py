@@ -1,7 +1,7 @@
-"""Every error a user can see from the functional call: checked before anything is computed or launched.
+"""Check the arguments of the functional calls before anything is computed or launched.
 
-Each message names the argument, says what it is, what would be right, and, where there is one, a way out.
-`check_call` is on the path of every call, so it compares first and words the error only when it has to.
+Each message names the argument, says what the argument is, what would be right, and, if possible, a way out.
+`check_call` runs in every call, so it compares first and words an error only after a comparison fails.
 """
 
 import math
@@ -35,17 +35,17 @@ def check_call(
     """Check kinds, shapes, devices and numbers of one layer.
 
     Args:
-        x: Of the call, and so are the next six.
-        weight: Likewise.
-        lora_A: Likewise.
-        lora_B: Likewise.
-        bias: Likewise.
-        scaling: Likewise.
-        dropout_p: Likewise.
-        call: Its name, with which every message begins; of a call for several layers the layer's name as well.
+        x: The call's x.
+        weight: The call's weight.
+        lora_A: The call's lora_A.
+        lora_B: The call's lora_B.
+        bias: The call's bias.
+        scaling: The call's scaling.
+        dropout_p: The call's dropout_p.
+        call: Name of the call, at the head of every message; a call for several layers adds the layer's name.
 
     Raises:
-        TypeError: A tensor is not a plain dense one or has a dtype that is not supported; a number is none.
+        TypeError: A tensor is not plain and dense or has an unsupported dtype; `scaling` or `dropout_p` is no number.
         ValueError: A shape, a device, `scaling` or `dropout_p` does not fit.
     """
     tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
@@ -62,7 +62,8 @@ def check_call(
             )
         if t.device != device:
             raise ValueError(f"{call}: all tensors must be on one device; x is on {x.device}, {name} on {t.device}.")
-    if x.is_nested:  # of the layout that a plain one has
+    # A nested tensor may have the layout of a plain one.
+    if x.is_nested:
         _check_kind("x", x, call)
     if x.dim() == 0:
         raise ValueError(f"{call}: x must have at least 1 dim (…, in_features), got a scalar.")
@@ -98,7 +99,7 @@ def check_add(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
     """Check kinds, shapes, devices and numbers of one call of `lora_add`.
 
     Raises:
-        TypeError: A tensor is not a plain dense one or has a dtype that is not supported; a number is none.
+        TypeError: A tensor is not plain and dense or has an unsupported dtype; `scaling` or `dropout_p` is no number.
         ValueError: A shape, a device, `scaling` or `dropout_p` does not fit.
     """
     for name, t in (("base", base), ("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
@@ -132,20 +133,21 @@ def check_dtypes(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, call: str = "lora_linear",
     layer: str | int | None = None, together: Sequence[Any] = (),
 ) -> None:  # fmt: skip
-    """Check the mix of dtypes outside autocast: one dtype throughout, or fp32 adapters over a half base.
+    """Check the mix of dtypes outside autocast: one dtype throughout, or fp32 adapters over a 16-bit base.
 
     Args:
-        x: Of the call, and so are the next four.
-        weight: Likewise.
-        lora_A: Likewise.
-        lora_B: Likewise.
-        bias: Likewise.
-        call: Its name.
-        layer: Of a call for several layers, which one this is: its name, or its place in the lists.
-        together: The `Projection`s of such a call. Only if their weights agree is it x that has to be cast.
+        x: The call's x.
+        weight: The call's weight.
+        lora_A: The call's lora_A.
+        lora_B: The call's lora_B.
+        bias: The call's bias.
+        call: Name of the call.
+        layer: The layer in a call for several layers: its name, or its index in the lists.
+        together: The `Projection`s of a call for several layers. Only if the dtypes of their weights agree does the
+            message advise to cast x.
 
     Raises:
-        TypeError: The mix is none of these.
+        TypeError: The mix is neither of the two.
     """
     dtype = x.dtype
     for part, t in (("weight", weight), ("bias", bias)):
@@ -164,10 +166,10 @@ def check_dtypes(
 
 
 def check_shard(dropout_shard: tuple[int, int]) -> None:
-    """Check that `dropout_shard` is one of so many.
+    """Check that `dropout_shard` is (i, n) with 0 <= i < n.
 
     Raises:
-        ValueError: It is not.
+        ValueError: i is out of range.
     """
     index, count = dropout_shard
     if not 0 <= index < count:
@@ -177,7 +179,7 @@ def check_shard(dropout_shard: tuple[int, int]) -> None:
 
 
 def check_sharded(dropout_p: float) -> None:
-    """Refuse dropout on DTensors: which ranks are to draw the same mask, no layout says.
+    """Refuse dropout on DTensors, because no layout says which ranks must draw the same mask.
 
     Raises:
         ValueError: dropout_p is not 0.
@@ -190,23 +192,23 @@ def check_sharded(dropout_p: float) -> None:
 
 
 def is_sharded(t: object) -> bool:
-    """Whether a tensor is a DTensor, asked by name: where there are none, PyTorch's package for them is not loaded."""
+    """Return whether a tensor is a DTensor, by the name of its type: PyTorch's DTensor package need not be loaded."""
     return type(t).__name__ == "DTensor"
 
 
 def check_counts(call: str, weights: Any, adapters: Any, expected: int | None = None, **others: Any) -> int:
-    """Check the lists of a call for several projections; return how many there are.
+    """Check the lists of a call for several projections; return the number of projections.
 
     Args:
-        call: Its name.
-        weights: A tensor for each.
-        adapters: (lora_A, lora_B) or None for each.
-        expected: How many there must be, if that is settled.
-        others: More lists by name, one entry a projection.
+        call: Name of the call.
+        weights: A tensor for each projection.
+        adapters: (lora_A, lora_B) or None for each projection.
+        expected: Required number of projections, or None.
+        others: More lists by name, with one entry per projection.
 
     Raises:
-        TypeError: One of them is not a list, or an adapter is neither None nor a pair.
-        ValueError: They are not equally long, or of no projection at all.
+        TypeError: An argument is not a list or tuple, or an adapter is neither None nor a pair.
+        ValueError: The lists differ in length, or the number of projections is 0 or not the expected one.
     """
     for name, entries in {"weights": weights, "adapters": adapters, **others}.items():
         if not isinstance(entries, (list, tuple)):
@@ -224,20 +226,20 @@ def check_counts(call: str, weights: Any, adapters: Any, expected: int | None = 
 
 
 def check_backend(call: str, backend: object, known: tuple[str, ...]) -> None:
-    """Check that there is such a backend, also where a call has nothing for one to do.
+    """Check that `backend` is a known name, also in calls that leave a backend nothing to do.
 
     Raises:
-        ValueError: `backend` is none of `known`.
+        ValueError: `backend` is not in `known`.
     """
     if backend not in known:
         raise ValueError(f"{call}: backend={backend!r} is not one of: {', '.join(known)}.")
 
 
 def check_flag(call: str, name: str, flag: object, each: str = "") -> None:
-    """Check that an argument is True or False, or, with `each`, the word for what there are several of, a list of such.
+    """Check a bool, or with `each` a bool or a list of bools, one per `each`.
 
     Raises:
-        TypeError: It is not.
+        TypeError: The argument is something else.
     """
     flags, listed = (flag, True) if each and isinstance(flag, (list, tuple)) else ((flag,), False)
     for i, one in enumerate(flags):
@@ -248,11 +250,11 @@ def check_flag(call: str, name: str, flag: object, each: str = "") -> None:
 
 
 def check_activation(call: str, activation: object) -> None:
-    """Check that an activation is one of ours, by name.
+    """Check that an activation is the name of one in `ACTIVATIONS`.
 
     Raises:
-        TypeError: It is not a string.
-        ValueError: It is another.
+        TypeError: The activation is not a string.
+        ValueError: The string is not a known name.
     """
     if isinstance(activation, str) and activation in ACTIVATIONS:
         return
@@ -267,8 +269,8 @@ def check_mlp(layers: dict[str, Any], activation: str) -> None:
     """Check that the layers of `lora_mlp` are projections that fit each other, and that the activation is known.
 
     Raises:
-        TypeError: A layer is not a `Projection`, or `activation` not a string.
-        ValueError: The widths of two layers differ, or `activation` is none of ours.
+        TypeError: A layer is not a `Projection`, its weight not a matrix, or `activation` not a string.
+        ValueError: Two layers differ in width, a layer has only one of A and B, or `activation` is not a known name.
     """
     check_activation("lora_mlp", activation)
     for name, q in layers.items():
@@ -295,7 +297,7 @@ def check_number(call: str, name: str, number: object) -> None:
     """Check that an argument is a number.
 
     Raises:
-        TypeError: It is not.
+        TypeError: The argument is not a number.
     """
     if type(number) is not float and not isinstance(number, _NUMBERS):
         hint = "" if number is None else f" Use float({name})."
@@ -303,10 +305,10 @@ def check_number(call: str, name: str, number: object) -> None:
 
 
 def check_transforms(backend: str, call: str = "lora_linear") -> None:
-    """Refuse `torch.func` transforms and forward-mode AD unless the call asked for plain PyTorch.
+    """Refuse an active `torch.func` transform or forward-mode AD unless the call asked for plain PyTorch.
 
     Raises:
-        RuntimeError: One of them is active and backend is not "torch".
+        RuntimeError: backend is not "torch".
     """
     if backend != "torch":
         raise RuntimeError(
@@ -319,7 +321,8 @@ def _check_numbers(scaling: float, dropout_p: float, call: str) -> None:
     check_number(call, "dropout_p", dropout_p)
     if not (0.0 <= dropout_p <= 1.0):
         raise ValueError(f"{call}: dropout_p must be in [0, 1], got {dropout_p}. (1 drops the whole low-rank term.)")
-    if not -math.inf < scaling < math.inf:  # not isfinite, which a compiler cannot trace with a symbol
+    # Do not use math.isfinite, because a compiler cannot trace it with a symbol.
+    if not -math.inf < scaling < math.inf:
         raise ValueError(f"{call}: scaling must be finite, got {scaling}.")
 
 
@@ -346,13 +349,13 @@ def _check_kind(name: str, t: object, call: str = "lora_linear") -> None:
 
 
 def _swapped(lora_A: Tensor, lora_B: Tensor, in_features: int, out_features: int) -> str:
-    """What to say of adapters that do not fit and, exchanged, would; "" of others."""
+    """Return a hint if misfit adapters would fit when exchanged, else an empty string."""
     fit = lora_B.shape[1:] == (in_features,) and lora_A.shape == (out_features, lora_B.shape[0])
     return " lora_A and lora_B seem to be swapped: exchanged, they would fit." if fit else ""
 
 
 def _argument(part: str, layer: str | int | None) -> str:
-    """What the caller of a call for several layers calls one's weight, bias, lora_A or lora_B."""
+    """Return the name under which the caller passed a layer's weight, bias, lora_A or lora_B."""
     if layer is None:
         return part
     return f"{layer}.{part}" if isinstance(layer, str) else _IN_LISTS[part].format(layer)

@@ -1,4 +1,4 @@
-"""What a call passes on its way in: collectives, autocast, transforms and modes that watch."""
+"""Helpers at the entry of each call: collectives, autocast, and the detection of transforms and dispatch modes."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +15,7 @@ __all__ = ["arrived", "as_autocast", "as_number", "base_only", "cast", "nothing"
 
 
 class _Wait(torch.autograd.Function):
-    """Wait for a collective; the tensor's own `wait` gives one that autograd knows nothing of."""
+    """Wait for a collective and keep the graph, because autograd does not record the tensor's own `wait`."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, t: Any) -> Tensor:
@@ -28,29 +28,35 @@ class _Wait(torch.autograd.Function):
 
 
 def arrived(t: Tensor) -> Tensor:
-    """The result of a collective that may be on its way, as PyTorch's tensor-parallel styles return it; else t."""
+    """Wait for t if t is the pending result of a collective, as PyTorch's tensor-parallel styles return; return t."""
     return _Wait.apply(t) if type(t).__name__ == "AsyncCollectiveTensor" else t
 
 
 def transforming() -> bool:
-    """Whether a `torch.func` transform or forward-mode AD is at work, which only plain operators can serve."""
+    """Return whether a `torch.func` transform or forward-mode AD is active; only plain operators support them."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def watched() -> bool:
-    """Whether a compiler or a dispatch mode has to see an operator; the plain path is tens of microseconds faster."""
+    """Return whether a compiler or a dispatch mode has to see an operator.
+
+    Otherwise the plain path serves the call, because it is tens of microseconds faster.
+    """
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def as_number(value: float) -> float:
-    """A number that an operator takes; a compiler's symbol is left one."""
+    """Return a number that an operator accepts; a compiler's symbol stays a symbol."""
     return value if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) else float(value)
 
 
 def as_autocast(
     device_type: str, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """Cast as autocast casts for `F.linear`; float64 is left alone, as there. Adapters are cast inside."""
+    """Cast x, weight and bias as autocast casts for `F.linear`; return them and whether they were cast.
+
+    As in autocast, float64 stays as it is. Adapters are cast later.
+    """
     dtype = torch.get_autocast_dtype(device_type)
     if any(isinstance(t, Tensor) and not (t.is_floating_point() and t.itemsize <= 4) for t in (x, weight)):
         return x, weight, bias, False
@@ -60,7 +66,7 @@ def as_autocast(
 def cast(
     device_type: str, x: Tensor, entries: Iterable[Projection]
 ) -> tuple[Tensor, list[Projection], list[bool]]:  # fmt: skip
-    """Cast as autocast casts, x once for all; and tell of each whether its adapters may be of another dtype."""
+    """Cast as autocast casts, x once for all; return for each projection whether its adapters may differ in dtype."""
     cast, fits = [], []
     for q in entries:
         x, weight, bias, fit = as_autocast(device_type, x, q.weight, q.bias)
@@ -70,12 +76,13 @@ def cast(
 
 
 def base_only(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
-    """The base layer alone, with zero gradients for the adapters rather than none."""
+    """Compute the base layer alone, and let the adapters get gradients of 0 instead of None."""
     y = F.linear(x, weight, bias)
     zero = nothing(lora_A, lora_B)
     return y + zero.to(y.dtype) if zero.requires_grad else y
 
 
 def nothing(lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """0, to which both adapters belong: so they get gradients of 0 rather than none."""
-    return lora_A[:0].sum() + lora_B[:0].sum()  # of no elements: 0 whatever the adapters hold, and so the gradients
+    """Return 0 with A and B in its graph, so that they get gradients of 0 instead of None."""
+    # A sum over no elements is 0 and gives gradients of 0 for any values in A and B.
+    return lora_A[:0].sum() + lora_B[:0].sum()

@@ -19,16 +19,16 @@ def lora_linear(
 ) -> Tensor:  # fmt: skip
     """Apply a linear layer with a low-rank adapter, in one fused pass.
 
-    y = x Wᵀ + scaling · D(x) Aᵀ Bᵀ + bias, where D is inverted dropout. B A is never formed, nor D(x) stored
-    (but by small calls on a CPU, of up to 65,536 elements).
+    y = x Wᵀ + scaling · D(x) Aᵀ Bᵀ + bias, where D is inverted dropout. B A is never formed. D(x) is not stored,
+    except by small calls on a CPU, of up to 65,536 elements.
 
     Args:
         x: Activations, `[*, in_features]`: any leading dims, any strides; bfloat16, float16, float32, or float64
             (PyTorch backend).
-        weight: W, `[out_features, in_features]`. Usually frozen; if it requires grad it gets its gradient.
-        lora_A: A, `[r, in_features]`, r >= 0; x's dtype, or float32 over a 16-bit x (PEFT's default), in which case
-            it is rounded to x's dtype for the products and its gradient is float32.
-        lora_B: B, `[out_features, r]`; likewise.
+        weight: W, `[out_features, in_features]`. Usually frozen; if W requires grad, backward computes its gradient.
+        lora_A: A, `[r, in_features]`, r >= 0, in x's dtype, or in float32 over a 16-bit x (PEFT's default). A float32
+            A is rounded to x's dtype for the products, and its gradient is float32.
+        lora_B: B, `[out_features, r]`, in a dtype as A.
         scaling: Multiplies the low-rank term; `lora_alpha / r` in PEFT. A run-time number: no value recompiles.
         bias: `[out_features]` or None.
         dropout_p: Probability of dropping an element of the low-rank path's input, resolved to 1/65536. Applied
@@ -36,27 +36,28 @@ def lora_linear(
             low-rank term is zero. The mask comes from the device's torch generator.
         backend: "triton" for the fused kernels, "torch" for PyTorch's operators, "auto" for Triton on GPUs that can
             run it and PyTorch otherwise; the environment variable LORA_KERNELS_BACKEND overrides "auto".
-        accumulate_grad: Let backward add the gradients of `lora_A` and `lora_B` to their `.grad` itself, where there is
-            one and no hook listens: a launch and a pass less for each when gradients are accumulated. Only for
-            `y.backward()`: `torch.autograd.grad` would see none, and gradients would be added all the same. Without
-            effect where the engine would not add in place, as with `create_graph=True`.
-        dropout_shard: (i, n) where x is the i-th of n equal shards of the features: the generator is drawn from for all
-            n, and the i-th gets its mask. Ranks that were seeded alike drop independent elements and stay alike.
+        accumulate_grad: Let backward itself add the gradients of `lora_A` and `lora_B` to a `.grad` that exists and has
+            no hooks. Gradient accumulation then takes one launch and one pass less for each. Use this option only with
+            `y.backward()`: `torch.autograd.grad` would return no gradients, and backward would add them all the same.
+            The option has no effect where the engine would not add in place, as with `create_graph=True`.
+        dropout_shard: (i, n) if x is the i-th of n equal shards of the features. The call draws from the generator for
+            all n shards, and uses the mask of the i-th. Ranks with the same seed then drop independent elements, and
+            their generators stay equal.
 
     Returns:
         y, `[*, out_features]`, contiguous, in x's dtype, or autocast's inside `torch.autocast`.
 
     Raises:
-        TypeError: A dtype, a mix of dtypes, or a kind of tensor that is not supported; `scaling` or `dropout_p` that is
-            no number, `accumulate_grad` that is neither True nor False.
-        ValueError: Shapes, devices, `scaling`, `dropout_p` or `backend` that do not fit.
-        RuntimeError: backend="triton" where it cannot run, a `torch.func` transform or forward-mode AD, or, from
-            backward, a second differentiation (use `lora_kernels.reference.lora_linear` for that; small calls on a CPU
-            can be differentiated again).
+        TypeError: A dtype, a mix of dtypes, or a kind of tensor is not supported; `scaling` or `dropout_p` is not a
+            number; `accumulate_grad` is not a bool.
+        ValueError: Shapes, devices, `scaling`, `dropout_p` or `backend` do not fit.
+        RuntimeError: backend="triton" cannot run, a `torch.func` transform or forward-mode AD is active, or backward is
+            differentiated again (use `lora_kernels.reference.lora_linear` for that; small calls on a CPU can be
+            differentiated again).
 
-    Numerics: fp32 accumulation; s = scaling D(x) Aᵀ, its gradient, and each output are rounded once (the torch
-    backend, and a hybrid with the vendor's library, round one part of a sum on its own as well). In float16, s must
-    fit float16's range.
+    Numerics: fp32 accumulation; s = scaling D(x) Aᵀ, its gradient, and each output are rounded once. The torch backend,
+    and a hybrid with the vendor's library, round one part of a sum on its own as well. In float16, s must fit float16's
+    range.
 
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
@@ -66,7 +67,8 @@ def lora_linear(
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     if autocasts(device_type):
         x, weight, bias, adapters_fit = as_autocast(device_type, x, weight, bias)
-        with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
+        # All operands are cast already, and autocast would round fp32 sums on the way.
+        with torch.autocast(device_type, enabled=False):
             return compute(x, weight, lora_A, lora_B, bias, *how, adapters_fit)
     return compute(x, weight, lora_A, lora_B, bias, *how, False)
 
@@ -75,7 +77,7 @@ def compute(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
     backend: str, accumulate_grad: bool, dropout_shard: tuple[int, int], adapters_fit: bool,
 ) -> Tensor:  # fmt: skip
-    """Check, choose a backend, and call it; `adapters_fit` where autocast makes up for their dtypes."""
+    """Check, choose a backend, and call it; `adapters_fit` says that autocast allows any dtype of the adapters."""
     checks.check_call(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if type(accumulate_grad) is not bool:
         checks.check_flag("lora_linear", "accumulate_grad", accumulate_grad)
@@ -93,7 +95,8 @@ def compute(
     sharded = type(x) is not Tensor and checks.is_sharded(x)
     if sharded:
         checks.check_sharded(dropout_p)
-        from lora_kernels.autograd import sharding  # noqa: F401  registers its rules; not before there are DTensors
+        # This import registers the sharding rules, and waits until there are DTensors.
+        from lora_kernels.autograd import sharding  # noqa: F401
     if sharded or watched():
         backend = plan.overridden(backend)
         if adds_nothing:

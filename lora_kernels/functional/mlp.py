@@ -26,36 +26,36 @@ def lora_mlp(
 ) -> Tensor:  # fmt: skip
     """Apply a gated MLP whose layers may have low-rank adapters.
 
-    y = down(a(gate(x)) · up(x)), or down(a(up(x))) without a gate. Each layer is computed as `lora_linear` computes it,
-    with a dropout mask of its own. An MLP of two layers, such as GPT-2's or one with squared ReLU, has no gate:
+    y = down(a(gate(x)) · up(x)), or down(a(up(x))) without a gate. Each layer computes what `lora_linear` computes,
+    with a dropout mask of its own. An MLP of two layers, like GPT-2's or one with squared ReLU, has no gate:
 
         up, down = Projection(w_up, a_up, b_up), Projection(w_down, a_down, b_down)
         y = lora_mlp(x, None, up, down, activation="gelu_tanh")
 
     Args:
         x: Activations, `[*, in_features]`; as in `lora_linear`.
-        gate: weight `[hidden, in_features]`, lora_A, lora_B, bias, scaling and dropout_p of the gate, as `lora_linear`
-            takes them; lora_A and lora_B None for no adapter. Or None for an MLP without a gate.
-        up: Likewise, weight `[hidden, in_features]`.
-        down: Likewise, weight `[out_features, hidden]`.
+        gate: weight `[hidden, in_features]`, lora_A, lora_B, bias, scaling and dropout_p of the gate, as in
+            `lora_linear`; lora_A and lora_B are None for no adapter. None for an MLP without a gate.
+        up: The same of up, with weight `[hidden, in_features]`.
+        down: The same of down, with weight `[out_features, hidden]`.
         activation: a: "silu" (SwiGLU), "gelu" (GEGLU), "gelu_tanh" (GEGLU, approximated) or "relu2" (squared ReLU).
-        recompute: Compute gate(x) and up(x) once more in backward rather than keep them: `2 · hidden` elements a row
-            less, for about half of the MLP's forward pass more.
+        recompute: Compute gate(x) and up(x) again in backward instead of saving them. This saves `2 · hidden` elements
+            per row and costs about half of the MLP's forward pass.
         backend: As in `lora_linear`.
-        accumulate_grad: As in `lora_linear`: one for all layers, or one for each.
+        accumulate_grad: As in `lora_linear`: one bool for all layers, or one for each.
 
     Returns:
         y, `[*, out_features]`, as `lora_linear` returns it.
 
     Raises:
-        TypeError, ValueError, RuntimeError: As `lora_linear`, naming the layer; widths do not fit each other,
-            `activation` is none of these.
+        TypeError, ValueError, RuntimeError: As `lora_linear`, naming the layer; also if the widths do not fit each
+            other or `activation` is not a known name.
 
-    Saved for backward: x, gate(x), up(x), and of each layer s and the mask.
+    Saved for backward: x, gate(x), up(x), and for each layer s and the mask.
 
     Numerics: as `lora_linear`; gate(x), up(x), h = a(gate(x)) · up(x) and the gradients of all three are rounded once.
-    For a few elements on a CPU it is `lora_projections`, PyTorch's own activation and `lora_linear`, which save h as
-    well.
+    For a few elements on a CPU the call runs `lora_projections`, PyTorch's own activation and `lora_linear`, which save
+    h as well.
 
     Source: Shazeer 2020, arXiv:2002.05202 (SwiGLU, GEGLU); So et al. 2021, arXiv:2109.08668 (squared ReLU).
     """
@@ -71,7 +71,8 @@ def lora_mlp(
     if not autocasts(device_type):
         return _mlp(x, layers, activation, recompute, backend, added, [False] * len(layers))
     x, entries, fits = cast(device_type, x, layers.values())
-    with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
+    # All operands are cast already, and autocast would round fp32 sums on the way.
+    with torch.autocast(device_type, enabled=False):
         return _mlp(x, dict(zip(layers, entries, strict=True)), activation, recompute, backend, added, fits)
 
 
@@ -79,22 +80,25 @@ def _mlp(
     x: Tensor, layers: dict[str, Projection], activation: str, recompute: bool, backend: str, added: Sequence[bool],
     adapters_fit: list[bool],
 ) -> Tensor:  # fmt: skip
-    """Check each layer; compute all in shared passes, or one after the other."""
+    """Check each layer; compute all layers in shared passes, or one after the other."""
     checks.check_backend("lora_mlp", backend, plan.BACKENDS)
     *before, down = layers.values()
     check_each("lora_mlp", x, [*list(layers)[:-1]], before, adapters_fit[:-1], [*before, down])
     shape = *x.shape[:-1], before[0].weight.shape[0]
-    h = x.new_empty_strided(shape, (0,) * len(shape))  # of its shape in name alone
+    # A placeholder with the shape of h but without its memory.
+    h = x.new_empty_strided(shape, (0,) * len(shape))
     check_each("lora_mlp", h, ["down"], [down], adapters_fit[-1:], [*before, down])
     chosen = _fused_backend(x, [*before, down], backend)
     if chosen is None:
 
         def composed(x: Tensor) -> Tensor:
-            gate: Any  # there always is one of the two
+            # `joined` returns at least one tensor, so that `gate` is never None.
+            gate: Any
             gate, up = (*joined(x, before, backend, added[:-1], adapters_fit[:-1]), None)[:2]
             return alone(activated(gate, up, activation), down, backend, adapters_fit[-1], added[-1])
 
-        again = recompute and torch.is_grad_enabled() and not transforming()  # transforms take no saved-tensor hooks
+        # Transforms do not support saved-tensor hooks, which `checkpoint` needs.
+        again = recompute and torch.is_grad_enabled() and not transforming()
         return checkpoint(composed, x, use_reentrant=False) if again else composed(x)
     if watched():
         return autograd.mlp.mlp(x, *arguments([*before, down]), activation, recompute, chosen)
@@ -109,14 +113,15 @@ def _mlp(
 
 
 def _fused_backend(x: Tensor, entries: list[Projection], backend: str) -> str | None:
-    """The backend that computes an MLP in shared passes; None where its layers are computed one after the other.
+    """Return the backend that computes an MLP in shared passes, or None to compute its layers one after the other.
 
-    Where something watches, the one that was asked for, as in `_shared_backend`.
+    Under a compiler or a dispatch mode, return the requested backend, as `_shared_backend` does.
     """
     adapted: list[Adapted] = [q for q in entries if q.lora_A is not None]
     if not adapted or transforming() or checks.is_sharded(x):
         return None
-    if any(q.dropout_p == 1 or not q.lora_A.shape[0] for q in adapted):  # adds nothing, and gets gradients of 0
+    # An adapter that adds nothing gets gradients of 0 when its layer is computed alone.
+    if any(q.dropout_p == 1 or not q.lora_A.shape[0] for q in adapted):
         return None
     empty = x.numel() == 0 or any(q.weight.numel() == 0 for q in entries)
     if watched():

@@ -17,7 +17,7 @@ from lora_kernels.passes.layer import Adapted, Projection
 
 __all__ = ["alone", "arguments", "check_each", "joined", "lora_projections", "lora_qkv", "with_floats"]
 
-_AT_ONCE = 4  # projections of one launch
+_AT_ONCE = 4  # projections per launch
 _QKV = ("q", "k", "v")
 
 
@@ -35,12 +35,12 @@ def lora_projections(
     Args:
         x: Activations, `[*, in_features]`; as in `lora_linear`.
         weights: W of each projection, `[out_featuresᵢ, in_features]`.
-        adapters: (lora_A `[rᵢ, in_features]`, lora_B `[out_featuresᵢ, rᵢ]`) of each, or None where it has none.
-        biases: `[out_featuresᵢ]` or None of each; None if there are none.
+        adapters: (lora_A `[rᵢ, in_features]`, lora_B `[out_featuresᵢ, rᵢ]`) of each projection, or None for no adapter.
+        biases: `[out_featuresᵢ]` or None for each projection; None for no biases at all.
         scaling: Multiplies the low-rank term: a number for all, or one for each.
         dropout_p: As in `lora_linear`: a number for all, or one for each.
         backend: As in `lora_linear`.
-        accumulate_grad: As in `lora_linear`: one for all, or one for each.
+        accumulate_grad: As in `lora_linear`: one bool for all, or one for each.
 
     Returns:
         Each y, `[*, out_featuresᵢ]`, as `lora_linear` returns it.
@@ -48,8 +48,8 @@ def lora_projections(
     Raises:
         TypeError, ValueError, RuntimeError: As `lora_linear`, naming the projection.
 
-    Numerics: as `lora_linear`, and dx is rounded once. Where large products are left to the vendor's library (see
-    `lora_kernels.plan.model`) and for a few elements on a CPU, it is `lora_linear` n times.
+    Numerics: as `lora_linear`, and dx is rounded once. Where the vendor's library computes the large products (see
+    `lora_kernels.plan.model`), and for a few elements on a CPU, they are those of `lora_linear` n times.
 
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
@@ -63,12 +63,12 @@ def lora_qkv(
     biases: Sequence[Tensor | None] | None = None, scaling: float | Sequence[float] = 1.0,
     dropout_p: float | Sequence[float] = 0.0, backend: str = "auto", accumulate_grad: bool | Sequence[bool] = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Project x to queries, keys and values: `lora_projections` of three, (Wq, Wk, Wv).
+    """Project x to queries, keys and values: `lora_projections` with the three weights (Wq, Wk, Wv).
 
     With grouped-query attention Wk and Wv have fewer rows than Wq. Arguments, result and errors are those of
     `lora_projections`.
     """
-    # it has seen that there are three
+    # `_projected` has checked that there are three projections.
     return _projected(  # type: ignore[return-value]
         "lora_qkv", x, weights, adapters, biases, scaling, dropout_p, backend, 3, accumulate_grad
     )
@@ -94,14 +94,15 @@ def _projected(
     if not autocasts(device_type):
         return _checked(call, x, entries, backend, added, [False] * count)
     x, entries, fits = cast(device_type, x, entries)
-    with torch.autocast(device_type, enabled=False):  # all is cast; it would round fp32 sums on their way
+    # All operands are cast already, and autocast would round fp32 sums on the way.
+    with torch.autocast(device_type, enabled=False):
         return _checked(call, x, entries, backend, added, fits)
 
 
 def _checked(
     call: str, x: Tensor, entries: list[Projection], backend: str, added: Sequence[bool], adapters_fit: list[bool]
 ) -> tuple[Tensor, ...]:
-    """Check each projection and compute them."""
+    """Check each projection, then compute all."""
     checks.check_backend(call, backend, plan.BACKENDS)
     check_each(call, x, range(len(entries)), entries, adapters_fit, entries)
     return joined(x, entries, backend, added, adapters_fit)
@@ -111,9 +112,10 @@ def check_each(
     call: str, x: Tensor, layers: Sequence[str | int], entries: list[Projection], adapters_fit: list[bool],
     together: list[Projection],
 ) -> None:  # fmt: skip
-    """Check some projections of a call, those that read x; `layers` are their names, or places in the lists."""
+    """Check the projections of a call that read x; `layers` are their names, or their indices in the lists."""
     for layer, q, fits in zip(layers, entries, adapters_fit, strict=True):
-        lora_A: Any  # whatever was given
+        # These are the caller's arguments, unchecked so far.
+        lora_A: Any
         lora_B: Any
         lora_A, lora_B = _no_adapter(q.weight) if q.lora_A is q.lora_B is None else (q.lora_A, q.lora_B)
         where = f"{call}: {_named(call, layer)}"
@@ -123,7 +125,7 @@ def check_each(
 
 
 def _named(call: str, layer: str | int) -> str:
-    """What a message calls one projection of a call, whose arguments it names by their places in the lists."""
+    """Return the name of one projection in messages, where `layer` is a name or an index in the lists."""
     if isinstance(layer, str):
         return layer
     return _QKV[layer] if call == "lora_qkv" else f"projection {layer}"
@@ -132,10 +134,11 @@ def _named(call: str, layer: str | int) -> str:
 def joined(
     x: Tensor, entries: list[Projection], backend: str, added: Sequence[bool], adapters_fit: list[bool]
 ) -> tuple[Tensor, ...]:
-    """Compute those that can share launches together, the others on their own."""
+    """Compute together the projections that can share launches, and each other projection alone."""
     ys: dict[int, Tensor] = {}
     chosen = _shared_backend(x, entries, backend)
-    if chosen is not None:  # not for those that add nothing: their adapters get gradients of 0 on the way alone
+    if chosen is not None:
+        # Leave out adapters that add nothing: `alone` gives them gradients of 0.
         joining = [i for i, q in enumerate(entries) if q.lora_A is None or (q.lora_A.shape[0] and q.dropout_p < 1)]
         for first in range(0, len(joining), _AT_ONCE):
             places = joining[first : first + _AT_ONCE]
@@ -145,9 +148,10 @@ def joined(
 
 
 def _shared_backend(x: Tensor, entries: list[Projection], backend: str) -> str | None:
-    """The backend that computes projections in shared launches; None where each is better off alone.
+    """Return the backend that computes projections in shared launches, or None to compute each alone.
 
-    Where something watches, the one that was asked for: the operators choose, and with sizes that they can see.
+    Under a compiler or a dispatch mode, return the requested backend, because the operators choose later, from the
+    sizes that they see.
     """
     adapted: list[Adapted] = [q for q in entries if q.lora_A is not None and q.lora_A.shape[0]]
     if len(entries) < 2 or not adapted or transforming() or checks.is_sharded(x):
@@ -162,7 +166,7 @@ def _shared_backend(x: Tensor, entries: list[Projection], backend: str) -> str |
 
 
 def _together(x: Tensor, entries: list[Projection], backend: str, added: list[bool]) -> list[Tensor]:
-    """Several projections in the same launches, with a Function where a gradient may be asked for."""
+    """Compute several projections in the same launches, by a Function if a gradient may be needed."""
     if watched():
         return autograd.projections.projections(x, *arguments(entries), backend)
     entries = list(map(with_floats, entries))
@@ -176,29 +180,30 @@ def _together(x: Tensor, entries: list[Projection], backend: str, added: list[bo
 
 
 def with_floats(q: Projection) -> Projection:
-    """A projection whose scaling and dropout_p are Python floats."""
-    if type(q.scaling) is type(q.dropout_p) is float:  # to replace takes as long as all checks of a layer
+    """Return a projection whose scaling and dropout_p are Python floats."""
+    # `_replace` takes as long as all checks of a layer.
+    if type(q.scaling) is type(q.dropout_p) is float:
         return q
     return q._replace(scaling=float(q.scaling), dropout_p=float(q.dropout_p))
 
 
 def arguments(entries: list[Projection]) -> tuple[list, ...]:
-    """What operators take of each: weights, lora_As, lora_Bs, biases, scalings, dropout_ps."""
+    """Return the arguments of operators: weights, lora_As, lora_Bs, biases, scalings, dropout_ps."""
     *tensors, scalings, ps = map(list, zip(*entries, strict=True))
     return *tensors, [*map(as_number, scalings)], [*map(as_number, ps)]
 
 
 def alone(x: Tensor, q: Projection, backend: str, adapters_fit: bool, added: bool = False) -> Tensor:
-    """Compute one projection by itself."""
+    """Compute one projection alone."""
     if q.lora_A is None:
         return F.linear(x, q.weight, q.bias)
     how = q.scaling, q.dropout_p, backend, added, (0, 1)
-    # where there is an A there is a B
+    # A projection with an A has a B.
     return compute(x, q.weight, q.lora_A, q.lora_B, q.bias, *how, adapters_fit)  # type: ignore[arg-type]
 
 
 def _no_adapter(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Adapters of rank 0, for checks; of something that is no matrix, that itself, which the checks then name."""
+    """Return adapters of rank 0 for the checks; return a weight that is no matrix as given, for the checks to name."""
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         return weight, weight
     return weight[:0], weight[:, :0]

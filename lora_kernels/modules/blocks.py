@@ -1,13 +1,13 @@
-"""`LoRAQKV` and `LoRAMLP`: layers that belong together, in the launches of one where that is possible.
+"""`LoRAQKV` and `LoRAMLP`: layers that belong together, computed if possible in the launches of one layer.
 
-Both hold plain layers under transformers' names, `LoRALinear` or, for a projection without an adapter, a frozen
-`nn.Linear`. What walks a model for `LoRALinear` therefore finds them: state dicts, adapter files, `merge_and_unload`,
-`swap_linear`, the styles of `lora_kernels.parallel`. The block reads their parameters at each call and computes all at
-once; a child's own forward works, too.
+Both hold ordinary layers under transformers' names: a `LoRALinear` or, for a projection without an adapter, a frozen
+`nn.Linear`. So code that searches a model for `LoRALinear` finds these layers: state dicts, adapter files,
+`merge_and_unload`, `swap_linear`, the styles of `lora_kernels.parallel`. At each call the block reads the layers'
+parameters and computes all layers at once. The forward of each child works, too.
 
-A child that has to be called itself is: one with hooks or a forward of its own, which would not run otherwise, and one
-of any other class, as a sharded, a quantised or a parametrised layer is. Then, and wherever a hook listens to every
-module, the block calls its children one by one, and computes the same in more launches.
+Some children must be called themselves: a child with hooks or a replaced forward, which would not run otherwise, and a
+child of another class, for example a sharded, quantised or parametrised layer. If there is one, or a global module
+hook, the block calls its children one by one, and computes the same in more launches.
 """
 
 from collections.abc import Sequence
@@ -27,12 +27,12 @@ __all__ = ["LoRAMLP", "LoRAQKV"]
 
 
 class _Block(nn.Module):
-    """What both blocks do: make their children, and read them."""
+    """The common part of both blocks: create the children, and read their parameters."""
 
     names: tuple[str, ...]
 
     def _make(self, shapes: Sequence[tuple[int, int]], targets: Sequence[str], bias: bool, **how: Any) -> None:
-        """Make a child of each (in_features, out_features), as a `LoRALinear` if it is among the targets."""
+        """Create a child for each (in_features, out_features), a `LoRALinear` if the child is among the targets."""
         self._check_targets(targets)
         check_numbers(type(self).__name__, how["r"], how["lora_alpha"], how["lora_dropout"])
         like = {name: how[name] for name in ("device", "dtype")}
@@ -43,21 +43,22 @@ class _Block(nn.Module):
 
     @classmethod
     def _checked(cls, linears: Sequence[nn.Module], targets: Sequence[str], *numbers: Any) -> list[str]:
-        """Refuse layers whose place the block cannot take; return what shall have an adapter and has none."""
+        """Refuse layers that the block cannot replace; return the names of the targets without an adapter."""
         cls._check_targets(targets)
         check_numbers(cls.__name__, *numbers)
         new = [name for name, linear in zip(cls.names, linears, strict=True) if type(linear) is not LoRALinear]
         for name, linear in zip(cls.names, linears, strict=True):
             if name in new:
                 check_base(linear, f"{cls.__name__}.from_linears: {name}")
-        devices = [linear.weight.device for linear in linears]  # several dtypes are fine: autocast makes them one
+        # Several dtypes are allowed, because autocast casts them to one.
+        devices = [linear.weight.device for linear in linears]
         if len(set(devices)) > 1:
             each = ", ".join(f"{name} {device}" for name, device in zip(cls.names, devices, strict=True))
             raise ValueError(f"{cls.__name__}.from_linears: the layers must have one device, got {each}.")
         return [name for name in new if name in targets]
 
     def _take(self, linears: Sequence[Any], adapt: Sequence[str], **how: Any) -> None:
-        """Make children of layers that are there: new adapters for those in `adapt`, the others as they are."""
+        """Take existing layers as children: with new adapters for those in `adapt`, the others as they are."""
         for name, linear in zip(self.names, linears, strict=True):
             setattr(self, name, LoRALinear.from_linear(linear, **how) if name in adapt else linear)
         for child in self._children():
@@ -78,7 +79,7 @@ class _Block(nn.Module):
         return [getattr(self, name) for name in self.names]
 
     def _together(self) -> tuple[list[Projection], list[bool]] | None:
-        """What each child computes, and its `accumulate_grad`; None where one of them has to be called itself."""
+        """Return each child as a projection and its `accumulate_grad`, or None if a child has to be called itself."""
         children = self._children()
         entries: list[Any] = list(map(_projection, children))
         if None in entries or _has_any_global_hook():
@@ -86,7 +87,7 @@ class _Block(nn.Module):
         return entries, [getattr(child, "accumulate_grad", False) for child in children]
 
     def reset_lora_parameters(self) -> None:
-        """Draw each A anew and zero each B: see `LoRALinear`."""
+        """Initialise each A again and zero each B: see `LoRALinear`."""
         for child in self._children():
             if isinstance(child, LoRALinear):
                 child.reset_lora_parameters()
@@ -98,7 +99,7 @@ class _Block(nn.Module):
                 child.merge()
 
     def unmerge(self) -> None:
-        """Take out of the weights what `merge` added: see `LoRALinear`."""
+        """Subtract from the weights the updates that `merge` added: see `LoRALinear`."""
         for child in self._children():
             if isinstance(child, LoRALinear):
                 child.unmerge()
@@ -107,8 +108,8 @@ class _Block(nn.Module):
 class LoRAQKV(_Block):
     """Queries, keys and values of one x, in the launches of one layer.
 
-    q, k, v = x Wᵢᵀ + biasᵢ + scalingᵢ · Dᵢ(x) Aᵢᵀ Bᵢᵀ for i = q, k, v, each as a `LoRALinear` computes it and with a
-    dropout mask of its own: one call of `lora_qkv`.
+    q, k, v = x Wᵢᵀ + biasᵢ + scalingᵢ · Dᵢ(x) Aᵢᵀ Bᵢᵀ for i = q, k, v, each as in a `LoRALinear` and with a dropout
+    mask of its own, in one call of `lora_qkv`.
 
     Args:
         hidden_size: Size of each input.
@@ -118,20 +119,21 @@ class LoRAQKV(_Block):
         lora_alpha: Numerator of `scaling`.
         lora_dropout: Probability of dropping an element of an adapter's input, in training mode only.
         bias: Whether the base layers have biases (frozen, too).
-        use_rslora: Scale by 1/√r in place of 1/r.
-        device: Where the parameters live.
-        dtype: Their dtype.
+        use_rslora: Scale by 1/√r instead of 1/r.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
         targets: Which of "q_proj", "k_proj" and "v_proj" have an adapter; the others are frozen `nn.Linear`.
 
     Attributes:
-        q_proj: The child of that name, and likewise k_proj and v_proj. Their parameters, `scaling` and
-            `accumulate_grad` are read at each call. Replace a child by any module that maps x: it is called.
+        q_proj: The child of that name; the others are k_proj and v_proj. The block reads their parameters, `scaling`
+            and `accumulate_grad` at each call. A child may be replaced by any module that maps x; the block then
+            calls that module.
 
     Shapes: x `[*, hidden_size]`; q `[*, q_features]`, k and v `[*, kv_features]`.
 
     Raises:
         TypeError: As `LoRALinear`.
-        ValueError: As `LoRALinear`; `targets` names none of the children, or something else.
+        ValueError: As `LoRALinear`; `targets` is empty or has a name that is not a child's.
     """
 
     names = ("q_proj", "k_proj", "v_proj")
@@ -158,12 +160,12 @@ class LoRAQKV(_Block):
     ) -> "LoRAQKV":  # fmt: skip
         """Wrap existing layers: share their weights and biases, copy nothing, freeze all.
 
-        Layers of several dtypes take calls under `torch.autocast` alone.
+        Layers of several dtypes can be called under `torch.autocast` only.
 
         Args:
-            q: The layer of the queries, an `nn.Linear`, or a `LoRALinear`, which is kept as it is.
-            k: That of the keys.
-            v: That of the values.
+            q: The layer of the queries: an `nn.Linear`, or a `LoRALinear`, which is kept as it is.
+            k: The layer of the keys.
+            v: The layer of the values.
             r: Rank of the updates.
             lora_alpha: Numerator of `scaling`.
             lora_dropout: Drop probability of the adapters' input in training.
@@ -172,9 +174,9 @@ class LoRAQKV(_Block):
             targets: Which of "q_proj", "k_proj" and "v_proj" get an adapter; the others are kept and frozen.
 
         Raises:
-            TypeError: A layer is neither exactly an `nn.Linear` nor a `LoRALinear`; a number, as `LoRALinear`.
-            ValueError: One has hooks; the layers do not read the same x, or are on several devices; `targets` names
-                something else; a number, as `LoRALinear`.
+            TypeError: A layer is neither exactly an `nn.Linear` nor a `LoRALinear`; for a number, as `LoRALinear`.
+            ValueError: A layer has hooks; the layers differ in in_features or device; `targets` is empty or has another
+                name; for a number, as `LoRALinear`.
         """
         adapt = cls._checked((q, k, v), targets, r, lora_alpha, lora_dropout)
         if not q.in_features == k.in_features == v.in_features:
@@ -202,34 +204,34 @@ class LoRAQKV(_Block):
 
 
 class LoRAMLP(_Block):
-    """A gated MLP, y = down(act(gate(x)) · up(x)), each layer as a `LoRALinear` computes it: one call of `lora_mlp`.
+    """A gated MLP, y = down(act(gate(x)) · up(x)), each layer as in a `LoRALinear`, in one call of `lora_mlp`.
 
     Args:
         hidden_size: Size of each input and of each output.
-        intermediate_size: Size of what the activation is applied to.
+        intermediate_size: Size of the activation's input.
         r: Rank of the updates, >= 1.
         lora_alpha: Numerator of `scaling`.
         lora_dropout: Probability of dropping an element of an adapter's input, in training mode only.
         bias: Whether the base layers have biases (frozen, too).
-        use_rslora: Scale by 1/√r in place of 1/r.
-        device: Where the parameters live.
-        dtype: Their dtype.
+        use_rslora: Scale by 1/√r instead of 1/r.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
         targets: Which of "gate_proj", "up_proj" and "down_proj" have an adapter; the others are frozen `nn.Linear`.
         activation: "silu", "gelu", "gelu_tanh" or "relu2", see `lora_mlp`.
-        recompute: Compute gate(x) and up(x) again in backward rather than keep them. Without effect where the children
-            are called one by one.
+        recompute: Compute gate(x) and up(x) again in backward instead of saving them. No effect while the block calls
+            its children one by one.
 
     Attributes:
-        gate_proj: The child of that name, and likewise up_proj and down_proj; as in `LoRAQKV`.
-        activation: Set freely.
-        recompute: Set freely.
+        gate_proj: The child of that name; the others are up_proj and down_proj. As in `LoRAQKV`.
+        activation: May be set at any time.
+        recompute: May be set at any time.
 
     Shapes: x and y `[*, hidden_size]`.
 
     Raises:
         TypeError: As `LoRALinear`; `activation` is not a string.
-        ValueError: As `LoRALinear`; `activation` is none of these; `targets` names none of the children, or something
-            else.
+        ValueError: As `LoRALinear`; `activation` is not a known name; `targets` is empty or has a name that is not a
+            child's.
     """
 
     names = ("gate_proj", "up_proj", "down_proj")
@@ -259,11 +261,11 @@ class LoRAMLP(_Block):
     ) -> "LoRAMLP":  # fmt: skip
         """Wrap existing layers: share their weights and biases, copy nothing, freeze all.
 
-        Layers of several dtypes take calls under `torch.autocast` alone.
+        Layers of several dtypes can be called under `torch.autocast` only.
 
         Args:
-            gate: The layer before the activation, an `nn.Linear`, or a `LoRALinear`, which is kept as it is.
-            up: The layer that it is multiplied with, likewise, of the same shape.
+            gate: The layer before the activation: an `nn.Linear`, or a `LoRALinear`, which is kept as it is.
+            up: The layer whose output multiplies the activation; of a class and shape as gate.
             down: The layer after both.
             r: Rank of the updates.
             lora_alpha: Numerator of `scaling`.
@@ -272,13 +274,13 @@ class LoRAMLP(_Block):
             dtype: Dtype of the adapters; each base's if None.
             targets: Which of "gate_proj", "up_proj" and "down_proj" get an adapter; the others are kept and frozen.
             activation: "silu", "gelu", "gelu_tanh" or "relu2".
-            recompute: Compute gate(x) and up(x) again in backward rather than keep them.
+            recompute: Compute gate(x) and up(x) again in backward instead of saving them.
 
         Raises:
-            TypeError: A layer is neither exactly an `nn.Linear` nor a `LoRALinear`; `activation` is not a string; a
+            TypeError: A layer is neither exactly an `nn.Linear` nor a `LoRALinear`; `activation` is not a string; for a
                 number, as `LoRALinear`.
-            ValueError: One has hooks; the shapes do not fit together, or the devices; `activation` or `targets` name
-                something else; a number, as `LoRALinear`.
+            ValueError: A layer has hooks; the shapes do not fit together, or the devices differ; `activation` is not a
+                known name; `targets` is empty or has another name; for a number, as `LoRALinear`.
         """
         adapt = cls._checked((gate, up, down), targets, r, lora_alpha, lora_dropout)
         if gate.in_features != up.in_features or not gate.out_features == up.out_features == down.in_features:
@@ -304,7 +306,7 @@ class LoRAMLP(_Block):
         return lora_mlp(x, *entries, activation=self.activation, recompute=self.recompute, accumulate_grad=added)
 
     def extra_repr(self) -> str:
-        """What is the block's own."""
+        """Describe the block's own settings."""
         return f"activation={self.activation!r}" + (", recompute=True" if self.recompute else "")
 
     def _configure(self, activation: str, recompute: bool) -> None:
@@ -313,12 +315,13 @@ class LoRAMLP(_Block):
 
 
 def _projection(layer: Any) -> Projection | None:
-    """What a layer computes of its input; None where it has to be called itself."""
+    """Return a layer as a projection of its input, or None if the layer has to be called itself."""
     if type(layer) not in (LoRALinear, nn.Linear) or listened_to(layer):
         return None
     if type(layer) is nn.Linear:
         return Projection(layer.weight, bias=layer.bias)
-    if layer.merged:  # in training it is the layer that refuses
+    # In training, call the layer, which refuses to run merged.
+    if layer.merged:
         return None if layer.training and torch.is_grad_enabled() else Projection(layer.weight, bias=layer.bias)
     dropout_p = layer.lora_dropout if layer.training else 0.0
     return Projection(layer.weight, layer.lora_A, layer.lora_B, layer.bias, layer.scaling, dropout_p)

@@ -27,21 +27,21 @@ class LoRALinear(nn.Module):
         lora_alpha: Numerator of `scaling`.
         lora_dropout: Probability of dropping an element of the adapter's input, in training mode only.
         bias: Whether the base layer has a bias (frozen, too).
-        use_rslora: Scale by 1/√r in place of 1/r (Kalajdzievski 2023, arXiv:2312.03732).
-        device: Where the parameters live.
-        dtype: Their dtype; adapters of an existing layer may differ, see `from_linear`.
+        use_rslora: Scale by 1/√r instead of 1/r (Kalajdzievski 2023, arXiv:2312.03732).
+        device: Device of the parameters.
+        dtype: Dtype of the parameters; adapters of an existing layer may differ, see `from_linear`.
 
     Attributes:
         weight: Frozen, `[out_features, in_features]`.
         bias: Frozen, `[out_features]`, or None.
-        lora_A: Trainable, `[r, in_features]`, drawn as PEFT draws it (Kaiming uniform, a = √5).
-        lora_B: Trainable, `[out_features, r]`, zero at first: the layer starts out as its base.
-        scaling: A plain number, read at each call; set it freely.
-        merged: Whether the update stands in `weight` at the moment.
-        accumulate_grad: Whether backward adds to the `.grad` of lora_A and lora_B itself, see `lora_linear`; False at
-            first, set it freely.
+        lora_A: Trainable, `[r, in_features]`, initialised as in PEFT (Kaiming uniform, a = √5).
+        lora_B: Trainable, `[out_features, r]`, initially zero, so that the layer starts as its base.
+        scaling: A plain number, read at each call; may be set at any time.
+        merged: Whether `weight` includes the update at the moment.
+        accumulate_grad: Whether backward itself adds to the `.grad` of lora_A and lora_B, see `lora_linear`; initially
+            False, may be set at any time.
 
-    A merged layer's state dict is a plain linear layer's (`weight`, `bias`).
+    The state dict of a merged layer is that of a plain linear layer (`weight`, `bias`).
 
     Raises:
         TypeError: r is not an int; `lora_alpha` or `lora_dropout` is not a number.
@@ -54,7 +54,8 @@ class LoRALinear(nn.Module):
     lora_B: Tensor
     merged: bool
     accumulate_grad: bool
-    _added: Any  # while it is merged: A, B and the scaling of then
+    # While merged: A, B and the scaling at the time of `merge`.
+    _added: Any
 
     def __init__(
         self, in_features: int, out_features: int, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0.0,
@@ -74,7 +75,7 @@ class LoRALinear(nn.Module):
         """Wrap an existing layer: share its weight and bias, copy nothing, freeze both.
 
         Args:
-            linear: The layer to adapt. Its parameters become the new layer's, and stop requiring grad.
+            linear: The layer to adapt. The new layer takes over its parameters, which stop requiring grad.
             r: Rank of the update.
             lora_alpha: Numerator of `scaling`.
             lora_dropout: Drop probability of the adapter's input in training.
@@ -82,9 +83,9 @@ class LoRALinear(nn.Module):
             dtype: Dtype of the adapters; the base's if None. float32 over a 16-bit base is PEFT's default.
 
         Raises:
-            TypeError: `linear` is not exactly an `nn.Linear` (a subclass may compute something else); a number, as
+            TypeError: `linear` is not exactly an `nn.Linear` (a subclass may compute something else); for a number, as
                 `LoRALinear`.
-            ValueError: `linear` has hooks, or a forward of its own, which would no longer run; a number, as
+            ValueError: `linear` has hooks, or a forward of its own, which would no longer run; for a number, as
                 `LoRALinear`.
         """
         check_base(linear, "LoRALinear.from_linear: linear")
@@ -96,7 +97,7 @@ class LoRALinear(nn.Module):
         return self
 
     def reset_lora_parameters(self) -> None:
-        """Draw A anew and zero B, so that the layer computes what its base computes."""
+        """Initialise A again and zero B, so that the layer computes the same as its base."""
         if self.merged:
             raise RuntimeError("LoRALinear is merged; call unmerge() before resetting its adapter.")
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -109,7 +110,7 @@ class LoRALinear(nn.Module):
     def _compute(
         self, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, **more: Any
     ) -> Tensor:
-        """The layer's output of these tensors, which may be parts of its own."""
+        """Compute the layer's output from the given tensors, which may be shards of the layer's own."""
         if self.merged:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("LoRALinear is merged; call unmerge() before training.")
@@ -123,7 +124,7 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Add the update to the weight, in place: W += scaling · B A, computed in fp32 and rounded once.
 
-        The weight is written where it lies, so a layer that shares it changes with it. Does nothing when merged.
+        The weight is written in place, so layers that share the weight change as well. Does nothing when merged.
         """
         if not self.merged:
             self._added = self.lora_A.detach().clone(), self.lora_B.detach().clone(), self.scaling
@@ -132,9 +133,9 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take out of the weight what `merge` added; exact to the rounding of the two sums.
+        """Subtract the update that `merge` added from the weight, exact up to the rounding of the two sums.
 
-        The adapters as they were then are kept for it: they may have been written since.
+        The layer keeps copies of the adapters from the time of `merge`, because they may have changed since.
         """
         if self.merged:
             lora_A, lora_B, scaling = self._added
@@ -142,7 +143,7 @@ class LoRALinear(nn.Module):
             self.merged, self._added = False, None
 
     def extra_repr(self) -> str:
-        """The arguments that made the layer."""
+        """Describe the arguments that made the layer."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, bias={self.bias is not None}"
@@ -186,10 +187,10 @@ class LoRALinear(nn.Module):
 
 
 def check_numbers(name: str, r: int, lora_alpha: float, lora_dropout: float) -> None:
-    """Refuse numbers that make no adapter; `name` is the class that was asked for one.
+    """Refuse numbers that define no adapter; `name` is the class in error messages.
 
     Raises:
-        TypeError: r is not an int, or another is not a number.
+        TypeError: r is not an int, or another argument is not a number.
         ValueError: r < 1, `lora_alpha` is not finite, or `lora_dropout` outside [0, 1].
     """
     if not isinstance(r, int) or isinstance(r, bool):
@@ -205,7 +206,7 @@ def check_numbers(name: str, r: int, lora_alpha: float, lora_dropout: float) -> 
 
 
 def check_base(linear: nn.Module, what: str, way_out: str = "") -> None:
-    """Refuse a layer whose place a `LoRALinear` cannot take; `what` and `way_out` are words for the message.
+    """Refuse a layer that a `LoRALinear` cannot replace; `what` and `way_out` are words for the message.
 
     Raises:
         TypeError: `linear` is not exactly an `nn.Linear` (a subclass may compute something else).
@@ -226,5 +227,5 @@ def check_base(linear: nn.Module, what: str, way_out: str = "") -> None:
 
 
 def listened_to(module: nn.Module) -> list[str]:
-    """What would notice that a module is not called: names of its hooks, and of a forward set on the instance."""
+    """List the hooks of a module, and a forward set on the instance: all of them need the module to be called."""
     return [name for name in _HOOKS if getattr(module, name)] + ["forward"] * ("forward" in vars(module))

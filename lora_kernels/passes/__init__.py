@@ -1,6 +1,6 @@
-"""Forward and backward as contractions: the formulas, without autograd and without Triton.
+"""Forward and backward passes as contractions: the formulas, without autograd and without Triton.
 
-A file an operation; `layer` has the values that passes take. The contractions come from a backend
+Each operation has a file, and `layer` has the types that passes take. The contractions come from a backend
 (`plan.contractions`).
 """
 

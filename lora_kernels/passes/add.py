@@ -1,4 +1,4 @@
-r"""The low-rank term alone, over a base result that something else computed: four products.
+r"""The low-rank term alone, over a given base result: four products.
 
     forward    s  = scaling · D(x) Aᵀ               shrink
                y  = base + s Bᵀ                     one product that begins with base (beta = 1)
@@ -8,8 +8,9 @@ r"""The low-rank term alone, over a base result that something else computed: fo
                dA = dsᵀ (keep · x)                  wgrad
                dbase = dy
 
-For base layers that only they themselves can compute: quantised ones, hooked ones, ones of another class. As in
-`linear`, the contractions come from a backend, and x, A, B, s and the mask are saved as far as gradients need them.
+This serves base layers that only the layer itself can compute: quantised layers, layers with hooks, layers of another
+class. As in `linear`, the contractions come from a backend. Of x, A, B, s and the mask, only those that the needed
+gradients take are saved.
 """
 
 from collections.abc import Sequence
@@ -28,9 +29,9 @@ def forward(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Compute y `[M, out]` in base's dtype, and what backward needs: s `[M, r]` and the backend's mask.
+    """Compute y `[M, out]` in base's dtype, and for backward s `[M, r]` and the backend's mask.
 
-    `noise` decides the mask; drawn here when there is none.
+    `noise` decides the mask; with None, this function draws the noise.
     """
     alpha = scaling * keep_scale(dropout_p)
     return plan.repeat(backend, _forward_pass, rows(base), rows(x), lora_A, lora_B, alpha, dropout_p, noise)
@@ -44,19 +45,21 @@ def _forward_pass(
     lora_B = lora_B.to(x.dtype)
     if base.dtype == x.dtype:
         y = torch.addmm(base, s, lora_B.t())
-    else:  # summed in the wider of the two and rounded once, as PyTorch promotes
+    else:
+        # PyTorch's promotion sums in the wider of the two dtypes; the sum is rounded once.
         y = (base + torch.mm(s, lora_B.t())).to(base.dtype)
-    return y, s, keep  # no view of y: autograd lets nobody write to a view that a Function returns
+    # Do not return a view of y, because autograd forbids in-place writes to a view that a Function returns.
+    return y, s, keep
 
 
 def backward(
     dy: Tensor, x: Kept, lora_A: Kept, lora_B: Kept, s: Kept, keep: Tensor | None, alpha: float, backend: str,
     adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Compute dx `[M, in]`, dA and dB, as far as they are `needed`, from what they need.
+    """Compute those of dx `[M, in]`, dA and dB that are `needed`.
 
     dx needs A, B and the mask; dA needs x, B and the mask; dB needs s. dy is `[M, out]` in x's dtype, x `[M, in]`.
-    `alpha` is scaling · keep_scale. dA and dB come in `adapter_dtypes`.
+    `alpha` is scaling · keep_scale. `adapter_dtypes` are the dtypes of dA and dB.
     """
     return plan.repeat(backend, _backward_pass, dy, x, lora_A, lora_B, s, keep, alpha, adapter_dtypes, needed)
 

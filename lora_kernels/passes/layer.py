@@ -1,4 +1,4 @@
-"""The layers that passes compute with, and the views and dtypes of their tensors."""
+"""Types for the layers of passes, and helpers for the views and dtypes of their tensors."""
 
 import math
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ __all__ = ["Adapted", "Kept", "Layer", "Part", "Projection", "as_dtype", "by_lay
 
 _EACH = 4  # weight, lora_A, lora_B, bias
 
-# a tensor that is None where no gradient needs it: which are there follows from what is needed, and no checker sees how
+# A tensor, or None if no gradient needs the tensor. `Any`, because no type checker can follow which ones are needed.
 Kept: TypeAlias = Tensor | Any
-# a projection that was seen to have an adapter: it has A and B
+# A projection with an adapter, that is with A and B, as a check has shown.
 Adapted: TypeAlias = Any
 
 
 class Projection(NamedTuple):
-    """One projection: what `lora_linear` takes but x.
+    """One projection: the arguments of `lora_linear` without x.
 
     Attributes:
         weight: W, `[out, in]`.
@@ -40,24 +40,24 @@ class Projection(NamedTuple):
 
     @property
     def alpha(self) -> float:
-        """What the accumulators of both shrinks are multiplied by."""
+        """Return the factor on the accumulators of both shrinks."""
         return self.scaling * keep_scale(self.dropout_p)
 
 
 class Part(NamedTuple):
-    """What backward needs of a projection that a gradient comes back to, as far as gradients are needed.
+    """The tensors of one projection that backward needs, for a projection that has a dy.
 
     Attributes:
         dy: `[M, out]`.
-        weight: W, where dx is needed.
-        lora_A: A, where dx is needed.
-        lora_B: B, where dx or dA is needed.
-        s: `[M, r]`, where dB is needed.
-        keep: The backend's mask, where there is one and dx or dA is needed.
+        weight: W, if dx is needed.
+        lora_A: A, if dx is needed.
+        lora_B: B, if dx or dA is needed.
+        s: `[M, r]`, if dB is needed.
+        keep: The backend's mask, if there is a mask and dx or dA is needed.
         alpha: scaling · keep_scale.
-        dtypes: Those that dA and dB come in.
+        dtypes: The dtypes of dA and dB.
         need_A: Whether dA is needed.
-        into: Gradients to which dA and dB are added, which then are not returned, or None.
+        into: Gradients to add dA and dB to instead of returning them, or None.
     """
 
     dy: Tensor
@@ -73,18 +73,18 @@ class Part(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What backward needs of one layer, as far as gradients are needed.
+    """The tensors of one layer that backward needs.
 
     Attributes:
-        weight: W, where the gradient of its input is needed.
-        lora_A: A, likewise.
-        lora_B: B, where that or dA is needed.
-        s: `[M, r]`, where dB is needed.
-        keep: The backend's mask, where there is one and the gradient of the input or dA is needed.
+        weight: W, if the gradient of the layer's input is needed.
+        lora_A: A, if the gradient of the layer's input is needed.
+        lora_B: B, if the gradient of the layer's input or dA is needed.
+        s: `[M, r]`, if dB is needed.
+        keep: The backend's mask, if there is a mask and the gradient of the layer's input or dA is needed.
         alpha: scaling · keep_scale.
-        dtypes: Those that dA and dB come in, None without an adapter.
+        dtypes: The dtypes of dA and dB, None without an adapter.
         needs: Whether the gradients of weight, lora_A, lora_B and bias are needed.
-        into: Gradients to which dA and dB are added, which then are not returned, or None.
+        into: Gradients to add dA and dB to instead of returning them, or None.
     """
 
     weight: Kept
@@ -99,21 +99,21 @@ class Layer(NamedTuple):
 
 
 def by_layer(flat: Sequence) -> list[Sequence]:
-    """What belongs to each layer's weight, lora_A, lora_B and bias, of a flat sequence."""
+    """Split a flat sequence into four entries per layer, for weight, lora_A, lora_B and bias."""
     return [flat[i : i + _EACH] for i in range(0, len(flat), _EACH)]
 
 
 def readable(adapter: Tensor, dtype: torch.dtype) -> Tensor:
-    """An adapter that contractions in `dtype` can read: of that, or in fp32, which they round as they read it."""
+    """Return an adapter in `dtype` or in fp32, which contractions round to `dtype` as they read."""
     return adapter if adapter.dtype in (dtype, torch.float32) else adapter.to(dtype)
 
 
 def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """T in a dtype; t itself where it has it."""
+    """Return t in `dtype`; return t itself if that is its dtype."""
     return t if t.dtype == dtype else t.to(dtype)
 
 
 def rows(t: Tensor) -> Tensor:
-    """View `[*, features]` as `[M, features]`; copies where no view exists."""
-    # not Size.numel, which makes a number of a compiler's symbol
+    """View `[*, features]` as `[M, features]`; copy if no view exists."""
+    # Do not use Size.numel, because it turns a compiler's symbol into a number.
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])

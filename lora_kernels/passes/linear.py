@@ -7,13 +7,15 @@ r"""LoRA's forward and backward as six products over three contractions.
                dx = dy W + keep · (ds A)            matmul_expand
                dA = dsᵀ (keep · x)                  wgrad
 
-The contractions come from a backend (`plan.contractions`); this file knows none of them. A pass is called by way of
-`plan.repeat`, which may take its steps by notes: it depends on its arguments and on nothing else. Dropout's factor
-`keep_scale` rides in the two shrinks with the scaling, on their accumulators, so everything else sees a 0/1 mask.
-Saved for backward: x, W, A and B as they were given, s (M·r elements) and, with dropout, the mask; and of these only
-what the gradients that were asked for need. fp32 adapters over a 16-bit x are rounded to its dtype as they are read,
-and where that cannot be, in a copy of the pass: for few rows copies would be more than all else that is saved. No input
-is ever written.
+The contractions come from a backend (`plan.contractions`); this file works with any backend. Callers run a pass through
+`plan.repeat`, which may repeat the steps of an earlier call from notes. So a pass must depend on its arguments alone.
+The two shrinks multiply their accumulators by dropout's factor `keep_scale` and the scaling, so all other products see
+a 0/1 mask.
+
+Saved for backward: x, W, A and B as given, s (M·r elements) and, with dropout, the mask; of these only the tensors that
+the needed gradients take. fp32 adapters over a 16-bit x are rounded to x's dtype as they are read. Where that is not
+possible, the pass rounds a copy and does not save the copy: for few rows the copies would be larger than all other
+saved tensors. No input except `into` is ever written.
 """
 
 from collections.abc import Sequence
@@ -33,9 +35,9 @@ def forward(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
     scaling: float, dropout_p: float, backend: str, noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Compute y `[M, out]`, and what backward needs of the way there: s `[M, r]` and the backend's mask.
+    """Compute y `[M, out]`, and for backward s `[M, r]` and the backend's mask.
 
-    `noise` decides the mask; drawn here when there is none.
+    `noise` decides the mask; with None, this function draws the noise.
     """
     alpha = scaling * keep_scale(dropout_p)
     return plan.repeat(backend, _forward_pass, rows(x), weight, lora_A, lora_B, bias, alpha, dropout_p, noise)
@@ -45,11 +47,13 @@ def _forward_pass(
     backend: str, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, alpha: float,
     dropout_p: float, noise: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    lora_B = as_dtype(lora_B, x.dtype)  # copies come before the launches, which overlap
+    # Copies come before the launches, because the launches overlap.
+    lora_B = as_dtype(lora_B, x.dtype)
     s, keep = plan.contractions(backend).shrink(x, readable(lora_A, x.dtype), alpha, dropout_p, noise=noise)
     _, expand = plan.expander(backend, x, weight.shape[0], lora_A.shape[0], masked=False, backward=False)
     y = expand([(x, weight), (s, lora_B)], bias)
-    return y, s, keep  # no view of y: autograd lets nobody write to a view that a Function returns
+    # Do not return a view of y, because autograd forbids in-place writes to a view that a Function returns.
+    return y, s, keep
 
 
 def backward(
@@ -57,11 +61,11 @@ def backward(
     backend: str, adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: Sequence[bool],
     into: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Compute dx `[M, in]`, dA and dB, as far as they are `needed`, from what they need.
+    """Compute those of dx `[M, in]`, dA and dB that are `needed`.
 
-    dx needs W, A, B and the mask; dA needs x, B and the mask; dB needs s. dy is `[M, out]` and x `[M, in]`: a copy,
-    where `rows` has to make one, comes before the launches, which overlap. `alpha` is scaling · keep_scale. dA and dB
-    come in `adapter_dtypes`, or are added to `into`, and then are None.
+    dx needs W, A, B and the mask; dA needs x, B and the mask; dB needs s. dy is `[M, out]` and x `[M, in]`; the caller
+    makes them by `rows`, so that a copy comes before the launches, because the launches overlap. `alpha` is scaling ·
+    keep_scale. dA and dB have `adapter_dtypes`, or are added to `into` and returned as None.
     """
     return plan.repeat(
         backend, _backward_pass, dy, x, weight, lora_A, lora_B, s, keep, alpha, adapter_dtypes, needed, into
@@ -88,7 +92,7 @@ def from_dy(
     dy: Tensor, weight: Kept, lora_A: Any, lora_B: Any, s: Kept, keep: Tensor | None, alpha: float, backend: str,
     dtype_B: torch.dtype, needed: Sequence[bool], into: Tensor | None = None,
 ) -> tuple[Tensor | None, Kept, Tensor | None, str | None]:  # fmt: skip
-    """Compute what `backward` computes without x: dx, ds, dB, and the form that dx took. `needed`: dx, ds, dB."""
+    """Compute dx, ds and dB, which do not need x; return them and the form of dx. `needed`: dx, ds, dB."""
     (need_x, need_ds, need_B), ops = needed, plan.contractions(backend)
     lora_A, lora_B = (None if t is None else readable(t, dy.dtype) for t in (lora_A, lora_B))
     expand: Any = None
@@ -96,7 +100,8 @@ def from_dy(
     dx = d_lora_B = how = None
     if need_x:
         how, expand = plan.expander(backend, dy, weight.shape[1], lora_B.shape[1], keep is not None, True)
-        lora_A = as_dtype(lora_A, dy.dtype) if keep is None else lora_A  # before the launches, too
+        # This copy, too, comes before the launches.
+        lora_A = as_dtype(lora_A, dy.dtype) if keep is None else lora_A
     if how == "joint":
         dx, ds = expand(dy, weight, lora_A, lora_B, alpha, keep)
     elif need_B and (need_x or need_ds):

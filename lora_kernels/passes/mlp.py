@@ -1,4 +1,4 @@
-r"""A gated MLP: the products of `linear` and `projections`, with the activation made where its neighbours read it.
+r"""A gated MLP: the products of `linear` and `projections`, with the activation computed inside neighbouring passes.
 
     forward    g, u  = gate(x), up(x)                      as `projections` computes them: 2 launches
                h     = a(g) · u,  s = α D(h) A_dᵀ          shrink: one pass of g and u, which writes h
@@ -6,14 +6,15 @@ r"""A gated MLP: the products of `linear` and `projections`, with the activation
     backward   ds    = α dy B_d,  dB_d = dyᵀ s             shrink_wgrad: one read of dy
                dh    = dy W_d + keep · (ds A_d)            matmul_expand
                du    = dh · a(g),  dg = dh · u · a'(g)     \
-               dA_d  = dsᵀ (keep · h)                       | wgrad: one pass of g, u and dh, in which h is made again;
+               dA_d  = dsᵀ (keep · h)                       | wgrad: one pass of g, u and dh that computes h again;
                ds_g  = α dg B_g,  dB_g = dgᵀ s_g            | a shrink each for ds_g and ds_u at ranks above 16
                ds_u  = α du B_u,  dB_u = duᵀ s_u           /
                dx, dA_g, dA_u                              as `projections` computes them: 2 launches
 
-Nine launches. Saved for backward: x, g, u, the s and the masks; with `recompute` not even g and u, which are then made
-again of x and the s. Beside them backward holds dh, dg and du, two of the three at a time, and up to rank 32 the fp32
-parts of ds_g and ds_u, one for every 128 columns: at rank 16 in bf16 together half as large as dh. No input is written.
+Nine launches. Saved for backward: x, g, u, the s and the masks. With `recompute` g and u are not saved, and backward
+computes them again from x and the s. In addition backward holds dh, dg and du, two of the three at a time, and up to
+rank 32 the fp32 parts of ds_g and ds_u, one for every 128 columns: at rank 16 in bf16 together half as large as dh. No
+input except `into` is written.
 
 Source: Shazeer 2020, arXiv:2002.05202; Hu et al. 2021, arXiv:2106.09685. Recomputing h in backward: Liger's SwiGLU
 (idea; there g and u are overwritten). No code was taken.
@@ -33,26 +34,27 @@ from lora_kernels.passes.layer import Kept, Layer, Part, Projection, readable, r
 __all__ = ["SAVED", "backward", "differentiate", "forward", "reads_outs", "to_save"]
 
 _EACH = 4  # weight, lora_A, lora_B, bias
-SAVED = 6  # of a layer: weight, lora_A, lora_B, s, keep, bias
+# Tensors saved for each layer: weight, lora_A, lora_B, s, keep, bias.
+SAVED = 6
 
 
 def forward(
     x: Tensor, before: Sequence[Projection], down: Projection, activation: str, backend: str,
     noise: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None], list[Tensor | None]]:  # fmt: skip
-    """Compute y `[M, out]`, and what backward needs of the way there.
+    """Compute y `[M, out]`, and the tensors for backward.
 
     Args:
         x: `[*, in]`.
         before: Gate and up, or up alone.
         down: The layer after the activation.
-        activation: Its name.
+        activation: Name of the activation.
         backend: "triton" or "torch".
-        noise: What decides the masks of `before`, of `draw_noise(x, count)`, and that of `down`, of
-            `draw_noise(h)`; drawn here where there is none.
+        noise: Result of `draw_noise(x, count)` for the masks of `before`, and of `draw_noise(h)` for the mask of
+            `down`; in place of a None, this function draws the noise.
 
     Returns:
-        y; the outputs of `before`, `[M, hidden]`; s and the mask of each layer, None where there is none.
+        y; the outputs of `before`, `[M, hidden]`; s and the mask of each layer, or None.
     """
     return plan.repeat(backend, _forward_pass, rows(x), before, down, activation, noise)
 
@@ -61,8 +63,10 @@ def _forward_pass(
     backend: str, x: Tensor, before: Sequence[Projection], down: Projection, activation: str,
     noise: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None], list[Tensor | None]]:  # fmt: skip
-    gate: Any  # there always is one of the two
-    lora_B: Any = None if down.lora_B is None else down.lora_B.to(x.dtype)  # before the launches, which overlap
+    # `before` has at least one layer, so that `gate` is never None.
+    gate: Any
+    # Copies come before the launches, because the launches overlap.
+    lora_B: Any = None if down.lora_B is None else down.lora_B.to(x.dtype)
     outs, shrunk, keeps = projections.forward(x, before, backend, noise[0])
     rows_of_down = [] if down.lora_A is None else [(readable(down.lora_A, x.dtype), down.alpha, down.dropout_p)]
     gate, up = (*outs, None)[:2]
@@ -77,15 +81,15 @@ def backward(
     dy: Tensor, x: Kept, outs: Sequence[Tensor], layers: Sequence[Layer], need_x: bool, activation: str,
     backend: str,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
-    """Compute dx `[M, in]`, and the gradients of weight, lora_A, lora_B and bias of each layer, as far as needed.
+    """Compute dx `[M, in]` if needed, and the needed gradients of weight, lora_A, lora_B and bias of each layer.
 
     Args:
         dy: `[M, out]`.
-        x: `[M, in]`, where a gradient of a weight or of an A before the activation is needed.
-        outs: The outputs of gate and up, or of up alone, where they are needed.
+        x: `[M, in]`, if a gradient of a weight or of an A before the activation is needed.
+        outs: The outputs of gate and up, or of up alone, if they are needed.
         layers: Gate and up, or up alone; and down.
         need_x: Whether dx is needed.
-        activation: Its name.
+        activation: Name of the activation.
         backend: "triton" or "torch".
     """
     ops, (*before, down) = plan.contractions(backend), layers
@@ -121,16 +125,16 @@ def differentiate(
     dy: Tensor, x: Kept, groups: Sequence[Sequence[Kept]], outs: Sequence[Tensor],
     numbers: Sequence[tuple[Any, ...]], need_x: bool, activation: str, backend: str,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
-    """Call `backward` with what `to_save` kept, and compute the outputs of gate and up again where it kept none.
+    """Call `backward` with the tensors of `to_save`; compute the outputs of gate and up again if they were not saved.
 
     Args:
         dy: `[M, out]`.
-        x: `[M, in]`, where it was kept.
-        groups: The six of each layer.
-        outs: The outputs of gate and up, where they were kept.
-        numbers: alpha, dtypes and needs of each layer, as `Layer` has them, and `into` where there is one.
+        x: `[M, in]`, if x was saved.
+        groups: The six saved entries of each layer.
+        outs: The outputs of gate and up, if they were saved.
+        numbers: alpha, dtypes and needs of each layer, as in `Layer`, and optionally `into`.
         need_x: Whether dx is needed.
-        activation: Its name.
+        activation: Name of the activation.
         backend: "triton" or "torch".
     """
     return plan.repeat(backend, _differentiate_pass, dy, x, groups, outs, numbers, need_x, activation)
@@ -153,12 +157,13 @@ def to_save(
     x: Tensor, layers: Sequence[Projection], outs: Sequence[Tensor], shrunk: Sequence[Tensor | None],
     keeps: Sequence[Tensor | None], need_x: bool, all_needs: Sequence[Sequence[bool]], recompute: bool,
 ) -> list[Tensor | None]:  # fmt: skip
-    """What `differentiate` needs: x, six tensors of each layer, and the outputs of gate and up unless `recompute`.
+    """List the tensors for `differentiate`: x, six of each layer, and the outputs of gate and up unless `recompute`.
 
-    The six are weight, lora_A, lora_B, s, mask and bias. Whatever the gradients in `all_needs` do not need is None.
+    The six are weight, lora_A, lora_B, s, mask and bias. A tensor that no gradient in `all_needs` takes is None.
     """
     need_outs, need_dh = reads_outs(need_x, all_needs), need_x or any(map(any, all_needs[:-1]))
-    again = recompute and need_outs  # what gate and up take has to be there for it
+    # To compute the outputs of gate and up again, backward needs their inputs.
+    again = recompute and need_outs
     saved, need_rows = [], again
     for i, (q, s, keep, needs) in enumerate(zip(layers, shrunk, keeps, all_needs, strict=True)):
         (need_weight, need_A, need_B, _), is_down = needs, i == len(layers) - 1
@@ -173,12 +178,12 @@ def to_save(
 
 
 def reads_outs(need_x: bool, all_needs: Sequence[Sequence[bool]]) -> bool:
-    """Whether backward reads the outputs of gate and up: for what comes before them, and for dW and dA of down."""
+    """Return whether backward reads the outputs of gate and up: for earlier gradients, and for dW and dA of down."""
     return need_x or any(map(any, all_needs[:-1])) or any(all_needs[-1][:2])
 
 
 def _through_down(dy: Tensor, down: Layer, need_dh: bool, backend: str) -> tuple[Kept, Kept, Tensor | None]:
-    """The dh, ds and dB that follow from dy."""
+    """Compute dh, ds and dB of down from dy."""
     _, need_A, need_B, _ = down.needs
     if down.dtypes is None:  # no adapter
         if not need_dh:
@@ -189,12 +194,12 @@ def _through_down(dy: Tensor, down: Layer, need_dh: bool, backend: str) -> tuple
         dy, down.weight, down.lora_A, down.lora_B, down.s, down.keep, down.alpha, backend, down.dtypes[1],
         (need_dh, need_A, need_B), down.into[1],
     )  # fmt: skip
-    # some forms leave padding between its rows
+    # Some forms leave padding between the rows of dh.
     return None if dh is None else dh.contiguous(), ds, d_lora_B
 
 
 def _asked(q: Layer, need_x: bool, dtype: torch.dtype) -> Before | None:
-    """What of a layer before the activation is to come with its gradient."""
+    """Return the request for ds and dB of a layer before the activation, to be computed with its dy."""
     _, need_A, need_B, _ = q.needs
     if q.dtypes is None or not (need_x or need_A or need_B):
         return None

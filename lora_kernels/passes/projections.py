@@ -1,4 +1,4 @@
-r"""Several projections of one x, such as Q, K and V: the products of `linear`, a row for each a launch.
+r"""Several projections of one x, for example Q, K and V: the products of `linear`, a launch with a row per projection.
 
     forward    sᵢ  = scalingᵢ · Dᵢ(x) Aᵢᵀ                shrink           one read of x, a mask and a product for each
                yᵢ  = x Wᵢᵀ + sᵢ Bᵢᵀ + biasᵢ              matmul_expand    one launch for all outputs
@@ -8,10 +8,11 @@ r"""Several projections of one x, such as Q, K and V: the products of `linear`, 
                dAᵢ = dsᵢᵀ (keepᵢ · x)                    wgrad            one read of x
 
 Two launches forward and n + 2 backward, at ranks up to 32. A projection without an adapter has no row in the thin
-products. Weights stay where they are: nothing is laid side by side but the sᵢ, and for large M, where there is no
-dropout, the dsᵢ and, in a launch more, a copy of the Aᵢ: that is one product in place of several, mostly padding.
-Saved for backward: x, the parameters, the sᵢ (M·Σrᵢ elements) and the masks, and of these only what the gradients that
-were asked for need. An output that nothing was computed from costs backward nothing.
+products. Weights are not copied. Only the sᵢ are side by side and, for large M without dropout, the dsᵢ and, by one
+more launch, a copy of the Aᵢ. Then one thin product replaces several that are mostly padding.
+
+Saved for backward: x, the parameters, the sᵢ (M·Σrᵢ elements) and the masks, of these only the tensors that the needed
+gradients take. An output without a gradient costs nothing in backward.
 
 Source: Hu et al. 2021, arXiv:2106.09685; one LoRA product of x for Q, K and V: Unsloth's `LoRA_QKV` (idea). No code
 was taken.
@@ -31,10 +32,10 @@ __all__ = ["backward", "expand", "forward", "shrink"]
 def forward(
     x: Tensor, projections: Sequence[Projection], backend: str, noise: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
-    """Compute each y `[M, outᵢ]`, and what backward needs of the way there: each s `[M, rᵢ]` and the backend's mask.
+    """Compute each y `[M, outᵢ]`, and for backward each s `[M, rᵢ]` and the backend's mask.
 
-    s and mask are None for a projection without an adapter, and the mask for one without dropout. `noise` decides the
-    masks; drawn here when there is none.
+    s and mask are None for a projection without an adapter, and the mask is None without dropout. `noise` decides the
+    masks; with None, this function draws the noise.
     """
     return plan.repeat(backend, _forward_pass, rows(x), projections, noise)
 
@@ -42,7 +43,8 @@ def forward(
 def _forward_pass(
     backend: str, x: Tensor, projections: Sequence[Projection], noise: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
-    projections = [  # copies come before the launches, which overlap
+    # Copies come before the launches, because the launches overlap.
+    projections = [
         q if q.lora_B is None or q.lora_B.dtype == x.dtype else q._replace(lora_B=q.lora_B.to(x.dtype))
         for q in projections
     ]
@@ -56,7 +58,7 @@ def expand(x: Tensor, projections: Sequence[Projection], shrunk: Sequence[Tensor
     rank = max((s.shape[1] for s in shrunk if s is not None), default=0)
     _, expand_all = plan.expander_all(backend, x, x.shape[1], cols, rank, masked=False, backward=False)
     outputs = [
-        # where there is an s there is a B
+        # A projection with an s has a B.
         ([(x, q.weight)] if s is None else [(x, q.weight), (s, q.lora_B.to(x.dtype))], q.bias)  # type: ignore[union-attr]
         for q, s in zip(projections, shrunk, strict=True)
     ]
@@ -80,9 +82,9 @@ def backward(
     x: Kept, parts: Sequence[Part], need_x: bool, backend: str,
     made: Sequence[tuple[Kept, Tensor | None]] | None = None,
 ) -> tuple[Kept, list[list[Tensor | None]]]:  # fmt: skip
-    """Compute dx `[M, in]`, and dA and dB of each part, as far as they are needed. x is `[M, in]`.
+    """Compute dx `[M, in]` if needed, and the needed dA and dB of each part. x is `[M, in]`.
 
-    `made` has ds and dB of each where they were made with its dy.
+    `made` has ds and dB of each part if they were computed together with its dy.
     """
     return plan.repeat(backend, _backward_pass, parts, x, need_x, made)
 
@@ -94,7 +96,7 @@ def _backward_pass(
     ops, dx, how, stack = plan.contractions(backend), None, None, None
     if need_x:
         how, expand_all = _expander(parts, backend)
-        # what has to be copied of any A is copied before the launches that overlap
+        # Copies of any A come before the launches, because the launches overlap.
         stack = _stack(parts, backend) if how == "fused" and made is None else None
         rights = [None if stack else _right(part) for part in parts]
     if made is None:
@@ -123,7 +125,7 @@ def _backward_pass(
 
 
 def _expander(parts: Sequence[Part], backend: str) -> tuple[str, Callable]:
-    """The form of dx, and what computes it."""
+    """Return the form of dx, and the function that computes dx."""
     adapted = [part for part in parts if part.lora_A is not None]
     rank = max((part.lora_A.shape[0] for part in adapted), default=0)
     inner, cols = sum(part.dy.shape[1] for part in parts), parts[0].weight.shape[1]
@@ -132,7 +134,7 @@ def _expander(parts: Sequence[Part], backend: str) -> tuple[str, Callable]:
 
 
 def _right(part: Part) -> Tensor | None:
-    """The right side of a part's thin product in dx, if it has one."""
+    """Return the right side of a part's thin product in dx, or None without an adapter."""
     if part.lora_A is None:
         return None
     dtype = part.dy.dtype
@@ -140,14 +142,14 @@ def _right(part: Part) -> Tensor | None:
 
 
 class _Stack(NamedTuple):
-    """Thin products of dx as one: its source, and where in it the ds of each part goes."""
+    """All thin products of dx as one product: its source, and the columns for the ds of each part."""
 
     source: tuple[Tensor, Tensor]
     columns: list[Tensor | None]
 
 
 def _stack(parts: Sequence[Part], backend: str) -> _Stack | None:
-    """Lay the thin products of dx side by side, where that pays: together they take fewer K steps than each alone."""
+    """Lay the thin products of dx side by side if one product takes fewer K steps than several; else return None."""
     adapted = [part for part in parts if part.lora_A is not None]
     adapters = [part.lora_A for part in adapted]
     if any(part.keep is not None or part.s is None for part in adapted):
@@ -160,7 +162,7 @@ def _stack(parts: Sequence[Part], backend: str) -> _Stack | None:
 
 
 def _ds_and_dB(part: Part, backend: str, ds: Tensor | None = None) -> tuple[Kept, Tensor | None]:
-    """Compute ds, to where `ds` is if that is said, and dB of a part, as far as they are needed."""
+    """Compute the needed ones of ds, written to `ds` if given, and dB of a part."""
     dy, _, _, lora_B, s, _, alpha, dtypes, _, (_, into) = part
     ops = plan.contractions(backend)
     if lora_B is None:

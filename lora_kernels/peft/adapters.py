@@ -1,11 +1,11 @@
-"""Adapters of models made of `LoRALinear`, in PEFT's own files, and in no other kind.
+"""Save and load the adapters of models made of `LoRALinear`, in PEFT's own file formats only.
 
     folder/adapter_model.safetensors    base_model.model.<layer>.lora_A.weight [r, in], ….lora_B.weight [out, r]
-    folder/adapter_config.json          what PEFT's `LoraConfig` holds of it
+    folder/adapter_config.json          the fields of PEFT's `LoraConfig`
 
-`PeftModel.from_pretrained(model, folder)` reads what `save_adapter` writes, and `load_adapter` reads what PEFT's
-`save_pretrained` writes for plain LoRA on linear layers, number for number. A file that says more than `LoRALinear`
-computes is refused, and so is pickle, which runs code when it is loaded.
+`PeftModel.from_pretrained(model, folder)` reads files that `save_adapter` writes, and `load_adapter` reads files that
+PEFT's `save_pretrained` writes for plain LoRA on linear layers, number for number. `load_adapter` refuses a
+configuration beyond the computation of `LoRALinear`, and refuses pickle, because pickle runs code when loaded.
 """
 
 import json
@@ -28,14 +28,16 @@ __all__ = ["load_adapter", "save_adapter"]
 
 _PREFIX, _CONFIG, _TENSORS = "base_model.model.", "adapter_config.json", "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
-_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")  # others change the base weight
+# Other initialisations change the base weight.
+_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 _BEYOND = (
     "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias",
     "modules_to_save", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
     "use_qalora", "velora_config",
 )  # fmt: skip
 
-_NUMBERS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (  # a field, the one for exceptions, what it may be
+# For each number: the field, the field of exceptions, the test of a value, and the words for the test.
+_NUMBERS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("r", "rank_pattern", lambda n: type(n) is int and n > 0, "an integer of at least 1"),
     ("lora_alpha", "alpha_pattern", lambda n: type(n) in (int, float) and math.isfinite(n), "a finite number"),
     ("lora_dropout", "", lambda n: type(n) in (int, float) and 0 <= n <= 1, "a number in [0, 1]"),
@@ -45,17 +47,18 @@ _NUMBERS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (  # a field
 def save_adapter(
     model: nn.Module, folder: str | Path, *, base_model_name_or_path: str | None = None, task_type: str | None = None
 ) -> None:
-    """Write the adapters of a model's `LoRALinear` layers as PEFT does; `folder` is made if need be.
+    """Write the adapters of a model's `LoRALinear` layers as PEFT does; create `folder` if needed.
 
     Args:
-        model: As it is, or wrapped, as are its parts, by `torch.compile`, activation checkpointing, DataParallel, DDP.
-        folder: Files in it are overwritten.
-        base_model_name_or_path: Of the base model, for PEFT's `AutoPeftModel`.
-        task_type: As in PEFT, "CAUSAL_LM" for instance.
+        model: The model. The model and its parts may be wrapped by `torch.compile`, activation checkpointing,
+            DataParallel or DDP.
+        folder: The folder to write to; its files are overwritten.
+        base_model_name_or_path: The base model's, for PEFT's `AutoPeftModel`.
+        task_type: As in PEFT, for example "CAUSAL_LM".
 
     Raises:
-        ValueError: The model has no `LoRALinear` layers, or has trained something else of one that would be lost.
-        TypeError: An adapter is not a plain tensor: gather it first.
+        ValueError: The model has no `LoRALinear` layers, or a layer's weight or bias is trained and would be lost.
+        TypeError: An adapter is not a plain tensor; gather the adapter first.
     """
     from safetensors.torch import save_file
 
@@ -81,24 +84,26 @@ def save_adapter(
 def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     """Read adapters from PEFT's files into a model's `LoRALinear` layers.
 
-    A model without such layers gets them first, as the configuration says. Their adapters have the weight's dtype, or
-    float32 over a float16 or bfloat16 weight, unless the file's are of that 16-bit dtype as well. The scaling is the
-    file's; `lora_dropout` is the model's, or, for new layers, the file's. Nothing is changed if anything does not fit.
+    A model without `LoRALinear` layers gets them first, from the configuration. The adapters of new layers have the
+    weight's dtype, or float32 over a float16 or bfloat16 weight, unless the file's adapters have that 16-bit dtype as
+    well. The scaling is the file's; `lora_dropout` is the model's, or, for new layers, the file's. If anything does not
+    fit, nothing is changed.
 
     Args:
-        model: As it is, or wrapped, as are its parts, by `torch.compile`, activation checkpointing, DataParallel, DDP.
-        folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
+        model: The model. The model and its parts may be wrapped by `torch.compile`, activation checkpointing,
+            DataParallel or DDP.
+        folder: The folder of `adapter_config.json` and `adapter_model.safetensors`.
 
     Returns:
         The names of the layers that were read.
 
     Raises:
-        FileNotFoundError: A file is not there.
+        FileNotFoundError: A file does not exist.
         NotADirectoryError: `folder` is a file.
-        ValueError: A model with PEFT LoRA layers, a pickle file, a configuration that is beyond plain LoRA, a key that
-            is missing, left over, without PEFT's prefix, or of another shape, a number that is none; the message names
-            it.
-        TypeError: An adapter, or a weight that is to get one, is not a plain tensor.
+        ValueError: The model has PEFT LoRA layers, the file is a pickle, the configuration goes beyond plain LoRA, or a
+            number in the configuration is not valid. Or a key is missing, superfluous, without PEFT's prefix or of
+            another shape; the message names the key.
+        TypeError: An adapter, or a weight that would get one, is not a plain tensor.
         RuntimeError: A layer is merged.
     """
     known.check_not_peft("load_adapter", model)
@@ -215,7 +220,7 @@ def _check_keys(folder: Path, names: list[str], tensors: Mapping[str, Tensor]) -
 
 
 def _shapes(config: dict[str, Any], name: str, layer: Any) -> dict[str, tuple[int, int]]:
-    """What the adapters of a layer have to be: the layer's rank, or, where there is none yet, the configuration's."""
+    """Return the shapes that a layer's adapters need, by the layer's rank or, for a new layer, the configuration's."""
     r = layer.r if isinstance(layer, LoRALinear) else pattern_value(config.get("rank_pattern"), name, config["r"])
     return {"lora_A": (r, layer.in_features), "lora_B": (layer.out_features, r)}
 
@@ -223,7 +228,8 @@ def _shapes(config: dict[str, Any], name: str, layer: Any) -> dict[str, tuple[in
 def _check_plain(call: str, name: str, layer: LoRALinear) -> None:
     for part in ("lora_A", "lora_B"):
         t = getattr(layer, part)
-        if type(t) is not nn.Parameter or t.dim() != 2:  # FSDP1 leaves a flat piece of it
+        # FSDP1 leaves a flat piece of the parameter.
+        if type(t) is not nn.Parameter or t.dim() != 2:
             shape = tuple(t.shape)
             raise TypeError(
                 f"{call}: {name}.{part} is a {type(t).__name__} of shape {shape}; gather it into a plain tensor."
@@ -281,9 +287,9 @@ def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
 
 
 def _alpha(layer: LoRALinear, rslora: bool) -> float:
-    """The `lora_alpha` that gives the layer's scaling to the last bit, its own if it does; the nearest if none does.
+    """Return a `lora_alpha` that gives the layer's exact scaling, preferably its own; the nearest one if none does.
 
-    Quotients by 3, for instance, leave some numbers out: 0.1 is one of them. It is a quotient by √3.
+    Quotients by 3, for example, leave out some numbers. One of these is 0.1, which is a quotient by √3.
     """
     root = _root(layer.r, rslora)
     near = layer.scaling * root
@@ -296,7 +302,7 @@ def _root(r: int, rslora: bool) -> float:
 
 
 def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
-    """The last parts of the names if they select these layers and no others; else an expression that does."""
+    """Return the last parts of the names if these select exactly the named layers; else an expression that does."""
     ends = sorted({name.rpartition(".")[2] for name in names})
     if set(select(model, ends)) == set(names):
         return ends

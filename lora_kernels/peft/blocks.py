@@ -1,17 +1,17 @@
-"""The forward of a block whose layers belong together: one call of `lora_projections`, or of `lora_mlp`, for them.
+"""The forward of a block whose layers belong together: one call of `lora_projections` or of `lora_mlp`.
 
-    MLP         its forward is two or three layers and an activation: `lora_mlp` is all of it
-    attention   its own forward runs, with a stand-in for the block as `self`. That is the block in all but q_proj,
-                k_proj and v_proj, which are looked up in the call: the first that is called computes all, each is
-                handed out once
+    MLP         the forward is two or three layers and an activation: `lora_mlp` computes all of it
+    attention   the block's own forward runs, with a stand-in for the block as `self`. The stand-in equals the block
+                except for q_proj, k_proj and v_proj: the first one that forward calls computes all three results, and
+                each result is returned once
 
-The stand-in shares the block's `__dict__`, so what forward reads and writes is the block's. It holds the projections
-for one call, in a slot, and is made anew for each: calls that run at a time, end by an exception or are run again by
-checkpointing know nothing of each other, and nothing outlives its call.
+The stand-in shares the block's `__dict__`, so forward reads and writes the block's attributes. A slot of the stand-in
+holds the projections of one call, and each call creates a stand-in. So concurrent calls, calls that end by an exception
+and calls repeated by checkpointing do not affect each other, and no result outlives its call.
 
-Whether the layers can be computed together is read from them at each call, by `layer.projection`. Where one cannot, the
-block's own forward calls them one by one. So it does in attention where a compiler or a dispatch mode is at work:
-torch.compile cannot follow the stand-in.
+`layer.projection` decides at each call whether the layers can be computed together. If one cannot, the block's own
+forward calls the layers one by one. An attention block also does so under a compiler or a dispatch mode, because
+torch.compile cannot trace the stand-in.
 """
 
 import functools
@@ -32,13 +32,13 @@ __all__ = ["block_forward", "changed", "patched_structure"]
 def block_forward(
     cls: type[nn.Module], stock: Callable[..., Any], found: Structure, backend: str
 ) -> Callable[..., Any]:
-    """A forward that computes the layers of a block together where it can, and is `stock` where it cannot.
+    """Make a forward that computes the layers of a block together if possible, and otherwise calls `stock`.
 
     Args:
         cls: The block's class.
-        stock: Its forward.
-        found: What `structure` sees in it, with no reason against it.
-        backend: For `lora_projections` and `lora_mlp`.
+        stock: The forward of the class.
+        found: The result of `structure` for the block, with an empty reason.
+        backend: Backend for `lora_projections` and `lora_mlp`.
     """
     forward: Any = (
         _attention_forward(cls, stock, backend) if found.kind == "attention" else _mlp_forward(stock, found, backend)
@@ -48,12 +48,12 @@ def block_forward(
 
 
 def patched_structure(forward: Callable[..., Any]) -> Structure | None:
-    """What `block_forward` was given; None for any other forward."""
+    """Return the `Structure` behind a forward of `block_forward`; None for any other forward."""
     return getattr(forward, "_lora_kernels_structure", None)
 
 
 def changed(block: nn.Module, others: Sequence[tuple[str, Any]]) -> str:
-    """The name of a part of an MLP that is not what it was, or that is listened to; "" if there is none."""
+    """Return the name of a part of an MLP that has changed or has hooks, or an empty string."""
     fields, modules = block.__dict__, block.__dict__["_modules"]
     for name, was in others:
         module = modules.get(name)
@@ -67,7 +67,7 @@ def changed(block: nn.Module, others: Sequence[tuple[str, Any]]) -> str:
 
 
 def _together(layers: Sequence[nn.Module], x: Tensor) -> list[Projection] | None:
-    """Each layer of a block as a projection; None if one has to be called, or none has an adapter."""
+    """Return each layer of a block as a projection; None if a layer has to be called, or no layer has an adapter."""
     found = []
     for layer in layers:
         if (one := projection(layer, x)) is None:
@@ -109,10 +109,11 @@ def _attention_forward(cls: type[nn.Module], stock: Callable[..., Any], backend:
 
 
 class _Call:
-    """One call of an attention block: its projections of one x, from the first that is asked for to the last."""
+    """One call of an attention block: its projections of one x, from the first to the last that forward calls."""
 
     __slots__ = ("_backend", "_layers", "_ready", "_version", "_x")
-    _x: Any  # None before the first, the call itself when it is closed
+    # None before the first projection; the `_Call` itself when closed.
+    _x: Any
     _version: int | None
     _ready: dict[str, Tensor]
 
@@ -121,7 +122,7 @@ class _Call:
         self._x, self._version, self._ready = None, None, {}
 
     def close(self) -> None:
-        """Forget everything; from here on each layer is called."""
+        """Drop all results; from now on each layer is called."""
         self._x, self._ready = self, {}
 
     def layer(self, name: str) -> nn.Module:
@@ -144,17 +145,17 @@ class _Call:
 
 
 class _Layer:
-    """What stands in for a projection during a call of its block: called, it asks the call; else it is the layer."""
+    """A stand-in for a projection during a call of its block: returns the joint result, and else acts as the layer."""
 
     __slots__ = ("_call", "_name")
 
     def __init__(self, name: str, call: _Call) -> None:
         self._name, self._call = name, call
 
-    # of the class of another, as mocks are
+    # Like a mock, the stand-in reports the class of another object.
     @property  # type: ignore[misc]
     def __class__(self) -> type[nn.Module]:  # type: ignore[override]
-        """The layer's, for a forward that asks with `isinstance`."""
+        """Return the layer's class, for a forward that uses `isinstance`."""
         return type(self._call.layer(self._name))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -177,10 +178,10 @@ def _looked_up(name: str, stand_in: Any) -> _Layer:
 
 
 def _adapter(q: Projection) -> tuple[Tensor, Tensor] | None:
-    # where there is an A there is a B
+    # A projection with an A has a B.
     return None if q.lora_A is None else (q.lora_A, q.lora_B)  # type: ignore[return-value]
 
 
 def _version(x: Tensor) -> int | None:
-    """How often x was written to; inference tensors do not count."""
+    """Return the count of in-place writes to x, or None for inference tensors, which do not count."""
     return x._version if isinstance(x, Tensor) and not x.is_inference() else None

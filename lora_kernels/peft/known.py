@@ -1,4 +1,4 @@
-"""Which of PEFT's layer classes can be accelerated: those whose forward is `base(x) + Σ scaling · B A dropout(x)`."""
+"""PEFT's layer classes that can be accelerated: their forward computes `base(x) + Σ scaling · B A dropout(x)`."""
 
 import functools
 import importlib
@@ -16,7 +16,8 @@ __all__ = [
     "check_backend", "check_model", "check_not_peft", "classes", "is_supported", "lora_layer", "multihead_attention",
 ]  # fmt: skip
 
-# Read from PEFT 0.19 to 0.21: where they differ (cast, clone, when the sum is rounded) it is within one rounding.
+# From the source of PEFT 0.19 to 0.21. These classes differ (cast, clone, when the sum is rounded) by at most one
+# rounding.
 _CLASSES = (
     ("layer", "Linear"),
     ("bnb", "Linear8bitLt"), ("bnb", "Linear4bit"), ("gptq", "GPTQLoraLinear"), ("awq", "AwqLoraLinear"),
@@ -26,7 +27,7 @@ _CLASSES = (
 
 
 def lora_layer() -> type[Any]:
-    """PEFT's mix-in that all LoRA layers share.
+    """Return PEFT's mix-in that all LoRA layers share.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -35,39 +36,40 @@ def lora_layer() -> type[Any]:
 
 
 def multihead_attention() -> type[Any]:
-    """PEFT's layer that merges its adapters around the call of `nn.MultiheadAttention`."""
+    """Return PEFT's layer that merges its adapters around the call of `nn.MultiheadAttention`."""
     return _peft("layer").MultiheadAttention
 
 
 @functools.cache
 def classes() -> tuple[type[nn.Module], ...]:
-    """Those of the known classes that this PEFT has; some exist only where their quantisation library does."""
+    """Return the known classes that this PEFT has; some classes exist only if their quantisation library does."""
     found = (getattr(_peft(module, required=module == "layer"), name, None) for module, name in _CLASSES)
     return tuple(cls for cls in found if cls is not None)
 
 
 def is_supported(cls: type) -> bool:
-    """Whether a class computes with the forward of a known one, its own or inherited."""
+    """Return whether a class has the forward of a known class, its own or inherited."""
     return any(_forward(cls) is _forward(other) for other in classes())
 
 
 def check_model(call: str, model: nn.Module) -> None:
-    """Refuse what holds no layers.
+    """Refuse a model that is not a module.
 
     Raises:
-        TypeError: Not a module.
+        TypeError: `model` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{call}: model must be a torch.nn.Module, got {type(model).__name__}.")
 
 
 def check_not_peft(call: str, model: nn.Module) -> None:
-    """Refuse a model with PEFT's LoRA layers, whose parts are linear layers as well; PEFT is not imported for it.
+    """Refuse a model with PEFT's LoRA layers, because their parts are linear layers as well; do not import PEFT.
 
     Raises:
-        ValueError: It has one; the message names it.
+        ValueError: The model has a PEFT LoRA layer; the message names the layer.
     """
-    module = sys.modules.get("peft.tuners.lora.layer")  # not imported so far, there is no layer of its making
+    # If PEFT is not imported yet, no model has its layers.
+    module = sys.modules.get("peft.tuners.lora.layer")
     kind = module.LoraLayer if module else ()
     name = next((name for name, layer in model.named_modules() if isinstance(layer, kind)), None)
     if name is not None:
@@ -78,10 +80,10 @@ def check_not_peft(call: str, model: nn.Module) -> None:
 
 
 def check_backend(call: str, backend: str) -> None:
-    """Refuse what `lora_linear` would refuse at the first call.
+    """Refuse a backend that `lora_linear` would refuse at the first call.
 
     Raises:
-        ValueError: Not a backend.
+        ValueError: `backend` is not a known name.
     """
     checks.check_backend(call, backend, plan.BACKENDS)
 

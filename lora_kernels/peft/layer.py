@@ -1,15 +1,16 @@
-"""One forward of a PEFT LoRA layer: read the layer as it is at this call, compute it fused, or leave it to PEFT.
+"""One forward of a PEFT LoRA layer: read the layer's state at this call, and compute it fused or by PEFT's forward.
 
     y = x Wᵀ + bias + Σᵢ scalingᵢ · Dᵢ(x) Aᵢᵀ Bᵢᵀ        i: the active adapters that this layer has
 
-Three forms. "fused": base and low-rank terms in one pass, where the base is a plain `nn.Linear`. "low-rank": the base
-layer computes its own result (quantised, hooked, another class), the low-rank terms are added to it. "stock": PEFT's
-own forward, for whatever `read` does not recognise; `reasons` has the words for it. Nothing is remembered between
-calls, because PEFT, its users and hot-swapping replace modules, parameters and scalings at any time.
+The three forms are: "fused" computes base and low-rank terms in one pass, if the base is a plain `nn.Linear`.
+"low-rank" adds the low-rank terms to the result that the base layer computes itself (quantised, hooked, another class).
+"stock" is PEFT's own forward, for any layer that `read` does not recognise; `reasons` has the words for the cause. No
+state is kept between calls, because PEFT, its users and hot-swapping replace modules, parameters and scalings at any
+time.
 
 `read` runs at every call, so it looks into the modules' dictionaries: `nn.Module.__getattr__` alone would cost more
-than all of it. Adapters are read without calling their modules, so anything that listens to such a call (hooks,
-sharding, offloading) sends the call to PEFT's forward.
+than all of `read`. `read` does not call the adapters' modules, so anything that needs these calls (hooks, sharding,
+offloading) sends the layer to PEFT's forward.
 """
 
 import functools
@@ -34,15 +35,16 @@ __all__ = [
 Term = tuple[Tensor, Tensor, float, float]  # A, B, scaling, dropout_p
 
 _HALF = (torch.bfloat16, torch.float16)
-_PLAIN_VARIANTS = ("MiCALinearVariant",)  # B frozen; computes what plain LoRA computes
+# With B frozen, MiCA computes the same as plain LoRA.
+_PLAIN_VARIANTS = ("MiCALinearVariant",)
 
 
 def accelerated_forward(stock: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
-    """A forward that takes the fused path where it can and is `stock` where it cannot.
+    """Make a forward that takes the fused path if possible, and otherwise calls `stock`.
 
     Args:
         stock: The forward of a PEFT layer class.
-        backend: For `lora_linear`.
+        backend: Backend for `lora_linear`.
     """
 
     @functools.wraps(stock)
@@ -57,16 +59,16 @@ def accelerated_forward(stock: Callable[..., Tensor], backend: str) -> Callable[
 
 
 def stock_forward(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """PEFT's own forward behind an accelerated one; any other is returned as it is."""
+    """Return PEFT's own forward behind an accelerated one; return any other forward as it is."""
     return getattr(forward, "_lora_kernels_stock", forward)
 
 
 def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
-    """The low-rank terms of a call, or None if PEFT's own forward has to compute it.
+    """Return the low-rank terms of a call, or None if PEFT's own forward has to serve the call.
 
     Args:
-        layer: A layer of one of the classes that `patching` knows.
-        x: Its input.
+        layer: A layer of one of the classes in `known`.
+        x: The layer's input.
     """
     if type(x) is not Tensor or traced():
         return None
@@ -76,7 +78,7 @@ def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
             return None
         modules, scalings, variants = fields["_modules"], fields["scaling"], fields["lora_variant"]
         active, casting = fields["_active_adapter"], fields["cast_input_dtype_enabled"]
-    except KeyError:  # a PEFT that keeps its state elsewhere
+    except KeyError:  # another PEFT layout
         return None
     lora_As, lora_Bs = modules["lora_A"].__dict__["_modules"], modules["lora_B"].__dict__["_modules"]
     dropouts = modules["lora_dropout"].__dict__["_modules"]
@@ -106,7 +108,8 @@ def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
         if type(scaling) is not float and not isinstance(scaling, (int, float)):
             if type(scaling) not in (Tensor, nn.Parameter) or scaling.dim():
                 return None
-            A, scaling = _scaled(A, scaling), 1.0  # on its device: reading it would wait for the GPU
+            # Scale on the device, because to read the number would wait for the GPU.
+            A, scaling = _scaled(A, scaling), 1.0
         elif not -math.inf < scaling < math.inf:
             return None
         terms.append((A, B, scaling, dropout_p))
@@ -114,11 +117,11 @@ def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
 
 
 def projection(layer: nn.Module, x: Tensor) -> Projection | None:
-    """All that a layer does to x, if it can be done for it without calling it; None if it has to be called.
+    """Return a layer as a projection of x, or None if the layer has to be called.
 
     Args:
-        layer: A patched PEFT layer, a plain `nn.Linear`, or anything else, which has to be called.
-        x: Its input.
+        layer: A patched PEFT layer or a plain `nn.Linear`; any other layer has to be called.
+        x: The layer's input.
     """
     base: nn.Module
     terms: list[Any] | None
@@ -136,7 +139,7 @@ def projection(layer: nn.Module, x: Tensor) -> Projection | None:
 
 
 def traced() -> bool:
-    """Whether something follows the call that only sees PyTorch's own operators, or every module's call."""
+    """Return whether a transform, a tracer or a global hook needs PyTorch's own operators, or every module's call."""
     return (
         torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
@@ -146,9 +149,9 @@ def traced() -> bool:
 
 
 def bare(module: nn.Module, kind: type) -> bool:
-    """Whether a module is exactly of a class, and nothing would notice that it is not called.
+    """Return whether a module is exactly of a class, and has no hooks or replaced forward that need a call.
 
-    Parametrised and fully sharded modules are of a class of their own; accelerate replaces `forward` on the instance.
+    Parametrised and fully sharded modules have a class of their own; accelerate replaces `forward` on the instance.
     """
     fields = module.__dict__
     return type(module) is kind and not (
@@ -159,12 +162,15 @@ def bare(module: nn.Module, kind: type) -> bool:
 
 
 def is_plain_variant(variant: Any) -> bool:
-    """Whether a `LoraVariant` computes in its forward what plain LoRA computes."""
+    """Return whether a `LoraVariant` computes the same as plain LoRA in its forward."""
     return type(variant).__name__ in _PLAIN_VARIANTS
 
 
 def dtypes_fit(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Whether PEFT would compute in x's dtype or wider: adapters as x, fp32 over a half x, anything under autocast."""
+    """Return whether the dtypes fit: adapters as x, fp32 over a 16-bit x, or up to 32-bit floats under autocast.
+
+    With these dtypes PEFT would compute in x's dtype or a wider one.
+    """
     dtype, a, b = x.dtype, lora_A.dtype, lora_B.dtype
     if a is b and (a is dtype or (a is torch.float32 and dtype in _HALF)):
         return dtype.is_floating_point
@@ -172,8 +178,9 @@ def dtypes_fit(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
 
 
 def fusable(base: nn.Module, x: Tensor) -> bool:
-    """Whether the base layer's product can be computed for it: a plain `nn.Linear` that nothing listens to."""
-    if not bare(base, nn.Linear):  # quantised layers subclass it, so its subclasses are not it
+    """Return whether the base layer's product can be fused: a plain `nn.Linear` without hooks."""
+    # Subclasses do not count, because quantised layers subclass `nn.Linear`.
+    if not bare(base, nn.Linear):
         return False
     own = base.__dict__["_parameters"]
     if "weight" not in own or "bias" not in own:
@@ -193,13 +200,14 @@ def _compute(base: nn.Module, x: Tensor, terms: list[Term], backend: str) -> Ten
         y = lora_linear(x, own["weight"], A, B, scaling=scaling, bias=own["bias"], dropout_p=dropout_p, backend=backend)
     else:
         y = lora_add(base(x), x, A, B, scaling=scaling, dropout_p=dropout_p, backend=backend)
-    for A, B, scaling, dropout_p in others:  # each draws a mask of its own
+    # Each of the other terms draws a mask of its own.
+    for A, B, scaling, dropout_p in others:
         y = lora_add(y, x, A, B, scaling=scaling, dropout_p=dropout_p, backend=backend)
     return y
 
 
 def _joined(terms: list[Term]) -> list[Term]:
-    """Make one term of those without dropout: adapters side by side are an adapter of the sum of their ranks."""
+    """Join the terms without dropout: adapters side by side are one adapter whose rank is the sum of the ranks."""
     plain = [term for term in terms if not term[3]]
     if len(plain) < 2:
         return terms
@@ -212,5 +220,5 @@ def _joined(terms: list[Term]) -> list[Term]:
 
 
 def _scaled(lora_A: Tensor, scaling: Tensor | float) -> Tensor:
-    """A times its scaling; a half-precision A in fp32, to be rounded once with the product."""
+    """Multiply A by its scaling; a 16-bit A in fp32, so that the product is rounded once."""
     return (lora_A.float() if lora_A.dtype in _HALF else lora_A) * scaling

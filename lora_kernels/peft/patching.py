@@ -1,9 +1,9 @@
-"""Patch PEFT models: swap the class of each LoRA layer for one that differs in its forward alone, and swap it back.
+"""Patch PEFT models: give each LoRA layer a class that differs only in its forward, and give the old class back.
 
-The same for the blocks whose layers belong together. A patched module's class is a subclass of its own class with the
-same name, so `isinstance`, `repr`, `state_dict`, merging, saving and everything else PEFT does are unchanged. Pickling
-writes the module as what it was: the file loads where this library is not, and the model loaded from it is patched by
-calling `patch_peft` again.
+Blocks whose layers belong together are patched in the same way. The class of a patched module is a subclass of the
+module's own class with the same name, so `isinstance`, `repr`, `state_dict`, merging, saving and all else in PEFT are
+unchanged. Pickling writes the unpatched module, so the file loads without this library. Call `patch_peft` again on a
+model loaded from the file.
 """
 
 import contextlib
@@ -25,28 +25,30 @@ __all__ = ["accelerate", "accelerated", "patch_peft", "unpatch_peft"]
 
 
 def patch_peft(model: nn.Module, backend: str = "auto", blocks: bool = True) -> Report:
-    """Let every LoRA layer of a PEFT model be computed by the fused kernels where it can be.
+    """Let the fused kernels compute every LoRA layer of a PEFT model if possible.
 
-    y = x Wᵀ + bias + Σᵢ scalingᵢ · Dᵢ(x) Aᵢᵀ Bᵢᵀ over the active adapters, in one pass over x. What a layer cannot do
-    fused, PEFT's own forward does, call by call: the model computes what it computed before, to rounding, and with
-    dropout from another stream of random numbers. The model is changed in place. Call it after `get_peft_model` or
-    `PeftModel.from_pretrained`, before or after `fully_shard`; call it again for layers that were added later.
+    y = x Wᵀ + bias + Σᵢ scalingᵢ · Dᵢ(x) Aᵢᵀ Bᵢᵀ over the active adapters, in one pass over x. If a layer cannot run
+    fused, PEFT's own forward computes the layer, call by call. The model computes the same as before, up to rounding,
+    with dropout from another stream of random numbers. The model is changed in place. Call `patch_peft` after
+    `get_peft_model` or `PeftModel.from_pretrained`, before or after `fully_shard`; call it again for layers added
+    later.
 
-    Q, K and V of an attention block share one call of `lora_projections`, and an MLP is one of `lora_mlp`, where
-    the block's forward is seen to compute just that; whatever its name.
+    Q, K and V of an attention block share one call of `lora_projections`, and an MLP is one call of `lora_mlp`, if the
+    block's forward computes exactly that. The names of the blocks' classes do not matter.
 
     Args:
         model: A `PeftModel`, or any module that holds PEFT's LoRA layers.
         backend: As in `lora_linear`.
-        blocks: False to compute each layer on its own.
+        blocks: False to compute each layer alone.
 
     Returns:
-        What was taken, layer by layer and block by block, and why not; `print` it, or `explain(model)` for a table.
+        The form of each layer and block, and the reason if not fused; `print` the report, or use `explain(model)` for
+        a table.
 
     Raises:
         ImportError: PEFT is not installed.
         TypeError: `model` is not a module, or `blocks` not a bool.
-        ValueError: It has no LoRA layers, or `backend` is unknown.
+        ValueError: `model` has no LoRA layers, or `backend` is unknown.
     """
     known.check_model("patch_peft", model)
     known.check_backend("patch_peft", backend)
@@ -76,14 +78,14 @@ def unpatch_peft(model: nn.Module) -> int:
     """Give every patched layer, and every patched block, its own class back.
 
     Args:
-        model: What `patch_peft` was given.
+        model: A model that `patch_peft` has patched.
 
     Returns:
-        How many layers were patched.
+        The number of layers that were patched.
 
     Raises:
         TypeError: `model` is not a module.
-        RuntimeError: A class was derived from after it was patched (`fully_shard` does that).
+        RuntimeError: A patched module was given a subclass of its patched class (`fully_shard` does that).
     """
     known.check_model("unpatch_peft", model)
     count = 0
@@ -102,7 +104,7 @@ def unpatch_peft(model: nn.Module) -> int:
 
 
 def accelerate(on: bool = True, backend: str = "auto") -> None:
-    """Accelerate all PEFT LoRA layers there are and will be, by PEFT's classes themselves; or stop it.
+    """Accelerate all present and future PEFT LoRA layers by a change of PEFT's classes themselves; or undo the change.
 
     Args:
         on: False to give the classes their own forward back. Models patched by `patch_peft` stay patched.
@@ -114,14 +116,15 @@ def accelerate(on: bool = True, backend: str = "auto") -> None:
     """
     known.check_backend("accelerate", backend)
     for cls in known.classes():
-        if "forward" in vars(cls):  # a subclass that inherits it follows
+        # Subclasses that inherit the forward follow.
+        if "forward" in vars(cls):
             stock = stock_forward(cls.forward)
             cls.forward = accelerated_forward(stock, backend) if on else stock
 
 
 @contextlib.contextmanager
 def accelerated(backend: str = "auto") -> Iterator[None]:
-    """Accelerate all PEFT models, also those built inside, for as long as the `with` block lasts.
+    """Accelerate all PEFT models, also those built later, inside a `with` block.
 
     Args:
         backend: As in `lora_linear`.
@@ -140,7 +143,7 @@ def accelerated(backend: str = "auto") -> Iterator[None]:
 
 
 class _Patched:
-    """What a patched module's class has beside its own: copying keeps it patched, pickling does not."""
+    """The mix-in of patched classes: copies stay patched, and pickles do not."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         twin: Any = type(self).__new__(type(self))
@@ -149,7 +152,8 @@ class _Patched:
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        reduced: Any = super().__reduce_ex__(1)  # later protocols insist on the very class
+        # Protocols after 1 insist on the object's exact class.
+        reduced: Any = super().__reduce_ex__(1)
         build, (cls, *args), *state = reduced
         return build, (_stock_class(cls) or cls, *args), *state
 
@@ -165,13 +169,14 @@ def _patched_class(
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "_lora_kernels_class": cls,
-        "_lora_kernels_alone": alone,  # that a layer's block was to be left alone, for the report
+        # For the report: `patch_peft` was told to leave the layer's block alone.
+        "_lora_kernels_alone": alone,
     }
     return type(cls.__name__, (_Patched, cls), body)
 
 
 def _give_class(module: Any, cls: type[nn.Module]) -> None:
-    """Swap a module's class, and its forward where accelerate's device hook keeps or has left it on the instance."""
+    """Set a module's class, and replace a forward that accelerate's device hook keeps or has left on the instance."""
     before = types.MethodType(type(module).forward, module)
     for name in ("forward", "_old_forward"):
         if vars(module).get(name) == before:
@@ -180,7 +185,7 @@ def _give_class(module: Any, cls: type[nn.Module]) -> None:
 
 
 def _stock_class(cls: type) -> Any:
-    """The class that a patched one stands for, any other itself; None for one derived from a patched one."""
+    """Return the class behind a patched class, any other class itself, or None for a subclass of a patched class."""
     if not issubclass(cls, _Patched):
         return cls
     return vars(cls).get("_lora_kernels_class")

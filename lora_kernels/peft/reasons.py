@@ -1,4 +1,4 @@
-"""How a model's LoRA layers and blocks are computed, and why not better: what `layer` and `blocks` saw, in words."""
+"""Reports of how a model's LoRA layers and blocks are computed: the decisions of `layer` and `blocks`, in words."""
 
 import inspect
 import itertools
@@ -32,10 +32,10 @@ class LayerReport:
     """How one LoRA layer is computed.
 
     Attributes:
-        name: Its name in the model.
-        kind: Its class and its base layer's.
+        name: The layer's name in the model.
+        kind: The classes of the layer and of its base layer.
         form: "fused", "low-rank" or "stock", see `FORMS`.
-        reason: Why it is not "fused"; "" where it is.
+        reason: Why the layer is not "fused"; "" if it is.
     """
 
     name: str
@@ -46,13 +46,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """How the layers of an attention block that share an input, or those of an MLP, are computed.
+    """How the layers of an attention block that share an input, or the layers of an MLP, are computed.
 
     Attributes:
-        name: Its name in the model.
+        name: The block's name in the model.
         kind: "attention" or "mlp".
         form: "joined" or "per layer", see `BLOCK_FORMS`.
-        reason: Why it is not "joined"; "" where it is.
+        reason: Why the block is not "joined"; "" if it is.
     """
 
     name: str
@@ -63,18 +63,18 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class Report:
-    """How the LoRA layers of a model are computed; printed, a line for each form and reason.
+    """How the LoRA layers of a model are computed; `print` shows a line for each form and reason.
 
     Attributes:
-        layers: In the model's order.
-        blocks: Those that hold LoRA layers, in the model's order.
+        layers: Reports of the layers, in the model's order.
+        blocks: Reports of the blocks that hold LoRA layers, in the model's order.
     """
 
     layers: tuple[LayerReport, ...]
     blocks: tuple[BlockReport, ...] = ()
 
     def count(self, form: str) -> int:
-        """How many layers, or blocks, are computed in a form."""
+        """Count the layers, or blocks, that are computed in a form."""
         reports: tuple[LayerReport | BlockReport, ...] = (*self.layers, *self.blocks)
         return sum(one.form == form for one in reports)
 
@@ -92,7 +92,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """Look at every LoRA layer of a model as it stands; what only a call can show (dtypes, arguments) is not asked."""
+    """Report every LoRA layer of a model in its present state, without what only a call shows (dtypes, arguments)."""
     parts_of_attention = {
         id(module.base_layer.out_proj) for module in model.modules() if isinstance(module, known.multihead_attention())
     }
@@ -112,13 +112,13 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
 
     Args:
         model: Any module that holds PEFT's LoRA layers, patched or not.
-        *args: With arguments, the model is called with them, without gradients, and the table tells what happened in
-            that call: the dtypes, autocast and arguments that reached each layer decide as well. Random numbers that it
-            draws are drawn again by the next call.
-        **kwargs: Likewise.
+        *args: Arguments for a call of the model, without gradients. The table then describes that call, in which the
+            dtypes, autocast and arguments that reached each layer decide as well. The next call draws the same random
+            numbers again.
+        **kwargs: Keyword arguments for that call.
 
     Returns:
-        The same as a report.
+        The contents of the table as a report.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -134,7 +134,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     if not found.layers:
         console.print("The model has no PEFT LoRA layers: get_peft_model(model, LoraConfig(...)) puts them in.")
         return found
-    first = Column("layer", overflow="fold")  # it is the end of a name that tells layers apart
+    # Fold long names and do not cut them, because only the ends of the names differ.
+    first = Column("layer", overflow="fold")
     table = Table(first, "class", "computed", "reason", title=str(found).splitlines()[0], title_justify="left")
     colours = {"fused": "green", "low-rank": "cyan", "stock": "yellow"}
     for layer in found.layers:
@@ -150,11 +151,11 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
 
 
 def stock_reason(module: nn.Module, x: Tensor | None = None) -> str:
-    """Why PEFT's own forward computes a layer, "" if it does not.
+    """Return why PEFT's own forward computes a layer, "" if it does not.
 
     Args:
         module: A LoRA layer.
-        x: Its input, if a call is to be explained.
+        x: The layer's input, to explain a call.
     """
     return _class_reason(module) or _state_reason(module) or _call_reason(module, x)
 
@@ -167,9 +168,9 @@ def _class_reason(module: nn.Module) -> str:
 
 
 def _forward_reason(module: nn.Module) -> str:
-    """Why a patched forward is not what computes a module."""
+    """Return why no patched forward computes a module, "" if one does."""
     cls = type(module)
-    # accelerate's device hook stands in `forward` and calls `_old_forward`; taken off, it leaves that in `forward`
+    # accelerate's device hook sets `forward`, which calls `_old_forward`; its removal leaves the old one in `forward`.
     methods = (vars(module).get(name) for name in ("forward", "_old_forward"))
     own = next((m.__func__ for m in methods if inspect.ismethod(m) and m.__self__ is module), None)
     forward = own if "forward" in vars(module) else cls.forward
@@ -271,12 +272,12 @@ def _layer_report(name: str, module: nn.Module, reason: str, x: Tensor | None) -
 def _block_reports(
     model: nn.Module, layers: Mapping[int, LayerReport], plain: Mapping[int, str] = types.MappingProxyType({})
 ) -> tuple[BlockReport, ...]:
-    """How the blocks of a model are computed.
+    """Report how the blocks of a model are computed.
 
     Args:
         model: The model.
-        layers: How its LoRA layers are computed, by identity: one may stand in two places.
-        plain: Why a layer without an adapter had to be called, as seen in a call; likewise.
+        layers: The reports of its LoRA layers, by identity, because a layer may be in two places.
+        plain: Why a layer without an adapter had to be called, as observed in a call; also by identity.
     """
     found = []
     for name, module, block in _blocks(model):
@@ -299,7 +300,7 @@ def _block_reports(
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Structure]]:
-    """The blocks that hold LoRA layers: name, module, and what it was seen to be when it was patched, or is now."""
+    """Yield the blocks that hold LoRA layers: name, module, and the structure when patched, or else the present one."""
     for name, module in model.named_modules():
         forward = type(module).forward
         block = patched_structure(forward) or structure(module, rules.stock_forward(forward))
@@ -308,7 +309,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Structure]]:
 
 
 def _member_reason(own: str, layer: Any, found: LayerReport) -> str:
-    """Why a LoRA layer of a block has to be called."""
+    """Return why a LoRA layer of a block has to be called, "" if it need not be."""
     if found.form != "fused":
         return f"{own} is {found.form}: {found.reason}"
     if listened := _not_bare(layer, (type(layer),)):
@@ -319,10 +320,10 @@ def _member_reason(own: str, layer: Any, found: LayerReport) -> str:
 
 
 def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
-    """Call the model and look at each layer as its forward begins, when its parameters are gathered.
+    """Call the model and inspect each layer as its forward begins, because its parameters are gathered then.
 
-    Arguments that a hook adds to the call, as PEFT does with `adapter_names`, may come after that: they are looked at
-    when it ends.
+    Arguments that a hook adds to the call, for example PEFT's `adapter_names`, may come later, so these are inspected
+    as the forward ends.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, known.lora_layer())}
     plain = {
@@ -351,7 +352,8 @@ def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
     def watch(own: str, module: nn.Module) -> RemovableHandle:
         def look(module: nn.Module, given: tuple[Any, ...]) -> None:
-            handle.remove()  # this hook is no reason; one of others' is
+            # This hook must not count as a reason; other hooks do.
+            handle.remove()
             called[id(module)] = _base_reason(module, given[0] if given else None, own)
 
         handle = module.register_forward_pre_hook(look)

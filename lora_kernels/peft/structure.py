@@ -1,16 +1,17 @@
-"""What makes a module an attention block or an MLP: not its name, but what its forward is seen to do.
+"""Recognise attention blocks and MLPs, not by the module's name but by the operations of its forward.
 
     attention   q_proj(x), k_proj(x), v_proj(x)              read in the forward's syntax tree
     MLP         down_proj(act(gate_proj(x)) · up_proj(x))    the forward is run with stand-ins for its layers
-                fc2(act(fc1(x)))                             likewise
+                fc2(act(fc1(x)))                             the forward is run with stand-ins for its layers
 
-An attention's forward does much besides, so that only its three calls are looked at, in the order of its statements:
-each must stand there once, none behind a branch or in a function of its own, and nothing else may touch x or the three
-layers from the first to the last. Nothing is decided by a first call: checkpointing compares what a forward saves with
-what its second run does.
+The forward of an attention block does much else, so only its three calls are checked, in the order of its statements.
+Each call must occur once, outside branches and inner functions, and nothing else may use x or the three layers from the
+first call to the last. No decision depends on a first call, because checkpointing compares the tensors that a forward
+saves with those of its second run.
 
-An MLP's forward may do nothing besides, with x and with what it returns not even a look: `lora_mlp` takes its place.
-Whatever of the module it reads is remembered, since a number that is 1 today may be changed tomorrow.
+The forward of an MLP may do nothing else, and may not even inspect x or the result, because `lora_mlp` replaces the
+forward. All attributes of the module that the forward reads are recorded, because a number that is 1 today may change
+tomorrow.
 """
 
 import ast
@@ -30,11 +31,13 @@ from lora_kernels.activations import ACTIVATIONS, activated
 __all__ = ["ATTENTION", "Part", "Structure", "members", "structure"]
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
-_MLPS = {  # the layers of an MLP, the last one last, and what is computed with them
+# The layers of an MLP, the last layer last, and the computation.
+_MLPS = {
     ("gate_proj", "up_proj", "down_proj"): "down_proj(act(gate_proj(x)) · up_proj(x))",
     ("fc1", "fc2"): "fc2(act(fc1(x)))",
 }
-_OTHERS = (  # what is known to be a block of another kind, by the layers it has
+# Known blocks of another kind, by their layers.
+_OTHERS = (
     ("attention", ("qkv_proj",), "one layer holds Q, K and V: qkv_proj"),
     ("mlp", ("gate_up_proj", "down_proj"), "one layer holds gate and up: gate_up_proj"),
 )
@@ -44,28 +47,28 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class Part(NamedTuple):
-    """What a module beside the layers has to stay: of its class, with these numbers and words; it may get others."""
+    """The class and constants that a module beside the layers must keep; the module may get further attributes."""
 
     kind: type[nn.Module]
     constants: tuple[tuple[str, Any], ...]
 
     def still(self, module: nn.Module) -> bool:
-        """Whether a module of that class is what it was."""
+        """Return whether a module of that class still has the same constants."""
         fields = module.__dict__
         return all(fields.get(name) == value for name, value in self.constants)
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What a block is.
+    """The structure of a block.
 
     Attributes:
         kind: "attention" or "mlp".
-        layers: Names of the layers that belong together, in the order in which they are computed.
-        reason: Why they have to be called one by one; "" where they are not.
-        activation: An MLP's, in the words of `lora_mlp`.
-        others: What else an MLP is made of: each name, and the module's `Part`, or the value itself, None where it
-            has none.
+        layers: Names of the layers that belong together, in the order of their computation.
+        reason: Why the layers have to be called one by one; "" if they need not be.
+        activation: The activation of an MLP, in the words of `lora_mlp`.
+        others: Everything else in an MLP: each name with the `Part` of a module, or with the value itself, or with None
+            if the attribute does not exist.
     """
 
     kind: str
@@ -76,11 +79,11 @@ class Structure:
 
 
 def structure(module: nn.Module, forward: Callable[..., Any]) -> Structure | None:
-    """See what a module is; None if it is no block, whatever else it is.
+    """Return the structure of a module, or None if the module is not a block.
 
     Args:
-        module: Any.
-        forward: The function that computes it, of its class.
+        module: Any module.
+        forward: The forward function of the module's class.
     """
     children = module._modules.keys()
     if children >= set(ATTENTION):
@@ -95,20 +98,20 @@ def structure(module: nn.Module, forward: Callable[..., Any]) -> Structure | Non
 
 
 def _part(module: nn.Module) -> Part:
-    """A module that stands beside the layers, as it is now."""
+    """Record the present state of a module beside the layers."""
     own = ((name, value) for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE)
     return Part(type(module), tuple((name, value) for name, value in own if isinstance(value, _PLAIN)))
 
 
 def members(module: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
-    """The layers of a block."""
+    """Return the layers of a block."""
     modules: Mapping[str, Any] = module._modules
     return [modules[name] for name in layers]
 
 
 @functools.cache
 def _attention_reason(forward: Callable[..., Any]) -> str:
-    """Why a forward's calls of q_proj, k_proj and v_proj may not be one; "" if they may."""
+    """Return why a forward's calls of q_proj, k_proj and v_proj cannot be one call; "" if they can."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
     except (OSError, TypeError, SyntaxError):
@@ -137,7 +140,7 @@ def _attention_reason(forward: Callable[..., Any]) -> str:
 
 
 def _is_projection(node: ast.AST) -> bool:
-    """Whether it is a call of self.q_proj, self.k_proj or self.v_proj."""
+    """Return whether a node is a call of self.q_proj, self.k_proj or self.v_proj."""
     return (
         isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute) and node.func.attr in ATTENTION
@@ -146,7 +149,7 @@ def _is_projection(node: ast.AST) -> bool:
 
 
 def _lists(statement: ast.AST) -> Iterator[list[ast.stmt]]:
-    """Every list of statements, the inner ones last; none of a function or a class inside, which runs by itself."""
+    """Yield every list of statements, inner lists last, without inner functions and classes, which run later."""
     for field in ("body", "orelse", "finalbody"):
         statements = getattr(statement, field, None)
         if isinstance(statements, list):
@@ -157,7 +160,7 @@ def _lists(statement: ast.AST) -> Iterator[list[ast.stmt]]:
 
 
 def _mlp(module: nn.Module, forward: Callable[..., Any], layers: tuple[str, ...]) -> Structure:
-    """What a module with an MLP's layers computes, found by running it."""
+    """Run the forward of a module that has an MLP's layers, to find the module's structure."""
     rest = {name: child for name, child in module._modules.items() if name not in layers and child is not None}
     other = Structure("mlp", layers, f"it is not {_MLPS[layers]} with act one of {', '.join(ACTIVATIONS)}")
     holding = [n for n, m in rest.items() if any(True for _ in (*m.children(), *m.parameters(), *m.buffers()))]
@@ -170,7 +173,8 @@ def _mlp(module: nn.Module, forward: Callable[..., Any], layers: tuple[str, ...]
         found = {_activation(module, forward, layers, rest, read, training) for training in (True, False)}
     except _Touched:
         return other
-    except Exception as error:  # a stranger's code, with stand-ins in place of its layers
+    # Foreign code may raise anything when stand-ins replace its layers.
+    except Exception as error:
         return replace(other, reason=f"its forward cannot be followed: {type(error).__name__}: {error}")
     if len(found) > 1 or "" in found:
         return other
@@ -185,11 +189,11 @@ def _mlp(module: nn.Module, forward: Callable[..., Any], layers: tuple[str, ...]
 
 
 class _Touched(Exception):
-    """A forward did something with a `_Sealed` tensor."""
+    """A forward used a `_Sealed` tensor."""
 
 
 class _Sealed(Tensor):
-    """A tensor that can be handed on, and not so much as be asked for its shape."""
+    """A tensor that can only be passed on; even a query of its shape raises."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -200,14 +204,14 @@ def _activation(
     module: nn.Module, forward: Callable[..., Any], layers: tuple[str, ...], rest: dict[str, nn.Module], read: set[str],
     training: bool,
 ) -> str:  # fmt: skip
-    """Run an MLP with stand-ins for its layers: which activation it has, "" if it computes anything else.
+    """Run an MLP with stand-ins for its layers; return its activation, or "" if the MLP computes anything else.
 
-    To `read` it adds the names of the module's attributes that were looked up.
+    The function adds the names of all attributes that forward looks up in the module to `read`.
     """
     *before, last = layers
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         x, y = (torch.empty(0).as_subclass(_Sealed) for _ in range(2))
-        # every pair of a gate and an up, some of them beyond the limits that models set
+        # All pairs of a gate and an up, some of them beyond the limits at which models clamp.
         gates = torch.cat([torch.linspace(-60, 60, 241, dtype=torch.float64), torch.tensor([-1e5, -1e3, 1e3, 1e5])])
         ups = gates.new_tensor([-1e5, -12, -0.7, 0.9, 8, 1e5])
         pairs = torch.cartesian_prod(gates, ups).unbind(1) if len(before) > 1 else (gates,)
@@ -220,7 +224,7 @@ def _activation(
 
             return call
 
-        # of a class that is known when it runs
+        # The base class is known only at run time.
         class Twin(type(module)):  # type: ignore[misc]
             def __getattribute__(self, name: str) -> Any:
                 read.add(name)
@@ -245,7 +249,7 @@ def _activation(
 
 
 def _same(made: Sequence[Tensor], leaves: Sequence[Tensor], activation: str) -> bool:
-    """Whether an h and its gradients are those of an activation."""
+    """Return whether an h and its gradients are those of an activation."""
     h = activated(leaves[0], leaves[1] if len(leaves) > 1 else None, activation)
     expected = (h, *torch.autograd.grad(h.sum(), leaves))
     return all(torch.allclose(t, own, rtol=1e-8, atol=1e-8) for t, own in zip(made, expected, strict=True))

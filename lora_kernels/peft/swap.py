@@ -1,4 +1,4 @@
-"""Put `LoRALinear` layers into a model, and take them out again, in PEFT's words."""
+"""Put `LoRALinear` layers into a model, and remove them again, in PEFT's words."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +17,8 @@ __all__ = [
 ]  # fmt: skip
 
 _ALL_LINEAR = "all-linear"
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # where a wrapper keeps its module
+# The attributes in which wrappers keep their module.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def swap_linear(
@@ -26,29 +27,30 @@ def swap_linear(
     rank_pattern: Mapping[str, int] | None = None, alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False, autocast_adapter_dtype: bool = True,
 ) -> list[str]:  # fmt: skip
-    """Freeze a model and put a `LoRALinear` in the place of each linear layer that is targeted, in place.
+    """Freeze a model and replace each targeted linear layer with a `LoRALinear`, in place.
 
-    The arguments mean what they mean in PEFT's `LoraConfig`; weights are shared, not copied.
+    The arguments have the same meaning as in PEFT's `LoraConfig`; weights are shared, not copied.
 
     Args:
-        model: Its parameters stop requiring grad, but for adapters that it has already; those of the new ones do.
-        target_modules: Names, each matching layers of that name or of names that end in "." and it; or a regular
-            expression that a full name has to match; or "all-linear" for every linear layer but the output embeddings.
+        model: The model. Its parameters stop requiring grad, except for existing adapters; new adapters require grad.
+        target_modules: Names, each for the layers with that name or with a name that ends in "." and that name; or a
+            regular expression for full names; or "all-linear" for every linear layer except the output embeddings.
         r: Rank.
         lora_alpha: Numerator of the scaling.
         lora_dropout: Drop probability of the adapters' input in training.
         exclude_modules: Names or a regular expression of layers to leave alone.
         rank_pattern: Ranks that differ from `r`, by name or regular expression of the end of a name.
-        alpha_pattern: Likewise for `lora_alpha`.
-        use_rslora: Scale by 1/√r in place of 1/r.
-        autocast_adapter_dtype: Adapters in float32 over a float16 or bfloat16 weight, as in PEFT; else in the weight's.
+        alpha_pattern: Values that differ from `lora_alpha`, in the same way.
+        use_rslora: Scale by 1/√r instead of 1/r.
+        autocast_adapter_dtype: Whether adapters over a float16 or bfloat16 weight are float32, as in PEFT; otherwise
+            adapters have the weight's dtype.
 
     Returns:
         The names of the layers that were swapped.
 
     Raises:
-        TypeError: `target_modules` are not names, a targeted layer is not exactly an `nn.Linear`, or its weight is
-            sharded; or a number is none.
+        TypeError: `target_modules` are not names, a targeted layer is not exactly an `nn.Linear`, its weight is
+            sharded, or a number argument is not a number.
         ValueError: The model has PEFT LoRA layers or is a linear layer itself, nothing is targeted, a name matches no
             layer, a targeted layer has hooks or is wrapped itself, or a number is out of range.
     """
@@ -69,17 +71,18 @@ def swap_named(
     model: nn.Module, ranks: Mapping[str, int], alphas: Mapping[str, float],
     lora_dropout: float, use_rslora: bool, autocast_adapter_dtype: bool,
 ) -> None:  # fmt: skip
-    """Do what `swap_linear` does to the layers of exactly these names, each with its rank and its alpha.
+    """Swap the layers with exactly these names as `swap_linear` does, each with its rank and its alpha.
 
     Raises:
-        TypeError: One of them is not exactly an `nn.Linear`, or its weight is sharded; or a number is none.
-        ValueError: One of them has hooks, or is wrapped itself; or a number is out of range.
+        TypeError: A layer is not exactly an `nn.Linear`, its weight is sharded, or a number argument is not a number.
+        ValueError: A layer has hooks or is wrapped itself, or a number is out of range.
     """
     modules: dict[str, Any] = dict(named_modules(model))
     _check_places("swap_linear", modules, ranks)
     for name, r in ranks.items():
         linear = modules[name]
-        LoRALinear(1, 1, r, alphas[name], lora_dropout, device="meta")  # refuses wrong numbers while nothing is changed
+        # Refuse wrong numbers before anything is changed.
+        LoRALinear(1, 1, r, alphas[name], lora_dropout, device="meta")
         check_base(linear, f"swap_linear: {name}", f"; leave it out with exclude_modules=[{name!r}]")
         if is_sharded(linear.weight):
             raise TypeError(
@@ -90,7 +93,8 @@ def swap_named(
     for p in model.parameters():
         if id(p) not in standing:
             p.requires_grad_(False)
-    made: dict[int, LoRALinear] = {}  # a layer that stands in two places stays one layer
+    # A layer that is in two places stays one layer.
+    made: dict[int, LoRALinear] = {}
     for name, r in ranks.items():
         linear = modules[name]
         if id(linear) not in made:
@@ -103,17 +107,17 @@ def swap_named(
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Add every adapter to its weight and put plain linear layers back, in place.
 
-    W += scaling · B A, computed in fp32 and rounded once; the weights are written where they lie.
+    W += scaling · B A, computed in fp32 and rounded once; the weights are written in place.
 
     Args:
-        model: Made of `LoRALinear` layers, or one.
+        model: A model with `LoRALinear` layers, or a `LoRALinear`.
 
     Returns:
         The model; a plain `nn.Linear` if `model` is a layer itself.
 
     Raises:
         TypeError: A layer is sharded, by `fully_shard` or a style of `lora_kernels.parallel`.
-        ValueError: It has no `LoRALinear` layers, or one is wrapped itself.
+        ValueError: The model has no `LoRALinear` layers, or a layer is wrapped itself.
     """
     modules, layers = dict(named_modules(model)), lora_layers(model)
     if not layers:
@@ -138,12 +142,12 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
-    """Every place in a model where a `LoRALinear` stands, in order; a shared one comes with each of its names."""
+    """List every `LoRALinear` of a model by name, in order; a shared layer is listed under each of its names."""
     return [(name, module) for name, module in named_modules(model) if isinstance(module, LoRALinear)]
 
 
 def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every place in a model and what stands there, named as if nothing in it were wrapped; see `unwrapped`."""
+    """Yield every module of a model by name, with modules and names as if nothing were wrapped; see `unwrapped`."""
     model = unwrapped(model)
     yield prefix, model
     for own, child in model._modules.items():
@@ -152,7 +156,7 @@ def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """What is behind torch.compile, activation checkpointing, FSDP1, DataParallel and DistributedDataParallel."""
+    """Return the module inside torch.compile, activation checkpointing, FSDP1, DataParallel and DDP wrappers."""
     names = _WRAPPED + ("module",) * isinstance(module, (DataParallel, DistributedDataParallel))
     inner = next((module._modules[name] for name in names if name in module._modules), None)
     return module if inner is None else unwrapped(inner)
@@ -162,7 +166,7 @@ def select(
     model: nn.Module, target_modules: str | Collection[str], exclude_modules: str | Collection[str] | None = None,
     layers_to_transform: int | Sequence[int] | None = None, layers_pattern: str | Sequence[str] | None = None,
 ) -> list[str]:  # fmt: skip
-    """Names of the linear layers (`nn.Linear` or `LoRALinear`) that PEFT would target; see `swap_linear`."""
+    """Return the names of the linear layers (`nn.Linear` or `LoRALinear`) that PEFT would target; see `swap_linear`."""
     linears = _linears(model)
     if isinstance(target_modules, str) and target_modules.lower() == _ALL_LINEAR:
         embeddings = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
@@ -175,13 +179,13 @@ def select(
         return chosen
     wanted = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-    # the first number that stands after one of these names; without any, after a name within another, as in PEFT
+    # As in PEFT, take the first number after one of these names; without patterns, after a name inside another module.
     places = rf"(?:^|.*?\.)(?:{'|'.join(patterns)})\.(\d+)\." if patterns else r".*?\.[^.]*\.(\d+)\."
     return [name for name in chosen if (found := re.match(places, name)) and int(found[1]) in wanted]
 
 
 def pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The value of the first key that matches the end of a name from a dot on, as in PEFT; else the default."""
+    """Return the value of the first key that matches the end of a name after a dot, as in PEFT; else the default."""
     return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
@@ -192,7 +196,7 @@ def _matches(target: str | Collection[str], name: str) -> bool:
 
 
 def _check_targets(model: nn.Module, target_modules: object) -> None:
-    """Refuse what cannot target layers of a model, and names that target none of its linear layers."""
+    """Refuse arguments that cannot target layers of a model, and names that match none of its linear layers."""
     if hasattr(target_modules, "target_modules"):
         raise TypeError(
             f"swap_linear: target_modules is a {type(target_modules).__name__}. Pass its fields: swap_linear(model, "
@@ -212,7 +216,7 @@ def _check_targets(model: nn.Module, target_modules: object) -> None:
 
 
 def _no_match(model: nn.Module, what: str, *targets: object) -> str:
-    """What to say where `targets`, called `what`, match no linear layer."""
+    """Return the message for `targets`, described by `what`, that match no linear layer."""
     if isinstance(unwrapped(model), nn.Linear):
         return "swap_linear: the model is a linear layer itself; use LoRALinear.from_linear(layer, r=...)."
     meant = any(re.sub("[-_ ]", "", str(target)).lower() == "alllinear" for target in targets)
@@ -233,7 +237,8 @@ def _check_places(call: str, modules: Mapping[str, nn.Module], names: Iterable[s
     for name in names:
         parent, _, own = name.rpartition(".")
         wrapper = getattr(modules[parent], own) if name else modules[name]
-        if wrapper is not modules[name]:  # torch.compile, for one, goes on calling what it was given
+        # torch.compile, for example, keeps calling the module that it was given.
+        if wrapper is not modules[name]:
             kind = type(wrapper).__name__
             raise ValueError(f"{call}: {name} is wrapped by {kind}. Take that off; wrap the new layer after that.")
 

@@ -1,6 +1,6 @@
-"""Which backend serves a call (`backend`), and in which form it does the large products (`forms`).
+"""Choose the backend that serves a call (`backend`), and the form of the large products (`forms`).
 
-The forms go by a model of the GPU (`model`), or by what `lora-kernels tune` measured (`tuned`, stored by `cache`).
+The form follows a model of the GPU (`model`), or the measurements of `lora-kernels tune` (`tuned`, stored by `cache`).
 """
 
 from lora_kernels.plan.backend import (

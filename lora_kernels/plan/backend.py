@@ -1,7 +1,7 @@
-"""Which backend serves a call, and the place that loads it.
+"""Choose the backend that serves a call, and load the backend.
 
 "triton" runs the fused kernels, "torch" the same contractions in PyTorch's own operators (`torch_backend`).
-Nothing is asked of a device before the first call that needs the answer.
+The first call that needs a property of a device queries the device, and nothing does so earlier.
 """
 
 import functools
@@ -22,9 +22,11 @@ __all__ = [
 ]  # fmt: skip
 
 BACKENDS = ("auto", "triton", "torch")
-MAX_RANK = 512  # the largest the shipped tile configs are made for
+# The largest rank that the shipped tile configs are made for.
+MAX_RANK = 512
 _OLDEST_CAPABILITY = (8, 0)
-_FENCELESS, _FENCES_SINCE = 10, (3, 7, 1)  # major capability, and Triton's version: see docs/traps.md
+# Major capability that needs the fences, and Triton's first version that has them: see docs/traps.md.
+_FENCELESS, _FENCES_SINCE = 10, (3, 7, 1)
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _log = logging.getLogger("lora_kernels")
 
@@ -39,20 +41,20 @@ class Choice(NamedTuple):
 def choose(
     device: torch.device, dtype: torch.dtype, rank: int, empty: bool, requested: str, call: str = "lora_linear"
 ) -> str:
-    """The backend for a call.
+    """Choose the backend for a call.
 
     Args:
-        device: Where the tensors are.
-        dtype: The dtype computed in.
+        device: The device of the tensors.
+        dtype: The dtype of the computation.
         rank: r.
-        empty: Whether M, N, K or r is 0: there is nothing to launch, PyTorch has the right answer.
-        requested: "auto", "triton" or "torch", as the caller said.
-        call: Whose name errors have.
+        empty: Whether M, N, K or r is 0. Then nothing is launched, and PyTorch's operators give the right answer.
+        requested: The caller's "auto", "triton" or "torch".
+        call: Name of the call in error messages.
 
     Raises:
-        ValueError: `requested` is none of these, or the rank is too large for "triton".
-        RuntimeError: "triton" was asked for and cannot run; the message says why.
-        TypeError: "triton" was asked for in a dtype it does not have.
+        ValueError: `requested` is not a known name, or the rank is too large for "triton".
+        RuntimeError: "triton" was requested and cannot run; the message says why.
+        TypeError: "triton" was requested for a dtype that the kernels do not have.
     """
     if requested == "torch" or (empty and requested in BACKENDS):
         return "torch"
@@ -60,12 +62,12 @@ def choose(
 
 
 def overridden(backend: str) -> str:
-    """The backend that was asked for; where that is "auto", what LORA_KERNELS_BACKEND says."""
+    """Return the requested backend, or the value of LORA_KERNELS_BACKEND if "auto" was requested."""
     return _environment_backend() if backend == "auto" else backend
 
 
-# torch.compiler.assume_constant_result, which would import the compiler: a compiled graph, and the key under which it
-# is kept on disk, hold the answer and not the question
+# As torch.compiler.assume_constant_result, which would import the compiler. The returned string becomes part of a
+# compiled graph and of the graph's key in the disk cache.
 overridden._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -93,7 +95,7 @@ def _choose(device: torch.device, dtype: torch.dtype, rank: int, requested: str,
 
 
 def automatic(device: torch.device, dtype: torch.dtype, rank: int = 16) -> Choice:
-    """What "auto" takes on a device for a dtype and a rank, and why."""
+    """Return the backend that "auto" selects on a device for a dtype and a rank, and the reason."""
     if device.type != "cuda":
         return Choice("torch", f"Triton does not compile for {device.type}")
     problem = triton_problem()
@@ -119,7 +121,7 @@ def automatic(device: torch.device, dtype: torch.dtype, rank: int = 16) -> Choic
 
 @functools.cache
 def triton_problem() -> str:
-    """Why Triton cannot be imported, or "" when it can. Imports it."""
+    """Import Triton; return the reason if the import fails, else an empty string."""
     try:
         importlib.import_module("triton")
     except ImportError as error:
@@ -128,12 +130,12 @@ def triton_problem() -> str:
 
 
 def _triton_version() -> tuple[int, ...]:
-    """The version of Triton that is imported, as numbers."""
+    """Return the version of the imported Triton as numbers."""
     return tuple(map(int, re.findall(r"\d+", importlib.import_module("triton").__version__)[:3]))
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors: for tests and `lora-kernels verify`."""
+    """Return whether kernels run in Triton's interpreter on CPU tensors, for tests and `lora-kernels verify`."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -147,7 +149,7 @@ def contractions(backend: str) -> Contractions: ...
 
 @functools.cache
 def contractions(backend: str) -> Any:
-    """The module that has `shrink`, `matmul_expand` and `wgrad` for a backend; "triton" loads Triton."""
+    """Return the module that has `shrink`, `matmul_expand` and `wgrad` for a backend; "triton" loads Triton."""
     return importlib.import_module({"triton": "lora_kernels.kernels", "torch": "lora_kernels.torch_backend"}[backend])
 
 

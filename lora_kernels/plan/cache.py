@@ -1,8 +1,9 @@
-"""Files in a directory of the user's own: read with suspicion, replaced whole, and locked. Knows nothing of contents.
+"""Files in the user's own directory: checked before use, replaced as a whole, and locked; contents are not interpreted.
 
-Whoever can write a file that a program reads can steer the program, so what is read must be a plain file of a sane
-size, in a real directory, both of them the user's (or root's) and writable by nobody else. Files are opened relative
-to the directory that was looked at, and looked at after they were opened, so nothing can be exchanged in between.
+A process that can write a file which a program reads can steer the program. So a file must be a plain file of limited
+size in a real directory. Both must belong to the user (or root), and no other user may have write permission. Each file
+is opened relative to the descriptor of the checked directory, and is checked after it was opened, so that no file can
+be exchanged in between.
 """
 
 import contextlib
@@ -20,11 +21,11 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Busy(RuntimeError):
-    """Somebody else holds a lock; the message says which process."""
+    """Another process or thread holds a lock; the message names the process."""
 
 
 def directory() -> Path:
-    """Where files are kept: $LORA_KERNELS_CACHE, else lora_kernels in $XDG_CACHE_HOME, else in ~/.cache.
+    """Return the directory of the files: $LORA_KERNELS_CACHE, else lora_kernels in $XDG_CACHE_HOME, else in ~/.cache.
 
     Raises:
         RuntimeError: There is no home directory.
@@ -32,17 +33,18 @@ def directory() -> Path:
     own, shared = (os.environ.get(name, "") for name in ("LORA_KERNELS_CACHE", "XDG_CACHE_HOME"))
     if own:
         return Path(own).expanduser()
-    base = Path(shared) if os.path.isabs(shared) else Path.home() / ".cache"  # XDG: a relative one is to be ignored
+    # The XDG specification says to ignore a relative path.
+    base = Path(shared) if os.path.isabs(shared) else Path.home() / ".cache"
     return base / "lora_kernels"
 
 
 def read(folder: Path, name: str) -> bytes:
-    """The contents of a file.
+    """Read the contents of a file.
 
     Raises:
-        FileNotFoundError: There is no such file, or no such directory.
-        OSError: It cannot be read.
-        ValueError: It, or the directory, is not to be trusted, or it is too large; the message says what to do.
+        FileNotFoundError: The file or the directory does not exist.
+        OSError: The file cannot be read.
+        ValueError: The file or the directory is not safe, or the file is too large; the message says what to do.
     """
     with _opened(folder) as at, os.fdopen(_open(name, os.O_RDONLY | os.O_NONBLOCK, at, folder), "rb") as file:
         status = os.fstat(file.fileno())
@@ -56,11 +58,11 @@ def read(folder: Path, name: str) -> bytes:
 
 
 def replace(folder: Path, name: str, contents: bytes) -> None:
-    """Write a file, 0600, making the directory, 0700: a reader finds the old one or the whole new one, never a part.
+    """Write a file (mode 0600), and create the directory (0700); readers see the whole old or the whole new file.
 
     Raises:
-        OSError: It cannot be written; there is the old one, and nothing else.
-        ValueError: The directory is not to be trusted.
+        OSError: The file cannot be written; the old file remains, and no other.
+        ValueError: The directory is not safe.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _opened(folder) as at:
@@ -78,7 +80,7 @@ def replace(folder: Path, name: str, contents: bytes) -> None:
 
 
 def names(folder: Path) -> list[str]:
-    """What is in the directory, sorted; nothing if there is none. Raises as `read` does."""
+    """List the names in the directory, sorted; none if the directory does not exist. Raises as `read` does."""
     try:
         with _opened(folder) as at:
             return sorted(os.listdir(at))
@@ -98,19 +100,20 @@ _held_guard = threading.Lock()
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str, wait: bool) -> Iterator[None]:
-    """Hold the lock file `name`, made if needed, against every other thread and process of this machine.
+    """Hold the lock file `name`, created if needed, against every other thread and process of this machine.
 
     Args:
-        folder: The directory, made if needed.
-        name: Of the lock file, which stays: removing it would let two hold it.
-        wait: Whether to wait for it.
+        folder: The directory, created if needed.
+        name: Name of the lock file. The file stays, because two processes could hold the lock if one removed the file.
+        wait: Whether to wait for the lock.
 
     Raises:
-        Busy: Somebody holds it and `wait` is False.
-        OSError: It cannot be made or locked.
-        ValueError: The directory is not to be trusted.
+        Busy: Another thread or process holds the lock and `wait` is False.
+        OSError: The file cannot be created or locked.
+        ValueError: The directory is not safe.
     """
-    import fcntl  # not on Windows, where there are no kernels to tune
+    # Windows has no fcntl, and no kernels to tune.
+    import fcntl
 
     with _held_guard:
         threads = _held.setdefault(f"{folder}/{name}", threading.Lock())
@@ -134,7 +137,7 @@ def locked(folder: Path, name: str, wait: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[int]:
-    """A descriptor of the directory, after a look at it."""
+    """Open the directory, check its owner, and yield its descriptor."""
     try:
         at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:

@@ -1,6 +1,6 @@
-"""In which form the large products are done: fused, or the vendor's library with the thin products around it.
+"""Choose the form of the large products: fused, or the vendor's library with separate thin products.
 
-On a GPU a product takes the form that `model` says, or the one that `lora-kernels tune` measured (`tuned`).
+On a GPU a product takes the form that `lora-kernels tune` measured (`tuned`), or else the form that `model` chooses.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ __all__ = ["Form", "expander", "expander_all", "forced", "forget", "form", "fuse
 
 
 class Form(NamedTuple):
-    """How a large product is done: a strategy of `lora_kernels.plan.model`, and for "fused" a tile's place, or None."""
+    """The form of a large product: a strategy of `lora_kernels.plan.model`, and for "fused" a tile's place or None."""
 
     strategy: str
     place: int | None = None
 
 
 def expander(backend: str, p: Tensor, cols: int, rank: int, masked: bool, backward: bool) -> tuple[str, Callable]:
-    """The form of a large product, and what computes it from sources, bias and mask, as `matmul_expand` does.
+    """Return the form of a large product, and its function of sources, bias and mask, which is like `matmul_expand`.
 
     Args:
         backend: "triton" or "torch".
@@ -35,10 +35,10 @@ def expander(backend: str, p: Tensor, cols: int, rank: int, masked: bool, backwa
         cols: N.
         rank: r, 0 without an adapter.
         masked: Whether the thin product is masked.
-        backward: Whether it is dx.
+        backward: Whether the product is dx.
 
     Returns:
-        The name of the strategy, and the function; `joint` for "joint", which takes other arguments.
+        The name of the strategy, and the function. The function of "joint" is `joint`, which takes other arguments.
     """
     if backend == "torch":
         return "operators", contractions(backend).matmul_expand
@@ -59,17 +59,17 @@ def _chosen(device: torch.device, dtype: torch.dtype, product: Product, tf32: bo
 def expander_all(
     backend: str, p: Tensor, inner: int, cols: int, rank: int, masked: bool, backward: bool, sources: int = 1
 ) -> tuple[str, Callable]:
-    """The form of the large products of several projections, and what computes them, as `matmul_expand_all` does.
+    """Return the form of several projections' large products, and a function like `matmul_expand_all` for them.
 
     Args:
         backend: "triton" or "torch".
         p: One of the large operands, `[M, *]`.
-        inner: What is summed over by all of them.
+        inner: Total length of the sums of all products.
         cols: Columns of all results.
         rank: The largest r.
         masked: Whether a thin product is masked.
-        backward: Whether it is dx.
-        sources: How many large products one result is a sum of.
+        backward: Whether the result is dx.
+        sources: Number of large products that one result sums.
 
     Returns:
         "operators", "fused" or "beta1", and the function.
@@ -96,21 +96,23 @@ def _several(device: torch.device, dtype: torch.dtype, product: Product, sources
 
 
 def stacks(backend: str, dy: Tensor, adapters: Sequence[Tensor]) -> bool:
-    """Whether the thin products of several A `[r, K]` in one dx should be one; operators gain nothing by it."""
+    """Return whether to merge the thin products of several A `[r, K]` in one dx; the torch backend gains nothing."""
     if backend == "torch" or not adapters:
         return False
     ranks, dtype = tuple(a.shape[0] for a in adapters), dy.dtype
     copied = all(a.dtype != dtype for a in adapters)
-    k_step = 64 if contractions("triton").describe_path(dy.device, dtype)[0] == "tma" else 32  # of the large tiles
+    # The K step of the large tiles.
+    k_step = 64 if contractions("triton").describe_path(dy.device, dtype)[0] == "tma" else 32
     return model.stacks(dy.shape[0], adapters[0].shape[1], ranks, dtype.itemsize, copied, k_step)
 
 
 def fuses(backend: str, x: Tensor, weight: Tensor, rank: int, masked: bool) -> bool:
-    """Whether a layer's y and dx both come from one accumulator, and so are rounded once; x is `[*, in]`."""
+    """Return whether a layer's y and dx both come from one accumulator, and so are rounded once; x is `[*, in]`."""
     (cols, inner), rows = weight.shape, x.shape[:-1].numel()
     if backend == "torch" or not rows * cols * inner:
         return False
-    like = x.reshape(-1)[:1]  # of the shapes of x and dy in name alone
+    # Expanded, this one element has the shapes of x and dy without their memory.
+    like = x.reshape(-1)[:1]
     forward, _ = expander(backend, like.expand(rows, inner), cols, rank, masked=False, backward=False)
     backward, _ = expander(backend, like.expand(rows, cols), inner, rank, masked=masked, backward=True)
     return forward == backward == "fused"
@@ -118,23 +120,24 @@ def fuses(backend: str, x: Tensor, weight: Tensor, rank: int, masked: bool) -> b
 
 @functools.lru_cache(maxsize=4096)
 def form(device: torch.device, dtype: torch.dtype, product: Product, tf32: bool = False) -> Form:
-    """The form of a product on a device: what was measured there, or else what the model says."""
+    """Return the form of a product on a device: the measured form, or else the model's choice."""
     measured = tuned.lookup(device, dtype, product, tf32) if device.type == "cuda" else None
     return rule(device, dtype, product, tf32) if measured is None else Form(*measured)
 
 
 def rule(device: torch.device, dtype: torch.dtype, product: Product, tf32: bool = False) -> Form:
-    """The form that the model says, whatever was measured."""
-    if device.type != "cuda":  # the interpreter, where only the kernels are of interest
+    """Return the model's choice of form, without regard to measurements."""
+    # Other devices run the interpreter, where only the kernels matter.
+    if device.type != "cuda":
         return Form("fused")
     return Form(model.best(product, model.limits(contractions("triton").capability(device), dtype, tf32)))
 
 
 @contextlib.contextmanager
 def forced(name: str, place: int | None = None) -> Iterator[None]:
-    """Take one form for every large product that can have it, "fused" for the others. Not thread-local.
+    """Force one form for every large product that allows it, and "fused" for the others; not thread-local.
 
-    To check, to measure and to inspect each form.
+    Callers use it to check, measure and inspect each form.
     """
     global _forced
     before, _forced = _forced, Form(name, place)
@@ -148,7 +151,7 @@ _forced: Form | None = None
 
 
 def forget() -> None:
-    """Choose every form anew: what was measured has changed."""
+    """Forget the chosen forms, because the measurements have changed."""
     form.cache_clear()
     _several.cache_clear()
     if "lora_kernels.kernels" in sys.modules:
@@ -156,10 +159,10 @@ def forget() -> None:
 
 
 def repeat(backend: str, pass_: Callable, *arguments: Any) -> Any:
-    """Call a pass, a function of a backend, tensors and hashable values that computes with `contractions`.
+    """Call a pass: a function of a backend, tensors and hashable values that computes with `contractions`.
 
-    With "triton" what it asks for is noted when it has been called a few times with tensors of a kind, and taken from
-    these notes from then on, which saves the host what it takes to decide; see `kernels.repeat`.
+    With "triton", after a few calls with tensors of a kind, the launches of the pass are noted. Later calls repeat the
+    notes, which saves the host time for decisions; see `kernels.repeat`.
     """
     if backend == "torch":
         return pass_(backend, *arguments)

@@ -1,17 +1,17 @@
-"""Measured choices: which form of a large product was soonest done on this GPU, from tables on disk.
+"""Measured choices: the fastest form of each large product on a GPU, from tables on disk.
 
-`lora-kernels tune` measures and stores, `forms` looks up; where nothing was measured `model` decides. There is
-a table a GPU in the user's directory (`cache.directory`) and maybe one in the package (`tables/`); the user's wins.
+`lora-kernels tune` measures and stores, `forms` looks up, and `model` decides where no measurement exists. Each GPU has
+a table in the user's directory (`cache.directory`) and maybe one in the package (`tables/`); the user's table wins.
 
     {"format": 1, "gpu": "NVIDIA H200",
      "tables": {"torch 2.13.0, triton 3.9.0, tiles 1": {
          "bfloat16 forward 8192x4096x14336 r16": ["fused", 2],
          "bfloat16 dx 8192x14336x4096 r16 masked": ["beta1", null]}}}
 
-A key is a `Product`, rows x inner x cols, with rows rounded to a power of two and the rank up to one; a value names a
-strategy and, for "fused", the place of a shipped tile. So the worst that a table can do is to choose badly. Choices
-made with other versions stay in the file and are not used. Whatever is wrong with a file, there is one warning a
-process, and work goes on without it.
+A key is a `Product`, rows x inner x cols, with the rows rounded to a power of two and the rank rounded up to one. A
+value names a strategy and, for "fused", the place of a shipped tile. So the worst that a table can do is to choose
+badly. Choices made with other versions stay in the file and are not used. A file with an error is ignored, with one
+warning per process.
 """
 
 import contextlib
@@ -38,7 +38,8 @@ __all__ = [
     "versions", "where",
 ]  # fmt: skip
 
-TILES = 2  # raise it when a tile in kernels/_configs.py changes its place: stored places mean the old ones
+# Raise this number when a tile in kernels/_configs.py changes its place, because stored places refer to the old order.
+TILES = 2
 _FORMAT = 1
 _MOST_PLACES = 64
 _MOST_CHOICES = 8192
@@ -59,18 +60,18 @@ Choices = dict[str, Choice]
 
 
 class Table(NamedTuple):
-    """What a file holds: the GPU's name, and for each combination of versions the choices by key."""
+    """The contents of a file: the GPU's name, and for each combination of versions the choices by key."""
 
     gpu: str
     choices: dict[str, Choices]
 
 
 def lookup(device: torch.device, dtype: torch.dtype, product: Product, tf32: bool) -> Choice | None:
-    """The strategy measured for a product on a device and for "fused" a tile's place; None if it was not measured.
+    """Return the strategy measured for a product on a device, and for "fused" a tile's place; None if not measured.
 
     Args:
         device: A CUDA device.
-        dtype: Of the operands.
+        dtype: The dtype of the operands.
         product: The product.
         tf32: Whether fp32 products may use TF32.
     """
@@ -79,21 +80,22 @@ def lookup(device: torch.device, dtype: torch.dtype, product: Product, tf32: boo
 
 
 def key(dtype: torch.dtype, product: Product, tf32: bool) -> str:
-    """What a product is stored under. Products whose rows and ranks are near each other share it."""
+    """Return the key of a product in a table. Products with similar rows and ranks share a key."""
     name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
-    rank = max(16, 1 << max(product.rank - 1, 0).bit_length())  # the kernels' own step
+    # The kernels round the rank in the same way.
+    rank = max(16, 1 << max(product.rank - 1, 0).bit_length())
     which, masked = "dx" if product.backward else "forward", " masked" if product.masked else ""
     return f"{name} {which} {bucket(product.rows)}x{product.inner}x{product.cols} r{rank}{masked}"
 
 
 def bucket(rows: int) -> int:
-    """The power of two nearest to a number of rows, by their ratio."""
+    """Return the power of two nearest to a number of rows by ratio."""
     return 1 << round(math.log2(max(rows, 1)))
 
 
 @functools.cache
 def versions() -> str:
-    """What a choice depends on besides the GPU."""
+    """Return the versions that a choice depends on in addition to the GPU."""
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -102,7 +104,7 @@ def versions() -> str:
 
 
 def in_use(gpu: str) -> Choices:
-    """The choices for a GPU by its name, shipped ones and over them the user's, for the versions at hand."""
+    """Return the choices for a GPU, by name and for the current versions; the user's override the shipped ones."""
     choices = _loaded.get(gpu)
     if choices is None:
         with _lock:
@@ -113,10 +115,10 @@ def in_use(gpu: str) -> Choices:
 
 
 def save(gpu: str, choices: Mapping[str, Choice]) -> bool:
-    """Add choices to the user's table of a GPU, for the versions at hand; see `key`. Whether that was possible.
+    """Add choices by `key` to the user's table of a GPU, for the current versions; return whether that was possible.
 
     Raises:
-        ValueError: A choice is not one that could be read back.
+        ValueError: A choice is invalid and could not be read back.
     """
     text = json.dumps({k: list(choice) for k, choice in choices.items()})
     _check_choices(json.loads(text))
@@ -126,7 +128,8 @@ def save(gpu: str, choices: Mapping[str, Choice]) -> bool:
             tables = _own(gpu).choices
             merged = tables.pop(versions(), {})
             for k, choice in choices.items():
-                merged.pop(k, None)  # to the end, where the newest are
+                # The newest choices are at the end.
+                merged.pop(k, None)
                 merged[k] = choice
             cache.replace(folder, name, _render(Table(gpu, tables | {versions(): merged})))
     except (OSError, RuntimeError, ValueError) as error:
@@ -140,7 +143,7 @@ def save(gpu: str, choices: Mapping[str, Choice]) -> bool:
 
 
 def stored() -> Iterator[tuple[Path, Table]]:
-    """The user's tables, for every GPU and all versions, each with its file."""
+    """Yield the user's tables, for every GPU and all versions, each with its file."""
     try:
         folder = cache.directory()
         files = [name for name in cache.names(folder) if _FILE.fullmatch(name)]
@@ -154,15 +157,15 @@ def stored() -> Iterator[tuple[Path, Table]]:
 
 
 def where(gpu: str) -> Path:
-    """The file of the user's table of a GPU, which need not be there. Raises RuntimeError without a home directory."""
+    """Return the path of the user's table of a GPU, which may not exist; RuntimeError without a home directory."""
     return cache.directory() / _file_of(gpu)
 
 
 def clear() -> list[Path]:
-    """Remove the user's tables, readable or not, and say which.
+    """Remove the user's tables, readable or not; return their paths.
 
     Raises:
-        OSError: One cannot be removed.
+        OSError: A table cannot be removed.
         RuntimeError: There is no home directory.
         ValueError: The directory is not the user's.
     """
@@ -175,13 +178,13 @@ def clear() -> list[Path]:
 
 
 def forget() -> None:
-    """Read the tables anew at the next question. `plan.form` keeps its own answers."""
+    """Forget the tables, so that the next lookup reads them again. `plan.form` has a cache of its own."""
     with _lock:
         _loaded.clear()
 
 
 def tuning() -> contextlib.AbstractContextManager[None]:
-    """A context in which no other thread or process of this machine tunes. Raises as `cache.locked` does, or `Busy`."""
+    """Return a context in which no other thread or process of this machine tunes. Raises as `cache.locked` does."""
     return cache.locked(cache.directory(), "tune.lock", wait=False)
 
 
@@ -197,10 +200,10 @@ def _shipped(gpu: str) -> Choices:
 
 
 def _own(gpu: str) -> Table:
-    """The user's table, empty if there is none or none that can be used."""
+    """Load the user's table; return an empty one if no usable table exists."""
     try:
         folder = cache.directory()
-    except RuntimeError:  # no home, so no table either
+    except RuntimeError:  # no home directory
         return Table(gpu, {})
     return _load(folder, _file_of(gpu), gpu) or Table(gpu, {})
 
@@ -229,10 +232,10 @@ def _current(table: Table, whose: str) -> Choices:
 
 
 def _parse(contents: bytes, gpu: str | None) -> Table:
-    """Check everything about a file.
+    """Parse the contents of a file, and check everything in it.
 
     Raises:
-        ValueError: Something is not as it should be; the message says what.
+        ValueError: The contents are invalid; the message says why.
     """
     try:
         whole = json.loads(contents.decode(), object_pairs_hook=_once_each, parse_constant=_no_constant)
@@ -292,7 +295,7 @@ def _no_constant(word: str) -> None:
 
 
 def _render(table: Table) -> bytes:
-    """The file's text, a choice a line; what was made with other versions goes first where all is too much."""
+    """Render a file with one choice per line; if there are too many, leave out the oldest tables and choices first."""
     tables, room = {}, _MOST_CHOICES
     for made_with, choices in reversed(table.choices.items()):
         kept = list(choices.items())[-room:] if room else []
@@ -308,7 +311,7 @@ def _render(table: Table) -> bytes:
 
 
 def _file_of(gpu: str) -> str:
-    """A name of its own for each GPU, of harmless characters whatever the driver calls it."""
+    """Return a file name unique to a GPU, of harmless characters for any name that a driver gives."""
     slug = re.sub(r"[^0-9a-z]+", "-", gpu.lower()).strip("-")[:60]
     return f"tuned-{slug}-{hashlib.sha256(gpu.encode()).hexdigest()[:8]}.json"
 
@@ -325,7 +328,8 @@ def _words(error: Exception) -> str:
 
 
 def _warn(message: str) -> None:
-    """Warn once a process of each thing; Python's own filter forgets, and is the user's."""
+    """Issue each warning once per process; Python's own filter may forget, and belongs to the user."""
     mine = object()
-    if _warned.setdefault(message, mine) is mine:  # in one step, whatever other threads do
+    # `setdefault` is atomic, so that only one thread warns.
+    if _warned.setdefault(message, mine) is mine:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
