@@ -4,7 +4,7 @@
 a table in the user's directory (`cache.directory`) and maybe one in the package (`tables/`); the user's table wins.
 
     {"format": 1, "gpu": "NVIDIA H200",
-     "tables": {"torch 2.13.0, triton 3.9.0, tiles 1": {
+     "tables": {"torch 2.13.0, triton 3.9.0, tiles 2": {
          "bfloat16 forward 8192x4096x14336 r16": ["fused", 2],
          "bfloat16 dx 8192x14336x4096 r16 masked": ["beta1", null]}}}
 
