@@ -55,7 +55,7 @@ def assert_same(got, expected):
         torch.testing.assert_close(value, exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
 
 
-@pytest.mark.parametrize(("compiler", "p"), [("aot_eager", 0.0), ("inductor", 0.3)])
+@pytest.mark.parametrize(("compiler", "p"), [("aot_eager", 0.0), pytest.param("inductor", 0.3, marks=pytest.mark.slow)])
 def test_one_graph_for_every_seed_scaling_and_batch(compiler, p, backend, device):
     layer = make_layer(device, p)
     counter = CompileCounterWithBackend(compiler)
@@ -69,6 +69,7 @@ def test_one_graph_for_every_seed_scaling_and_batch(compiler, p, backend, device
         assert counter.frame_count == graphs
 
 
+@pytest.mark.slow
 def test_static_shapes_give_way_to_dynamic_ones_once(backend, device):
     layer = make_layer(device, 0.3)
     counter = CompileCounterWithBackend("aot_eager")
@@ -135,6 +136,7 @@ def losses(run, model, device):
     return series
 
 
+@pytest.mark.slow
 def test_a_decoder_trains_to_the_same_losses(device, monkeypatch):
     """With dropout, each block checkpointed."""
     monkeypatch.setattr(plan.backend, "_environment_backend", lambda: "torch")  # the interpreter would take a minute

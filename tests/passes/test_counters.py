@@ -37,6 +37,7 @@ class Made(TorchDispatchMode):
         return [(name, shape) for storage, name, shape in self.storages.values() if not storage.expired()]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_known")
 @pytest.mark.parametrize("make", [linear, add, qkv, mlp, mlp_made_again], ids=lambda f: f.__name__)
 def test_no_tensor_outlives_a_call(make, device):
