@@ -10,6 +10,7 @@ and blocks of `verify`, of the race and of `bench --preset llama-8b` forward and
 import argparse
 import math
 import multiprocessing
+import runpy
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from lora_kernels.verify.problems import run_problem
 
 __all__ = ["main", "work"]
 
+ROOT = Path(__file__).resolve().parent.parent
 # a case of `verify`, of its blocks or of `inspect`, and the form of its large products
 Work = tuple[Any, str]
 
@@ -44,7 +46,8 @@ def work(on_gpu: bool, quick: bool) -> list[Work]:
         for case in matrix("triton", dtype, on_gpu, quick)
     ]
     raced = [compiled.Case(*shape, p=0.1, bias=True) for shape in (races.SMALL if quick else races.LARGE)]
-    return [*([] if quick else _timed()), *((case, "fused") for case in raced), *checked]
+    more = [] if quick else [*_timed(), *_tested()]
+    return [*more, *((case, "fused") for case in raced), *checked]
 
 
 def _timed() -> list[Work]:
@@ -56,6 +59,18 @@ def _timed() -> list[Work]:
         found += [compiled.Case(qkv.m, qkv.k, qkv.n, 16, p=p, others=qkv.others)]
         found += [compiled.Case(shape.m, shape.k, shape.n, 16, p=p, fp32_adapters=wide)
                   for shape in preset.shapes for wide in (False, True)]  # fmt: skip
+    return [(case, form) for case in found for form in ("fused", "beta1")]
+
+
+def _tested() -> list[Work]:
+    """List the layers that tests run on a GPU, in both forms that the rules may choose."""
+    shapes = runpy.run_path(str(ROOT / "tests" / "samples" / "gpu_shapes.py"))["SHAPES"]
+    found = [
+        compiled.Case(*shape, dtype, p=p, bias=True)
+        for dtype in ("bf16", "fp16", "fp32")
+        for shape in shapes
+        for p in (0.0, 0.1)
+    ]
     return [(case, form) for case in found for form in ("fused", "beta1")]
 
 

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from gpu_shapes import SHAPES
 from mlp_samples import assert_accurate as assert_mlp_accurate
 from mlp_samples import draw as draw_mlp
 from mlp_samples import run as run_mlp
@@ -17,15 +18,6 @@ from lora_kernels.verify import numerics
 from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 
 pytestmark = pytest.mark.gpu
-
-SHAPES = [  # rows, in, out, r: tiles that fill the GPU, few tiles, odd sizes that pointers must take, decode
-    (4096, 4096, 4096, 16),
-    (2048, 4096, 1024, 64),
-    (1000, 1032, 520, 24),
-    (777, 1001, 333, 17),
-    (300, 2048, 5120, 256),
-    (3, 4096, 4096, 8),
-]
 
 
 def assert_accurate_layer(shape, dtype, p):
