@@ -147,8 +147,9 @@ def _counters() -> list[str]:
         parts += [f"**{title}**: {case.split(' ', 1)[1]}", _table(*counted.launches(budgets, case))]
     parts += [
         "**Passes over the fewest possible**, the most of any launch. IEEE fp32 goes without tensor cores: Triton has "
-        "each lane read its operands of every product by ld. A wgmma takes TF32 operands along the summed dimension alone, "
-        "so Triton turns an operand that lies the other way through registers. Both are counted here and not cured.",
+        "each lane read its operands of every product by ld. A wgmma takes TF32 operands along the summed dimension "
+        "alone, so Triton turns an operand that lies the other way through registers. Both are counted here and not "
+        "cured.",
         _table(*counted.conflicts(budgets)),
         *(f"Why some 16-bit launches pass more often than they must: {why}" for why in counted.reasons(budgets)),
     ]

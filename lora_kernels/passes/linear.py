@@ -50,8 +50,8 @@ def _forward_pass(
     # Copies come before the launches, because the launches overlap.
     lora_B = as_dtype(lora_B, x.dtype)
     s, keep = plan.contractions(backend).shrink(x, readable(lora_A, x.dtype), alpha, dropout_p, noise=noise)
-    _, expand = plan.expander(backend, x, weight.shape[0], lora_A.shape[0], masked=False, backward=False)
-    y = expand([(x, weight), (s, lora_B)], bias)
+    expander = plan.expander(backend, x, weight.shape[0], lora_A.shape[0], masked=False, backward=False)
+    y = expander.compute([(x, weight), (s, lora_B)], bias)
     # Do not return a view of y, because autograd forbids in-place writes to a view that a Function returns.
     return y, s, keep
 
@@ -77,39 +77,42 @@ def _backward_pass(
     alpha: float, adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: Sequence[bool],
     into: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    need_x, need_A, _ = needed
-    dx, ds, d_lora_B, how = from_dy(
+    _, need_A, _ = needed
+    dx, ds, d_lora_B, overlaps = from_dy(
         dy, weight, lora_A, lora_B, s, keep, alpha, backend, adapter_dtypes[1], needed, into[1]
     )  # fmt: skip
     d_lora_A = None
     if need_A:
-        ready = need_x and how == "fused"
-        d_lora_A = plan.contractions(backend).wgrad(ds, x, adapter_dtypes[0], keep, into=into[0], ready=ready)
+        d_lora_A = plan.contractions(backend).wgrad(ds, x, adapter_dtypes[0], keep, into=into[0], ready=overlaps)
     return dx, d_lora_A, d_lora_B
 
 
 def from_dy(
     dy: Tensor, weight: Kept, lora_A: Any, lora_B: Any, s: Kept, keep: Tensor | None, alpha: float, backend: str,
     dtype_B: torch.dtype, needed: Sequence[bool], into: Tensor | None = None,
-) -> tuple[Tensor | None, Kept, Tensor | None, str | None]:  # fmt: skip
-    """Compute dx, ds and dB, which do not need x; return them and the form of dx. `needed`: dx, ds, dB."""
+) -> tuple[Tensor | None, Kept, Tensor | None, bool]:  # fmt: skip
+    """Compute those of dx, ds and dB that are `needed`, none of which needs x.
+
+    Return them, and whether the next launch may overlap the end of dx.
+    """
     (need_x, need_ds, need_B), ops = needed, plan.contractions(backend)
     lora_A, lora_B = (None if t is None else readable(t, dy.dtype) for t in (lora_A, lora_B))
-    expand: Any = None
     ds: Kept = None
-    dx = d_lora_B = how = None
+    expander: Any = None
+    dx = d_lora_B = None
     if need_x:
-        how, expand = plan.expander(backend, dy, weight.shape[1], lora_B.shape[1], keep is not None, True)
+        expander = plan.expander(backend, dy, weight.shape[1], lora_B.shape[1], keep is not None, True)
         # This copy, too, comes before the launches.
         lora_A = as_dtype(lora_A, dy.dtype) if keep is None else lora_A
-    if how == "joint":
-        dx, ds = expand(dy, weight, lora_A, lora_B, alpha, keep)
+    joint = expander is not None and expander.brings_ds
+    if joint:
+        dx, ds = expander.compute(dy, weight, lora_A, lora_B, alpha, keep)
     elif need_B and (need_x or need_ds):
         ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, alpha, dtype_B, into)
     elif need_x or need_ds:
         ds, _ = ops.shrink(dy, lora_B.t(), alpha)
-    if need_x and how != "joint":
-        dx = expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
-    if need_B and (how == "joint" or ds is None):
+    if need_x and not joint:
+        dx = expander.compute([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
+    if need_B and (joint or ds is None):
         d_lora_B = ops.wgrad(dy, s, dtype_B, into=into)
-    return dx, ds, d_lora_B, how
+    return dx, ds, d_lora_B, expander is not None and expander.overlaps

@@ -73,8 +73,8 @@ def _forward_pass(
     h, s, keep = plan.contractions(backend).activate_shrink(gate, up, activation, rows_of_down, noise=noise[1])
     sources = [(h, down.weight), *((one, lora_B) for one in s)]
     rank = s[0].shape[1] if s else 0
-    _, expand = plan.expander(backend, h, down.weight.shape[0], rank, masked=False, backward=False)
-    return expand(sources, down.bias), outs, [*shrunk, *(s or (None,))], [*keeps, *(keep or (None,))]
+    expander = plan.expander(backend, h, down.weight.shape[0], rank, masked=False, backward=False)
+    return expander.compute(sources, down.bias), outs, [*shrunk, *(s or (None,))], [*keeps, *(keep or (None,))]
 
 
 def backward(
@@ -188,8 +188,8 @@ def _through_down(dy: Tensor, down: Layer, need_dh: bool, backend: str) -> tuple
     if down.dtypes is None:  # no adapter
         if not need_dh:
             return None, None, None
-        _, expand = plan.expander(backend, dy, down.weight.shape[1], 0, masked=False, backward=True)
-        return expand([(dy, down.weight.t())]), None, None
+        expander = plan.expander(backend, dy, down.weight.shape[1], 0, masked=False, backward=True)
+        return expander.compute([(dy, down.weight.t())]), None, None
     dh, ds, d_lora_B, _ = linear.from_dy(
         dy, down.weight, down.lora_A, down.lora_B, down.s, down.keep, down.alpha, backend, down.dtypes[1],
         (need_dh, need_A, need_B), down.into[1],

@@ -18,8 +18,8 @@ Source: Hu et al. 2021, arXiv:2106.09685; one LoRA product of x for Q, K and V: 
 was taken.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -56,13 +56,13 @@ def expand(x: Tensor, projections: Sequence[Projection], shrunk: Sequence[Tensor
     """Compute each y of `forward` from x `[M, in]` and each s."""
     cols = sum(q.weight.shape[0] for q in projections)
     rank = max((s.shape[1] for s in shrunk if s is not None), default=0)
-    _, expand_all = plan.expander_all(backend, x, x.shape[1], cols, rank, masked=False, backward=False)
+    expander = plan.expander_all(backend, x, x.shape[1], cols, rank, masked=False, backward=False)
     outputs = [
         # A projection with an s has a B.
         ([(x, q.weight)] if s is None else [(x, q.weight), (s, q.lora_B.to(x.dtype))], q.bias)  # type: ignore[union-attr]
         for q, s in zip(projections, shrunk, strict=True)
     ]
-    return expand_all(outputs)
+    return expander.compute(outputs)
 
 
 def shrink(
@@ -93,11 +93,12 @@ def _backward_pass(
     backend: str, parts: Sequence[Part], x: Kept, need_x: bool,
     made: Sequence[tuple[Kept, Tensor | None]] | None,
 ) -> tuple[Kept, list[list[Tensor | None]]]:  # fmt: skip
-    ops, dx, how, stack = plan.contractions(backend), None, None, None
+    ops, dx, stack = plan.contractions(backend), None, None
+    expander: Any = None
     if need_x:
-        how, expand_all = _expander(parts, backend)
+        expander = _expander(parts, backend)
         # Copies of any A come before the launches, because the launches overlap.
-        stack = _stack(parts, backend) if how == "fused" and made is None else None
+        stack = _stack(parts, backend) if expander.overlaps and made is None else None
         rights = [None if stack else _right(part) for part in parts]
     if made is None:
         columns = stack.columns if stack else [None] * len(parts)
@@ -110,7 +111,7 @@ def _backward_pass(
             elif right is not None:
                 masked.append((ds, right, part.keep))
         summed = [(part.dy, part.weight.t()) for part in parts]
-        (dx,) = expand_all([([*summed, *thin], None)], masked, wide=len(summed))
+        (dx,) = expander.compute([([*summed, *thin], None)], masked, wide=len(summed))
     gradients = [[None, d_lora_B] for _, d_lora_B in made]
     for_A = [
         (own, (ds, part.dtypes[0], part.keep), part.into[0])
@@ -119,13 +120,14 @@ def _backward_pass(
     ]
     if for_A:
         owners, operands, into = zip(*for_A, strict=True)
-        for own, d_lora_A in zip(owners, ops.wgrad_all(operands, x, ready=how == "fused", into=into), strict=True):
+        ready = expander is not None and expander.overlaps
+        for own, d_lora_A in zip(owners, ops.wgrad_all(operands, x, ready=ready, into=into), strict=True):
             own[0] = d_lora_A
     return dx, gradients
 
 
-def _expander(parts: Sequence[Part], backend: str) -> tuple[str, Callable]:
-    """Return the form of dx, and the function that computes dx."""
+def _expander(parts: Sequence[Part], backend: str) -> plan.Expander:
+    """Choose how to compute dx."""
     adapted = [part for part in parts if part.lora_A is not None]
     rank = max((part.lora_A.shape[0] for part in adapted), default=0)
     inner, cols = sum(part.dy.shape[1] for part in parts), parts[0].weight.shape[1]

@@ -14,9 +14,22 @@ from lora_kernels.plan.backend import (
     overridden,
     triton_problem,
 )  # fmt: skip
-from lora_kernels.plan.forms import Form, expander, expander_all, forced, forget, form, fuses, repeat, rule, stacks
+from lora_kernels.plan.forms import (
+    Expander,
+    Form,
+    expander,
+    expander_all,
+    forced,
+    forget,
+    form,
+    fuses,
+    repeat,
+    rule,
+    stacks,
+)
 
 __all__ = [
-    "BACKENDS", "MAX_RANK", "Choice", "Form", "automatic", "choose", "contractions", "expander", "expander_all",
-    "forced", "forget", "form", "fuses", "interpreting", "overridden", "repeat", "rule", "stacks", "triton_problem",
+    "BACKENDS", "MAX_RANK", "Choice", "Expander", "Form", "automatic", "choose", "contractions", "expander",
+    "expander_all", "forced", "forget", "form", "fuses", "interpreting", "overridden", "repeat", "rule", "stacks",
+    "triton_problem",
 ]  # fmt: skip

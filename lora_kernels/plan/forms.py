@@ -16,7 +16,19 @@ from lora_kernels.plan import model, tuned
 from lora_kernels.plan.backend import contractions
 from lora_kernels.plan.model import Product
 
-__all__ = ["Form", "expander", "expander_all", "forced", "forget", "form", "fuses", "repeat", "rule", "stacks"]
+__all__ = [
+    "Expander",
+    "Form",
+    "expander",
+    "expander_all",
+    "forced",
+    "forget",
+    "form",
+    "fuses",
+    "repeat",
+    "rule",
+    "stacks",
+]
 
 
 class Form(NamedTuple):
@@ -26,8 +38,30 @@ class Form(NamedTuple):
     place: int | None = None
 
 
-def expander(backend: str, p: Tensor, cols: int, rank: int, masked: bool, backward: bool) -> tuple[str, Callable]:
-    """Return the form of a large product, and its function of sources, bias and mask, which is like `matmul_expand`.
+class Expander(NamedTuple):
+    """A way to compute a large product.
+
+    Attributes:
+        name: "operators", "library", or a strategy of `lora_kernels.plan.model`.
+        compute: A function like `matmul_expand` or `matmul_expand_all`; with `brings_ds` it is `joint`.
+    """
+
+    name: str
+    compute: Callable[..., Any]
+
+    @property
+    def overlaps(self) -> bool:
+        """Return whether the next launch may overlap the end of this product."""
+        return self.name == "fused"
+
+    @property
+    def brings_ds(self) -> bool:
+        """Return whether `compute` takes dy, W, A, B, alpha and the mask, and gives dx and ds."""
+        return self.name == "joint"
+
+
+def expander(backend: str, p: Tensor, cols: int, rank: int, masked: bool, backward: bool) -> Expander:
+    """Choose how to compute a large product of sources, bias and mask.
 
     Args:
         backend: "triton" or "torch".
@@ -36,19 +70,16 @@ def expander(backend: str, p: Tensor, cols: int, rank: int, masked: bool, backwa
         rank: r, 0 without an adapter.
         masked: Whether the thin product is masked.
         backward: Whether the product is dx.
-
-    Returns:
-        The name of the strategy, and the function. The function of "joint" is `joint`, which takes other arguments.
     """
     if backend == "torch":
-        return "operators", contractions(backend).matmul_expand
+        return Expander("operators", contractions(backend).matmul_expand)
     ops = contractions("triton")
     if not rank:
-        return "library", ops.library
+        return Expander("library", ops.library)
     (rows, inner), device, dtype = p.shape, p.device, p.dtype
     product = Product(rows, inner, cols, rank, dtype.itemsize, masked, backward)
     chosen = _chosen(device, dtype, product, ops.uses_tf32(dtype))
-    return chosen.strategy, ops.strategy(*chosen)
+    return Expander(chosen.strategy, ops.strategy(*chosen))
 
 
 def _chosen(device: torch.device, dtype: torch.dtype, product: Product, tf32: bool) -> Form:
@@ -58,8 +89,8 @@ def _chosen(device: torch.device, dtype: torch.dtype, product: Product, tf32: bo
 
 def expander_all(
     backend: str, p: Tensor, inner: int, cols: int, rank: int, masked: bool, backward: bool, sources: int = 1
-) -> tuple[str, Callable]:
-    """Return the form of several projections' large products, and a function like `matmul_expand_all` for them.
+) -> Expander:
+    """Choose how to compute several projections' large products, by a function like `matmul_expand_all`.
 
     Args:
         backend: "triton" or "torch".
@@ -70,18 +101,15 @@ def expander_all(
         masked: Whether a thin product is masked.
         backward: Whether the result is dx.
         sources: Number of large products that one result sums.
-
-    Returns:
-        "operators", "fused" or "beta1", and the function.
     """
     if backend == "torch":
-        return "operators", contractions(backend).matmul_expand_all
+        return Expander("operators", contractions(backend).matmul_expand_all)
     ops = contractions("triton")
     product = Product(p.shape[0], inner, cols, rank, p.dtype.itemsize, masked, backward)
     chosen = _forced or _several(p.device, p.dtype, product, sources, ops.uses_tf32(p.dtype))
     if chosen.strategy != "fused":
-        return "beta1", ops.beta1_all
-    return "fused", functools.partial(ops.matmul_expand_all, config=chosen.place)
+        return Expander("beta1", ops.beta1_all)
+    return Expander("fused", functools.partial(ops.matmul_expand_all, config=chosen.place))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -113,9 +141,9 @@ def fuses(backend: str, x: Tensor, weight: Tensor, rank: int, masked: bool) -> b
         return False
     # Expanded, this one element has the shapes of x and dy without their memory.
     like = x.reshape(-1)[:1]
-    forward, _ = expander(backend, like.expand(rows, inner), cols, rank, masked=False, backward=False)
-    backward, _ = expander(backend, like.expand(rows, cols), inner, rank, masked=masked, backward=True)
-    return forward == backward == "fused"
+    forward = expander(backend, like.expand(rows, inner), cols, rank, masked=False, backward=False)
+    backward = expander(backend, like.expand(rows, cols), inner, rank, masked=masked, backward=True)
+    return forward.name == backward.name == "fused"
 
 
 @functools.lru_cache(maxsize=4096)

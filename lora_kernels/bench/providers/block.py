@@ -85,13 +85,13 @@ def _fused(problem: BlockProblem, backend: str) -> bool:
         # stand-ins for h and dy: only their shapes matter
         h, dy = (x.flatten()[:1].expand(x.shape[0], width) for width in (widths[0], out))
         forms |= {
-            plan.expander(backend, h, out, rank, masked=False, backward=False)[0],
-            plan.expander(backend, dy, widths[0], rank, masked=masked, backward=True)[0],
+            plan.expander(backend, h, out, rank, masked=False, backward=False).name,
+            plan.expander(backend, dy, widths[0], rank, masked=masked, backward=True).name,
         }
     cols, inner = sum(widths), x.shape[1]
     forms |= {
-        plan.expander_all(backend, x, inner, cols, rank, masked=False, backward=False)[0],
-        plan.expander_all(backend, x, cols, inner, rank, masked, backward=True, sources=len(widths))[0],
+        plan.expander_all(backend, x, inner, cols, rank, masked=False, backward=False).name,
+        plan.expander_all(backend, x, cols, inner, rank, masked, backward=True, sources=len(widths)).name,
     }
     return forms == {"fused"}
 
