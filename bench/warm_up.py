@@ -24,6 +24,7 @@ from bench import races
 from lora_kernels import plan
 from lora_kernels.cli import verify
 from lora_kernels.inspect import compiled
+from lora_kernels.inspect.kernel import Case
 from lora_kernels.measure import presets
 from lora_kernels.verify import block_matrix
 from lora_kernels.verify.problems import run_problem
@@ -45,7 +46,7 @@ def work(on_gpu: bool, quick: bool) -> list[Work]:
         for matrix in (verify._matrix, block_matrix.matrix)
         for case in matrix("triton", dtype, on_gpu, quick)
     ]
-    raced = [compiled.Case(*shape, p=0.1, bias=True) for shape in (races.SMALL if quick else races.LARGE)]
+    raced = [Case(*shape, p=0.1, bias=True) for shape in (races.SMALL if quick else races.LARGE)]
     more = [] if quick else [*_timed(), *_tested()]
     return [*more, *((case, "fused") for case in raced), *checked]
 
@@ -55,9 +56,9 @@ def _timed() -> list[Work]:
     preset, found = presets.PRESETS["llama-8b"], []
     mlp, qkv = (presets.block_shape(preset.model, block) for block in ("mlp", "qkv"))
     for p in (0.0, 0.1):
-        found += [compiled.Case(mlp.m, mlp.k, mlp.n, 16, p=p, activation="silu")]
-        found += [compiled.Case(qkv.m, qkv.k, qkv.n, 16, p=p, others=qkv.others)]
-        found += [compiled.Case(shape.m, shape.k, shape.n, 16, p=p, fp32_adapters=wide)
+        found += [Case(mlp.m, mlp.k, mlp.n, 16, p=p, activation="silu")]
+        found += [Case(qkv.m, qkv.k, qkv.n, 16, p=p, others=qkv.others)]
+        found += [Case(shape.m, shape.k, shape.n, 16, p=p, fp32_adapters=wide)
                   for shape in preset.shapes for wide in (False, True)]  # fmt: skip
     return [(case, form) for case in found for form in ("fused", "beta1")]
 
@@ -66,7 +67,7 @@ def _tested() -> list[Work]:
     """List the layers that tests run on a GPU, in both forms that the rules may choose."""
     shapes = runpy.run_path(str(ROOT / "tests" / "samples" / "gpu_shapes.py"))["SHAPES"]
     found = [
-        compiled.Case(*shape, dtype, p=p, bias=True)
+        Case(*shape, dtype, p=p, bias=True)
         for dtype in ("bf16", "fp16", "fp32")
         for shape in shapes
         for p in (0.0, 0.1)
@@ -140,14 +141,14 @@ def _compile(one: Work) -> tuple[str, set[str], str]:
 
 
 def _name(case: Any, form: str) -> str:
-    if isinstance(case, compiled.Case):
+    if isinstance(case, Case):
         return f"{case} {form}"
     return f"verify {case.dtype} {case.shape()} {case.layout} p={case.p:g} {form}"
 
 
 def _run(case: Any) -> None:
     """Launch a case's kernels, on drawn numbers if the case is one of `verify`."""
-    if isinstance(case, compiled.Case):
+    if isinstance(case, Case):
         ys = compiled._forward(case)
         torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
     elif isinstance(case, block_matrix.BlockCase):

@@ -1,10 +1,9 @@
 """Budgets of compiled kernels, as rules: each rule names the faults of a kernel."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from lora_kernels.inspect.compiled import Kernel
+from lora_kernels.inspect.kernel import Kernel
 
 __all__ = ["broken"]
 
@@ -17,7 +16,7 @@ _SOURCE = 7
 _FAST_ROWS = 64
 
 
-def broken(kernel: "Kernel", gpu: Any) -> Iterator[str]:
+def broken(kernel: Kernel, gpu: Any) -> Iterator[str]:
     """Name every budget that a kernel breaks.
 
     Args:
@@ -49,7 +48,7 @@ def broken(kernel: "Kernel", gpu: Any) -> Iterator[str]:
         yield from _streams(kernel)
 
 
-def _dependent_launch(kernel: "Kernel") -> Iterator[str]:
+def _dependent_launch(kernel: Kernel) -> Iterator[str]:
     """Check that a kernel waits in time if it may overlap the end of the launch before it."""
     found = kernel.facts.dependent
     if kernel.name == "matmul_expand" and kernel.constants["PDL"] and found != "waits":
@@ -58,7 +57,7 @@ def _dependent_launch(kernel: "Kernel") -> Iterator[str]:
         yield "does not wait for the launch before it before it writes"
 
 
-def _tensor_cores(kernel: "Kernel") -> Iterator[str]:
+def _tensor_cores(kernel: Kernel) -> Iterator[str]:
     facts, loop = kernel.facts, kernel.facts.loop
     tf32 = kernel.constants.get("PRECISION") == "tf32"
     if facts.tf32 and not tf32:
@@ -77,7 +76,7 @@ def _tensor_cores(kernel: "Kernel") -> Iterator[str]:
             yield f"begins its tensor cores {loop.arrives} times a K step and waits {loop.waits} times, for {dots} dots"
 
 
-def _rows_of_dots(kernel: "Kernel") -> int:
+def _rows_of_dots(kernel: Kernel) -> int:
     """Return the rows of the dot that has the fewest."""
     constants = kernel.constants
     if kernel.name == "wgrad":
@@ -85,11 +84,11 @@ def _rows_of_dots(kernel: "Kernel") -> int:
     return constants.get("BLOCK_M", 0)
 
 
-def _masks(kernel: "Kernel") -> bool:
+def _masks(kernel: Kernel) -> bool:
     return bool(kernel.constants.get("HAS_KEEP") or kernel.constants.get("HAS_DROPOUT"))
 
 
-def _occupancy(kernel: "Kernel", gpu: Any) -> Iterator[str]:
+def _occupancy(kernel: Kernel, gpu: Any) -> Iterator[str]:
     facts, constants = kernel.facts, kernel.constants
     if facts.per_sm < 1:
         yield "does not fit a multiprocessor"
@@ -100,7 +99,7 @@ def _occupancy(kernel: "Kernel", gpu: Any) -> Iterator[str]:
         yield "leaves a multiprocessor one program, which cannot hide the latency of its loads"
 
 
-def _matmul(kernel: "Kernel") -> Iterator[str]:
+def _matmul(kernel: Kernel) -> Iterator[str]:
     loop, constants = kernel.facts.loop, kernel.constants
     # Pointers always load the operands of a masked product, so a launch without other sources has no rule here.
     if loop is None or not constants["NUM_SOURCES"]:
@@ -117,7 +116,7 @@ def _matmul(kernel: "Kernel") -> Iterator[str]:
         yield "is not pipelined: no asynchronous copy in the K loop"
 
 
-def _streams(kernel: "Kernel") -> Iterator[str]:
+def _streams(kernel: Kernel) -> Iterator[str]:
     """Check that a shrink or wgrad of contiguous, aligned 16-bit operands has loads as wide as its tiles allow."""
     loop = kernel.facts.loop
     # On gfx942 a tile goes through other instructions.

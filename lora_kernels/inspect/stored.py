@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lora_kernels.inspect.compiled import Kernel
+from lora_kernels.inspect.kernel import Kernel
 
 __all__ = ["budget_file", "regressions", "renew"]
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench import variants, warm_up
 from bench.processes import ROOT
 from lora_kernels.cli import verify
-from lora_kernels.inspect import compiled
+from lora_kernels.inspect.kernel import Case
 
 # --- kernels compiled ahead
 
@@ -25,7 +25,7 @@ def test_what_is_compiled_ahead_is_what_verify_runs_on_a_gpu():
     cases = [case for case, _ in warm_up.work(on_gpu=True, quick=False)]
     for dtype in verify.DTYPES:
         assert set(verify._matrix("triton", dtype, True, False)) <= set(cases)
-    timed = [case for case in cases if isinstance(case, compiled.Case) and case.m == 8192]
+    timed = [case for case in cases if isinstance(case, Case) and case.m == 8192]
     assert {case.activation for case in timed} == {"", "silu"}
     assert {case.p for case in timed} == {0.0, 0.1}
     assert any(case.others for case in timed)
@@ -34,10 +34,10 @@ def test_what_is_compiled_ahead_is_what_verify_runs_on_a_gpu():
 COMPILE = """
 import sys
 from bench import warm_up
-from lora_kernels.cli import _compiled
+from lora_kernels.inspect.kernel import Case
 warm_up._begin(warm_up._gpu("sm_90"), False)
-print(warm_up._compile((_compiled.Case(40, 48, 56, 16, p=0.1), "fused")))
-name, found, problem = warm_up._compile((_compiled.Case(8192, 4096, 14336, 16), "beta1"))
+print(warm_up._compile((Case(40, 48, 56, 16, p=0.1), "fused")))
+name, found, problem = warm_up._compile((Case(8192, 4096, 14336, 16), "beta1"))
 assert found and not problem, problem  # and a library's product of 2 TFLOP was not computed
 """
 
@@ -90,7 +90,7 @@ def test_launchers_are_compiled_where_each_signature_has_one(a_launcher_each, mo
 
 
 def test_a_case_that_cannot_be_compiled_is_told_and_not_the_end():
-    class Wrong(compiled.Case):
+    class Wrong(Case):
         pass
 
     name, found, problem = warm_up._compile((Wrong(4, 4, 4, 0), "fused"))
@@ -100,7 +100,7 @@ def test_a_case_that_cannot_be_compiled_is_told_and_not_the_end():
 
 
 def test_what_there_is_no_time_for_is_left(monkeypatch, capsys):
-    ones, begun = [(compiled.Case(8, 8, 8, i), "fused") for i in range(9)], []
+    ones, begun = [(Case(8, 8, 8, i), "fused") for i in range(9)], []
 
     class Pool(ThreadPoolExecutor):
         def __init__(self, jobs, context, begin, given):

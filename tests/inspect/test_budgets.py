@@ -10,7 +10,8 @@ from lora_kernels import cli
 from lora_kernels.cli import inspect
 from lora_kernels.inspect.binary import Facts, Loop, late_stores
 from lora_kernels.inspect.budgets import broken
-from lora_kernels.inspect.compiled import CASES, QUICK, Case, Kernel
+from lora_kernels.inspect.compiled import CASES, QUICK
+from lora_kernels.inspect.kernel import Case, Kernel
 from lora_kernels.inspect.stored import budget_file, regressions, renew
 
 GPU = SimpleNamespace(num_sms=132, shared=232_448)

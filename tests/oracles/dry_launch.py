@@ -15,7 +15,8 @@ from bench.stub_driver import StubDriver, launching
 from lora_kernels import plan
 from lora_kernels.autograd.linear import LoRALinearFunction
 from lora_kernels.autograd.projections import LoRAProjectionsFunction
-from lora_kernels.inspect.compiled import Case, describe
+from lora_kernels.inspect.compiled import describe
+from lora_kernels.inspect.kernel import Case
 from lora_kernels.kernels import matmul_expand, wgrad
 from lora_kernels.kernels._launch import Launch
 

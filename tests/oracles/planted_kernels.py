@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.inspect.compiled import Case, describe
+from lora_kernels.inspect.compiled import describe
+from lora_kernels.inspect.kernel import Case
 from lora_kernels.kernels import matmul_expand, shrink
 from lora_kernels.kernels._configs import MatmulConfig
 from lora_kernels.kernels._imagined import GPUS, imagine

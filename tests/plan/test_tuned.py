@@ -220,7 +220,7 @@ def test_threads_that_look_up_load_once_and_warn_once(folder, monkeypatch):
 
 SAVES = """
 import sys
-from lora_kernels import tuned
+from lora_kernels.plan import tuned
 who, rounds = int(sys.argv[1]), int(sys.argv[2])
 for i in range(rounds):
     assert tuned.save("NVIDIA H200", {f"bfloat16 forward 1x{who}x{i + 1} r16": ("fused", who)})
@@ -259,7 +259,7 @@ def test_a_process_killed_while_it_saves_leaves_a_good_table(folder):
 
 
 HOLDS = """
-from lora_kernels import tuned
+from lora_kernels.plan import tuned
 with tuned.tuning():
     print("held", flush=True)
     input()
@@ -296,7 +296,7 @@ def test_importing_reads_nothing():
         "import sys\n"
         "opened = []\n"
         "sys.addaudithook(lambda event, args: event in ('open', 'os.listdir') and opened.append(str(args[0])))\n"
-        "import lora_kernels, lora_kernels.tuned, lora_kernels.plan\n"
+        "import lora_kernels, lora_kernels.plan.tuned, lora_kernels.plan\n"
         "assert not [path for path in opened if 'kept' in path or 'tables' in path.split('/')], opened\n"
         "import torch\n"
         "assert not torch.cuda.is_initialized()\n"
