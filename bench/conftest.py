@@ -59,7 +59,7 @@ def _probability(text: str) -> float:
 
 
 def _options(config: pytest.Config) -> Options:
-    """What the command line asks for, on the GPU if there is one."""
+    """Read the command line's choices; the device is the GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = config.getoption("dtype") or ("bf16" if device.type == "cuda" else "fp32")
     settings = Settings(device, DTYPES[dtype], config.getoption("backend"), cache="warm")
@@ -87,7 +87,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.fixture(scope="session")
 def options(pytestconfig: pytest.Config) -> Options:
-    """What the command line asks for."""
+    """Return the command line's choices."""
     return _options(pytestconfig)
 
 
@@ -99,7 +99,7 @@ def admit(request: pytest.FixtureRequest, options: Options) -> Callable[[str], A
 
 @pytest.fixture(scope="module")
 def admitted(request: pytest.FixtureRequest, admit: Callable[[str], Admitted]) -> Admitted:
-    """A provider that was judged, once for all passes."""
+    """Return a judged provider, judged once for all passes."""
     return admit(request.param)
 
 

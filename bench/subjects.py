@@ -1,4 +1,4 @@
-"""What `pytest bench/` times: problems drawn, providers built and judged by the parts of `lora-kernels bench`."""
+"""Draw the problems of `pytest bench/`, and build and judge providers by the parts of `lora-kernels bench`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ __all__ = ["SUBJECTS", "Admitted", "Options", "names"]
 
 @dataclass(frozen=True)
 class Options:
-    """What is timed.
+    """The choices of a run.
 
     Attributes:
         shape: Of the operation; None for that of a layer of Llama-3.1-8B on a GPU, of a tiny model on a CPU.
@@ -39,7 +39,7 @@ class Options:
     settings: Settings
 
     def shape_of(self, operation: str) -> Shape:
-        """The shape of one of `SUBJECTS`, with the widths that it has."""
+        """Return the shape of one of `SUBJECTS`, with as many widths as the operation has."""
         if self.shape is None:
             dims = PRESETS["llama-8b" if self.settings.device.type == "cuda" else "tiny"].model
             found = block_shape(dims, "mlp" if operation == "mlp" else "qkv")
@@ -50,7 +50,7 @@ class Options:
         return replace(found, others=())
 
     def chosen_backend(self) -> str:
-        """The backend of this package's own rows."""
+        """Return the backend of this package's own rows."""
         return plan.choose(self.settings.device, self.settings.dtype, self.r, False, self.settings.backend)
 
 
@@ -78,16 +78,16 @@ class Admitted:
 
     @property
     def ours(self) -> bool:
-        """Whether it is this package's own."""
+        """Return whether the provider is this package's own."""
         return self.name.startswith(("ours", "per_layer"))
 
     @property
     def absent(self) -> bool:
-        """Whether it could not be run at all, so that nothing is known of its result."""
+        """Return whether the provider could not run at all, so that its result is unknown."""
         return self.row["check"] is None
 
     def facts(self, which: str, options: Options) -> dict[str, Any]:
-        """What stands beside a time of the pass `which` in pytest-benchmark's JSON."""
+        """Return the facts beside a time of the pass `which` in pytest-benchmark's JSON."""
         check = self.row["check"]
         return {
             "operation": self.operation, "pass": which, "provider": self.row["label"], "shape": str(self.shape),
@@ -99,10 +99,10 @@ class Admitted:
 
 
 def names(operation: str, options: Options) -> list[str]:
-    """The providers of an operation; of contractions, "launch: provider" each."""
+    """List the providers of an operation; of contractions, "launch: provider" each."""
     settings, backend = options.settings, options.chosen_backend()
     if operation == "contractions":
-        # who does which launch is the same for any problem, so a problem of one element tells
+        # every problem has the same launches and providers, so a problem of one element tells them
         least = layer.draw(Shape(1, 1, 1), 1, 0.0, Settings(torch.device("cpu"), torch.float32))
         each = kernel.launches(least, "torch").items()
         return [f"{which}: {name}" for which, launch in each for name in kernel.PROVIDERS if name in launch.calls]

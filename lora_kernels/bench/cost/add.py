@@ -1,4 +1,4 @@
-"""What `lora_add` and its rivals move: those of a layer, in the words of `cost.layer`, less what the base layer does.
+"""Bytes that `lora_add` and its rivals move: the formulas of `cost.layer` without the base layer.
 
 y = base + s Bᵀ reads base and writes y where a layer has a product; dx is the low-rank term alone, dbase is dy itself.
 `torch.addmm` copies base before it sums into the copy: two launches.
@@ -13,13 +13,13 @@ __all__ = ["COSTS", "flops"]
 
 
 def flops(m: int, k: int, n: int, r: int) -> tuple[int, int]:
-    """FLOPs that forward and backward need: s and its product; ds, dx, dA and dB."""
+    """Return the FLOPs of forward (s and its product) and of backward (ds, dx, dA and dB)."""
     base, whole = (layer_cost.flops(m, k, n, rank) for rank in (0, r))
     return whole[0] - base[0], whole[1] - base[1]
 
 
 def _sum(z: Size) -> tuple[int, ...]:
-    """Y by `torch.addmm` out of place: the copy of base, and the product that is added to it."""
+    """Return the bytes of y by `torch.addmm` out of place: the copy of base, and the product added to it."""
     return 2 * z.y, z.s + z.b + 2 * z.y
 
 

@@ -1,11 +1,11 @@
-"""The providers of `lora_add`: the low-rank term over a result that is there, by this package, by PEFT, by addmm.
+"""Providers of `lora_add`, the low-rank term over an existing result: this package, PEFT and an addmm chain.
 
 Their `Problem` is a layer with W = 0 and base `[M, out]` in the bias' place: y = x·0 + base + scaling · D(x) Aᵀ Bᵀ. So
 the rules of `verify.judge` hold as they are, and dropout masks are read off as they are for a layer. The gradient of
-base is dy itself, which nobody computes: base is no leaf. There is no floor, for without its adapter nothing is left.
+base is dy itself and needs no computation, so base is no leaf. There is no floor, because nothing is left without the
+adapter.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels.bench.providers import layer
-from lora_kernels.bench.providers.layer import chosen_backend, fp32_adapters, leaves_of, scaled_mm, short, under_compile
+from lora_kernels.bench.providers.layer import Build, chosen_backend, leaves_of, scaled_mm, short, variants
 from lora_kernels.functional import lora_add
 from lora_kernels.verify.numerics import Problem
 from lora_kernels.verify.provider import Provider
@@ -22,7 +22,7 @@ __all__ = ["PROVIDERS", "build", "names_for", "without_base"]
 
 
 def without_base(problem: Problem) -> Problem:
-    """The problem of `lora_add` from that of a layer, whose result with W alone becomes base."""
+    """Make the problem of `lora_add` from a layer's problem; the layer's result with W alone becomes base."""
     base = F.linear(problem.x, problem.weight, problem.bias)
     return replace(problem, weight=torch.zeros_like(problem.weight), bias=base)
 
@@ -33,7 +33,7 @@ def build(name: str, problem: Problem, backend: str = "auto") -> Provider:
 
 
 def names_for(dtype: torch.dtype, backend: str, compiled: bool) -> list[str]:
-    """The providers that make sense, by the rules for a layer's."""
+    """List the providers that make sense, by the same rules as for a layer."""
     return [name for name in layer.names_for(dtype, backend, compiled) if name in PROVIDERS]
 
 
@@ -52,7 +52,7 @@ def _ours(problem: Problem, backend: str) -> Provider:
 
 
 def _peft(problem: Problem, backend: str) -> Provider:
-    """What PEFT's layers, quantised ones as well, do with the result of their base layer."""
+    """Compute as PEFT's layers, quantised ones as well, with the result of their base layer."""
     leaves, base, p, scaling = leaves_of(problem), problem.bias, problem.dropout_p, problem.scaling
 
     def forward() -> Tensor:
@@ -66,7 +66,7 @@ def _peft(problem: Problem, backend: str) -> Provider:
 
 
 class _AddmmChain(torch.autograd.Function):
-    """What a careful author writes without kernels; out of place, for base belongs to the caller."""
+    """The best chain of library calls; the sum is out of place, because base belongs to the caller."""
 
     @staticmethod
     def forward(ctx, base, x, lora_A, lora_B, scaling, p):
@@ -95,13 +95,7 @@ def _addmm(problem: Problem, backend: str) -> Provider:
     return Provider("addmm chain", problem, forward, leaves, cost="addmm")
 
 
-PROVIDERS: dict[str, Callable[[Problem, str], Provider]] = {
-    "ours": _ours,
-    "ours_fp32": lambda problem, backend: _ours(fp32_adapters(problem), backend),
-    "ours_torch": lambda problem, backend: _ours(problem, "torch"),
-    "peft": _peft,
-    "peft_fp32": lambda problem, backend: _peft(fp32_adapters(problem), backend),
-    "peft_compiled": lambda problem, backend: under_compile(_peft(problem, backend)),
-    "peft_fp32_compiled": lambda problem, backend: under_compile(_peft(fp32_adapters(problem), backend)),
+PROVIDERS: dict[str, Build] = {
+    **variants(_ours, _peft),
     "addmm": _addmm,
 }

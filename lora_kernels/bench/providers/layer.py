@@ -19,9 +19,12 @@ from lora_kernels.verify.numerics import Problem
 from lora_kernels.verify.provider import Provider
 
 __all__ = [
-    "PROVIDERS", "addmm_chain", "build", "chosen_backend", "fp32_adapters", "leaves_of", "names_for", "scaled_mm",
-    "short", "under_compile",
+    "PROVIDERS", "Build", "addmm_chain", "build", "chosen_backend", "fp32_adapters", "leaves_of", "names_for",
+    "scaled_mm", "short", "variants",
 ]  # fmt: skip
+
+# builds a provider of a problem and a backend
+Build = Callable[[Problem, str], Provider]
 
 
 def build(name: str, problem: Problem, backend: str = "auto") -> Provider:
@@ -240,15 +243,22 @@ def short(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}.get(dtype, str(dtype)[6:])
 
 
-PROVIDERS: dict[str, Callable[[Problem, str], Provider]] = {
+def variants(ours: Build, peft: Build) -> dict[str, Build]:
+    """Return our own provider and PEFT's by name, with fp32 adapters, on the torch backend and compiled as well."""
+    return {
+        "ours": ours,
+        "ours_fp32": lambda problem, backend: ours(fp32_adapters(problem), backend),
+        "ours_torch": lambda problem, backend: ours(problem, "torch"),
+        "peft": peft,
+        "peft_fp32": lambda problem, backend: peft(fp32_adapters(problem), backend),
+        "peft_compiled": lambda problem, backend: under_compile(peft(problem, backend)),
+        "peft_fp32_compiled": lambda problem, backend: under_compile(peft(fp32_adapters(problem), backend)),
+    }
+
+
+PROVIDERS: dict[str, Build] = {
     "frozen": _frozen,
-    "ours": _ours,
-    "ours_fp32": lambda problem, backend: _ours(fp32_adapters(problem), backend),
-    "ours_torch": lambda problem, backend: _ours(problem, "torch"),
-    "peft": _peft,
-    "peft_fp32": lambda problem, backend: _peft(fp32_adapters(problem), backend),
-    "peft_compiled": lambda problem, backend: under_compile(_peft(problem, backend)),
-    "peft_fp32_compiled": lambda problem, backend: under_compile(_peft(fp32_adapters(problem), backend)),
+    **variants(_ours, _peft),
     "addmm": _addmm,
     "split": _split,
 }
