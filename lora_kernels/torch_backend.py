@@ -135,7 +135,7 @@ def outputs(x: Tensor, rank: int, dropout_p: float) -> tuple[Tensor, Tensor | No
 
 
 def shrink(
-    x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0, *, noise: Tensor | None = None
+    x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0, *, noise: Tensor | None = None, slot: None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Compute s = alpha · (x · keep) aᵀ, `[M, R]`, and draw keep, uint8 `[M, K]`, when `dropout_p` > 0.
 
@@ -146,7 +146,7 @@ def shrink(
 
 
 def shrink_all(
-    x: Tensor, rows: Sequence[tuple[Tensor, float, float]], *, noise: Tensor | None = None
+    x: Tensor, rows: Sequence[tuple[Tensor, float, float]], *, noise: Tensor | None = None, slot: None = None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Compute `shrink` for several adapters (a `[Rᵢ, K]`, alpha, dropout_p) of one x, a block of x at a time.
 
@@ -165,8 +165,9 @@ def shrink_all(
 
 
 def matmul_expand(
-    sources: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None = None, keep: Tensor | None = None
-) -> Tensor:
+    sources: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None = None, keep: Tensor | None = None,
+    slot: None = None,
+) -> Tensor:  # fmt: skip
     """Compute y = Σᵢ pᵢ qᵢᵀ + bias, `[M, N]`; `keep` (uint8 `[M, N]`) masks the last product."""
     if keep is None:
         return _matmul_expand(sources, bias, ())
@@ -176,11 +177,11 @@ def matmul_expand(
 
 def matmul_expand_all(
     outputs: Sequence[tuple[Sequence[tuple[Tensor, Tensor]], Tensor | None]],
-    masked: Sequence[tuple[Tensor, Tensor, Tensor]] = (), wide: int = 1,
+    masked: Sequence[tuple[Tensor, Tensor, Tensor]] = (), wide: int = 1, slot: None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Compute a y `[M, Nₒ]` for each (sources, bias); with `masked` products (p, q, keep) there is a single y.
 
-    Only the kernels use `wide`.
+    Only the kernels use `wide` and, like in the other functions, `slot`.
     """
     return [_matmul_expand(sources, bias, masked) for sources, bias in outputs]
 
@@ -208,7 +209,7 @@ def _matmul_expand(
 
 def wgrad(
     left: Tensor, right: Tensor, out_dtype: torch.dtype, keep: Tensor | None = None, *,
-    into: Tensor | None = None, ready: bool = False,
+    into: Tensor | None = None, ready: bool = False, slot: None = None,
 ) -> Tensor | None:  # fmt: skip
     """Compute g = leftᵀ (right · keep), `[C, D]`, in `out_dtype`, without rounding to a narrower dtype first.
 
@@ -220,7 +221,7 @@ def wgrad(
 
 def wgrad_all(
     rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor, ready: bool = False,
-    into: Sequence[Tensor | None] | None = None,
+    into: Sequence[Tensor | None] | None = None, slot: None = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Compute `wgrad` for several (left, dtype, keep) with one right operand, a block of `right` at a time."""
     into = into or (None,) * len(rows)
@@ -240,8 +241,9 @@ def _totals(rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Te
 
 
 def shrink_wgrad(
-    dy: Tensor, s: Tensor, lora_B: Tensor, alpha: float, out_dtype: torch.dtype, into: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+    dy: Tensor, s: Tensor, lora_B: Tensor, alpha: float, out_dtype: torch.dtype, into: Tensor | None = None,
+    slot: None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute ds = alpha · dy B, `[M, r]`, and dB = dyᵀ s, `[out, r]`, in `out_dtype`, or add it to `into`."""
     total: Any = None
     parts, right = [], _wide(lora_B.to(dy.dtype))
@@ -257,7 +259,7 @@ def shrink_wgrad(
 
 def activate_shrink(
     gate: Tensor, up: Tensor | None, activation: str, rows: Sequence[tuple[Tensor, float, float]], *,
-    noise: Tensor | None = None,
+    noise: Tensor | None = None, slot: None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:  # fmt: skip
     """Compute h = a(gate) · up, `[M, K]`, and `shrink_all` of h."""
     blocks = [activated(gate_m, up_m, activation) for gate_m, up_m in _blocks(gate, up)]
@@ -266,8 +268,9 @@ def activate_shrink(
 
 
 def activation_wgrad(
-    gate: Tensor, up: Tensor | None, dh: Tensor, activation: str, after: After | Any, *before: Before | Any
-) -> tuple[list[Tensor], Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
+    gate: Tensor, up: Tensor | None, dh: Tensor, activation: str, after: After | Any, *before: Before | Any,
+    slot: None = None,
+) -> tuple[list[Tensor], Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:  # fmt: skip
     """Compute dg and, with `up`, du; the requested dA of the layer after; the requested ds and dB of the layers before.
 
     `after` and each of `before` are None if nothing is requested. A dA or dB that is added to a gradient is not

@@ -1,6 +1,5 @@
 """Where there is no GPU the kernels run in Triton's interpreter, watched; memory they allocate starts as NaN."""
 
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -32,7 +31,6 @@ if not HAS_GPU:
 
 def pytest_addoption(parser):
     parser.addoption("--all-mutants", action="store_true", help="break the kernels in every way in the table")
-    parser.addoption("--repeated", action="store_true", help="take every pass a second time, by notes, and compare")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -72,37 +70,10 @@ def size_of_small(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def passes(request, monkeypatch):
-    """No test takes passes by the notes of another, which may have put something in the place of what they note."""
+def plans():
+    """No test takes the plans of another, whose launches may belong to what that test has put in their place."""
     if "lora_kernels.kernels" in sys.modules:
         plan.forget()
-    # launches are counted, and notes tested, as they are
-    if request.config.getoption("--repeated") and not {"log", "nothing_known"} & set(request.fixturenames):
-        from oracles import repeated
-
-        repeated.install(monkeypatch)
-
-
-@pytest.fixture
-def nothing_known(monkeypatch):
-    """Nothing is known at first; all kinds that come to be, in order."""
-    module, kinds = importlib.import_module("lora_kernels.kernels.repeat"), []
-
-    class Listed(module._Kind):
-        def __init__(self):
-            super().__init__()
-            kinds.append(self)
-
-    monkeypatch.setattr(module, "_Kind", Listed)
-    module.forget()
-    yield kinds
-    module.forget()
-
-
-@pytest.fixture
-def as_written(monkeypatch, passes):
-    """No pass is taken by notes, which would pass by what a test has put in the place of a contraction."""
-    monkeypatch.setattr(plan, "repeat", lambda backend, pass_, *arguments: pass_(backend, *arguments))
 
 
 @pytest.fixture

@@ -3,17 +3,25 @@
 Importing this package loads Triton.
 """
 
-from lora_kernels.kernels._launch import capability, describe_path, thin_pitch, uses_tf32
+from lora_kernels.kernels._launch import (
+    Slot,
+    capability,
+    describe_path,
+    facts,
+    run_pass,
+    state,
+    thin_pitch,
+    uses_tf32,
+)
 from lora_kernels.kernels.activation_wgrad import activation_wgrad
 from lora_kernels.kernels.hybrid import beta1_all, library, strategy
 from lora_kernels.kernels.matmul_expand import matmul_expand, matmul_expand_all
-from lora_kernels.kernels.repeat import forget, repeat
 from lora_kernels.kernels.shrink import activate_shrink, draw_noise, outputs, shrink, shrink_all
 from lora_kernels.kernels.shrink_wgrad import shrink_wgrad, stack
 from lora_kernels.kernels.wgrad import wgrad, wgrad_all
 
 __all__ = [
-    "activate_shrink", "activation_wgrad", "beta1_all", "capability", "describe_path", "draw_noise", "forget",
-    "library", "matmul_expand", "matmul_expand_all", "outputs", "repeat", "shrink", "shrink_all", "shrink_wgrad",
-    "stack", "strategy", "thin_pitch", "uses_tf32", "wgrad", "wgrad_all",
+    "Slot", "activate_shrink", "activation_wgrad", "beta1_all", "capability", "describe_path", "draw_noise", "facts",
+    "library", "matmul_expand", "matmul_expand_all", "outputs", "run_pass", "shrink", "shrink_all", "shrink_wgrad",
+    "stack", "state", "strategy", "thin_pitch", "uses_tf32", "wgrad", "wgrad_all",
 ]  # fmt: skip

@@ -8,7 +8,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.kernels import _launch
 from lora_kernels.kernels._launch import Facts, thin_pitch, thin_rows
-from lora_kernels.kernels._replay import call
 
 __all__ = ["Describe", "keeps"]
 
@@ -49,10 +48,6 @@ class Describe:
 
     def __call__(self, t: Tensor) -> TensorDescriptor:
         """Describe a tensor that has the settled facts."""
-        return call(self.now, t, by_address=not self.copied)
-
-    def now(self, t: Tensor) -> TensorDescriptor:
-        """Describe a tensor without recording the call."""
         if self.keeps:
             pointer = t.data_ptr()
             found = self.known.get(pointer)

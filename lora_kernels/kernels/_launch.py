@@ -7,7 +7,7 @@ pointers and run-time numbers, because on few rows the host takes most of the ti
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +15,11 @@ import triton
 from torch import Tensor
 
 from lora_kernels.kernels._configs import SHARED, descriptor_path
-from lora_kernels.kernels._replay import call
 
 __all__ = [
-    "Facts", "Launch", "arrivals", "capability", "dependent_launch", "describe_path", "facts", "launch_options",
-    "num_sms", "precision", "run_pass", "shared_per_sm", "thin_columns", "thin_pitch", "thin_rows", "uses_tf32",
+    "Facts", "Launch", "Slot", "arrivals", "capability", "dependent_launch", "describe_path", "facts",
+    "launch_options", "num_sms", "precision", "run_pass", "shared_per_sm", "state", "thin_columns", "thin_pitch",
+    "thin_rows", "uses_tf32",
 ]  # fmt: skip
 
 _runtime = triton.knobs.runtime
@@ -86,13 +86,9 @@ class Launch:
 
     def __call__(self, *arguments: Any) -> None:
         """Launch on the device's current stream."""
-        call(self.now, *arguments, by_address=True)
-
-    def now(self, *arguments: Any) -> None:
-        """Launch without recording the call."""
         if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
-                self.now(*arguments)
+                self(*arguments)
             return
         if self._settled is None:
             compiled = self.kernel[self.grid](*arguments, *self.integers, **self.flags, **self.options)
@@ -112,6 +108,27 @@ class Launch:
             run(*self.grid, stream_of(device), function, metadata, None, None, None, *arguments, *self._rest)
 
 
+class Slot:
+    """A place of a plan for one contraction's settled launch, which the first call fills and later calls take.
+
+    Attributes:
+        settled: The settled launch, None before the first call.
+    """
+
+    __slots__ = ("_parts", "settled")
+
+    def __init__(self) -> None:
+        self.settled: Any = None
+        self._parts: dict[Any, Slot] = {}
+
+    def part(self, name: Any) -> "Slot":
+        """Return the slot of one launch of a contraction that takes several."""
+        found = self._parts.get(name)
+        if found is None:
+            found = self._parts[name] = Slot()
+        return found
+
+
 def uses_tf32(dtype: torch.dtype) -> bool:
     """Return whether products of `dtype` may use TF32: only fp32, and only where PyTorch's setting allows TF32."""
     return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -124,6 +141,11 @@ def precision(t: Tensor) -> str:
 
 # While launches are only compiled, an ImaginedGPU stands in for every device; see `_imagined`.
 imagined: Any = None
+
+
+def state() -> Hashable:
+    """Return what launches depend on besides their arguments: PyTorch's setting for TF32, and the imagined GPU."""
+    return uses_tf32(torch.float32), imagined
 
 
 def num_sms(device: torch.device) -> int:
@@ -228,9 +250,9 @@ def arrivals(device: torch.device, count: int) -> Tensor:
     hands the memory to other tensors once the pass is over.
     """
     if not _pass.running or count > _COUNTERS:
-        return call(_zeros, device, count)
+        return _zeros(device, count)
     if _pass.counters is None:
-        _pass.counters = call(_zeros, device, _COUNTERS)
+        _pass.counters = _zeros(device, _COUNTERS)
     return _pass.counters
 
 

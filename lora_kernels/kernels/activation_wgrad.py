@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_kernels.activations import After, Before
 from lora_kernels.kernels._configs import shrink_wgrad_pays
-from lora_kernels.kernels._launch import thin_rows
+from lora_kernels.kernels._launch import Slot, thin_rows
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.kernels.wgrad import DGATE, DUP, Activation, H, Product, launch
 
@@ -20,7 +20,8 @@ __all__ = ["activation_wgrad"]
 
 
 def activation_wgrad(
-    gate: Tensor, up: Tensor | None, dh: Tensor, activation: str, after: After | None, *before: Before | None
+    gate: Tensor, up: Tensor | None, dh: Tensor, activation: str, after: After | None, *before: Before | None,
+    slot: Slot | None = None,
 ) -> tuple[list[Tensor], Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:  # fmt: skip
     """Compute dg and du from dh, `[M, W]`, and the adapters' ds, dA and dB, in one pass.
 
@@ -31,6 +32,7 @@ def activation_wgrad(
         activation: "silu", "gelu", "gelu_tanh" or "relu2".
         after: Operands of dA, or None.
         *before: Operands of ds and dB of the gate and, if there is one, of the up projection; None for neither.
+        slot: A place of a plan that keeps the settled launches, or None.
 
     Returns:
         dg and, with `up`, du; dA `[r, W]` or None; for each of `before` ds `[M, r]` and dB `[W, r]`, or None. A result
@@ -61,8 +63,9 @@ def activation_wgrad(
             products.append(Product(one.s, g, None, fused, accumulate=dB is None, wide=which))
         made.append([ds, dB])
     dup = wides[1] if up is not None else None
-    launch(gate, products, Activation(activation, up, dh, wides[0], dup))
-    for one, wide, results in zip(before, wides, made, strict=True):
+    launch(gate, products, Activation(activation, up, dh, wides[0], dup), slot=slot)
+    for i, (one, wide, results) in enumerate(zip(before, wides, made, strict=True)):
         if one is not None and one.lora_B is not None and results[0] is None:
-            results[0] = shrink(wide, one.lora_B.t(), one.alpha)[0]
+            of_ds = slot.part(i) if slot else None
+            results[0] = shrink(wide, one.lora_B.t(), one.alpha, slot=of_ds)[0]
     return wides, dA, [tuple(results) for results in made]

@@ -9,7 +9,8 @@
     joint      the library      dy [W|B] gives dy W and dy B, hence ds          2·N·K·e + 2·M·K·e - M·N·e
 
 `plan` chooses by shape, because a fused kernel is the worse choice where the library is faster by more than these bytes
-cost. `padded` cannot mask. `joint` is for backward and computes ds as well.
+cost. `padded` cannot mask. `joint` is for backward and computes ds as well. Each function takes a `slot` of a plan,
+which keeps the settled launch of its kernel.
 
 Sources: beta = 1 over a pre-filled y, as in TransformerEngine's operation fuser; the choice among orders and forms by
 shape: Cherniuk et al., RunLoRA, arXiv:2312.03415 (ideas). No code was taken.
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lora_kernels.kernels._launch import Slot
 from lora_kernels.kernels.matmul_expand import Source, matmul_expand, matmul_expand_all
 
 __all__ = ["beta1", "beta1_all", "joint", "library", "padded", "strategy"]
@@ -29,20 +31,23 @@ __all__ = ["beta1", "beta1_all", "joint", "library", "padded", "strategy"]
 _ALIGN = 8
 
 
-def beta1(sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+def beta1(
+    sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | None = None, slot: Slot | None = None
+) -> Tensor:
     """Compute the result of `matmul_expand`: the kernel sums all but the first product, the library adds the first."""
     (p, q), *rest = sources
-    return matmul_expand(rest, bias, keep).addmm_(p, q.t())
+    return matmul_expand(rest, bias, keep, slot=slot).addmm_(p, q.t())
 
 
 def beta1_all(
     outputs: Sequence[tuple[Sequence[Source], Tensor | None]], masked: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
-    wide: int = 1,
+    wide: int = 1, slot: Slot | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Compute the results of `matmul_expand_all`: the kernel sums all but the `wide` ones, the library adds these."""
     thin = [(sources[wide:], bias) for sources, bias in outputs]
     adapted = [i for i, (sources, _) in enumerate(thin) if sources or masked]
-    ys = dict(zip(adapted, matmul_expand_all([thin[i] for i in adapted], masked, 1), strict=True)) if adapted else {}
+    made = matmul_expand_all([thin[i] for i in adapted], masked, 1, slot=slot) if adapted else []
+    ys = dict(zip(adapted, made, strict=True))
     results = []
     for i, (sources, bias) in enumerate(outputs):
         large = list(sources[:wide])
@@ -53,13 +58,17 @@ def beta1_all(
     return results
 
 
-def library(sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+def library(
+    sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | None = None, slot: Slot | None = None
+) -> Tensor:
     """Compute y = p qᵀ + bias of a single source, without a thin product."""
     ((p, q),) = sources
     return torch.mm(p, q.t()) if bias is None else torch.addmm(bias, p, q.t())
 
 
-def padded(sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+def padded(
+    sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | None = None, slot: Slot | None = None
+) -> Tensor:
     """Compute the result of `matmul_expand` in one product of operands laid side by side.
 
     Raises:
@@ -72,8 +81,9 @@ def padded(sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor |
 
 
 def joint(
-    dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, alpha: float, keep: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, alpha: float, keep: Tensor | None,
+    slot: Slot | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute dx = dy W + keep · (ds A), `[M, in]`, and ds = alpha · dy B, `[M, r]`, from one product dy [W|B].
 
     Without a mask, dx is a view of the product, so its row stride is `in` plus r and a few elements. ds is rounded
@@ -84,7 +94,7 @@ def joint(
     dx, ds = both[:, :inner], both[:, inner : inner + rank] * alpha
     if keep is None:
         return dx.addmm_(ds, lora_A.to(dy.dtype)), ds
-    return matmul_expand([(ds, lora_A.t())], None, keep).add_(dx), ds
+    return matmul_expand([(ds, lora_A.t())], None, keep, slot=slot).add_(dx), ds
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:

@@ -48,7 +48,7 @@ from lora_kernels.kernels import _launch
 from lora_kernels.kernels._configs import MatmulConfig, descriptor_path, matmul_config
 from lora_kernels.kernels._descriptors import Describe, keeps
 from lora_kernels.kernels._device import halves, kept, load_kept, tile_position
-from lora_kernels.kernels._launch import Facts, Launch, facts, precision
+from lora_kernels.kernels._launch import Facts, Launch, Slot, facts, precision
 
 __all__ = ["matmul_expand", "matmul_expand_all"]
 
@@ -232,7 +232,7 @@ def _load(ptr, rows, num_rows, stride_row, cols, num_cols, stride_col):
 
 def matmul_expand(
     sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | None = None,
-    config: MatmulConfig | int | None = None, tma: bool | None = None,
+    config: MatmulConfig | int | None = None, tma: bool | None = None, slot: Slot | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute y = Σᵢ pᵢ qᵢᵀ + bias, `[M, N]`, with the last product masked by `keep`.
 
@@ -243,15 +243,17 @@ def matmul_expand(
         keep: Packed mask `[M, ceil(N/32)]` of the last product, or None.
         config: Tile to use instead of the rule's, or its place among `matmul_configs`.
         tma: Force descriptors on or off; by default they are used wherever they can be.
+        slot: A place of a plan that keeps the settled launch; all its calls must have tensors of one kind.
     """
-    masked = () if keep is None else ((*sources[-1], keep),)
-    summed = sources if keep is None else sources[:-1]
-    return _launch_all(summed, (len(summed),), (bias,), masked, 1, config, tma)[0]
+    if keep is None:
+        return _launch_all(sources, (len(sources),), (bias,), (), 1, config, tma, slot)[0]
+    *summed, last = sources
+    return _launch_all(summed, (len(summed),), (bias,), ((*last, keep),), 1, config, tma, slot)[0]
 
 
 def matmul_expand_all(
     outputs: Sequence[tuple[Sequence[Source], Tensor | None]], masked: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
-    wide: int = 1, config: MatmulConfig | int | None = None, tma: bool | None = None,
+    wide: int = 1, config: MatmulConfig | int | None = None, tma: bool | None = None, slot: Slot | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Compute y `[M, Nₒ]` of every output over the same rows, in one launch.
 
@@ -261,15 +263,17 @@ def matmul_expand_all(
         wide: Number of an output's first sources that are too large to copy where no descriptor can read them.
         config: As in `matmul_expand`.
         tma: As in `matmul_expand`.
+        slot: As in `matmul_expand`.
     """
     sources = [source for summed, _ in outputs for source in summed]
     counts, biases = tuple([len(summed) for summed, _ in outputs]), tuple([bias for _, bias in outputs])
-    return _launch_all(sources, counts, biases, masked, wide, config, tma)
+    return _launch_all(sources, counts, biases, masked, wide, config, tma, slot)
 
 
 def _launch_all(
     sources: Sequence[Source], counts: tuple[int, ...], biases: tuple[Tensor | None, ...],
     masked: Sequence[tuple[Tensor, Tensor, Tensor]], wide: int, config: MatmulConfig | int | None, tma: bool | None,
+    slot: Slot | None,
 ) -> list[Tensor]:  # fmt: skip
     """Launch for the sources of all outputs in one list, `counts` sources per output."""
     like = (sources or masked)[0][0]
@@ -277,20 +281,16 @@ def _launch_all(
     if len({q.dtype for _, q, _ in masked}) > 1:
         masked = [(p, q.to(like.dtype), keep) for p, q, keep in masked]
     ps, qs = zip(*sources, strict=True) if sources else ((), ())
-    settled = _settle(
-        tuple(map(facts, ps)), tuple(map(facts, qs)), counts, tuple(map(facts, biases)),
-        tuple([tuple(map(facts, product)) for product in masked]) if masked else (), wide, like.device, config, tma,
-        precision(like), _launch.imagined,
-    )  # fmt: skip
-    ys = [like.new_empty(like.shape[0], cols) for cols in settled.cols]
-    y_args = ys
-    if settled.tma:
-        ps, qs = map(_describe, settled.ps, ps), map(_describe, settled.qs, qs)
-        y_args = map(_describe, settled.ys, ys) if settled.ys else ys
-    absent, no_ys = settled.absent
-    masked_args = zip(*masked, strict=True) if masked else _NONE[:3]
-    settled.launch(*ps, *absent, *qs, *absent, *y_args, *no_ys, *masked_args, _bias_per_output(biases))
-    return ys
+    settled = slot.settled if slot else None
+    if settled is None:
+        settled = _settle(
+            tuple(map(facts, ps)), tuple(map(facts, qs)), counts, tuple(map(facts, biases)),
+            tuple([tuple(map(facts, product)) for product in masked]), wide, like.device, config, tma,
+            precision(like), _launch.imagined,
+        )  # fmt: skip
+        if slot:
+            slot.settled = settled
+    return settled(like, ps, qs, biases, masked)
 
 
 def _bias_per_output(biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
@@ -304,19 +304,39 @@ def _bias_per_output(biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | 
     return tuple(there[0] if bias is None else bias.contiguous() for bias in biases)
 
 
-class _ExpandLaunch(NamedTuple):
-    """A settled launch of the kernel; `ys` is empty where pointers store.
+class _Settled(NamedTuple):
+    """A launch for tensors of one kind. A call allocates, describes and launches.
 
-    `absent` holds the Nones that fill the kernel's unused source and output arguments.
+    Attributes:
+        launch: The launch.
+        shapes: The shape of each y.
+        absent: The Nones that fill the kernel's unused arguments for sources and for outputs.
+        tma: Whether descriptors load.
+        ps: Describes each p, if descriptors load.
+        qs: Describes each q, if descriptors load.
+        ys: Describes each y, if descriptors store.
     """
 
     launch: Launch
-    cols: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]
     absent: tuple[tuple[None, ...], tuple[None, ...]]
     tma: bool
     ps: list[Describe]
     qs: list[Describe]
     ys: list[Describe]
+
+    def __call__(
+        self, like: Tensor, ps: Sequence[Tensor], qs: Sequence[Tensor], biases: tuple[Tensor | None, ...],
+        masked: Sequence[tuple[Tensor, Tensor, Tensor]],
+    ) -> list[Tensor]:  # fmt: skip
+        launch, shapes, (absent, no_ys), tma, of_ps, of_qs, of_ys = self
+        y_args = ys = list(map(like.new_empty, shapes))
+        if tma:
+            ps, qs = map(_describe, of_ps, ps), map(_describe, of_qs, qs)
+            y_args = map(_describe, of_ys, ys) if of_ys else ys
+        masked_args = zip(*masked, strict=True) if masked else _NONE[:3]
+        launch(*ps, *absent, *qs, *absent, *y_args, *no_ys, *masked_args, _bias_per_output(biases))
+        return ys
 
 
 @functools.lru_cache(maxsize=4096)
@@ -324,7 +344,7 @@ def _settle(
     ps: tuple[Facts, ...], qs: tuple[Facts, ...], counts: tuple[int, ...], biases: tuple[Facts | None, ...],
     masked: tuple[tuple[Facts, Facts, Facts], ...], wide: int, device: torch.device, config: MatmulConfig | int | None,
     tma: bool | None, precision: str, imagined: object,
-) -> _ExpandLaunch:  # fmt: skip
+) -> _Settled:  # fmt: skip
     sources, ends = tuple(zip(ps, qs, strict=True)), tuple(itertools.accumulate(counts))
     # Masks and biases are part of the cache key, because the kernel is compiled for their alignment.
     masked = tuple([(p, q) for p, q, _ in masked])
@@ -344,18 +364,9 @@ def _settle(
         # A select among pointers costs registers, as a mask does.
         crowded = bool(masked) or (len(sources) > 2 and not tma)
         config = matmul_config(
-            rows,
-            max(inner),
-            sum(cols),
-            dtype,
-            tma,
-            crowded,
-            sms,
-            precision == "tf32",
-            place=config,
-            strided=strided,
+            rows, max(inner), sum(cols), dtype, tma, crowded, sms, precision == "tf32", place=config, strided=strided,
             many=len(sources) > 6,
-        )
+        )  # fmt: skip
     ranks = [p.shape[1] for p, _ in masked]
     block_r = max(16, min(32, triton.next_power_of_2(max(ranks, default=0))))
     store_tma = tma and all(n * dtype.itemsize % 16 == 0 for n in cols)
@@ -378,9 +389,9 @@ def _settle(
         ),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(pdl)), device,
     )  # fmt: skip
-    absent = _NONE[len(sources) : MAX_SOURCES], _NONE[len(cols) : MAX_OUTPUTS]
+    absent, shapes = (_NONE[len(sources) : MAX_SOURCES], _NONE[len(cols) : MAX_OUTPUTS]), tuple((rows, n) for n in cols)
     if not tma:
-        return _ExpandLaunch(launch, cols, absent, tma, [], [], [])
+        return _Settled(launch, shapes, absent, tma, [], [], [])
     m, n, k = config.block_m, config.block_n, config.block_k
     lasting, store_block = keeps(device), (m, n // config.subtiles)
     ps = [Describe(p, (m, k), False, lasting) for p, _ in sources]
@@ -389,4 +400,4 @@ def _settle(
         for _, q in sources
     ]
     ys = [Describe(Facts((rows, n), (n, 1), dtype, True), store_block, False, lasting) for n in cols if store_tma]
-    return _ExpandLaunch(launch, cols, absent, tma, ps, qs, ys)
+    return _Settled(launch, shapes, absent, tma, ps, qs, ys)

@@ -31,6 +31,7 @@ the mask while it is drawn follows TransformerEngine's dropout. No code was take
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -42,7 +43,7 @@ from lora_kernels.kernels import _launch
 from lora_kernels.kernels._activation import activated
 from lora_kernels.kernels._configs import ShrinkConfig, shrink_config
 from lora_kernels.kernels._device import keep_bits, last_to_arrive, unpack_bits
-from lora_kernels.kernels._launch import Facts, Launch, arrivals, facts, precision, thin_columns, thin_rows
+from lora_kernels.kernels._launch import Facts, Launch, Slot, arrivals, facts, precision, thin_columns, thin_rows
 
 __all__ = ["Row", "activate_shrink", "draw_noise", "outputs", "shrink", "shrink_all"]
 
@@ -167,19 +168,21 @@ def outputs(x: Tensor, rank: int, dropout_p: float) -> tuple[Tensor, Tensor | No
 
 def shrink(
     x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0, config: ShrinkConfig | None = None,
-    noise: Tensor | None = None,
+    noise: Tensor | None = None, slot: Slot | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute s `[M, R]`; with `dropout_p` > 0 draw a seed and return the packed mask `[M, ceil(K/32)]` as well.
 
-    With `noise`, a seed from an earlier `draw_noise(x)`, the function draws nothing and is pure.
+    With `noise`, a seed from an earlier `draw_noise(x)`, the function draws nothing and is pure. A `slot` of a plan
+    keeps the settled launch; all its calls must have tensors of one kind and the same `dropout_p`.
     """
-    s, keeps = _launch_all(x, (a,), (alpha,), (dropout_p,), config, noise)
-    return s[0], keeps[0]
+    (s,), (keep,) = _launch_all(x, (a,), (alpha,), (dropout_p,), config, noise, slot)
+    return s, keep
 
 
 def shrink_all(
-    x: Tensor, rows: Sequence[Row], config: ShrinkConfig | None = None, noise: Tensor | None = None
-) -> tuple[list[Tensor], list[Tensor | None]]:
+    x: Tensor, rows: Sequence[Row], config: ShrinkConfig | None = None, noise: Tensor | None = None,
+    slot: Slot | None = None,
+) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
     """Compute `shrink` for several adapters of one x, in one read of x.
 
     Args:
@@ -187,16 +190,17 @@ def shrink_all(
         rows: For each adapter a `[Rᵢ, K]`, alpha and the probability of dropping an element of x.
         config: Tile to use instead of the rule's.
         noise: Seeds from an earlier `draw_noise(x, count)`, one for each row with dropout; None to draw them here.
+        slot: As in `shrink`.
 
     Returns:
         Each s `[M, Rᵢ]`, side by side in one buffer, and each packed mask `[M, ceil(K/32)]`, None without dropout.
     """
-    return _launch_all(x, *zip(*rows, strict=True), config, noise)
+    return _launch_all(x, *zip(*rows, strict=True), config, noise, slot)
 
 
 def activate_shrink(
     gate: Tensor, up: Tensor | None, activation: str, rows: Sequence[Row],
-    config: ShrinkConfig | None = None, noise: Tensor | None = None,
+    config: ShrinkConfig | None = None, noise: Tensor | None = None, slot: Slot | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:  # fmt: skip
     """Compute h = a(gate) · up, `[M, K]`, and `shrink_all` of h on the way.
 
@@ -207,31 +211,72 @@ def activate_shrink(
         rows: As in `shrink_all`; there may be none.
         config: As in `shrink_all`.
         noise: As in `shrink_all`.
+        slot: As in `shrink`.
 
     Returns:
         h, and the results of `shrink_all`.
     """
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     operands = tuple(zip(*rows, strict=True)) or ((), (), ())
-    return h, *_launch_all(gate, *operands, config, noise, activation, up, h)
+    return h, *_launch_all(gate, *operands, config, noise, slot, activation, up, h)
 
 
 def _launch_all(
     x: Tensor, operands: tuple[Tensor, ...], alphas: tuple[float, ...], ps: tuple[float, ...],
-    config: ShrinkConfig | None, noise: Tensor | None, activation: str | None = None, up: Tensor | None = None,
-    h: Tensor | None = None,
+    config: ShrinkConfig | None, noise: Tensor | None, slot: Slot | None, activation: str | None = None,
+    up: Tensor | None = None, h: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
-    launch, ranks, masks, size, blocks = _settle(
-        facts(x), facts(up), facts(noise), tuple(map(facts, operands)), x.device, ps, precision(x), activation, config,
-        _launch.imagined,
-    )  # fmt: skip
-    s, keeps = thin_columns(x, ranks) if ranks else [], [_mask(x) if p > 0 else None for p in ps]
-    if noise is None and masks:
-        noise = draw_noise(x, masks)
-    parts, counters = (x.new_empty(size, dtype=torch.float32), arrivals(x.device, blocks)) if size else (None, None)
-    tuples = (operands, tuple(s), tuple(keeps), alphas) if operands else (None,) * 4
-    launch(x, up, h, *tuples[:2], parts, counters, tuples[2], noise, tuples[3])
-    return s, keeps
+    settled = slot.settled if slot else None
+    if settled is None:
+        settled = _settle(
+            facts(x), facts(up), facts(noise), tuple(map(facts, operands)), x.device, ps, precision(x), activation,
+            config, _launch.imagined,
+        )  # fmt: skip
+        if slot:
+            slot.settled = settled
+    return settled(x, operands, alphas, noise, up, h)
+
+
+class _Settled(NamedTuple):
+    """A launch for tensors of one kind. A call allocates and launches.
+
+    Attributes:
+        launch: The launch.
+        ranks: R of each adapter.
+        drawn: For each adapter, whether there is a mask.
+        masks: Number of masks.
+        size: Elements of all parts of a split sum, 0 without a split.
+        blocks: Number of blocks of s, each with a counter.
+    """
+
+    launch: Launch
+    ranks: tuple[int, ...]
+    drawn: tuple[bool, ...]
+    masks: int
+    size: int
+    blocks: int
+
+    def __call__(
+        self, x: Tensor, operands: tuple[Tensor, ...], alphas: tuple[float, ...], noise: Tensor | None,
+        up: Tensor | None, h: Tensor | None,
+    ) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
+        launch, ranks, drawn, masks, size, blocks = self
+        if not ranks:
+            launch(x, up, h, *_NO_ADAPTER)
+            return [], []
+        s = thin_columns(x, ranks)
+        keeps: list[Tensor | None] = [_mask(x) if mask else None for mask in drawn]
+        if noise is None and masks:
+            noise = draw_noise(x, masks)
+        parts = counters = None
+        if size:
+            parts, counters = x.new_empty(size, dtype=torch.float32), arrivals(x.device, blocks)
+        launch(x, up, h, operands, tuple(s), parts, counters, tuple(keeps), noise, alphas)
+        return s, keeps
+
+
+# In place of the arguments a, s, parts, arrivals, keep, seed and alpha.
+_NO_ADAPTER = (None,) * 7
 
 
 def _mask(x: Tensor) -> Tensor:
@@ -244,8 +289,7 @@ def _mask(x: Tensor) -> Tensor:
 def _settle(
     x: Facts, up: Facts | None, noise: Facts | None, operands: tuple[Facts, ...], device: torch.device,
     ps: tuple[float, ...], precision: str, activation: str | None, config: ShrinkConfig | None, imagined: object,
-) -> tuple[Launch, tuple[int, ...], int, int, int]:  # fmt: skip
-    """Settle the launch; return it with the ranks, the number of masks, the size of all parts, and the blocks of s."""
+) -> _Settled:  # fmt: skip
     if max(ps, default=0) >= 1:
         raise ValueError(f"shrink: dropout_p must be below 1 but is {max(ps)}; nothing of x would be left to read.")
     (rows, inner), ranks, masks = x.shape, tuple(a.shape[0] for a in operands), sum(p > 0 for p in ps)
@@ -271,4 +315,5 @@ def _settle(
         ),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(False)), device,
     )  # fmt: skip
-    return launch, ranks, masks, splits * rows * sum(ranks) if splits > 1 else 0, blocks
+    size = splits * rows * sum(ranks) if splits > 1 else 0
+    return _Settled(launch, ranks, tuple(p > 0 for p in ps), masks, size, blocks)

@@ -52,7 +52,7 @@ from lora_kernels.kernels import _launch
 from lora_kernels.kernels._activation import activation_gradient
 from lora_kernels.kernels._configs import WgradConfig, wgrad_config
 from lora_kernels.kernels._device import kept, last_to_arrive, load_kept
-from lora_kernels.kernels._launch import Facts, Launch, arrivals, facts, precision
+from lora_kernels.kernels._launch import Facts, Launch, Slot, arrivals, facts, precision
 
 __all__ = ["DGATE", "DUP", "Activation", "H", "Product", "Row", "Shrink", "launch", "wgrad", "wgrad_all"]
 
@@ -255,6 +255,7 @@ def _wgrad_kernel(
 def wgrad(
     left: Tensor, right: Tensor, out_dtype: torch.dtype, keep: Tensor | None = None, *,
     into: Tensor | None = None, ready: bool = False, shrink: Shrink | None = None, config: WgradConfig | None = None,
+    slot: Slot | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Compute g = leftᵀ (right · keep), `[C, D]`, in `out_dtype`; with `shrink` fill the ds of `shrink` on the way.
 
@@ -268,18 +269,19 @@ def wgrad(
             so that this launch may read them early; not with `shrink`, which stores on the way.
         shrink: b, ds and alpha, to compute ds = alpha · left b as well; not with `keep`, and D at most a tile wide.
         config: Tile to use instead of the rule's.
+        slot: A place of a plan that keeps the settled launch; all its calls must have tensors of one kind.
     """
     g = left.new_empty(left.shape[1], right.shape[1], dtype=out_dtype) if into is None else into
     # A mask makes `right` the wide side and a shrink makes `left` the wide side, whatever the widths.
     right_is_wide = keep is not None or (shrink is None and right.shape[1] >= left.shape[1])
     wide, thin, turned = (right, left, g.t()) if right_is_wide else (left, right, g)
-    launch(wide, (Product(thin, turned, keep, shrink, into is not None),), ready=ready, config=config)
+    launch(wide, (Product(thin, turned, keep, shrink, into is not None),), ready=ready, config=config, slot=slot)
     return g if into is None else None
 
 
 def wgrad_all(
     rows: Sequence[Row], right: Tensor, ready: bool = False, config: WgradConfig | None = None,
-    into: Sequence[Tensor | None] | None = None,
+    into: Sequence[Tensor | None] | None = None, slot: Slot | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Compute gᵢ = leftᵢᵀ (right · keepᵢ), `[Cᵢ, D]`, for several left operands, in one read of `right`.
 
@@ -290,6 +292,7 @@ def wgrad_all(
         config: Tile to use instead of the rule's.
         into: For each row a tensor `[Cᵢ, D]` to which its g is added, or None. The tensors must be distinct. None is
             returned for a g that was added.
+        slot: As in `wgrad`.
     """
     into = into or (None,) * len(rows)
     gs = [
@@ -300,13 +303,13 @@ def wgrad_all(
         Product(left, g.t(), keep, None, there is not None)
         for (left, _, keep), g, there in zip(rows, gs, into, strict=True)
     ]
-    launch(right, products, ready=ready, config=config)
+    launch(right, products, ready=ready, config=config, slot=slot)
     return [g if there is None else None for g, there in zip(gs, into, strict=True)]
 
 
 def launch(
     wide: Tensor, products: Sequence[Product], activation: Activation | None = None, ready: bool = False,
-    config: WgradConfig | None = None,
+    config: WgradConfig | None = None, slot: Slot | None = None,
 ) -> None:  # fmt: skip
     """Compute the g and ds of every product, in one read of the wide operand or of the operands that make it.
 
@@ -316,21 +319,27 @@ def launch(
         activation: Makes the wide operands; dg and du are stored on the way.
         ready: As in `wgrad`; not with `activation` either.
         config: Tile to use instead of the rule's.
+        slot: As in `wgrad`.
     """
     a = activation or _NO_ACTIVATION
     thins, gs, keeps, shrinks, accumulate, wides = zip(*products, strict=True) if products else ((),) * 6
     bs, dss, alphas = zip(*[shrink or _NO_SHRINK for shrink in shrinks], strict=True) if products else ((),) * 3
-    settled, g_size, ds_size, counted = _settle(
-        (facts(wide), facts(a.up), facts(a.dh)), tuple(map(facts, thins)), tuple(map(facts, gs)),
-        tuple(map(facts, bs)), tuple(map(facts, dss)), wides, a.name, wide.device,
-        tuple(map(facts, keeps)), accumulate, ready, precision(wide), config, _launch.imagined,
-    )  # fmt: skip
+    settled = slot.settled if slot else None
+    if settled is None:
+        settled = _settle(
+            (facts(wide), facts(a.up), facts(a.dh)), tuple(map(facts, thins)), tuple(map(facts, gs)),
+            tuple(map(facts, bs)), tuple(map(facts, dss)), wides, a.name, wide.device,
+            tuple(map(facts, keeps)), accumulate, ready, precision(wide), config, _launch.imagined,
+        )  # fmt: skip
+        if slot:
+            slot.settled = settled
+    start, g_size, ds_size, counted = settled
     g_parts = wide.new_empty(g_size, dtype=torch.float32) if g_size else None
     ds_parts = wide.new_empty(ds_size, dtype=torch.float32) if ds_size else None
     counters = arrivals(wide.device, counted) if counted else None
     if not products:
         thins = keeps = bs = gs = dss = alphas = None
-    settled(wide, a.up, a.dh, a.dgate, a.dup, thins, keeps, bs, gs, g_parts, dss, ds_parts, counters, alphas)
+    start(wide, a.up, a.dh, a.dgate, a.dup, thins, keeps, bs, gs, g_parts, dss, ds_parts, counters, alphas)
 
 
 @functools.lru_cache(maxsize=4096)

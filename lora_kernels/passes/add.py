@@ -34,14 +34,14 @@ def forward(
     `noise` decides the mask; with None, this function draws the noise.
     """
     alpha = scaling * keep_scale(dropout_p)
-    return plan.repeat(backend, _forward_pass, rows(base), rows(x), lora_A, lora_B, alpha, dropout_p, noise)
+    return plan.run(backend, _forward_pass, rows(base), rows(x), lora_A, lora_B, alpha, dropout_p, noise)
 
 
 def _forward_pass(
-    backend: str, base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, alpha: float, dropout_p: float,
+    steps: plan.Steps, base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, alpha: float, dropout_p: float,
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    s, keep = plan.contractions(backend).shrink(x, readable(lora_A, x.dtype), alpha, dropout_p, noise=noise)
+    s, keep = steps.ops.shrink(x, readable(lora_A, x.dtype), alpha, dropout_p, noise=noise, slot=steps["s"])
     lora_B = lora_B.to(x.dtype)
     if base.dtype == x.dtype:
         y = torch.addmm(base, s, lora_B.t())
@@ -61,29 +61,29 @@ def backward(
     dx needs A, B and the mask; dA needs x, B and the mask; dB needs s. dy is `[M, out]` in x's dtype, x `[M, in]`.
     `alpha` is scaling · keep_scale. `adapter_dtypes` are the dtypes of dA and dB.
     """
-    return plan.repeat(backend, _backward_pass, dy, x, lora_A, lora_B, s, keep, alpha, adapter_dtypes, needed)
+    return plan.run(backend, _backward_pass, dy, x, lora_A, lora_B, s, keep, alpha, adapter_dtypes, needed)
 
 
 def _backward_pass(
-    backend: str, dy: Tensor, x: Kept, lora_A: Kept, lora_B: Kept, s: Kept, keep: Tensor | None, alpha: float,
+    steps: plan.Steps, dy: Tensor, x: Kept, lora_A: Kept, lora_B: Kept, s: Kept, keep: Tensor | None, alpha: float,
     adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    (need_x, need_A, need_B), ops = needed, plan.contractions(backend)
+    (need_x, need_A, need_B), ops = needed, steps.ops
     ds: Kept = None
     dx = d_lora_A = d_lora_B = None
     if need_x or need_A:
         lora_B = readable(lora_B, dy.dtype)
         if need_B:
-            ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, alpha, adapter_dtypes[1])
+            ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, alpha, adapter_dtypes[1], slot=steps["ds"])
         else:
-            ds, _ = ops.shrink(dy, lora_B.t(), alpha)
+            ds, _ = ops.shrink(dy, lora_B.t(), alpha, slot=steps["ds"])
     elif need_B:
-        d_lora_B = ops.wgrad(dy, s, adapter_dtypes[1])
+        d_lora_B = ops.wgrad(dy, s, adapter_dtypes[1], slot=steps["dB"])
     if need_x:
         if keep is None:
             dx = torch.mm(ds, lora_A.to(dy.dtype))
         else:
-            dx = ops.matmul_expand([(ds, readable(lora_A, dy.dtype).t())], keep=keep)
+            dx = ops.matmul_expand([(ds, readable(lora_A, dy.dtype).t())], keep=keep, slot=steps["dx"])
     if need_A:
-        d_lora_A = ops.wgrad(ds, x, adapter_dtypes[0], keep)
+        d_lora_A = ops.wgrad(ds, x, adapter_dtypes[0], keep, slot=steps["dA"])
     return dx, d_lora_A, d_lora_B

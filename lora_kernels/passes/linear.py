@@ -7,8 +7,8 @@ r"""LoRA's forward and backward as six products over three contractions.
                dx = dy W + keep · (ds A)            matmul_expand
                dA = dsᵀ (keep · x)                  wgrad
 
-The contractions come from a backend (`plan.contractions`); this file works with any backend. Callers run a pass through
-`plan.repeat`, which may repeat the steps of an earlier call from notes. So a pass must depend on its arguments alone.
+The contractions come from a backend; this file works with any backend. A pass runs by a plan (`plan.run`), which keeps
+the form of each large product and each settled launch by name. So what a pass does must depend on its arguments alone.
 The two shrinks multiply their accumulators by dropout's factor `keep_scale` and the scaling, so all other products see
 a 0/1 mask.
 
@@ -40,18 +40,18 @@ def forward(
     `noise` decides the mask; with None, this function draws the noise.
     """
     alpha = scaling * keep_scale(dropout_p)
-    return plan.repeat(backend, _forward_pass, rows(x), weight, lora_A, lora_B, bias, alpha, dropout_p, noise)
+    return plan.run(backend, _forward_pass, rows(x), weight, lora_A, lora_B, bias, alpha, dropout_p, noise)
 
 
 def _forward_pass(
-    backend: str, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, alpha: float,
+    steps: plan.Steps, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, alpha: float,
     dropout_p: float, noise: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     # Copies come before the launches, because the launches overlap.
     lora_B = as_dtype(lora_B, x.dtype)
-    s, keep = plan.contractions(backend).shrink(x, readable(lora_A, x.dtype), alpha, dropout_p, noise=noise)
-    expander = plan.expander(backend, x, weight.shape[0], lora_A.shape[0], masked=False, backward=False)
-    y = expander.compute([(x, weight), (s, lora_B)], bias)
+    s, keep = steps.ops.shrink(x, readable(lora_A, x.dtype), alpha, dropout_p, noise=noise, slot=steps["s"])
+    form = steps.expander("y", x, weight.shape[0], lora_A.shape[0])
+    y = form.compute([(x, weight), (s, lora_B)], bias)
     # Do not return a view of y, because autograd forbids in-place writes to a view that a Function returns.
     return y, s, keep
 
@@ -67,52 +67,54 @@ def backward(
     makes them by `rows`, so that a copy comes before the launches, because the launches overlap. `alpha` is scaling ·
     keep_scale. dA and dB have `adapter_dtypes`, or are added to `into` and returned as None.
     """
-    return plan.repeat(
+    return plan.run(
         backend, _backward_pass, dy, x, weight, lora_A, lora_B, s, keep, alpha, adapter_dtypes, needed, into
     )  # fmt: skip
 
 
 def _backward_pass(
-    backend: str, dy: Tensor, x: Kept, weight: Kept, lora_A: Kept, lora_B: Kept, s: Kept, keep: Tensor | None,
+    steps: plan.Steps, dy: Tensor, x: Kept, weight: Kept, lora_A: Kept, lora_B: Kept, s: Kept, keep: Tensor | None,
     alpha: float, adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: Sequence[bool],
     into: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     _, need_A, _ = needed
     dx, ds, d_lora_B, overlaps = from_dy(
-        dy, weight, lora_A, lora_B, s, keep, alpha, backend, adapter_dtypes[1], needed, into[1]
+        steps, dy, weight, lora_A, lora_B, s, keep, alpha, adapter_dtypes[1], needed, into[1]
     )  # fmt: skip
     d_lora_A = None
     if need_A:
-        d_lora_A = plan.contractions(backend).wgrad(ds, x, adapter_dtypes[0], keep, into=into[0], ready=overlaps)
+        d_lora_A = steps.ops.wgrad(
+            ds, x, adapter_dtypes[0], keep, into=into[0], ready=overlaps, slot=steps["dA"]
+        )  # fmt: skip
     return dx, d_lora_A, d_lora_B
 
 
 def from_dy(
-    dy: Tensor, weight: Kept, lora_A: Any, lora_B: Any, s: Kept, keep: Tensor | None, alpha: float, backend: str,
+    steps: plan.Steps, dy: Tensor, weight: Kept, lora_A: Any, lora_B: Any, s: Kept, keep: Tensor | None, alpha: float,
     dtype_B: torch.dtype, needed: Sequence[bool], into: Tensor | None = None,
 ) -> tuple[Tensor | None, Kept, Tensor | None, bool]:  # fmt: skip
     """Compute those of dx, ds and dB that are `needed`, none of which needs x.
 
     Return them, and whether the next launch may overlap the end of dx.
     """
-    (need_x, need_ds, need_B), ops = needed, plan.contractions(backend)
+    (need_x, need_ds, need_B), ops = needed, steps.ops
     lora_A, lora_B = (None if t is None else readable(t, dy.dtype) for t in (lora_A, lora_B))
     ds: Kept = None
-    expander: Any = None
+    form: Any = None
     dx = d_lora_B = None
     if need_x:
-        expander = plan.expander(backend, dy, weight.shape[1], lora_B.shape[1], keep is not None, True)
+        form = steps.expander("dx", dy, weight.shape[1], lora_B.shape[1], keep is not None, True)
         # This copy, too, comes before the launches.
         lora_A = as_dtype(lora_A, dy.dtype) if keep is None else lora_A
-    joint = expander is not None and expander.brings_ds
+    joint = form is not None and form.brings_ds
     if joint:
-        dx, ds = expander.compute(dy, weight, lora_A, lora_B, alpha, keep)
+        dx, ds = form.compute(dy, weight, lora_A, lora_B, alpha, keep)
     elif need_B and (need_x or need_ds):
-        ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, alpha, dtype_B, into)
+        ds, d_lora_B = ops.shrink_wgrad(dy, s, lora_B, alpha, dtype_B, into, slot=steps["ds"])
     elif need_x or need_ds:
-        ds, _ = ops.shrink(dy, lora_B.t(), alpha)
+        ds, _ = ops.shrink(dy, lora_B.t(), alpha, slot=steps["ds"])
     if need_x and not joint:
-        dx = expander.compute([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
+        dx = form.compute([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
     if need_B and (joint or ds is None):
-        d_lora_B = ops.wgrad(dy, s, dtype_B, into=into)
-    return dx, ds, d_lora_B, expander is not None and expander.overlaps
+        d_lora_B = ops.wgrad(dy, s, dtype_B, into=into, slot=steps["dB"])
+    return dx, ds, d_lora_B, form is not None and form.overlaps

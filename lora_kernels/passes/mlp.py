@@ -31,7 +31,7 @@ from lora_kernels.activations import After, Before
 from lora_kernels.passes import linear, projections
 from lora_kernels.passes.layer import Kept, Layer, Part, Projection, readable, rows
 
-__all__ = ["SAVED", "backward", "differentiate", "forward", "reads_outs", "to_save"]
+__all__ = ["SAVED", "differentiate", "forward", "reads_outs", "to_save"]
 
 _EACH = 4  # weight, lora_A, lora_B, bias
 # Tensors saved for each layer: weight, lora_A, lora_B, s, keep, bias.
@@ -56,63 +56,66 @@ def forward(
     Returns:
         y; the outputs of `before`, `[M, hidden]`; s and the mask of each layer, or None.
     """
-    return plan.repeat(backend, _forward_pass, rows(x), before, down, activation, noise)
+    return plan.run(backend, _forward_pass, rows(x), before, down, activation, noise)
 
 
 def _forward_pass(
-    backend: str, x: Tensor, before: Sequence[Projection], down: Projection, activation: str,
+    steps: plan.Steps, x: Tensor, before: Sequence[Projection], down: Projection, activation: str,
     noise: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None], list[Tensor | None]]:  # fmt: skip
     # `before` has at least one layer, so that `gate` is never None.
     gate: Any
     # Copies come before the launches, because the launches overlap.
     lora_B: Any = None if down.lora_B is None else down.lora_B.to(x.dtype)
-    outs, shrunk, keeps = projections.forward(x, before, backend, noise[0])
+    outs, shrunk, keeps = projections.forward_pass(steps.part("before"), x, before, noise[0])
     rows_of_down = [] if down.lora_A is None else [(readable(down.lora_A, x.dtype), down.alpha, down.dropout_p)]
     gate, up = (*outs, None)[:2]
-    h, s, keep = plan.contractions(backend).activate_shrink(gate, up, activation, rows_of_down, noise=noise[1])
+    h, s, keep = steps.ops.activate_shrink(gate, up, activation, rows_of_down, noise=noise[1], slot=steps["h"])
     sources = [(h, down.weight), *((one, lora_B) for one in s)]
     rank = s[0].shape[1] if s else 0
-    expander = plan.expander(backend, h, down.weight.shape[0], rank, masked=False, backward=False)
-    return expander.compute(sources, down.bias), outs, [*shrunk, *(s or (None,))], [*keeps, *(keep or (None,))]
+    y = steps.expander("y", h, down.weight.shape[0], rank).compute(sources, down.bias)
+    return y, outs, [*shrunk, *(s or (None,))], [*keeps, *(keep or (None,))]
 
 
-def backward(
-    dy: Tensor, x: Kept, outs: Sequence[Tensor], layers: Sequence[Layer], need_x: bool, activation: str,
-    backend: str,
+def _backward(
+    steps: plan.Steps, dy: Tensor, x: Kept, outs: Sequence[Tensor], layers: Sequence[Layer], need_x: bool,
+    activation: str,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """Compute dx `[M, in]` if needed, and the needed gradients of weight, lora_A, lora_B and bias of each layer.
 
     Args:
+        steps: The steps of a plan.
         dy: `[M, out]`.
         x: `[M, in]`, if a gradient of a weight or of an A before the activation is needed.
         outs: The outputs of gate and up, or of up alone, if they are needed.
         layers: Gate and up, or up alone; and down.
         need_x: Whether dx is needed.
         activation: Name of the activation.
-        backend: "triton" or "torch".
     """
-    ops, (*before, down) = plan.contractions(backend), layers
+    ops, (*before, down) = steps.ops, layers
     need_weight, need_A, _, need_bias = down.needs
     need_dh = need_x or any(any(q.needs) for q in before)
-    dh, ds, d_lora_B = _through_down(dy, down, need_dh, backend)
+    dh, ds, d_lora_B = _through_down(steps.part("down"), dy, down, need_dh)
     dweight = d_lora_A = None
     gate: Any
     gate, up = (*outs, None)[:2] if outs else (None, None)
     if need_weight or (need_A and not need_dh):
-        h, _, _ = ops.activate_shrink(gate, up, activation, [])
+        h, _, _ = ops.activate_shrink(gate, up, activation, [], slot=steps["h"])
         dweight = torch.mm(dy.t(), h) if need_weight else None
         if not need_dh:
-            d_lora_A = ops.wgrad(ds, h, down.dtypes[0], down.keep, into=down.into[0]) if need_A else None
+            how = {"into": down.into[0], "slot": steps["dA"]}
+            d_lora_A = ops.wgrad(ds, h, down.dtypes[0], down.keep, **how) if need_A else None
     grads: list[Tensor | None] = []
     dx = None
     if need_dh:
         after = After(ds, down.dtypes[0], down.keep, down.into[0]) if need_A else None
         asked = [_asked(q, need_x, dy.dtype) for q in before]
-        wides, d_lora_A, made = ops.activation_wgrad(gate, up, dh, activation, after, *asked)
+        wides, d_lora_A, made = ops.activation_wgrad(
+            gate, up, dh, activation, after, *asked, slot=steps["dg, du"]
+        )  # fmt: skip
         del dh
         parts = [Part(wide, *q[:7], q.needs[1], q.into) for wide, q in zip(wides, before, strict=True)]
-        dx, low_rank = projections.backward(x, parts, need_x, backend, made)
+        dx, low_rank = projections.backward_pass(steps.part("before"), parts, x, need_x, made)
         for wide, q, own in zip(wides, before, low_rank, strict=True):
             of_weight, _, _, of_bias = q.needs
             grads += [torch.mm(wide.t(), x) if of_weight else None, *own, wide.sum(0) if of_bias else None]
@@ -125,7 +128,9 @@ def differentiate(
     dy: Tensor, x: Kept, groups: Sequence[Sequence[Kept]], outs: Sequence[Tensor],
     numbers: Sequence[tuple[Any, ...]], need_x: bool, activation: str, backend: str,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
-    """Call `backward` with the tensors of `to_save`; compute the outputs of gate and up again if they were not saved.
+    """Compute dx `[M, in]` if needed, and the needed gradients of weight, lora_A, lora_B and bias of each layer.
+
+    The tensors come from `to_save`. The outputs of gate and up are computed again if they were not saved.
 
     Args:
         dy: `[M, out]`.
@@ -137,11 +142,11 @@ def differentiate(
         activation: Name of the activation.
         backend: "triton" or "torch".
     """
-    return plan.repeat(backend, _differentiate_pass, dy, x, groups, outs, numbers, need_x, activation)
+    return plan.run(backend, _differentiate_pass, dy, x, groups, outs, numbers, need_x, activation)
 
 
 def _differentiate_pass(
-    backend: str, dy: Tensor, x: Kept, groups: Sequence[Sequence[Any]], outs: Sequence[Tensor],
+    steps: plan.Steps, dy: Tensor, x: Kept, groups: Sequence[Sequence[Any]], outs: Sequence[Tensor],
     numbers: Sequence[tuple[Any, ...]], need_x: bool, activation: str,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     layers = [Layer(*five, *rest) for (*five, _), rest in zip(groups, numbers, strict=True)]
@@ -149,8 +154,8 @@ def _differentiate_pass(
         before = [
             Projection(q.weight, None, q.lora_B, bias) for q, (*_, bias) in zip(layers[:-1], groups, strict=False)
         ]
-        outs = projections.expand(x, before, [q.s for q in layers[:-1]], backend)
-    return backward(dy, x, outs, layers, need_x, activation, backend)
+        outs = projections.expand(steps.part("again"), x, before, [q.s for q in layers[:-1]])
+    return _backward(steps, dy, x, outs, layers, need_x, activation)
 
 
 def to_save(
@@ -182,16 +187,16 @@ def reads_outs(need_x: bool, all_needs: Sequence[Sequence[bool]]) -> bool:
     return need_x or any(map(any, all_needs[:-1])) or any(all_needs[-1][:2])
 
 
-def _through_down(dy: Tensor, down: Layer, need_dh: bool, backend: str) -> tuple[Kept, Kept, Tensor | None]:
+def _through_down(steps: plan.Steps, dy: Tensor, down: Layer, need_dh: bool) -> tuple[Kept, Kept, Tensor | None]:
     """Compute dh, ds and dB of down from dy."""
     _, need_A, need_B, _ = down.needs
     if down.dtypes is None:  # no adapter
         if not need_dh:
             return None, None, None
-        expander = plan.expander(backend, dy, down.weight.shape[1], 0, masked=False, backward=True)
-        return expander.compute([(dy, down.weight.t())]), None, None
+        form = steps.expander("dx", dy, down.weight.shape[1], 0, False, True)
+        return form.compute([(dy, down.weight.t())]), None, None
     dh, ds, d_lora_B, _ = linear.from_dy(
-        dy, down.weight, down.lora_A, down.lora_B, down.s, down.keep, down.alpha, backend, down.dtypes[1],
+        steps, dy, down.weight, down.lora_A, down.lora_B, down.s, down.keep, down.alpha, down.dtypes[1],
         (need_dh, need_A, need_B), down.into[1],
     )  # fmt: skip
     # Some forms leave padding between the rows of dh.

@@ -26,7 +26,7 @@ from torch import Tensor
 from lora_kernels import plan
 from lora_kernels.passes.layer import Adapted, Kept, Part, Projection, readable, rows
 
-__all__ = ["backward", "expand", "forward", "shrink"]
+__all__ = ["backward", "backward_pass", "expand", "forward", "forward_pass"]
 
 
 def forward(
@@ -37,72 +37,75 @@ def forward(
     s and mask are None for a projection without an adapter, and the mask is None without dropout. `noise` decides the
     masks; with None, this function draws the noise.
     """
-    return plan.repeat(backend, _forward_pass, rows(x), projections, noise)
+    return plan.run(backend, forward_pass, rows(x), projections, noise)
 
 
-def _forward_pass(
-    backend: str, x: Tensor, projections: Sequence[Projection], noise: Tensor | None
+def forward_pass(
+    steps: plan.Steps, x: Tensor, projections: Sequence[Projection], noise: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    """Compute `forward` with the steps of a plan."""
     # Copies come before the launches, because the launches overlap.
     projections = [
         q if q.lora_B is None or q.lora_B.dtype == x.dtype else q._replace(lora_B=q.lora_B.to(x.dtype))
         for q in projections
     ]
-    shrunk, keeps = shrink(x, projections, backend, noise)
-    return expand(x, projections, shrunk, backend), shrunk, keeps
+    shrunk, keeps = _shrink(steps, x, projections, noise)
+    return expand(steps, x, projections, shrunk), shrunk, keeps
 
 
-def expand(x: Tensor, projections: Sequence[Projection], shrunk: Sequence[Tensor | None], backend: str) -> list[Tensor]:
+def expand(
+    steps: plan.Steps, x: Tensor, projections: Sequence[Projection], shrunk: Sequence[Tensor | None]
+) -> list[Tensor]:
     """Compute each y of `forward` from x `[M, in]` and each s."""
     cols = sum(q.weight.shape[0] for q in projections)
     rank = max((s.shape[1] for s in shrunk if s is not None), default=0)
-    expander = plan.expander_all(backend, x, x.shape[1], cols, rank, masked=False, backward=False)
+    form = steps.expander_all("y", x, x.shape[1], cols, rank)
     outputs = [
         # A projection with an s has a B.
         ([(x, q.weight)] if s is None else [(x, q.weight), (s, q.lora_B.to(x.dtype))], q.bias)  # type: ignore[union-attr]
         for q, s in zip(projections, shrunk, strict=True)
     ]
-    return expander.compute(outputs)
+    return form.compute(outputs)
 
 
-def shrink(
-    x: Tensor, projections: Sequence[Projection], backend: str, noise: Tensor | None = None
+def _shrink(
+    steps: plan.Steps, x: Tensor, projections: Sequence[Projection], noise: Tensor | None = None
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Compute each s and mask of `forward` from x `[M, in]`."""
     adapted: list[Adapted] = [q for q in projections if q.lora_A is not None]
     if not adapted:
         return [None] * len(projections), [None] * len(projections)
     operands = [(readable(q.lora_A, x.dtype), q.alpha, q.dropout_p) for q in adapted]
-    of_adapted = zip(*plan.contractions(backend).shrink_all(x, operands, noise=noise), strict=True)
+    of_adapted = zip(*steps.ops.shrink_all(x, operands, noise=noise, slot=steps["s"]), strict=True)
     low_rank = [(None, None) if q.lora_A is None else next(of_adapted) for q in projections]
     return [s for s, _ in low_rank], [keep for _, keep in low_rank]
 
 
 def backward(
-    x: Kept, parts: Sequence[Part], need_x: bool, backend: str,
+    x: Kept, parts: Sequence[Part], need_x: bool, backend: str
+) -> tuple[Kept, list[list[Tensor | None]]]:  # fmt: skip
+    """Compute dx `[M, in]` if needed, and the needed dA and dB of each part. x is `[M, in]`."""
+    return plan.run(backend, backward_pass, parts, x, need_x)
+
+
+def backward_pass(
+    steps: plan.Steps, parts: Sequence[Part], x: Kept, need_x: bool,
     made: Sequence[tuple[Kept, Tensor | None]] | None = None,
 ) -> tuple[Kept, list[list[Tensor | None]]]:  # fmt: skip
-    """Compute dx `[M, in]` if needed, and the needed dA and dB of each part. x is `[M, in]`.
+    """Compute `backward` with the steps of a plan.
 
     `made` has ds and dB of each part if they were computed together with its dy.
     """
-    return plan.repeat(backend, _backward_pass, parts, x, need_x, made)
-
-
-def _backward_pass(
-    backend: str, parts: Sequence[Part], x: Kept, need_x: bool,
-    made: Sequence[tuple[Kept, Tensor | None]] | None,
-) -> tuple[Kept, list[list[Tensor | None]]]:  # fmt: skip
-    ops, dx, stack = plan.contractions(backend), None, None
-    expander: Any = None
+    dx = stack = None
+    form: Any = None
     if need_x:
-        expander = _expander(parts, backend)
+        form = _form(steps, parts)
         # Copies of any A come before the launches, because the launches overlap.
-        stack = _stack(parts, backend) if expander.overlaps and made is None else None
+        stack = _stack(steps, parts) if form.overlaps and made is None else None
         rights = [None if stack else _right(part) for part in parts]
     if made is None:
         columns = stack.columns if stack else [None] * len(parts)
-        made = [_ds_and_dB(part, backend, column) for part, column in zip(parts, columns, strict=True)]
+        made = [_ds_and_dB(steps, i, *pair) for i, pair in enumerate(zip(parts, columns, strict=True))]
     if need_x:
         thin, masked = [stack.source] if stack else [], []
         for (ds, _), right, part in zip(made, rights, parts, strict=True):
@@ -111,7 +114,7 @@ def _backward_pass(
             elif right is not None:
                 masked.append((ds, right, part.keep))
         summed = [(part.dy, part.weight.t()) for part in parts]
-        (dx,) = expander.compute([([*summed, *thin], None)], masked, wide=len(summed))
+        (dx,) = form.compute([([*summed, *thin], None)], masked, wide=len(summed))
     gradients = [[None, d_lora_B] for _, d_lora_B in made]
     for_A = [
         (own, (ds, part.dtypes[0], part.keep), part.into[0])
@@ -120,19 +123,20 @@ def _backward_pass(
     ]
     if for_A:
         owners, operands, into = zip(*for_A, strict=True)
-        ready = expander is not None and expander.overlaps
-        for own, d_lora_A in zip(owners, ops.wgrad_all(operands, x, ready=ready, into=into), strict=True):
+        ready = form is not None and form.overlaps
+        d_lora_As = steps.ops.wgrad_all(operands, x, ready=ready, into=into, slot=steps["dA"])
+        for own, d_lora_A in zip(owners, d_lora_As, strict=True):
             own[0] = d_lora_A
     return dx, gradients
 
 
-def _expander(parts: Sequence[Part], backend: str) -> plan.Expander:
+def _form(steps: plan.Steps, parts: Sequence[Part]) -> plan.Expander:
     """Choose how to compute dx."""
     adapted = [part for part in parts if part.lora_A is not None]
     rank = max((part.lora_A.shape[0] for part in adapted), default=0)
     inner, cols = sum(part.dy.shape[1] for part in parts), parts[0].weight.shape[1]
     masked = any(part.keep is not None for part in adapted)
-    return plan.expander_all(backend, parts[0].dy, inner, cols, rank, masked, backward=True, sources=len(parts))
+    return steps.expander_all("dx", parts[0].dy, inner, cols, rank, masked, True, len(parts))
 
 
 def _right(part: Part) -> Tensor | None:
@@ -150,27 +154,27 @@ class _Stack(NamedTuple):
     columns: list[Tensor | None]
 
 
-def _stack(parts: Sequence[Part], backend: str) -> _Stack | None:
+def _stack(steps: plan.Steps, parts: Sequence[Part]) -> _Stack | None:
     """Lay the thin products of dx side by side if one product takes fewer K steps than several; else return None."""
     adapted = [part for part in parts if part.lora_A is not None]
     adapters = [part.lora_A for part in adapted]
     if any(part.keep is not None or part.s is None for part in adapted):
         return None
-    if not plan.stacks(backend, parts[0].dy, adapters):
+    if not plan.stacks(steps.backend, parts[0].dy, adapters):
         return None
     ds, columns, lora_A = plan.contractions("triton").stack(parts[0].dy, adapters)
     free = iter(columns)
     return _Stack((ds, lora_A.t()), [None if part.lora_A is None else next(free) for part in parts])
 
 
-def _ds_and_dB(part: Part, backend: str, ds: Tensor | None = None) -> tuple[Kept, Tensor | None]:
-    """Compute the needed ones of ds, written to `ds` if given, and dB of a part."""
+def _ds_and_dB(steps: plan.Steps, i: int, part: Part, ds: Tensor | None) -> tuple[Kept, Tensor | None]:
+    """Compute the needed ones of ds, written to `ds` if given, and dB of part i."""
     dy, _, _, lora_B, s, _, alpha, dtypes, _, (_, into) = part
-    ops = plan.contractions(backend)
+    ops, slot = steps.ops, steps[i]
     if lora_B is None:
-        return None, None if s is None else ops.wgrad(dy, s, dtypes[1], into=into)
+        return None, None if s is None else ops.wgrad(dy, s, dtypes[1], into=into, slot=slot)
     lora_B = readable(lora_B, dy.dtype)
     if s is None:
-        return ops.shrink(dy, lora_B.t(), alpha)[0], None
-    there: Sequence[Tensor] = () if ds is None else (ds,)
-    return ops.shrink_wgrad(dy, s, lora_B, alpha, dtypes[1], into, *there)
+        return ops.shrink(dy, lora_B.t(), alpha, slot=slot)[0], None
+    there: dict[str, Any] = {} if ds is None else {"ds": ds}
+    return ops.shrink_wgrad(dy, s, lora_B, alpha, dtypes[1], into, slot=slot, **there)

@@ -1,6 +1,7 @@
 """Choose the backend that serves a call (`backend`), and the form of the large products (`forms`).
 
 The form follows a model of the GPU (`model`), or the measurements of `lora-kernels tune` (`tuned`, stored by `cache`).
+Passes run by plans (`steps`), which keep these decisions for tensors of one kind.
 """
 
 from lora_kernels.plan.backend import (
@@ -20,16 +21,15 @@ from lora_kernels.plan.forms import (
     expander,
     expander_all,
     forced,
-    forget,
     form,
     fuses,
-    repeat,
     rule,
     stacks,
 )
+from lora_kernels.plan.steps import Steps, forget, run
 
 __all__ = [
-    "BACKENDS", "MAX_RANK", "Choice", "Expander", "Form", "automatic", "choose", "contractions", "expander",
-    "expander_all", "forced", "forget", "form", "fuses", "interpreting", "overridden", "repeat", "rule", "stacks",
+    "BACKENDS", "MAX_RANK", "Choice", "Expander", "Form", "Steps", "automatic", "choose", "contractions", "expander",
+    "expander_all", "forced", "forget", "form", "fuses", "interpreting", "overridden", "rule", "run", "stacks",
     "triton_problem",
 ]  # fmt: skip

@@ -5,7 +5,6 @@ On a GPU a product takes the form that `lora-kernels tune` measured (`tuned`), o
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ __all__ = [
     "forget",
     "form",
     "fuses",
-    "repeat",
+    "override",
     "rule",
     "stacks",
 ]
@@ -60,11 +59,14 @@ class Expander(NamedTuple):
         return self.name == "joint"
 
 
-def expander(backend: str, p: Tensor, cols: int, rank: int, masked: bool, backward: bool) -> Expander:
+def expander(
+    backend: str, slot: Any, p: Tensor, cols: int, rank: int, masked: bool = False, backward: bool = False
+) -> Expander:
     """Choose how to compute a large product of sources, bias and mask.
 
     Args:
         backend: "triton" or "torch".
+        slot: The place of a plan for the launch of the product, or None.
         p: x or dy, `[M, K]`.
         cols: N.
         rank: r, 0 without an adapter.
@@ -79,7 +81,7 @@ def expander(backend: str, p: Tensor, cols: int, rank: int, masked: bool, backwa
     (rows, inner), device, dtype = p.shape, p.device, p.dtype
     product = Product(rows, inner, cols, rank, dtype.itemsize, masked, backward)
     chosen = _chosen(device, dtype, product, ops.uses_tf32(dtype))
-    return Expander(chosen.strategy, ops.strategy(*chosen))
+    return Expander(chosen.strategy, functools.partial(ops.strategy(*chosen), slot=slot))
 
 
 def _chosen(device: torch.device, dtype: torch.dtype, product: Product, tf32: bool) -> Form:
@@ -88,12 +90,14 @@ def _chosen(device: torch.device, dtype: torch.dtype, product: Product, tf32: bo
 
 
 def expander_all(
-    backend: str, p: Tensor, inner: int, cols: int, rank: int, masked: bool, backward: bool, sources: int = 1
-) -> Expander:
+    backend: str, slot: Any, p: Tensor, inner: int, cols: int, rank: int, masked: bool = False, backward: bool = False,
+    sources: int = 1,
+) -> Expander:  # fmt: skip
     """Choose how to compute several projections' large products, by a function like `matmul_expand_all`.
 
     Args:
         backend: "triton" or "torch".
+        slot: The place of a plan for the launch of the products, or None.
         p: One of the large operands, `[M, *]`.
         inner: Total length of the sums of all products.
         cols: Columns of all results.
@@ -108,8 +112,8 @@ def expander_all(
     product = Product(p.shape[0], inner, cols, rank, p.dtype.itemsize, masked, backward)
     chosen = _forced or _several(p.device, p.dtype, product, sources, ops.uses_tf32(p.dtype))
     if chosen.strategy != "fused":
-        return Expander("beta1", ops.beta1_all)
-    return Expander("fused", functools.partial(ops.matmul_expand_all, config=chosen.place))
+        return Expander("beta1", functools.partial(ops.beta1_all, slot=slot))
+    return Expander("fused", functools.partial(ops.matmul_expand_all, config=chosen.place, slot=slot))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -141,8 +145,8 @@ def fuses(backend: str, x: Tensor, weight: Tensor, rank: int, masked: bool) -> b
         return False
     # Expanded, this one element has the shapes of x and dy without their memory.
     like = x.reshape(-1)[:1]
-    forward = expander(backend, like.expand(rows, inner), cols, rank, masked=False, backward=False)
-    backward = expander(backend, like.expand(rows, cols), inner, rank, masked=masked, backward=True)
+    forward = expander(backend, None, like.expand(rows, inner), cols, rank)
+    backward = expander(backend, None, like.expand(rows, cols), inner, rank, masked, backward=True)
     return forward.name == backward.name == "fused"
 
 
@@ -178,20 +182,12 @@ def forced(name: str, place: int | None = None) -> Iterator[None]:
 _forced: Form | None = None
 
 
+def override() -> Form | None:
+    """Return the form that `forced` has set, or None."""
+    return _forced
+
+
 def forget() -> None:
     """Forget the chosen forms, because the measurements have changed."""
     form.cache_clear()
     _several.cache_clear()
-    if "lora_kernels.kernels" in sys.modules:
-        contractions("triton").forget()
-
-
-def repeat(backend: str, pass_: Callable, *arguments: Any) -> Any:
-    """Call a pass: a function of a backend, tensors and hashable values that computes with `contractions`.
-
-    With "triton", after a few calls with tensors of a kind, the launches of the pass are noted. Later calls repeat the
-    notes, which saves the host time for decisions; see `kernels.repeat`.
-    """
-    if backend == "torch":
-        return pass_(backend, *arguments)
-    return contractions("triton").repeat(pass_, _forced, backend, *arguments)

@@ -20,7 +20,8 @@ _Adapter: TypeAlias = tuple[Tensor, float, float]  # a `[R, K]`, alpha, dropout_
 class Contractions(Protocol):
     """The functions of each backend, `lora_kernels.kernels` and `lora_kernels.torch_backend`.
 
-    The backends document the functions in full. Both have further arguments, which passes do not use.
+    The backends document the functions in full. Both have further arguments, which passes do not use. `slot` is a place
+    of a plan (`plan.Steps`), None for "torch".
     """
 
     def draw_noise(self, x: Tensor, count: int = 1) -> Tensor:
@@ -33,51 +34,61 @@ class Contractions(Protocol):
         """Allocate the results of `shrink`, for their shapes and strides."""
 
     def shrink(
-        self, x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0, *, noise: Tensor | None = None
+        self,
+        x: Tensor,
+        a: Tensor,
+        alpha: float,
+        dropout_p: float = 0.0,
+        *,
+        noise: Tensor | None = None,
+        slot: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute s = alpha · (x · keep) aᵀ, and the mask."""
 
     def shrink_all(
-        self, x: Tensor, rows: Sequence[_Adapter], *, noise: Tensor | None = None
+        self, x: Tensor, rows: Sequence[_Adapter], *, noise: Tensor | None = None, slot: Any = None
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Compute `shrink` for several adapters of one x."""
 
     def activate_shrink(
         self, gate: Tensor, up: Tensor | None, activation: str, rows: Sequence[_Adapter], *,
-        noise: Tensor | None = None,
+        noise: Tensor | None = None, slot: Any = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:  # fmt: skip
         """Compute h = a(gate) · up, and `shrink_all` of h."""
 
     def shrink_wgrad(
-        self, dy: Tensor, s: Tensor, lora_B: Tensor, alpha: float, out_dtype: torch.dtype, into: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, dy: Tensor, s: Tensor, lora_B: Tensor, alpha: float, out_dtype: torch.dtype, into: Tensor | None = None,
+        slot: Any = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Compute ds and dB from one read of dy."""
 
     def matmul_expand(
-        self, sources: Sequence[_Source], bias: Tensor | None = None, keep: Tensor | None = None
+        self, sources: Sequence[_Source], bias: Tensor | None = None, keep: Tensor | None = None, slot: Any = None
     ) -> Tensor:
         """Compute y = Σᵢ pᵢ qᵢᵀ + bias."""
 
     def matmul_expand_all(
-        self, outputs: Sequence[tuple[Sequence[_Source], Tensor | None]], masked: Sequence[_Masked] = (), wide: int = 1
-    ) -> list[Tensor]:
+        self, outputs: Sequence[tuple[Sequence[_Source], Tensor | None]], masked: Sequence[_Masked] = (),
+        wide: int = 1, slot: Any = None,
+    ) -> list[Tensor]:  # fmt: skip
         """Compute a y for each output."""
 
     def wgrad(
         self, left: Tensor, right: Tensor, out_dtype: torch.dtype, keep: Tensor | None = None, *,
-        into: Tensor | None = None, ready: bool = False,
+        into: Tensor | None = None, ready: bool = False, slot: Any = None,
     ) -> Tensor | None:  # fmt: skip
         """Compute g = leftᵀ (right · keep), or add it to `into`."""
 
     def wgrad_all(
         self, rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor, ready: bool = False, *,
-        into: Sequence[Tensor | None] | None = None,
+        into: Sequence[Tensor | None] | None = None, slot: Any = None,
     ) -> list[Tensor | None]:  # fmt: skip
         """Compute `wgrad` for several left operands of one right one."""
 
     def activation_wgrad(
-        self, gate: Tensor, up: Tensor | None, dh: Tensor, activation: str, after: After | None, *before: Before | None
-    ) -> tuple[list[Tensor], Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
+        self, gate: Tensor, up: Tensor | None, dh: Tensor, activation: str, after: After | None,
+        *before: Before | None, slot: Any = None,
+    ) -> tuple[list[Tensor], Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:  # fmt: skip
         """Compute the gradients of gate and up, and the requested results of the layers around them."""
 
 
@@ -93,18 +104,21 @@ class Kernels(Contractions, Protocol):
     def uses_tf32(self, dtype: torch.dtype) -> bool:
         """Return whether products in this dtype use TF32."""
 
-    def library(self, sources: Sequence[_Source], bias: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    def library(
+        self, sources: Sequence[_Source], bias: Tensor | None = None, keep: Tensor | None = None, slot: Any = None
+    ) -> Tensor:
         """Compute `matmul_expand` by the vendor's library."""
 
     def matmul_expand_all(
         self, outputs: Sequence[tuple[Sequence[_Source], Tensor | None]], masked: Sequence[_Masked] = (),
-        wide: int = 1, config: int | None = None,
+        wide: int = 1, slot: Any = None, config: int | None = None,
     ) -> list[Tensor]:  # fmt: skip
         """Compute a y for each output, with a given tile."""
 
     def beta1_all(
-        self, outputs: Sequence[tuple[Sequence[_Source], Tensor | None]], masked: Sequence[_Masked] = (), wide: int = 1
-    ) -> list[Tensor]:
+        self, outputs: Sequence[tuple[Sequence[_Source], Tensor | None]], masked: Sequence[_Masked] = (),
+        wide: int = 1, slot: Any = None,
+    ) -> list[Tensor]:  # fmt: skip
         """Compute `matmul_expand_all` by the vendor's library."""
 
     def strategy(self, name: str, place: int | None = None) -> Callable[..., Any]:
@@ -113,11 +127,17 @@ class Kernels(Contractions, Protocol):
     def stack(self, dy: Tensor, adapters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
         """Allocate several ds side by side, and copy their A side by side."""
 
-    def repeat(self, pass_: Callable[..., Any], state: Hashable, *arguments: Any) -> Any:
-        """Call a pass, or repeat its steps from notes."""
+    def facts(self, t: Tensor | None) -> Hashable:
+        """Return the kind of a tensor."""
 
-    def forget(self) -> None:
-        """Forget all notes."""
+    def state(self) -> Hashable:
+        """Return what launches depend on besides their arguments."""
+
+    def run_pass(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function whose launches follow one another on one stream."""
+
+    def Slot(self) -> Any:
+        """Return a new place for a settled launch."""
 
 
 # mypy holds `torch_backend` to the protocol, but not `kernels`, because the types of `kernels` are not checked.

@@ -67,7 +67,7 @@ def test_selective_checkpointing(selected, backend, device):
 
 
 @pytest.mark.parametrize(("saved", "runs"), [(True, 2), (False, 4)])
-def test_an_operator_that_is_saved_does_not_run_again(saved, runs, backend, device, monkeypatch, as_written):
+def test_an_operator_that_is_saved_does_not_run_again(saved, runs, backend, device, monkeypatch):
     calls = []
     contractions = plan.contractions(backend)
     shrink = contractions.shrink

@@ -254,7 +254,7 @@ def test_a_checkpointed_block(use_reentrant, backend, device):
 
 @pytest.mark.parametrize("saved", ["the operator", "PyTorch's products"])
 @both
-def test_selective_checkpointing(saved, backend, device, monkeypatch, as_written):
+def test_selective_checkpointing(saved, backend, device, monkeypatch):
     calls = []
     contractions = plan.contractions(backend)
     shrink_all = contractions.shrink_all

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pass_samples import add, linear, mlp, mlp_made_again, qkv, results
-from repeat_samples import WRITTEN
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,11 +37,10 @@ class Made(TorchDispatchMode):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("nothing_known")
 @pytest.mark.parametrize("make", [linear, add, qkv, mlp, mlp_made_again], ids=lambda f: f.__name__)
 def test_no_tensor_outlives_a_call(make, device):
-    """As written, noted and by notes. A graph's memory pool may own what a call makes, and gives it to others."""
-    for i in range(WRITTEN + 2):
+    """Nor by a plan. A graph's memory pool may own what a call makes, and gives it to others."""
+    for i in range(3):
         with Made() as made:
             kept = results(make, device, torch.bfloat16, torch.float32, 0.3, seed=i)
         assert len(made.storages) > 5
@@ -140,7 +138,6 @@ def order(monkeypatch):
     forget()
 
 
-@pytest.mark.usefixtures("nothing_known")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks at launches in the interpreter")
 @pytest.mark.parametrize("make", [linear, qkv, mlp], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("p", [0.0, 0.3])

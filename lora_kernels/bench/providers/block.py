@@ -85,13 +85,13 @@ def _fused(problem: BlockProblem, backend: str) -> bool:
         # stand-ins for h and dy: only their shapes matter
         h, dy = (x.flatten()[:1].expand(x.shape[0], width) for width in (widths[0], out))
         forms |= {
-            plan.expander(backend, h, out, rank, masked=False, backward=False).name,
-            plan.expander(backend, dy, widths[0], rank, masked=masked, backward=True).name,
+            plan.expander(backend, None, h, out, rank).name,
+            plan.expander(backend, None, dy, widths[0], rank, masked, backward=True).name,
         }
     cols, inner = sum(widths), x.shape[1]
     forms |= {
-        plan.expander_all(backend, x, inner, cols, rank, masked=False, backward=False).name,
-        plan.expander_all(backend, x, cols, inner, rank, masked, backward=True, sources=len(widths)).name,
+        plan.expander_all(backend, None, x, inner, cols, rank).name,
+        plan.expander_all(backend, None, x, cols, inner, rank, masked, True, len(widths)).name,
     }
     return forms == {"fused"}
 
