@@ -7,7 +7,6 @@ from lora_kernels.kernels._launch import (
     Slot,
     capability,
     describe_path,
-    facts,
     run_pass,
     state,
     thin_pitch,
@@ -21,7 +20,7 @@ from lora_kernels.kernels.shrink_wgrad import shrink_wgrad, stack
 from lora_kernels.kernels.wgrad import wgrad, wgrad_all
 
 __all__ = [
-    "Slot", "activate_shrink", "activation_wgrad", "beta1_all", "capability", "describe_path", "draw_noise", "facts",
+    "Slot", "activate_shrink", "activation_wgrad", "beta1_all", "capability", "describe_path", "draw_noise",
     "library", "matmul_expand", "matmul_expand_all", "outputs", "run_pass", "shrink", "shrink_all", "shrink_wgrad",
     "stack", "state", "strategy", "thin_pitch", "uses_tf32", "wgrad", "wgrad_all",
 ]  # fmt: skip

@@ -80,13 +80,14 @@ class Launch:
         device: torch.device,
     ) -> None:  # fmt: skip
         self.kernel, self.grid, self.integers, self.device = kernel, (*grid, 1, 1)[:3], tuple(integers), device
+        self._index = device.index if device.type == "cuda" else None
         self.flags, self.options = flags, options
         self._rest = (*self.integers, *flags.values())
         self._settled: tuple[Any, ...] | None = None
 
     def __call__(self, *arguments: Any) -> None:
         """Launch on the device's current stream."""
-        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
+        if self._index is not None and self._index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
                 self(*arguments)
             return
@@ -143,9 +144,9 @@ def precision(t: Tensor) -> str:
 imagined: Any = None
 
 
-def state() -> Hashable:
+def state(dtype: torch.dtype) -> Hashable:
     """Return what launches depend on besides their arguments: PyTorch's setting for TF32, and the imagined GPU."""
-    return uses_tf32(torch.float32), imagined
+    return uses_tf32(dtype), imagined
 
 
 def num_sms(device: torch.device) -> int:
@@ -198,12 +199,13 @@ def thin_rows(like: Tensor, rank: int) -> Tensor:
     return rows if pitch == rank else rows[:, :rank]
 
 
-def thin_columns(like: Tensor, ranks: Sequence[int]) -> list[Tensor]:
-    """Allocate `thin_rows` of several ranks side by side, in one buffer."""
-    if len(ranks) == 1:
-        return [thin_rows(like, ranks[0])]
-    pitches = [thin_pitch(rank, like.dtype) for rank in ranks]
-    columns = like.new_empty(like.shape[0], sum(pitches)).split(pitches, 1)
+def thin_columns(like: Tensor, ranks: tuple[int, ...], pitches: tuple[int, ...]) -> list[Tensor]:
+    """Allocate `thin_rows` of several ranks and their pitches side by side, in one buffer."""
+    columns: Sequence[Tensor] = (like.new_empty(like.shape[0], sum(pitches)),)
+    if len(ranks) > 1:
+        columns = columns[0].split(pitches, 1)
+    if ranks == pitches:
+        return list(columns)
     return [part if part.shape[1] == rank else part[:, :rank] for part, rank in zip(columns, ranks, strict=True)]
 
 

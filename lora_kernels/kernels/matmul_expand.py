@@ -53,6 +53,7 @@ from lora_kernels.kernels._launch import Facts, Launch, Slot, facts, precision
 __all__ = ["matmul_expand", "matmul_expand_all"]
 
 Source = tuple[Tensor, Tensor]
+Masked = tuple[Tensor, Tensor, Tensor]
 # The kernel's signature has 8 sources, not counting masked ones.
 MAX_SOURCES = 8
 MAX_OUTPUTS = 4
@@ -245,14 +246,16 @@ def matmul_expand(
         tma: Force descriptors on or off; by default they are used wherever they can be.
         slot: A place of a plan that keeps the settled launch; all its calls must have tensors of one kind.
     """
-    if keep is None:
-        return _launch_all(sources, (len(sources),), (bias,), (), 1, config, tma, slot)[0]
-    *summed, last = sources
-    return _launch_all(summed, (len(summed),), (bias,), ((*last, keep),), 1, config, tma, slot)[0]
+    masked: Sequence[Masked] = ()
+    if keep is not None:
+        *sources, last = sources
+        masked = ((*last, keep),)
+    settled = _settled(slot, sources, (len(sources),), (bias,), masked, 1, config, tma)
+    return settled(sources, (bias,), masked)[0]
 
 
 def matmul_expand_all(
-    outputs: Sequence[tuple[Sequence[Source], Tensor | None]], masked: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
+    outputs: Sequence[tuple[Sequence[Source], Tensor | None]], masked: Sequence[Masked] = (),
     wide: int = 1, config: MatmulConfig | int | None = None, tma: bool | None = None, slot: Slot | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Compute y `[M, Nₒ]` of every output over the same rows, in one launch.
@@ -265,42 +268,38 @@ def matmul_expand_all(
         tma: As in `matmul_expand`.
         slot: As in `matmul_expand`.
     """
-    sources = [source for summed, _ in outputs for source in summed]
-    counts, biases = tuple([len(summed) for summed, _ in outputs]), tuple([bias for _, bias in outputs])
-    return _launch_all(sources, counts, biases, masked, wide, config, tma, slot)
-
-
-def _launch_all(
-    sources: Sequence[Source], counts: tuple[int, ...], biases: tuple[Tensor | None, ...],
-    masked: Sequence[tuple[Tensor, Tensor, Tensor]], wide: int, config: MatmulConfig | int | None, tma: bool | None,
-    slot: Slot | None,
-) -> list[Tensor]:  # fmt: skip
-    """Launch for the sources of all outputs in one list, `counts` sources per output."""
-    like = (sources or masked)[0][0]
+    summed, biases = zip(*outputs, strict=True)
+    sources = list(itertools.chain.from_iterable(summed))
     # The masked q must have one dtype, because the kernel selects among their pointers.
     if len({q.dtype for _, q, _ in masked}) > 1:
-        masked = [(p, q.to(like.dtype), keep) for p, q, keep in masked]
-    ps, qs = zip(*sources, strict=True) if sources else ((), ())
-    settled = slot.settled if slot else None
-    if settled is None:
-        settled = _settle(
-            tuple(map(facts, ps)), tuple(map(facts, qs)), counts, tuple(map(facts, biases)),
-            tuple([tuple(map(facts, product)) for product in masked]), wide, like.device, config, tma,
-            precision(like), _launch.imagined,
-        )  # fmt: skip
-        if slot:
-            slot.settled = settled
-    return settled(like, ps, qs, biases, masked)
+        masked = [(p, q.to(p.dtype), keep) for p, q, keep in masked]
+    settled = _settled(slot, sources, tuple(map(len, summed)), biases, masked, wide, config, tma)
+    return settled(sources, biases, masked)
 
 
-def _bias_per_output(biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
-    """Return one bias per output, or None without any; a missing bias aliases another, which the kernel masks out."""
-    # Compare by `is`, because `==` takes 25 us on a tensor.
-    if len(biases) == 1 and biases[0] is None:
-        return None
+def _settled(
+    slot: Slot | None, sources: Sequence[Source], counts: tuple[int, ...], biases: tuple[Tensor | None, ...],
+    masked: Sequence[Masked], wide: int, config: MatmulConfig | int | None, tma: bool | None,
+) -> "_Settled":  # fmt: skip
+    """Return the launch that the slot keeps, or settle one for the sources of all outputs, `counts` per output."""
+    if slot is not None and slot.settled is not None:
+        return slot.settled
+    like, (ps, qs) = (sources or masked)[0][0], zip(*sources, strict=True) if sources else ((), ())
+    settled = _settle(
+        tuple(map(facts, ps)), tuple(map(facts, qs)), counts, tuple(map(facts, biases)),
+        tuple([tuple(map(facts, product)) for product in masked]), wide, like.device, config, tma, precision(like),
+        _launch.imagined,
+    )  # fmt: skip
+    if slot is not None:
+        slot.settled = settled
+    return settled
+
+
+def _bias_per_output(biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """Return one bias per output; a missing bias aliases another, which the kernel masks out."""
     there = [bias.contiguous() for bias in biases if bias is not None]
-    if len(there) == len(biases) or not there:
-        return tuple(there) or None
+    if len(there) == len(biases):
+        return tuple(there)
     return tuple(there[0] if bias is None else bias.contiguous() for bias in biases)
 
 
@@ -311,6 +310,7 @@ class _Settled(NamedTuple):
         launch: The launch.
         shapes: The shape of each y.
         absent: The Nones that fill the kernel's unused arguments for sources and for outputs.
+        biased: Whether there is any bias.
         tma: Whether descriptors load.
         ps: Describes each p, if descriptors load.
         qs: Describes each q, if descriptors load.
@@ -320,22 +320,24 @@ class _Settled(NamedTuple):
     launch: Launch
     shapes: tuple[tuple[int, int], ...]
     absent: tuple[tuple[None, ...], tuple[None, ...]]
+    biased: bool
     tma: bool
     ps: list[Describe]
     qs: list[Describe]
     ys: list[Describe]
 
     def __call__(
-        self, like: Tensor, ps: Sequence[Tensor], qs: Sequence[Tensor], biases: tuple[Tensor | None, ...],
-        masked: Sequence[tuple[Tensor, Tensor, Tensor]],
-    ) -> list[Tensor]:  # fmt: skip
-        launch, shapes, (absent, no_ys), tma, of_ps, of_qs, of_ys = self
-        y_args = ys = list(map(like.new_empty, shapes))
+        self, sources: Sequence[Source], biases: tuple[Tensor | None, ...], masked: Sequence[Masked]
+    ) -> list[Tensor]:
+        launch, shapes, (absent, no_ys), biased, tma, of_ps, of_qs, of_ys = self
+        y_args = ys = list(map((sources or masked)[0][0].new_empty, shapes))
+        ps, qs = zip(*sources, strict=True) if sources else ((), ())
         if tma:
             ps, qs = map(_describe, of_ps, ps), map(_describe, of_qs, qs)
             y_args = map(_describe, of_ys, ys) if of_ys else ys
         masked_args = zip(*masked, strict=True) if masked else _NONE[:3]
-        launch(*ps, *absent, *qs, *absent, *y_args, *no_ys, *masked_args, _bias_per_output(biases))
+        bias_args = _bias_per_output(biases) if biased else None
+        launch(*ps, *absent, *qs, *absent, *y_args, *no_ys, *masked_args, bias_args)
         return ys
 
 
@@ -391,7 +393,7 @@ def _settle(
     )  # fmt: skip
     absent, shapes = (_NONE[len(sources) : MAX_SOURCES], _NONE[len(cols) : MAX_OUTPUTS]), tuple((rows, n) for n in cols)
     if not tma:
-        return _Settled(launch, shapes, absent, tma, [], [], [])
+        return _Settled(launch, shapes, absent, any(biases), tma, [], [], [])
     m, n, k = config.block_m, config.block_n, config.block_k
     lasting, store_block = keeps(device), (m, n // config.subtiles)
     ps = [Describe(p, (m, k), False, lasting) for p, _ in sources]
@@ -400,4 +402,4 @@ def _settle(
         for _, q in sources
     ]
     ys = [Describe(Facts((rows, n), (n, 1), dtype, True), store_block, False, lasting) for n in cols if store_tma]
-    return _Settled(launch, shapes, absent, tma, ps, qs, ys)
+    return _Settled(launch, shapes, absent, any(biases), tma, ps, qs, ys)

@@ -175,7 +175,8 @@ def shrink(
     With `noise`, a seed from an earlier `draw_noise(x)`, the function draws nothing and is pure. A `slot` of a plan
     keeps the settled launch; all its calls must have tensors of one kind and the same `dropout_p`.
     """
-    (s,), (keep,) = _launch_all(x, (a,), (alpha,), (dropout_p,), config, noise, slot)
+    settled = _settled(slot, x, (a,), (dropout_p,), config, noise)
+    (s,), (keep,) = settled(x, (a,), (alpha,), noise)
     return s, keep
 
 
@@ -195,7 +196,8 @@ def shrink_all(
     Returns:
         Each s `[M, Rᵢ]`, side by side in one buffer, and each packed mask `[M, ceil(K/32)]`, None without dropout.
     """
-    return _launch_all(x, *zip(*rows, strict=True), config, noise, slot)
+    operands, alphas, ps = zip(*rows, strict=True)
+    return _settled(slot, x, operands, ps, config, noise)(x, operands, alphas, noise)
 
 
 def activate_shrink(
@@ -217,24 +219,9 @@ def activate_shrink(
         h, and the results of `shrink_all`.
     """
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    operands = tuple(zip(*rows, strict=True)) or ((), (), ())
-    return h, *_launch_all(gate, *operands, config, noise, slot, activation, up, h)
-
-
-def _launch_all(
-    x: Tensor, operands: tuple[Tensor, ...], alphas: tuple[float, ...], ps: tuple[float, ...],
-    config: ShrinkConfig | None, noise: Tensor | None, slot: Slot | None, activation: str | None = None,
-    up: Tensor | None = None, h: Tensor | None = None,
-) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
-    settled = slot.settled if slot else None
-    if settled is None:
-        settled = _settle(
-            facts(x), facts(up), facts(noise), tuple(map(facts, operands)), x.device, ps, precision(x), activation,
-            config, _launch.imagined,
-        )  # fmt: skip
-        if slot:
-            slot.settled = settled
-    return settled(x, operands, alphas, noise, up, h)
+    operands, alphas, ps = zip(*rows, strict=True) if rows else ((), (), ())
+    settled = _settled(slot, gate, operands, ps, config, noise, activation, up)
+    return h, *settled(gate, operands, alphas, noise, up, h)
 
 
 class _Settled(NamedTuple):
@@ -243,6 +230,7 @@ class _Settled(NamedTuple):
     Attributes:
         launch: The launch.
         ranks: R of each adapter.
+        pitches: Columns of each s in the buffer of all.
         drawn: For each adapter, whether there is a mask.
         masks: Number of masks.
         size: Elements of all parts of a split sum, 0 without a split.
@@ -251,6 +239,7 @@ class _Settled(NamedTuple):
 
     launch: Launch
     ranks: tuple[int, ...]
+    pitches: tuple[int, ...]
     drawn: tuple[bool, ...]
     masks: int
     size: int
@@ -258,13 +247,13 @@ class _Settled(NamedTuple):
 
     def __call__(
         self, x: Tensor, operands: tuple[Tensor, ...], alphas: tuple[float, ...], noise: Tensor | None,
-        up: Tensor | None, h: Tensor | None,
+        up: Tensor | None = None, h: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
-        launch, ranks, drawn, masks, size, blocks = self
+        launch, ranks, pitches, drawn, masks, size, blocks = self
         if not ranks:
             launch(x, up, h, *_NO_ADAPTER)
             return [], []
-        s = thin_columns(x, ranks)
+        s = thin_columns(x, ranks, pitches)
         keeps: list[Tensor | None] = [_mask(x) if mask else None for mask in drawn]
         if noise is None and masks:
             noise = draw_noise(x, masks)
@@ -285,6 +274,22 @@ def _mask(x: Tensor) -> Tensor:
     return allocate(x.shape[0], -(-x.shape[1] // 32), dtype=torch.int32, device=x.device)
 
 
+def _settled(
+    slot: Slot | None, x: Tensor, operands: tuple[Tensor, ...], ps: tuple[float, ...], config: ShrinkConfig | None,
+    noise: Tensor | None, activation: str | None = None, up: Tensor | None = None,
+) -> _Settled:  # fmt: skip
+    """Return the launch that the slot keeps, or settle one."""
+    if slot is not None and slot.settled is not None:
+        return slot.settled
+    settled = _settle(
+        facts(x), facts(up), facts(noise), tuple(map(facts, operands)), x.device, ps, precision(x), activation, config,
+        _launch.imagined,
+    )  # fmt: skip
+    if slot is not None:
+        slot.settled = settled
+    return settled
+
+
 @functools.lru_cache(maxsize=4096)
 def _settle(
     x: Facts, up: Facts | None, noise: Facts | None, operands: tuple[Facts, ...], device: torch.device,
@@ -300,13 +305,13 @@ def _settle(
     )  # fmt: skip
     blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(widest, config.block_r)
     splits = triton.cdiv(inner, config.k_per_split)
-    stride_sm = sum(_launch.thin_pitch(rank, x.dtype) for rank in ranks)
+    pitches = tuple(_launch.thin_pitch(rank, x.dtype) for rank in ranks)
     launch = Launch(
         _shrink_kernel, (blocks, splits),
         (
             tuple(map(threshold, ps)) or None, rows, inner, ranks or None, config.k_per_split, *x.strides,
             *(up.strides if up else (0, 0)), *(tuple(zip(*(a.strides for a in operands), strict=True)) or (None, None)),
-            stride_sm,
+            sum(pitches),
         ),
         dict(
             ROWS=len(ranks), ACTIVATION=activation, HAS_DROPOUT=masks > 0, IS_SPLIT=splits > 1 and bool(ranks),
@@ -316,4 +321,4 @@ def _settle(
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(False)), device,
     )  # fmt: skip
     size = splits * rows * sum(ranks) if splits > 1 else 0
-    return _Settled(launch, ranks, tuple(p > 0 for p in ps), masks, size, blocks)
+    return _Settled(launch, ranks, pitches, tuple(p > 0 for p in ps), masks, size, blocks)

@@ -275,7 +275,10 @@ def wgrad(
     # A mask makes `right` the wide side and a shrink makes `left` the wide side, whatever the widths.
     right_is_wide = keep is not None or (shrink is None and right.shape[1] >= left.shape[1])
     wide, thin, turned = (right, left, g.t()) if right_is_wide else (left, right, g)
-    launch(wide, (Product(thin, turned, keep, shrink, into is not None),), ready=ready, config=config, slot=slot)
+    b, ds, alpha = shrink or _NO_SHRINK
+    operands = (thin,), (turned,), (keep,), (b,), (ds,)
+    settled = _settled(slot, wide, operands, (into is not None,), (H,), _NO_ACTIVATION, ready, config)
+    settled(wide, operands, (alpha,), _NO_ACTIVATION)
     return g if into is None else None
 
 
@@ -321,25 +324,59 @@ def launch(
         config: Tile to use instead of the rule's.
         slot: As in `wgrad`.
     """
-    a = activation or _NO_ACTIVATION
     thins, gs, keeps, shrinks, accumulate, wides = zip(*products, strict=True) if products else ((),) * 6
     bs, dss, alphas = zip(*[shrink or _NO_SHRINK for shrink in shrinks], strict=True) if products else ((),) * 3
-    settled = slot.settled if slot else None
-    if settled is None:
-        settled = _settle(
-            (facts(wide), facts(a.up), facts(a.dh)), tuple(map(facts, thins)), tuple(map(facts, gs)),
-            tuple(map(facts, bs)), tuple(map(facts, dss)), wides, a.name, wide.device,
-            tuple(map(facts, keeps)), accumulate, ready, precision(wide), config, _launch.imagined,
-        )  # fmt: skip
-        if slot:
-            slot.settled = settled
-    start, g_size, ds_size, counted = settled
-    g_parts = wide.new_empty(g_size, dtype=torch.float32) if g_size else None
-    ds_parts = wide.new_empty(ds_size, dtype=torch.float32) if ds_size else None
-    counters = arrivals(wide.device, counted) if counted else None
-    if not products:
-        thins = keeps = bs = gs = dss = alphas = None
-    start(wide, a.up, a.dh, a.dgate, a.dup, thins, keeps, bs, gs, g_parts, dss, ds_parts, counters, alphas)
+    a, operands = activation or _NO_ACTIVATION, (thins, gs, keeps, bs, dss)
+    settled = _settled(slot, wide, operands, accumulate, wides, a, ready, config)
+    settled(wide, operands if products else _NO_PRODUCT, alphas or None, a)
+
+
+class _Settled(NamedTuple):
+    """A launch for tensors of one kind. A call allocates workspace and launches.
+
+    Attributes:
+        launch: The launch.
+        g_size: Elements of all parts of each g, 0 without a split.
+        ds_size: Elements of all parts of each ds.
+        counted: Number of counters.
+    """
+
+    launch: Launch
+    g_size: int
+    ds_size: int
+    counted: int
+
+    def __call__(
+        self, wide: Tensor, operands: tuple[tuple[Tensor | None, ...], ...], alphas: tuple[float, ...] | None,
+        a: Activation,
+    ) -> None:  # fmt: skip
+        launch, g_size, ds_size, counted = self
+        thins, gs, keeps, bs, dss = operands
+        g_parts = wide.new_empty(g_size, dtype=torch.float32) if g_size else None
+        ds_parts = wide.new_empty(ds_size, dtype=torch.float32) if ds_size else None
+        counters = arrivals(wide.device, counted) if counted else None
+        launch(wide, *a[1:], thins, keeps, bs, gs, g_parts, dss, ds_parts, counters, alphas)
+
+
+# In place of thin, g, keep, b and ds.
+_NO_PRODUCT = (None,) * 5
+
+
+def _settled(
+    slot: Slot | None, wide: Tensor, operands: tuple[tuple[Tensor | None, ...], ...], accumulate: tuple[bool, ...],
+    wides: tuple[int, ...], a: Activation, ready: bool, config: WgradConfig | None,
+) -> _Settled:  # fmt: skip
+    """Return the launch that the slot keeps, or settle one for thin, g, keep, b and ds of all products."""
+    if slot is not None and slot.settled is not None:
+        return slot.settled
+    thins, gs, keeps, bs, dss = (tuple(map(facts, ts)) for ts in operands)
+    settled = _settle(
+        (facts(wide), facts(a.up), facts(a.dh)), thins, gs, bs, dss, wides, a.name, wide.device, keeps, accumulate,
+        ready, precision(wide), config, _launch.imagined,
+    )  # fmt: skip
+    if slot is not None:
+        slot.settled = settled
+    return settled
 
 
 @functools.lru_cache(maxsize=4096)
@@ -348,8 +385,7 @@ def _settle(
     bs: tuple[Facts | None, ...], dss: tuple[Facts | None, ...], wides: tuple[int, ...], activation: str | None,
     device: torch.device, keeps: tuple[Facts | None, ...], accumulate: tuple[bool, ...], ready: bool, precision: str,
     config: WgradConfig | None, imagined: object,
-) -> tuple[Launch, int, int, int]:  # fmt: skip
-    """Settle the launch; return it with the sizes of the parts of g and of ds and the number of counters."""
+) -> _Settled:  # fmt: skip
     (rows, width), dtype = made_of[0].shape, made_of[0].dtype
     widths, shrunk = [thin.shape[1] for thin in thins], [b.shape[1] for b in bs if b is not None]
     strided = all(1 not in t.strides for t in made_of if t) or any(1 not in b.strides for b in bs if b)
@@ -385,7 +421,7 @@ def _settle(
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(ready)), device,
     )  # fmt: skip
     g_size, ds_size = splits * width * sum(widths) if splits > 1 else 0, blocks * rows * sum(shrunk)
-    return launch, g_size, ds_size, tiles + splits if g_size or ds_size else 0
+    return _Settled(launch, g_size, ds_size, tiles + splits if g_size or ds_size else 0)
 
 
 def _strides(operands: tuple[Facts | None, ...]) -> tuple[tuple[int, ...] | None, ...]:

@@ -34,11 +34,11 @@ def forward(
     `noise` decides the mask; with None, this function draws the noise.
     """
     alpha = scaling * keep_scale(dropout_p)
-    return plan.run(backend, _forward_pass, rows(base), rows(x), lora_A, lora_B, alpha, dropout_p, noise)
+    return plan.run(backend, _forward_pass, (alpha, dropout_p), rows(x), rows(base), lora_A, lora_B, noise)
 
 
 def _forward_pass(
-    steps: plan.Steps, base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, alpha: float, dropout_p: float,
+    steps: plan.Steps, alpha: float, dropout_p: float, x: Tensor, base: Tensor, lora_A: Tensor, lora_B: Tensor,
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     s, keep = steps.ops.shrink(x, readable(lora_A, x.dtype), alpha, dropout_p, noise=noise, slot=steps["s"])
@@ -61,12 +61,13 @@ def backward(
     dx needs A, B and the mask; dA needs x, B and the mask; dB needs s. dy is `[M, out]` in x's dtype, x `[M, in]`.
     `alpha` is scaling · keep_scale. `adapter_dtypes` are the dtypes of dA and dB.
     """
-    return plan.run(backend, _backward_pass, dy, x, lora_A, lora_B, s, keep, alpha, adapter_dtypes, needed)
+    settings = alpha, adapter_dtypes, tuple(needed)
+    return plan.run(backend, _backward_pass, settings, dy, x, lora_A, lora_B, s, keep)
 
 
 def _backward_pass(
-    steps: plan.Steps, dy: Tensor, x: Kept, lora_A: Kept, lora_B: Kept, s: Kept, keep: Tensor | None, alpha: float,
-    adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: Sequence[bool],
+    steps: plan.Steps, alpha: float, adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: tuple[bool, bool, bool],
+    dy: Tensor, x: Kept, lora_A: Kept, lora_B: Kept, s: Kept, keep: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     (need_x, need_A, need_B), ops = needed, steps.ops
     ds: Kept = None

@@ -40,12 +40,12 @@ def forward(
     `noise` decides the mask; with None, this function draws the noise.
     """
     alpha = scaling * keep_scale(dropout_p)
-    return plan.run(backend, _forward_pass, rows(x), weight, lora_A, lora_B, bias, alpha, dropout_p, noise)
+    return plan.run(backend, _forward_pass, (alpha, dropout_p), rows(x), weight, lora_A, lora_B, bias, noise)
 
 
 def _forward_pass(
-    steps: plan.Steps, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, alpha: float,
-    dropout_p: float, noise: Tensor | None,
+    steps: plan.Steps, alpha: float, dropout_p: float, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor,
+    bias: Tensor | None, noise: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     # Copies come before the launches, because the launches overlap.
     lora_B = as_dtype(lora_B, x.dtype)
@@ -67,24 +67,23 @@ def backward(
     makes them by `rows`, so that a copy comes before the launches, because the launches overlap. `alpha` is scaling ·
     keep_scale. dA and dB have `adapter_dtypes`, or are added to `into` and returned as None.
     """
-    return plan.run(
-        backend, _backward_pass, dy, x, weight, lora_A, lora_B, s, keep, alpha, adapter_dtypes, needed, into
-    )  # fmt: skip
+    settings = alpha, adapter_dtypes, tuple(needed)
+    return plan.run(backend, _backward_pass, settings, dy, x, weight, lora_A, lora_B, s, keep, *into)
 
 
 def _backward_pass(
-    steps: plan.Steps, dy: Tensor, x: Kept, weight: Kept, lora_A: Kept, lora_B: Kept, s: Kept, keep: Tensor | None,
-    alpha: float, adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: Sequence[bool],
-    into: tuple[Tensor | None, Tensor | None],
+    steps: plan.Steps, alpha: float, adapter_dtypes: tuple[torch.dtype, torch.dtype], needed: tuple[bool, bool, bool],
+    dy: Tensor, x: Kept, weight: Kept, lora_A: Kept, lora_B: Kept, s: Kept, keep: Tensor | None,
+    into_A: Tensor | None, into_B: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     _, need_A, _ = needed
     dx, ds, d_lora_B, overlaps = from_dy(
-        steps, dy, weight, lora_A, lora_B, s, keep, alpha, adapter_dtypes[1], needed, into[1]
+        steps, dy, weight, lora_A, lora_B, s, keep, alpha, adapter_dtypes[1], needed, into_B
     )  # fmt: skip
     d_lora_A = None
     if need_A:
         d_lora_A = steps.ops.wgrad(
-            ds, x, adapter_dtypes[0], keep, into=into[0], ready=overlaps, slot=steps["dA"]
+            ds, x, adapter_dtypes[0], keep, into=into_A, ready=overlaps, slot=steps["dA"]
         )  # fmt: skip
     return dx, d_lora_A, d_lora_B
 

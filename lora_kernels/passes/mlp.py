@@ -56,11 +56,11 @@ def forward(
     Returns:
         y; the outputs of `before`, `[M, hidden]`; s and the mask of each layer, or None.
     """
-    return plan.run(backend, _forward_pass, rows(x), before, down, activation, noise)
+    return plan.run(backend, _forward_pass, (activation,), rows(x), before, down, noise)
 
 
 def _forward_pass(
-    steps: plan.Steps, x: Tensor, before: Sequence[Projection], down: Projection, activation: str,
+    steps: plan.Steps, activation: str, x: Tensor, before: Sequence[Projection], down: Projection,
     noise: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None], list[Tensor | None]]:  # fmt: skip
     # `before` has at least one layer, so that `gate` is never None.
@@ -115,7 +115,7 @@ def _backward(
         )  # fmt: skip
         del dh
         parts = [Part(wide, *q[:7], q.needs[1], q.into) for wide, q in zip(wides, before, strict=True)]
-        dx, low_rank = projections.backward_pass(steps.part("before"), parts, x, need_x, made)
+        dx, low_rank = projections.backward_pass(steps.part("before"), need_x, parts, x, made)
         for wide, q, own in zip(wides, before, low_rank, strict=True):
             of_weight, _, _, of_bias = q.needs
             grads += [torch.mm(wide.t(), x) if of_weight else None, *own, wide.sum(0) if of_bias else None]
@@ -142,12 +142,12 @@ def differentiate(
         activation: Name of the activation.
         backend: "triton" or "torch".
     """
-    return plan.run(backend, _differentiate_pass, dy, x, groups, outs, numbers, need_x, activation)
+    return plan.run(backend, _differentiate_pass, (need_x, activation), dy, x, groups, outs, numbers)
 
 
 def _differentiate_pass(
-    steps: plan.Steps, dy: Tensor, x: Kept, groups: Sequence[Sequence[Any]], outs: Sequence[Tensor],
-    numbers: Sequence[tuple[Any, ...]], need_x: bool, activation: str,
+    steps: plan.Steps, need_x: bool, activation: str, dy: Tensor, x: Kept, groups: Sequence[Sequence[Any]],
+    outs: Sequence[Tensor], numbers: Sequence[tuple[Any, ...]],
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     layers = [Layer(*five, *rest) for (*five, _), rest in zip(groups, numbers, strict=True)]
     if not outs and reads_outs(need_x, [q.needs for q in layers]):

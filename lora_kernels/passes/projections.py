@@ -37,7 +37,7 @@ def forward(
     s and mask are None for a projection without an adapter, and the mask is None without dropout. `noise` decides the
     masks; with None, this function draws the noise.
     """
-    return plan.run(backend, forward_pass, rows(x), projections, noise)
+    return plan.run(backend, forward_pass, (), rows(x), projections, noise)
 
 
 def forward_pass(
@@ -85,11 +85,11 @@ def backward(
     x: Kept, parts: Sequence[Part], need_x: bool, backend: str
 ) -> tuple[Kept, list[list[Tensor | None]]]:  # fmt: skip
     """Compute dx `[M, in]` if needed, and the needed dA and dB of each part. x is `[M, in]`."""
-    return plan.run(backend, backward_pass, parts, x, need_x)
+    return plan.run(backend, backward_pass, (need_x,), parts, x)
 
 
 def backward_pass(
-    steps: plan.Steps, parts: Sequence[Part], x: Kept, need_x: bool,
+    steps: plan.Steps, need_x: bool, parts: Sequence[Part], x: Kept,
     made: Sequence[tuple[Kept, Tensor | None]] | None = None,
 ) -> tuple[Kept, list[list[Tensor | None]]]:  # fmt: skip
     """Compute `backward` with the steps of a plan.

@@ -127,10 +127,7 @@ class Kernels(Contractions, Protocol):
     def stack(self, dy: Tensor, adapters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
         """Allocate several ds side by side, and copy their A side by side."""
 
-    def facts(self, t: Tensor | None) -> Hashable:
-        """Return the kind of a tensor."""
-
-    def state(self) -> Hashable:
+    def state(self, dtype: torch.dtype) -> Hashable:
         """Return what launches depend on besides their arguments."""
 
     def run_pass(self, function: Callable[..., Any], *arguments: Any) -> Any:

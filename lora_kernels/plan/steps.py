@@ -1,13 +1,13 @@
 """Plan passes: for tensors of one kind, decide once, and from then on only allocate and launch.
 
-A pass is a function of `Steps` and of its arguments: tensors, alone or in tuples and lists, and hashable values. For
-tensors of one kind and equal values a pass takes the same steps. So `run` keeps one `Steps` per kind. The first pass of
+A pass is a function of `Steps` and of its arguments: hashable values, and tensors, alone or in tuples and lists. For
+equal values and tensors of one kind a pass takes the same steps. So `run` keeps one `Steps` per kind. The first pass of
 a kind decides the form of each large product and settles each launch, and `Steps` keeps them by name. Later passes take
 what they find, because on few rows the host's decisions take longer than the GPU's work.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor
@@ -29,10 +29,13 @@ class Steps:
     Attributes:
         backend: "triton" or "torch".
         ops: The contractions of the backend.
+        negative: Whether a tensor stands for the negatives of what its memory holds, which kernels cannot read; None
+            before the first pass.
     """
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
+        self.negative: bool | None = None
         self.ops: Contractions = contractions(backend)
         self._slots: dict[Hashable, Any] = {}
         self._decided: dict[Hashable, Any] = {}
@@ -64,25 +67,30 @@ class Steps:
         return self.once(name, forms.expander_all, self.backend, self[name], *product)
 
 
-def run(backend: str, pass_: Callable, *arguments: Any) -> Any:
+def run(backend: str, pass_: Callable, settings: tuple[Hashable, ...], *tensors: Any) -> Any:
     """Call a pass with the steps for its arguments.
 
     Args:
         backend: "triton" or "torch".
-        pass_: A function of `Steps` and of `arguments`. It must decide by the backend, by the kinds of the tensors
-            (shape, strides, dtype, device, alignment), by the other arguments, and by nothing else that may change.
-        *arguments: Its arguments. Equal values are the same to it: 1, 1.0 and True.
+        pass_: A function of `Steps`, of the `settings`, and of the `tensors`. It must decide by the backend, by the
+            kinds of the tensors (shape, strides, dtype, device, alignment), by all other values, and by nothing else
+            that may change.
+        settings: Values. Equal values are the same to the pass: 1, 1.0 and True.
+        *tensors: Tensors, Nones, or tuples and lists of tensors and values. The first one has, or begins with, a tensor
+            in the dtype of the computation.
     """
     if backend == "torch":
-        return pass_(Steps(backend), *arguments)
-    ops = contractions("triton")
-    tensors: list[Tensor] = []
-    kinds = _kinds(arguments, tensors, ops.facts)
-    # Kernels read memory, and the memory of such a tensor holds the negative of its values.
-    if any(map(Tensor.is_neg, tensors)):
-        return run(backend, pass_, *map(_resolved, arguments))
-    steps = _steps((pass_, forms.override(), tensors[0].device, ops.state(), kinds))
-    return ops.run_pass(pass_, steps, *arguments)
+        return pass_(Steps(backend), *settings, *tensors)
+    ops, kinds = contractions("triton"), tuple(map(_kind, tensors))
+    first = tensors[0]
+    while not isinstance(first, Tensor):
+        first = first[0]
+    steps = _steps(pass_, settings, kinds, first.device, ops.state(first.dtype), forms.override())
+    if steps.negative is None:
+        steps.negative = any(map(_is_negative, tensors))
+    if steps.negative:
+        tensors = tuple(map(_resolved, tensors))
+    return ops.run_pass(pass_, steps, *settings, *tensors)
 
 
 def forget() -> None:
@@ -92,25 +100,28 @@ def forget() -> None:
 
 
 @functools.lru_cache(maxsize=_MOST)
-def _steps(key: Hashable) -> Steps:
+def _steps(pass_: Callable, settings: Hashable, kinds: tuple[Hashable, ...], *state: Hashable) -> Steps:
     """Return the steps of one kind of pass, empty at first."""
     return Steps("triton")
 
 
-def _kinds(arguments: Sequence[Any], tensors: list[Tensor], facts: Callable) -> tuple[Hashable, ...]:
-    """Return the kinds of arguments, and append the tensors in them to `tensors`."""
-    kinds: list[Hashable] = []
-    for argument in arguments:
-        if argument is None:
-            kinds.append(None)
-        elif isinstance(argument, Tensor):
-            tensors.append(argument)
-            kinds.append(facts(argument))
-        elif isinstance(argument, (tuple, list)):
-            kinds.append(_kinds(argument, tensors, facts))
-        else:
-            kinds.append(argument)
-    return tuple(kinds)
+def _kind(value: Any) -> Hashable:
+    """Return what a pass may know of a tensor, the kinds of the members of a tuple or list, or any other value itself.
+
+    Of the address a pass may know the alignment to 16 bytes alone.
+    """
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.data_ptr() % 16 == 0, value.is_neg()
+    return tuple(map(_kind, value)) if isinstance(value, (tuple, list)) else value
+
+
+def _is_negative(value: Any) -> bool:
+    """Return whether a tensor, or a member of a tuple or list, stands for the negatives of what its memory holds."""
+    return (
+        value.is_neg()
+        if isinstance(value, Tensor)
+        else isinstance(value, (tuple, list)) and any(map(_is_negative, value))
+    )
 
 
 def _resolved(argument: Any) -> Any:
