@@ -14,7 +14,7 @@ from lora_kernels.activations import After, Before
 from lora_kernels.kernels._configs import shrink_wgrad_pays
 from lora_kernels.kernels._launch import Slot, thin_rows
 from lora_kernels.kernels.shrink import shrink
-from lora_kernels.kernels.wgrad import DGATE, DUP, Activation, H, Product, launch
+from lora_kernels.kernels.wgrad import DGATE, DUP, Activation, Product, launch
 
 __all__ = ["activation_wgrad"]
 
@@ -44,28 +44,24 @@ def activation_wgrad(
     # programs read the same dh.
     reused = max([*ranks, after.ds.shape[1] if after else 0], default=0) <= 64
     wides = [gate.new_empty(rows, width) for _ in before[1:]] + [dh if reused else gate.new_empty(rows, width)]
-    products, dA = [], None
+    products = []
     if after is not None:
-        if after.into is None:
-            dA = gate.new_empty(after.ds.shape[1], width, dtype=after.out_dtype)
-        g = after.into if dA is None else dA
-        products.append(Product(after.ds, g.t(), after.keep, accumulate=dA is None, wide=H))
-    made: list[list[Tensor | None]] = []
+        products.append(Product(after.ds, after.out_dtype, True, after.keep, after.into))
+    dss: list[Tensor | None] = []
     for one, which in zip(before, (DGATE, DUP), strict=False):
-        ds = dB = fused = None
+        ds = None
         if one is not None and one.s is not None:
-            if one.into is None:
-                dB = gate.new_empty(width, one.s.shape[1], dtype=one.out_dtype)
             if one.lora_B is not None and shrink_wgrad_pays(one.s.shape[1], activated=True):
                 ds = thin_rows(gate, one.s.shape[1])
-                fused = one.lora_B, ds, one.alpha
-            g = one.into if dB is None else dB
-            products.append(Product(one.s, g, None, fused, accumulate=dB is None, wide=which))
-        made.append([ds, dB])
+            b = None if ds is None else one.lora_B
+            products.append(Product(one.s, one.out_dtype, False, None, one.into, b, ds, one.alpha, which))
+        dss.append(ds)
     dup = wides[1] if up is not None else None
-    launch(gate, products, Activation(activation, up, dh, wides[0], dup), slot=slot)
-    for i, (one, wide, results) in enumerate(zip(before, wides, made, strict=True)):
-        if one is not None and one.lora_B is not None and results[0] is None:
-            of_ds = slot.part(i) if slot else None
-            results[0] = shrink(wide, one.lora_B.t(), one.alpha, slot=of_ds)[0]
-    return wides, dA, [tuple(results) for results in made]
+    gs = iter(launch(gate, products, Activation(activation, up, dh, wides[0], dup), slot=slot))
+    dA, made = None if after is None else next(gs), []
+    for i, (one, wide, ds) in enumerate(zip(before, wides, dss, strict=True)):
+        dB = next(gs) if one is not None and one.s is not None else None
+        if ds is None and one is not None and one.lora_B is not None:
+            ds = shrink(wide, one.lora_B.t(), one.alpha, slot=slot.part(i) if slot else None)[0]
+        made.append((ds, dB))
+    return wides, dA, made

@@ -36,7 +36,7 @@ programmatic dependent launch. No code was taken.
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,7 +48,7 @@ from lora_kernels.kernels import _launch
 from lora_kernels.kernels._configs import MatmulConfig, descriptor_path, matmul_config
 from lora_kernels.kernels._descriptors import Describe, keeps
 from lora_kernels.kernels._device import halves, kept, load_kept, tile_position
-from lora_kernels.kernels._launch import Facts, Launch, Slot, facts, precision
+from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, facts, made, precision
 
 __all__ = ["matmul_expand", "matmul_expand_all"]
 
@@ -282,17 +282,13 @@ def _settled(
     masked: Sequence[Masked], wide: int, config: MatmulConfig | int | None, tma: bool | None,
 ) -> "_Settled":  # fmt: skip
     """Return the launch that the slot keeps, or settle one for the sources of all outputs, `counts` per output."""
-    if slot is not None and slot.settled is not None:
+    slot = slot or Slot()
+    if slot.settled is not None:
         return slot.settled
     like, (ps, qs) = (sources or masked)[0][0], zip(*sources, strict=True) if sources else ((), ())
-    settled = _settle(
-        tuple(map(facts, ps)), tuple(map(facts, qs)), counts, tuple(map(facts, biases)),
-        tuple([tuple(map(facts, product)) for product in masked]), wide, like.device, config, tma, precision(like),
-        _launch.imagined,
-    )  # fmt: skip
-    if slot is not None:
-        slot.settled = settled
-    return settled
+    kinds = tuple(map(facts, ps)), tuple(map(facts, qs)), counts, tuple(map(facts, biases))
+    how = tuple([tuple(map(facts, product)) for product in masked]), wide, like.device, config, tma, precision(like)
+    return slot.keep(_settle(*kinds, *how, _launch.imagined))
 
 
 def _bias_per_output(biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
@@ -308,7 +304,7 @@ class _Settled(NamedTuple):
 
     Attributes:
         launch: The launch.
-        shapes: The shape of each y.
+        new_ys: Allocates each y.
         absent: The Nones that fill the kernel's unused arguments for sources and for outputs.
         biased: Whether there is any bias.
         tma: Whether descriptors load.
@@ -318,7 +314,7 @@ class _Settled(NamedTuple):
     """
 
     launch: Launch
-    shapes: tuple[tuple[int, int], ...]
+    new_ys: list[Callable[[], Tensor]]
     absent: tuple[tuple[None, ...], tuple[None, ...]]
     biased: bool
     tma: bool
@@ -329,8 +325,8 @@ class _Settled(NamedTuple):
     def __call__(
         self, sources: Sequence[Source], biases: tuple[Tensor | None, ...], masked: Sequence[Masked]
     ) -> list[Tensor]:
-        launch, shapes, (absent, no_ys), biased, tma, of_ps, of_qs, of_ys = self
-        y_args = ys = list(map((sources or masked)[0][0].new_empty, shapes))
+        launch, new_ys, (absent, no_ys), biased, tma, of_ps, of_qs, of_ys = self
+        y_args = ys = [new() for new in new_ys]
         ps, qs = zip(*sources, strict=True) if sources else ((), ())
         if tma:
             ps, qs = map(_describe, of_ps, ps), map(_describe, of_qs, qs)
@@ -391,9 +387,10 @@ def _settle(
         ),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(pdl)), device,
     )  # fmt: skip
-    absent, shapes = (_NONE[len(sources) : MAX_SOURCES], _NONE[len(cols) : MAX_OUTPUTS]), tuple((rows, n) for n in cols)
+    absent = _NONE[len(sources) : MAX_SOURCES], _NONE[len(cols) : MAX_OUTPUTS]
+    new_ys = [allocator((rows, n), dtype, device) for n in cols]
     if not tma:
-        return _Settled(launch, shapes, absent, any(biases), tma, [], [], [])
+        return _Settled(launch, new_ys, absent, any(biases), tma, [], [], [])
     m, n, k = config.block_m, config.block_n, config.block_k
     lasting, store_block = keeps(device), (m, n // config.subtiles)
     ps = [Describe(p, (m, k), False, lasting) for p, _ in sources]
@@ -401,5 +398,5 @@ def _settle(
         Describe(q, (n, k), False, lasting) if q_rows_are_n else Describe(q.t(), (k, n), True, lasting)
         for _, q in sources
     ]
-    ys = [Describe(Facts((rows, n), (n, 1), dtype, True), store_block, False, lasting) for n in cols if store_tma]
-    return _Settled(launch, shapes, absent, any(biases), tma, ps, qs, ys)
+    ys = [Describe(made((rows, n), dtype), store_block, False, lasting) for n in cols if store_tma]
+    return _Settled(launch, new_ys, absent, any(biases), tma, ps, qs, ys)

@@ -30,7 +30,7 @@ the mask while it is drawn follows TransformerEngine's dropout. No code was take
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ from lora_kernels.kernels import _launch
 from lora_kernels.kernels._activation import activated
 from lora_kernels.kernels._configs import ShrinkConfig, shrink_config
 from lora_kernels.kernels._device import keep_bits, last_to_arrive, unpack_bits
-from lora_kernels.kernels._launch import Facts, Launch, Slot, arrivals, facts, precision, thin_columns, thin_rows
+from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, arrivals, facts, precision, thin_rows
 
 __all__ = ["Row", "activate_shrink", "draw_noise", "outputs", "shrink", "shrink_all"]
 
@@ -161,7 +161,7 @@ def draw_noise(x: Tensor, count: int = 1) -> Tensor:
 
 def outputs(x: Tensor, rank: int, dropout_p: float) -> tuple[Tensor, Tensor | None]:
     """Allocate the results of `shrink`: s `[M, R]`, and with dropout the packed mask `[M, ceil(K/32)]`."""
-    # Do not use `_mask`, because its branch would force a compiler to decide a symbolic size.
+    # Do not use `_new_mask`, because its branch would force a compiler to decide a symbolic size.
     keep = x.new_empty(x.shape[0], -(-x.shape[1] // 32), dtype=torch.int32) if dropout_p > 0 else None
     return thin_rows(x, rank), keep
 
@@ -231,35 +231,37 @@ class _Settled(NamedTuple):
         launch: The launch.
         ranks: R of each adapter.
         pitches: Columns of each s in the buffer of all.
-        drawn: For each adapter, whether there is a mask.
+        new_s: Allocates the buffer.
+        new_keeps: Allocates the mask of each adapter; None for an adapter without a mask.
         masks: Number of masks.
-        size: Elements of all parts of a split sum, 0 without a split.
+        new_parts: Allocates the parts of a split sum; None without a split.
         blocks: Number of blocks of s, each with a counter.
     """
 
     launch: Launch
     ranks: tuple[int, ...]
     pitches: tuple[int, ...]
-    drawn: tuple[bool, ...]
+    new_s: Callable[[], Tensor]
+    new_keeps: tuple[Callable[[], Tensor] | None, ...]
     masks: int
-    size: int
+    new_parts: Callable[[], Tensor] | None
     blocks: int
 
     def __call__(
         self, x: Tensor, operands: tuple[Tensor, ...], alphas: tuple[float, ...], noise: Tensor | None,
         up: Tensor | None = None, h: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
-        launch, ranks, pitches, drawn, masks, size, blocks = self
+        launch, ranks, pitches, new_s, new_keeps, masks, new_parts, blocks = self
         if not ranks:
             launch(x, up, h, *_NO_ADAPTER)
             return [], []
-        s = thin_columns(x, ranks, pitches)
-        keeps: list[Tensor | None] = [_mask(x) if mask else None for mask in drawn]
+        s = [new_s()] if len(ranks) == 1 else [*new_s().split(pitches, 1)]
+        if ranks != pitches:
+            s = [part[:, :rank] for part, rank in zip(s, ranks, strict=True)]
+        keeps: list[Tensor | None] = [new and new() for new in new_keeps]
         if noise is None and masks:
             noise = draw_noise(x, masks)
-        parts = counters = None
-        if size:
-            parts, counters = x.new_empty(size, dtype=torch.float32), arrivals(x.device, blocks)
+        parts, counters = (new_parts(), arrivals(x.device, blocks)) if new_parts else (None, None)
         launch(x, up, h, operands, tuple(s), parts, counters, tuple(keeps), noise, alphas)
         return s, keeps
 
@@ -268,10 +270,12 @@ class _Settled(NamedTuple):
 _NO_ADAPTER = (None,) * 7
 
 
-def _mask(x: Tensor) -> Tensor:
+def _new_mask(rows: int, inner: int, device: torch.device) -> Callable[[], Tensor]:
+    """Return a function that allocates a mask."""
     # Zero a mask with bytes of no element, so that the same noise gives the same mask to the last byte.
-    allocate = torch.zeros if x.shape[1] % 32 else torch.empty
-    return allocate(x.shape[0], -(-x.shape[1] // 32), dtype=torch.int32, device=x.device)
+    if inner % 32:
+        return functools.partial(torch.zeros, rows, -(-inner // 32), dtype=torch.int32, device=device)
+    return allocator((rows, inner // 32), torch.int32, device)
 
 
 def _settled(
@@ -279,15 +283,11 @@ def _settled(
     noise: Tensor | None, activation: str | None = None, up: Tensor | None = None,
 ) -> _Settled:  # fmt: skip
     """Return the launch that the slot keeps, or settle one."""
-    if slot is not None and slot.settled is not None:
+    slot = slot or Slot()
+    if slot.settled is not None:
         return slot.settled
-    settled = _settle(
-        facts(x), facts(up), facts(noise), tuple(map(facts, operands)), x.device, ps, precision(x), activation, config,
-        _launch.imagined,
-    )  # fmt: skip
-    if slot is not None:
-        slot.settled = settled
-    return settled
+    kinds, how = (facts(x), facts(up), facts(noise), tuple(map(facts, operands))), (precision(x), activation, config)
+    return slot.keep(_settle(*kinds, x.device, ps, *how, _launch.imagined))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -320,5 +320,9 @@ def _settle(
         ),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(False)), device,
     )  # fmt: skip
-    size = splits * rows * sum(ranks) if splits > 1 else 0
-    return _Settled(launch, ranks, pitches, tuple(p > 0 for p in ps), masks, size, blocks)
+    new_mask = _new_mask(rows, inner, device)
+    new_parts = allocator((splits * rows * sum(ranks),), torch.float32, device) if splits > 1 and ranks else None
+    return _Settled(
+        launch, ranks, pitches, allocator((rows, sum(pitches)), x.dtype, device),
+        tuple(new_mask if p > 0 else None for p in ps), masks, new_parts, blocks,
+    )  # fmt: skip

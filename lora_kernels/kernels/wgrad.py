@@ -40,7 +40,7 @@ No code was taken.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,7 +52,7 @@ from lora_kernels.kernels import _launch
 from lora_kernels.kernels._activation import activation_gradient
 from lora_kernels.kernels._configs import WgradConfig, wgrad_config
 from lora_kernels.kernels._device import kept, last_to_arrive, load_kept
-from lora_kernels.kernels._launch import Facts, Launch, Slot, arrivals, facts, precision
+from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, arrivals, facts, made, precision
 
 __all__ = ["DGATE", "DUP", "Activation", "H", "Product", "Row", "Shrink", "launch", "wgrad", "wgrad_all"]
 
@@ -67,18 +67,24 @@ class Product(NamedTuple):
 
     Attributes:
         thin: `[M, T]`.
-        g: `[W, T]`, any strides; written.
+        dtype: The dtype of g.
+        turned: Whether g is `[T, W]` instead of `[W, T]`.
         keep: Packed mask `[M, ceil(W/32)]` of the wide operand, or None.
-        shrink: b, ds and alpha, to compute ds = alpha · wide b as well; T at most a tile wide.
-        accumulate: Whether to add the product to `g`.
+        into: A g to add the product to, any strides, or None.
+        b: `[W, T]`, to compute ds = alpha · wide b as well, or None; T at most a tile wide.
+        ds: `[M, T]`; written.
+        alpha: Multiplies ds.
         wide: H, DGATE or DUP: the wide operand, where an activation makes it.
     """
 
     thin: Tensor
-    g: Tensor
+    dtype: torch.dtype
+    turned: bool
     keep: Tensor | None = None
-    shrink: Shrink | None = None
-    accumulate: bool = False
+    into: Tensor | None = None
+    b: Tensor | None = None
+    ds: Tensor | None = None
+    alpha: float = 1.0
     wide: int = H
 
 
@@ -93,7 +99,7 @@ class Activation(NamedTuple):
 
 
 _NO_ACTIVATION = Activation(None, None, None, None, None)
-_NO_SHRINK = (None, None, 1.0)
+_NO_SHRINK = None, None, 1.0
 
 
 @triton.jit
@@ -271,15 +277,11 @@ def wgrad(
         config: Tile to use instead of the rule's.
         slot: A place of a plan that keeps the settled launch; all its calls must have tensors of one kind.
     """
-    g = left.new_empty(left.shape[1], right.shape[1], dtype=out_dtype) if into is None else into
     # A mask makes `right` the wide side and a shrink makes `left` the wide side, whatever the widths.
     right_is_wide = keep is not None or (shrink is None and right.shape[1] >= left.shape[1])
-    wide, thin, turned = (right, left, g.t()) if right_is_wide else (left, right, g)
-    b, ds, alpha = shrink or _NO_SHRINK
-    operands = (thin,), (turned,), (keep,), (b,), (ds,)
-    settled = _settled(slot, wide, operands, (into is not None,), (H,), _NO_ACTIVATION, ready, config)
-    settled(wide, operands, (alpha,), _NO_ACTIVATION)
-    return g if into is None else None
+    wide, thin = (right, left) if right_is_wide else (left, right)
+    product = Product(thin, out_dtype, right_is_wide, keep, into, *(shrink or _NO_SHRINK))
+    return launch(wide, (product,), None, ready, config, slot)[0]
 
 
 def wgrad_all(
@@ -298,22 +300,14 @@ def wgrad_all(
         slot: As in `wgrad`.
     """
     into = into or (None,) * len(rows)
-    gs = [
-        right.new_empty(left.shape[1], right.shape[1], dtype=dtype) if there is None else there
-        for (left, dtype, _), there in zip(rows, into, strict=True)
-    ]
-    products = [
-        Product(left, g.t(), keep, None, there is not None)
-        for (left, _, keep), g, there in zip(rows, gs, into, strict=True)
-    ]
-    launch(right, products, ready=ready, config=config, slot=slot)
-    return [g if there is None else None for g, there in zip(gs, into, strict=True)]
+    products = [Product(left, dtype, True, keep, there) for (left, dtype, keep), there in zip(rows, into, strict=True)]
+    return launch(right, products, None, ready, config, slot)
 
 
 def launch(
     wide: Tensor, products: Sequence[Product], activation: Activation | None = None, ready: bool = False,
     config: WgradConfig | None = None, slot: Slot | None = None,
-) -> None:  # fmt: skip
+) -> list[Tensor | None]:  # fmt: skip
     """Compute the g and ds of every product, in one read of the wide operand or of the operands that make it.
 
     Args:
@@ -323,68 +317,55 @@ def launch(
         ready: As in `wgrad`; not with `activation` either.
         config: Tile to use instead of the rule's.
         slot: As in `wgrad`.
+
+    Returns:
+        Each g; None for a g that was added.
     """
-    thins, gs, keeps, shrinks, accumulate, wides = zip(*products, strict=True) if products else ((),) * 6
-    bs, dss, alphas = zip(*[shrink or _NO_SHRINK for shrink in shrinks], strict=True) if products else ((),) * 3
-    a, operands = activation or _NO_ACTIVATION, (thins, gs, keeps, bs, dss)
-    settled = _settled(slot, wide, operands, accumulate, wides, a, ready, config)
-    settled(wide, operands if products else _NO_PRODUCT, alphas or None, a)
+    a, fields = activation or _NO_ACTIVATION, zip(*products, strict=True) if products else _NO_PRODUCT
+    thins, dtypes, turned, keeps, intos, bs, dss, alphas, wides = fields
+    slot = slot or Slot()
+    settled = slot.settled
+    if settled is None:
+        kinds = [tuple(map(facts, ts)) if ts else () for ts in (thins, intos, bs, dss, keeps)]
+        made_of, how = (facts(wide), facts(a.up), facts(a.dh)), (a.name, wide.device, ready, precision(wide), config)
+        settled = slot.keep(_settle(made_of, *kinds, dtypes, turned, wides, *how, _launch.imagined))
+    start, new_gs, new_g_parts, new_ds_parts, counted = settled
+    gs = [new() if there is None else there for new, there in zip(new_gs, intos, strict=True)] if products else []
+    g_parts, ds_parts = new_g_parts and new_g_parts(), new_ds_parts and new_ds_parts()
+    counters = arrivals(wide.device, counted) if counted else None
+    start(wide, *a[1:], thins, keeps, bs, tuple(gs) or None, g_parts, dss, ds_parts, counters, alphas)
+    return [g if there is None else None for g, there in zip(gs, intos, strict=True)] if products else []
+
+
+# In place of the fields of products.
+_NO_PRODUCT = (None,) * 9
 
 
 class _Settled(NamedTuple):
-    """A launch for tensors of one kind. A call allocates workspace and launches.
+    """A launch for tensors of one kind.
 
     Attributes:
         launch: The launch.
-        g_size: Elements of all parts of each g, 0 without a split.
-        ds_size: Elements of all parts of each ds.
+        new_gs: Allocates each g.
+        new_g_parts: Allocates the parts of all g; None without a split.
+        new_ds_parts: Allocates the parts of all ds, or None.
         counted: Number of counters.
     """
 
     launch: Launch
-    g_size: int
-    ds_size: int
+    new_gs: list[Callable[[], Tensor]]
+    new_g_parts: Callable[[], Tensor] | None
+    new_ds_parts: Callable[[], Tensor] | None
     counted: int
-
-    def __call__(
-        self, wide: Tensor, operands: tuple[tuple[Tensor | None, ...], ...], alphas: tuple[float, ...] | None,
-        a: Activation,
-    ) -> None:  # fmt: skip
-        launch, g_size, ds_size, counted = self
-        thins, gs, keeps, bs, dss = operands
-        g_parts = wide.new_empty(g_size, dtype=torch.float32) if g_size else None
-        ds_parts = wide.new_empty(ds_size, dtype=torch.float32) if ds_size else None
-        counters = arrivals(wide.device, counted) if counted else None
-        launch(wide, *a[1:], thins, keeps, bs, gs, g_parts, dss, ds_parts, counters, alphas)
-
-
-# In place of thin, g, keep, b and ds.
-_NO_PRODUCT = (None,) * 5
-
-
-def _settled(
-    slot: Slot | None, wide: Tensor, operands: tuple[tuple[Tensor | None, ...], ...], accumulate: tuple[bool, ...],
-    wides: tuple[int, ...], a: Activation, ready: bool, config: WgradConfig | None,
-) -> _Settled:  # fmt: skip
-    """Return the launch that the slot keeps, or settle one for thin, g, keep, b and ds of all products."""
-    if slot is not None and slot.settled is not None:
-        return slot.settled
-    thins, gs, keeps, bs, dss = (tuple(map(facts, ts)) for ts in operands)
-    settled = _settle(
-        (facts(wide), facts(a.up), facts(a.dh)), thins, gs, bs, dss, wides, a.name, wide.device, keeps, accumulate,
-        ready, precision(wide), config, _launch.imagined,
-    )  # fmt: skip
-    if slot is not None:
-        slot.settled = settled
-    return settled
 
 
 @functools.lru_cache(maxsize=4096)
 def _settle(
-    made_of: tuple[Facts, Facts | None, Facts | None], thins: tuple[Facts, ...], gs: tuple[Facts, ...],
-    bs: tuple[Facts | None, ...], dss: tuple[Facts | None, ...], wides: tuple[int, ...], activation: str | None,
-    device: torch.device, keeps: tuple[Facts | None, ...], accumulate: tuple[bool, ...], ready: bool, precision: str,
-    config: WgradConfig | None, imagined: object,
+    made_of: tuple[Facts, Facts | None, Facts | None], thins: tuple[Facts, ...], intos: tuple[Facts | None, ...],
+    bs: tuple[Facts | None, ...], dss: tuple[Facts | None, ...], keeps: tuple[Facts | None, ...],
+    dtypes: tuple[torch.dtype, ...] | None, turned: tuple[bool, ...] | None, wides: tuple[int, ...] | None,
+    activation: str | None, device: torch.device, ready: bool, precision: str, config: WgradConfig | None,
+    imagined: object,
 ) -> _Settled:  # fmt: skip
     (rows, width), dtype = made_of[0].shape, made_of[0].dtype
     widths, shrunk = [thin.shape[1] for thin in thins], [b.shape[1] for b in bs if b is not None]
@@ -404,26 +385,31 @@ def _settle(
     tiles = blocks * triton.cdiv(max(widths, default=1), config.block_r)
     dependent = _launch.dependent_launch(device)
     ready = ready and dependent
-    nothing = (0, 0)
+    gs = []
+    for thin, into, g_dtype, flip in zip(thins, intos, dtypes or (), turned or (), strict=True):
+        shape = (thin.shape[1], width) if flip else (width, thin.shape[1])
+        g = into or made(shape, g_dtype)
+        gs.append((allocator(shape, g_dtype, device), g.t() if flip else g))
     launch = Launch(
         _wgrad_kernel, (tiles, splits),
         (
             rows, width, tuple(widths) or None, config.rows_per_split,
-            *(stride for t in made_of for stride in (t.strides if t else nothing)),
-            *_strides(thins), *_strides(bs), *_strides(gs), tuple([ds.strides[0] if ds else 0 for ds in dss]) or None,
+            *(stride for t in made_of for stride in (t.strides if t else (0, 0))),
+            *_strides(thins), *_strides(bs), *_strides([g for _, g in gs]), _strides(dss)[0],
         ),
         dict(
-            ROWS=len(thins), WIDE=wides or None, ACTIVATION=activation, HAS_KEEP=any(keeps), HAS_SHRINK=bool(shrunk),
-            IS_SPLIT=splits > 1 and bool(thins), ACCUMULATE=accumulate or None,
+            ROWS=len(thins), WIDE=wides, ACTIVATION=activation, HAS_KEEP=any(keeps), HAS_SHRINK=bool(shrunk),
+            IS_SPLIT=splits > 1 and bool(thins), ACCUMULATE=tuple(into is not None for into in intos) or None,
             PDL=(bool(shrunk) or activation is not None) and dependent, READY=ready, PRECISION=precision,
             BLOCK_M=config.block_m, BLOCK_W=config.block_c, BLOCK_T=config.block_r,
         ),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(ready)), device,
     )  # fmt: skip
     g_size, ds_size = splits * width * sum(widths) if splits > 1 else 0, blocks * rows * sum(shrunk)
-    return _Settled(launch, g_size, ds_size, tiles + splits if g_size or ds_size else 0)
+    new_parts = [allocator((size,), torch.float32, device) if size else None for size in (g_size, ds_size)]
+    return _Settled(launch, [new for new, _ in gs], *new_parts, tiles + splits if g_size or ds_size else 0)
 
 
-def _strides(operands: tuple[Facts | None, ...]) -> tuple[tuple[int, ...] | None, ...]:
+def _strides(operands: Sequence[Facts | None]) -> tuple[tuple[int, ...] | None, ...]:
     """Return the row strides and the column strides of several operands, 0 for a missing operand."""
     return tuple(zip(*(t.strides if t else (0, 0) for t in operands), strict=True)) or (None, None)

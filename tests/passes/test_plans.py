@@ -200,7 +200,8 @@ def test_one_that_stands_for_its_negative(which, times, device):
 
 def _ran(*arguments, backend="triton"):
     """Return the steps that a pass is given for these arguments."""
-    return plan.run(backend, _steps_alone, *arguments)
+    first, *settings = arguments
+    return plan.run(backend, _steps_alone, tuple(settings), first)
 
 
 def _steps_alone(steps, *_):
@@ -216,9 +217,9 @@ def _on_an_odd_address():
     [
         (torch.randn(7, 4), 2.0), (torch.randn(4, 6).t(), 2.0), (torch.randn(6, 4).double(), 2.0),
         (_on_an_odd_address(), 2.0), (torch.randn(6, 4), 3.0), ([torch.randn(6, 4)], 2.0), (torch.randn(6, 4), None),
-        (torch.randn(6, 4), (2.0,)), (torch.randn(6, 4, device="meta"), 2.0),
+        (torch.randn(6, 4), (2.0,)), ((torch.randn(6, 4), None), 2.0), (torch.randn(6, 4, device="meta"), 2.0),
     ],
-    ids=["shape", "strides", "dtype", "alignment", "number", "list", "None", "tuple", "device"],
+    ids=["shape", "strides", "dtype", "alignment", "number", "list", "None", "tuple", "another", "device"],
 )  # fmt: skip
 def test_other_kinds_have_steps_of_their_own(other):
     steps = _ran(torch.randn(6, 4), 2.0)
@@ -229,7 +230,7 @@ def test_other_kinds_have_steps_of_their_own(other):
 
 def test_another_pass_has_steps_of_its_own():
     x = torch.randn(6, 4)
-    assert plan.run("triton", lambda steps, x: steps, x) is not _ran(x)
+    assert plan.run("triton", lambda steps, x: steps, (), x) is not _ran(x)
 
 
 def test_forgetting_begins_anew():
@@ -264,7 +265,7 @@ def test_a_pass_that_fails_leaves_nothing_half_decided():
 
     for _ in range(2):
         with pytest.raises(ValueError, match="no memory"):
-            plan.run("triton", fails, torch.randn(6, 4))
+            plan.run("triton", fails, (), torch.randn(6, 4))
 
 
 def _raise():
