@@ -71,9 +71,11 @@ def size_of_small(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def plans():
-    """No test takes the plans of another, whose launches may belong to what that test has put in their place."""
+    """No test takes the plans or settled launches of another, which may belong to what that test put in their place."""
     if "lora_kernels.kernels" in sys.modules:
         plan.forget()
+        for contraction in ("shrink", "matmul_expand", "wgrad"):
+            sys.modules[f"lora_kernels.kernels.{contraction}"]._settle.cache_clear()
 
 
 @pytest.fixture
@@ -133,7 +135,7 @@ def poisoned_memory(request):
 @pytest.fixture
 def poison(monkeypatch):
     """Memory that launchers allocate holds NaN in floats, a pattern in bytes."""
-    for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
+    for owner, name in ((torch, "empty"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
         stock = getattr(owner, name)
 
         def poisoned(*args, _stock=stock, **kwargs):

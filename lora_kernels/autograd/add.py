@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_kernels import plan
-from lora_kernels.autograd.common import Context, autocast_off, plain_scaling, register, register_flops, save
+from lora_kernels.autograd.common import Context, autocast_off, guarded, plain_scaling, register, register_flops, save
 from lora_kernels.autograd.noise import draw_noise
 from lora_kernels.dropout import keep_scale
 from lora_kernels.passes import add as add_pass
@@ -51,7 +50,7 @@ class LoRAAddFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @guarded
     def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in the dtype of its tensor."""
         with autocast_off(dy):

@@ -7,10 +7,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = [
-    "Context", "autocast_off", "autocasts", "backward_products", "gradient", "gradients", "plain_scaling", "register",
-    "register_flops", "save",
+    "Context", "autocast_off", "autocasts", "backward_products", "gradient", "gradients", "guarded", "plain_scaling",
+    "register", "register_flops", "save",
 ]  # fmt: skip
 
 
@@ -76,9 +77,22 @@ def gradient(adapter: Tensor | Any) -> Tensor | None:
 
 def gradients(adapters: Sequence[tuple[Tensor, Tensor] | None]) -> list[tuple[Tensor | None, Tensor | None]]:
     """Return the gradients to add to in place, or only None if two are the same, because one launch adds to all."""
+    if not any(adapters):
+        return [(None, None)] * len(adapters)
     found = [(None, None) if pair is None else (gradient(pair[0]), gradient(pair[1])) for pair in adapters]
     places = [g.data_ptr() for pair in found for g in pair if g is not None]
     return found if len(set(places)) == len(places) else [(None, None)] * len(found)
+
+
+def guarded(backward: Callable) -> Callable:
+    """Make a backward of a Function raise where it is differentiated, as `once_differentiable` does."""
+    refuses = once_differentiable(backward)
+
+    def call(ctx: Context, *arguments: Any) -> Any:
+        # The guard takes as long as three small operators. Only in grad mode is a backward differentiated.
+        return refuses(ctx, *arguments) if torch.is_grad_enabled() else backward(ctx, *arguments)
+
+    return call
 
 
 def plain_scaling(lora_A: Tensor, scaling: float) -> tuple[Tensor, float]:

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_kernels import plan
 from lora_kernels.autograd.common import (
@@ -31,6 +30,7 @@ from lora_kernels.autograd.common import (
     autocast_off,
     backward_products,
     gradient,
+    guarded,
     plain_scaling,
     register,
     register_flops,
@@ -68,10 +68,14 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Context, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
-        scaling: float, dropout_p: float, backend: str, accumulate_grad: bool = False,
-        noise: Tensor | None = None,
+        settings: tuple[float, float, str, bool, Tensor | None],
     ) -> Tensor:  # fmt: skip
-        """Compute y `[M, out]` and save the tensors that the needed gradients take."""
+        """Compute y `[M, out]` and save the tensors that the needed gradients take.
+
+        `settings` are scaling, dropout_p, backend, accumulate_grad and the noise of the mask, None to draw it; they are
+        one argument, because PyTorch looks at each.
+        """
+        scaling, dropout_p, backend, accumulate_grad, noise = settings
         ctx.accumulate = (lora_A, lora_B) if accumulate_grad else (None, None)
         y, s, keep = linear_pass.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, noise)
         alpha = scaling * keep_scale(dropout_p)
@@ -85,11 +89,10 @@ class LoRALinearFunction(torch.autograd.Function):
         lora_A, lora_B = ctx.accumulate
         into = gradient(lora_A), gradient(lora_B)
         with autocast_off(dy):
-            # The guard against a second differentiation takes as long as three small operators, so guard in grad mode
-            # alone.
-            return _backward_once(ctx, into, dy) if torch.is_grad_enabled() else _backward(ctx, into, dy)
+            return _backward(ctx, into, dy)
 
 
+@guarded
 def _backward(
     ctx: Context, into: tuple[Tensor | None, Tensor | None], dy: Tensor
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
@@ -105,10 +108,7 @@ def _backward(
     dbias = dy.sum(0) if need_bias else None
     if dx is not None and len(ctx.x_shape) != 2:
         dx = dx.view(ctx.x_shape)
-    return dx, dweight, d_lora_A, d_lora_B, dbias, None, None, None, None, None
-
-
-_backward_once = once_differentiable(_backward)
+    return dx, dweight, d_lora_A, d_lora_B, dbias, None
 
 
 def _linear(

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_kernels import plan
 from lora_kernels.autograd import packing
@@ -23,12 +22,13 @@ from lora_kernels.autograd.common import (
     autocast_off,
     backward_products,
     gradients,
+    guarded,
     register,
     register_flops,
 )
 from lora_kernels.dropout import keep_scale
 from lora_kernels.passes import mlp as mlp_pass
-from lora_kernels.passes.layer import Projection, by_layer, rows
+from lora_kernels.passes.layer import Layer, Projection, by_layer, rows
 
 __all__ = ["LoRAMLPFunction", "mlp", "mlp_backward", "mlp_forward"]
 
@@ -88,17 +88,20 @@ class LoRAMLPFunction(torch.autograd.Function):
             return _backward(ctx, into, dy)
 
 
-@once_differentiable
+@guarded
 def _backward(
     ctx: Context, into: Sequence[tuple[Tensor | None, Tensor | None]], dy: Tensor
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     count, need_x = len(ctx.numbers), ctx.needs_input_grad[0]
     x, *saved = ctx.saved_tensors
     each = mlp_pass.SAVED
-    groups, outs = [saved[each * i : each * (i + 1)] for i in range(count)], saved[each * count :]
-    numbers = [(*own, added) for own, added in zip(ctx.numbers, into, strict=True)]
+    layers = [
+        # Six tensors are saved for each layer, but a type checker does not know the length of a slice.
+        Layer(*saved[each * i : each * (i + 1)], *into[i], *ctx.numbers[i])  # type: ignore[call-arg]
+        for i in range(count)
+    ]
     dx, grads = mlp_pass.differentiate(
-        rows(dy), None if x is None else rows(x), groups, outs, numbers, need_x, ctx.activation, ctx.backend
+        rows(dy), None if x is None else rows(x), layers, saved[each * count :], need_x, ctx.activation, ctx.backend
     )
     return None if dx is None else dx.view(ctx.x_shape), None, None, None, None, *grads
 
@@ -164,12 +167,12 @@ def _mlp_backward(
         needs: For each layer, whether the gradients of W, A, B and bias are needed.
     """
     groups = packing.unpack(tensors, places, len(alphas), mlp_pass.SAVED)
-    numbers = [
-        (alpha, (dtype, dtype) if any(t is not None for t in group[1:4]) else None, own)
-        for alpha, group, own in zip(alphas, groups, by_layer(needs), strict=True)
-    ]
+    layers = []
+    for alpha, group, own in zip(alphas, groups, by_layer(needs), strict=True):
+        dtypes = (dtype, dtype) if any(t is not None for t in group[1:4]) else None
+        layers.append(Layer(*group, None, None, alpha, dtypes, tuple(own)))  # type: ignore[call-arg]
     flat = None if x is None else rows(x)
-    dx, grads = mlp_pass.differentiate(rows(dy), flat, groups, outs, numbers, need_x, activation, backend)
+    dx, grads = mlp_pass.differentiate(rows(dy), flat, layers, outs, need_x, activation, backend)
     # `_fake_backward` promises contiguous results.
     results = [g.contiguous() for g in grads if g is not None]
     return results if dx is None else [dx.contiguous().view(*dy.shape[:-1], dx.shape[1]), *results]

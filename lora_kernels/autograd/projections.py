@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_kernels import plan
 from lora_kernels.autograd import packing
@@ -26,6 +25,7 @@ from lora_kernels.autograd.common import (
     autocast_off,
     backward_products,
     gradients,
+    guarded,
     register,
     register_flops,
 )
@@ -101,7 +101,7 @@ def _by_projection(flat: Sequence[bool]) -> list[Sequence[bool]]:
     return [flat[i : i + 4] for i in range(3, len(flat), 4)]
 
 
-@once_differentiable
+@guarded
 def _backward(
     ctx: Context, into: Sequence[tuple[Tensor | None, Tensor | None]], *dys: Any
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
@@ -114,7 +114,7 @@ def _backward(
     parts = [
         # Five tensors are saved for each projection, but a type checker does not know the length of a slice.
         Part(  # type: ignore[call-arg]
-            rows(dys[i]), *saved[5 * i : 5 * i + 5], ctx.alphas[i], ctx.adapter_dtypes[i], needs[i][1], into[i]
+            rows(dys[i]), *saved[5 * i : 5 * i + 5], *into[i], ctx.alphas[i], ctx.adapter_dtypes[i], needs[i][1]
         )
         for i in there
     ]
@@ -179,7 +179,7 @@ def _projections_backward(
     x, shape = None if x is None else rows(x), saved[0][0].shape[:-1]
     parts = [
         # Five of the six entries remain.
-        Part(rows(dy), *five, alpha, (dtype, dtype), need_A)  # type: ignore[call-arg]
+        Part(rows(dy), *five, None, None, alpha, (dtype, dtype), need_A)  # type: ignore[call-arg]
         for (dy, *five), alpha, need_A in zip(saved, alphas, need_As, strict=True)
     ]
     dx, grads = projections_pass.backward(x, parts, need_x, backend)

@@ -21,6 +21,8 @@ __all__ = [
 
 _SUPPORTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
+_STRIDED = torch.strided
+_TENSORS = ("x", "weight", "lora_A", "lora_B", "bias")
 _NUMBERS = (numbers.Real, torch.SymFloat, torch.SymInt)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _IN_LISTS = {
@@ -48,28 +50,21 @@ def check_call(
         TypeError: A tensor is not plain and dense or has an unsupported dtype; `scaling` or `dropout_p` is no number.
         ValueError: A shape, a device, `scaling` or `dropout_p` does not fit.
     """
-    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
-    if bias is not None:
-        tensors["bias"] = bias
+    tensors = (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
     device = x.device if isinstance(x, Tensor) else None
-    for name, t in tensors.items():
-        plain = type(t) in _PLAIN and t.layout is torch.strided
-        if not plain and not all(map(is_sharded, tensors.values())):
-            _check_kind(name, t, call)
-        if t.dtype not in _SUPPORTED:
-            raise TypeError(
-                f"{call}: {name} has dtype {t.dtype}; supported: bfloat16, float16, float32 (float64 on CPU)."
-            )
-        if t.device != device:
-            raise ValueError(f"{call}: all tensors must be on one device; x is on {x.device}, {name} on {t.device}.")
+    for t in tensors:
+        if type(t) not in _PLAIN or t.layout is not _STRIDED or t.dtype not in _SUPPORTED or t.device != device:
+            _check_tensors(dict(zip(_TENSORS, tensors, strict=False)), call)
+            break
     # A nested tensor may have the layout of a plain one.
     if x.is_nested:
         _check_kind("x", x, call)
     if x.dim() == 0:
         raise ValueError(f"{call}: x must have at least 1 dim (…, in_features), got a scalar.")
-    for name in ("weight", "lora_A", "lora_B"):
-        if tensors[name].dim() != 2:
-            raise ValueError(f"{call}: {name} must have 2 dims, got shape {_shape(tensors[name])}.")
+    for t in tensors[1:4]:
+        if t.dim() != 2:
+            name = _TENSORS[[each is t for each in tensors].index(True)]
+            raise ValueError(f"{call}: {name} must have 2 dims, got shape {_shape(t)}.")
     (out_features, in_features), rank = weight.shape, lora_A.shape[0]
     if x.shape[-1] != in_features:
         raise ValueError(
@@ -93,6 +88,21 @@ def check_call(
             else f"{call}: bias is {_shape(bias)} but must be ({out_features},): one value an output feature."
         )
     _check_numbers(scaling, dropout_p, call)
+
+
+def _check_tensors(tensors: dict[str, Tensor], call: str) -> None:
+    """Check kinds, dtypes and devices of the tensors of one layer, x first, and name the first that does not fit."""
+    x = tensors["x"]
+    for name, t in tensors.items():
+        plain = type(t) in _PLAIN and t.layout is torch.strided
+        if not plain and not all(map(is_sharded, tensors.values())):
+            _check_kind(name, t, call)
+        if t.dtype not in _SUPPORTED:
+            raise TypeError(
+                f"{call}: {name} has dtype {t.dtype}; supported: bfloat16, float16, float32 (float64 on CPU)."
+            )
+        if t.device != x.device:
+            raise ValueError(f"{call}: all tensors must be on one device; x is on {x.device}, {name} on {t.device}.")
 
 
 def check_add(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float) -> None:

@@ -112,10 +112,10 @@ def compute(
     noise = draw_shard(x, backend, dropout_shard) if dropout_p > 0 and dropout_shard[1] > 1 else None
     if backend == "torch" and not accumulate_grad and torch_backend.composes(x, weight, lora_A, lora_B):
         return torch_backend.composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, noise)
-    args = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
     trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or weight.requires_grad
     if torch.is_grad_enabled() and (trained or (bias is not None and bias.requires_grad)):
-        y = autograd.linear.LoRALinearFunction.apply(*args, accumulate_grad, noise)
+        settings = scaling, dropout_p, backend, accumulate_grad, noise
+        y = autograd.linear.LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, settings)
     else:
-        y = passes.linear.forward(*args, noise)[0]
+        y, _, _ = passes.linear.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, noise)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

@@ -1,6 +1,5 @@
 """`lora_projections` and `lora_qkv`: check, apply autocast, choose a backend, call it."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from lora_kernels.functional.gate import arrived, as_number, cast, transforming,
 from lora_kernels.functional.linear import compute
 from lora_kernels.passes.layer import Adapted, Projection
 
-__all__ = ["alone", "arguments", "check_each", "joined", "lora_projections", "lora_qkv", "with_floats"]
+__all__ = ["alone", "arguments", "check_each", "joined", "lora_projections", "lora_qkv", "project", "with_floats"]
 
 _AT_ONCE = 4  # projections per launch
 _QKV = ("q", "k", "v")
@@ -79,7 +78,7 @@ def _projected(
     biases: Sequence[Tensor | None] | None, scaling: float | Sequence[float], dropout_p: float | Sequence[float],
     backend: str, expected: int | None = None, accumulate_grad: bool | Sequence[bool] = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Check, cast for autocast, and project."""
+    """Check the lists, and project."""
     each = {"biases": biases, "scaling": scaling, "dropout_p": dropout_p, "accumulate_grad": accumulate_grad}
     lists = {name: value for name, value in each.items() if isinstance(value, (list, tuple))}
     count = checks.check_counts(call, weights, adapters, expected, **lists)
@@ -89,10 +88,17 @@ def _projected(
         Projection(weight, *(pair or (None, None)), *rest)
         for weight, pair, *rest in zip(weights, adapters, *numbers, strict=True)
     ]
+    return project(call, x, entries, backend, added)
+
+
+def project(
+    call: str, x: Tensor, entries: list[Projection], backend: str, added: Sequence[bool]
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Cast for autocast, check, and compute each projection; `added` has `accumulate_grad` of each."""
     x = arrived(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     if not autocasts(device_type):
-        return _checked(call, x, entries, backend, added, [False] * count)
+        return _checked(call, x, entries, backend, added, [False] * len(entries))
     x, entries, fits = cast(device_type, x, entries)
     # All operands are cast already, and autocast would round fp32 sums on the way.
     with torch.autocast(device_type, enabled=False):
@@ -170,7 +176,7 @@ def _together(x: Tensor, entries: list[Projection], backend: str, added: list[bo
     if watched():
         return autograd.projections.projections(x, *arguments(entries), backend)
     entries = list(map(with_floats, entries))
-    tensors = list(itertools.chain.from_iterable(q[:4] for q in entries))
+    tensors = [t for q in entries for t in q[:4]]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         numbers = tuple((q.scaling, q.dropout_p, into) for q, into in zip(entries, added, strict=True))
         ys = autograd.projections.LoRAProjectionsFunction.apply(x, backend, numbers, *tensors)

@@ -15,15 +15,28 @@ Sources: Hendrycks and Gimpel 2016, arXiv:1606.08415 (GELU and its approximation
 arXiv:2002.05202 (gated forms); So et al. 2021, arXiv:2109.08668 (squared ReLU).
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-__all__ = ["activated", "activation_gradient"]
+__all__ = ["Activation", "activated", "activation_gradient"]
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 _TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 _CUBIC = tl.constexpr(0.044715)
+
+
+class Activation(NamedTuple):
+    """The operands of an activation besides g, and the outputs for dg and du: all `[M, W]`, dg and du contiguous."""
+
+    name: str
+    up: Tensor | None
+    dh: Tensor
+    dgate: Tensor
+    dup: Tensor | None
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from lora_kernels.kernels._configs import SHARED, descriptor_path
 
 __all__ = [
     "Facts", "Launch", "Slot", "allocator", "arrivals", "capability", "dependent_launch", "describe_path", "facts",
-    "launch_options", "made", "num_sms", "precision", "run_pass", "shared_per_sm", "state", "thin_pitch",
+    "launch_options", "made", "new_rows", "num_sms", "precision", "run_pass", "shared_per_sm", "state", "thin_pitch",
     "thin_rows", "uses_tf32",
 ]  # fmt: skip
 
@@ -208,6 +208,14 @@ def thin_rows(like: Tensor, rank: int) -> Tensor:
     pitch = thin_pitch(rank, like.dtype)
     rows = like.new_empty(like.shape[0], pitch)
     return rows if pitch == rank else rows[:, :rank]
+
+
+def new_rows(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
+    """Return a function that allocates as `thin_rows` does."""
+    rows, rank = shape
+    pitch = thin_pitch(rank, dtype)
+    allocate = allocator((rows, pitch), dtype, device)
+    return allocate if pitch == rank else lambda: allocate()[:, :rank]
 
 
 def allocator(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:

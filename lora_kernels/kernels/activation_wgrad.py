@@ -11,10 +11,11 @@ shrink of its own, because its parts would weigh as much as another read.
 from torch import Tensor
 
 from lora_kernels.activations import After, Before
+from lora_kernels.kernels._activation import Activation
 from lora_kernels.kernels._configs import shrink_wgrad_pays
-from lora_kernels.kernels._launch import Slot, thin_rows
+from lora_kernels.kernels._launch import Slot
 from lora_kernels.kernels.shrink import shrink
-from lora_kernels.kernels.wgrad import DGATE, DUP, Activation, Product, launch
+from lora_kernels.kernels.wgrad import DGATE, DUP, Product, settle
 
 __all__ = ["activation_wgrad"]
 
@@ -47,21 +48,23 @@ def activation_wgrad(
     products = []
     if after is not None:
         products.append(Product(after.ds, after.out_dtype, True, after.keep, after.into))
-    dss: list[Tensor | None] = []
     for one, which in zip(before, (DGATE, DUP), strict=False):
-        ds = None
         if one is not None and one.s is not None:
-            if one.lora_B is not None and shrink_wgrad_pays(one.s.shape[1], activated=True):
-                ds = thin_rows(gate, one.s.shape[1])
-            b = None if ds is None else one.lora_B
-            products.append(Product(one.s, one.out_dtype, False, None, one.into, b, ds, one.alpha, which))
-        dss.append(ds)
-    dup = wides[1] if up is not None else None
-    gs = iter(launch(gate, products, Activation(activation, up, dh, wides[0], dup), slot=slot))
-    dA, made = None if after is None else next(gs), []
-    for i, (one, wide, ds) in enumerate(zip(before, wides, dss, strict=True)):
-        dB = next(gs) if one is not None and one.s is not None else None
+            b = one.lora_B if shrink_wgrad_pays(one.s.shape[1], activated=True) else None
+            products.append(Product(one.s, one.out_dtype, False, None, one.into, b, None, one.alpha, which))
+    a = Activation(activation, up, dh, wides[0], wides[1] if up is not None else None)
+    settled = (slot and slot.settled) or settle(slot, gate, products, a)
+    thins, _, _, keeps, intos, bs, dss, alphas, _ = zip(*products, strict=True) if products else _NO_PRODUCT
+    made = iter(zip(*settled(gate, thins, keeps, intos, bs, dss, alphas, a), strict=True))
+    dA = next(made)[0] if after is not None else None
+    results: list[tuple[Tensor | None, Tensor | None]] = []
+    for i, (one, wide) in enumerate(zip(before, wides, strict=True)):
+        dB, ds = next(made) if one is not None and one.s is not None else (None, None)
         if ds is None and one is not None and one.lora_B is not None:
             ds = shrink(wide, one.lora_B.t(), one.alpha, slot=slot.part(i) if slot else None)[0]
-        made.append((ds, dB))
-    return wides, dA, made
+        results.append((ds, dB))
+    return wides, dA, results
+
+
+# In place of the fields of products.
+_NO_PRODUCT = None, (), (), None, (), None, (), None, ()

@@ -271,7 +271,7 @@ def matmul_expand_all(
     summed, biases = zip(*outputs, strict=True)
     sources = list(itertools.chain.from_iterable(summed))
     # The masked q must have one dtype, because the kernel selects among their pointers.
-    if len({q.dtype for _, q, _ in masked}) > 1:
+    if len(masked) > 1 and len({q.dtype for _, q, _ in masked}) > 1:
         masked = [(p, q.to(p.dtype), keep) for p, q, keep in masked]
     settled = _settled(slot, sources, tuple(map(len, summed)), biases, masked, wide, config, tma)
     return settled(sources, biases, masked)

@@ -9,30 +9,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels.kernels._configs import shrink_wgrad_pays
-from lora_kernels.kernels._launch import Slot, thin_rows
+from lora_kernels.kernels._configs import WgradConfig, shrink_wgrad_pays
+from lora_kernels.kernels._launch import Slot
 from lora_kernels.kernels.shrink import shrink
-from lora_kernels.kernels.wgrad import wgrad
+from lora_kernels.kernels.wgrad import Product, settle, wgrad
 
 __all__ = ["shrink_wgrad", "stack"]
 
 
 def shrink_wgrad(
     dy: Tensor, s: Tensor, lora_B: Tensor, alpha: float, out_dtype: torch.dtype, into: Tensor | None = None,
-    ds: Tensor | None = None, slot: Slot | None = None,
+    ds: Tensor | None = None, config: WgradConfig | None = None, slot: Slot | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute ds = alpha · dy B, `[M, r]`, in the dtype of dy, and dB = dyᵀ s, `[out, r]`, in `out_dtype`.
 
-    With `into`, dB is added to `into`, and None is returned for dB. `ds`, a result of `stack`, is the tensor to write
-    ds to; only for ranks up to 32, which `stack` serves. A `slot` of a plan keeps the settled launches.
+    Args:
+        dy: `[M, out]`.
+        s: `[M, r]`.
+        lora_B: B, `[out, r]`.
+        alpha: Multiplies ds.
+        out_dtype: Dtype of dB.
+        into: A tensor to which dB is added; None is then returned for dB.
+        ds: A result of `stack` to write ds to, or None; only for ranks up to 32, which `stack` serves.
+        config: Tile of the one launch to use instead of the rule's.
+        slot: A place of a plan that keeps the settled launches; all its calls must have tensors of one kind.
     """
-    if not shrink_wgrad_pays(s.shape[1]):
-        if ds is not None:
+    settled = slot and slot.settled
+    if not settled:
+        if not config and not shrink_wgrad_pays(s.shape[1]):
+            if ds is None:
+                of_ds, of_dB = (slot.part("ds"), slot.part("dB")) if slot else (None, None)
+                return shrink(dy, lora_B.t(), alpha, slot=of_ds)[0], wgrad(dy, s, out_dtype, into=into, slot=of_dB)
             raise ValueError(f"shrink_wgrad: ds is for ranks that one read of dy serves, and rank {s.shape[1]} is not.")
-        of_ds, of_dB = (slot.part("ds"), slot.part("dB")) if slot else (None, None)
-        return shrink(dy, lora_B.t(), alpha, slot=of_ds)[0], wgrad(dy, s, out_dtype, into=into, slot=of_dB)
-    ds = thin_rows(dy, s.shape[1]) if ds is None else ds
-    return ds, wgrad(dy, s, out_dtype, into=into, shrink=(lora_B, ds, alpha), slot=slot)
+        settled = settle(slot, dy, (Product(s, out_dtype, False, None, into, lora_B, ds),), config=config)
+    (d_lora_B,), (ds,) = settled(dy, (s,), (None,), (into,), (lora_B,), (ds,), (alpha,))
+    return ds, d_lora_B
 
 
 def stack(dy: Tensor, adapters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:

@@ -49,14 +49,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels import _launch
-from lora_kernels.kernels._activation import activation_gradient
+from lora_kernels.kernels._activation import Activation, activation_gradient
 from lora_kernels.kernels._configs import WgradConfig, wgrad_config
 from lora_kernels.kernels._device import kept, last_to_arrive, load_kept
-from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, arrivals, facts, made, precision
+from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, arrivals, facts, made, new_rows, precision
 
-__all__ = ["DGATE", "DUP", "Activation", "H", "Product", "Row", "Shrink", "launch", "wgrad", "wgrad_all"]
+__all__ = ["DGATE", "DUP", "H", "Product", "Row", "Settled", "settle", "wgrad", "wgrad_all"]
 
-Shrink = tuple[Tensor, Tensor, float]  # b [W, T], ds [M, T], alpha
 Row = tuple[Tensor, torch.dtype, Tensor | None]  # left [M, C], the dtype of g, keep
 # The wide operands that an activation makes.
 H, DGATE, DUP = range(3)
@@ -71,8 +70,8 @@ class Product(NamedTuple):
         turned: Whether g is `[T, W]` instead of `[W, T]`.
         keep: Packed mask `[M, ceil(W/32)]` of the wide operand, or None.
         into: A g to add the product to, any strides, or None.
-        b: `[W, T]`, to compute ds = alpha · wide b as well, or None; T at most a tile wide.
-        ds: `[M, T]`; written.
+        b: `[W, T]`, to compute ds = alpha · wide b as well, `[M, T]`, or None; T at most a tile wide.
+        ds: The tensor to write ds to, or None.
         alpha: Multiplies ds.
         wide: H, DGATE or DUP: the wide operand, where an activation makes it.
     """
@@ -88,18 +87,7 @@ class Product(NamedTuple):
     wide: int = H
 
 
-class Activation(NamedTuple):
-    """The operands of an activation besides g, and the outputs for dg and du: all `[M, W]`, dg and du contiguous."""
-
-    name: str
-    up: Tensor | None
-    dh: Tensor
-    dgate: Tensor
-    dup: Tensor | None
-
-
 _NO_ACTIVATION = Activation(None, None, None, None, None)
-_NO_SHRINK = None, None, 1.0
 
 
 @triton.jit
@@ -260,10 +248,9 @@ def _wgrad_kernel(
 
 def wgrad(
     left: Tensor, right: Tensor, out_dtype: torch.dtype, keep: Tensor | None = None, *,
-    into: Tensor | None = None, ready: bool = False, shrink: Shrink | None = None, config: WgradConfig | None = None,
-    slot: Slot | None = None,
+    into: Tensor | None = None, ready: bool = False, config: WgradConfig | None = None, slot: Slot | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """Compute g = leftᵀ (right · keep), `[C, D]`, in `out_dtype`; with `shrink` fill the ds of `shrink` on the way.
+    """Compute g = leftᵀ (right · keep), `[C, D]`, in `out_dtype`.
 
     Args:
         left: `[M, C]`.
@@ -272,16 +259,18 @@ def wgrad(
         keep: Packed mask `[M, ceil(D/32)]` of `right`, or None.
         into: A tensor `[C, D]` to which g is added; the function then returns None.
         ready: Whether the launch before this one is a `matmul_expand` that writes none of `left`, `right` and `keep`,
-            so that this launch may read them early; not with `shrink`, which stores on the way.
-        shrink: b, ds and alpha, to compute ds = alpha · left b as well; not with `keep`, and D at most a tile wide.
+            so that this launch may read them early.
         config: Tile to use instead of the rule's.
         slot: A place of a plan that keeps the settled launch; all its calls must have tensors of one kind.
     """
-    # A mask makes `right` the wide side and a shrink makes `left` the wide side, whatever the widths.
-    right_is_wide = keep is not None or (shrink is None and right.shape[1] >= left.shape[1])
+    # A mask makes `right` the wide side, whatever the widths.
+    right_is_wide = keep is not None or right.shape[1] >= left.shape[1]
     wide, thin = (right, left) if right_is_wide else (left, right)
-    product = Product(thin, out_dtype, right_is_wide, keep, into, *(shrink or _NO_SHRINK))
-    return launch(wide, (product,), None, ready, config, slot)[0]
+    settled = slot and slot.settled
+    if not settled:
+        product = Product(thin, out_dtype, right_is_wide, keep, into)
+        settled = settle(slot, wide, (product,), ready=ready, config=config)
+    return settled(wide, (thin,), (keep,), (into,), (None,), (None,), (1.0,))[0][0]
 
 
 def wgrad_all(
@@ -299,82 +288,81 @@ def wgrad_all(
             returned for a g that was added.
         slot: As in `wgrad`.
     """
-    into = into or (None,) * len(rows)
-    products = [Product(left, dtype, True, keep, there) for (left, dtype, keep), there in zip(rows, into, strict=True)]
-    return launch(right, products, None, ready, config, slot)
+    intos = tuple(into) if into else (None,) * len(rows)
+    lefts, dtypes, keeps = zip(*rows, strict=True)
+    settled = slot and slot.settled
+    if not settled:
+        products = [Product(*fields) for fields in zip(lefts, dtypes, (True,) * len(rows), keeps, intos, strict=True)]
+        settled = settle(slot, right, products, ready=ready, config=config)
+    nothing = (None,) * len(rows)
+    return settled(right, lefts, keeps, intos, nothing, nothing, (1.0,) * len(rows))[0]
 
 
-def launch(
-    wide: Tensor, products: Sequence[Product], activation: Activation | None = None, ready: bool = False,
-    config: WgradConfig | None = None, slot: Slot | None = None,
-) -> list[Tensor | None]:  # fmt: skip
-    """Compute the g and ds of every product, in one read of the wide operand or of the operands that make it.
-
-    Args:
-        wide: The wide operand `[M, W]`; with `activation` the g of its formula.
-        products: The products; with `activation` there may be none.
-        activation: Makes the wide operands; dg and du are stored on the way.
-        ready: As in `wgrad`; not with `activation` either.
-        config: Tile to use instead of the rule's.
-        slot: As in `wgrad`.
-
-    Returns:
-        Each g; None for a g that was added.
-    """
-    a, fields = activation or _NO_ACTIVATION, zip(*products, strict=True) if products else _NO_PRODUCT
-    thins, dtypes, turned, keeps, intos, bs, dss, alphas, wides = fields
-    slot = slot or Slot()
-    settled = slot.settled
-    if settled is None:
-        kinds = [tuple(map(facts, ts)) if ts else () for ts in (thins, intos, bs, dss, keeps)]
-        made_of, how = (facts(wide), facts(a.up), facts(a.dh)), (a.name, wide.device, ready, precision(wide), config)
-        settled = slot.keep(_settle(made_of, *kinds, dtypes, turned, wides, *how, _launch.imagined))
-    start, new_gs, new_g_parts, new_ds_parts, counted = settled
-    gs = [new() if there is None else there for new, there in zip(new_gs, intos, strict=True)] if products else []
-    g_parts, ds_parts = new_g_parts and new_g_parts(), new_ds_parts and new_ds_parts()
-    counters = arrivals(wide.device, counted) if counted else None
-    start(wide, *a[1:], thins, keeps, bs, tuple(gs) or None, g_parts, dss, ds_parts, counters, alphas)
-    return [g if there is None else None for g, there in zip(gs, intos, strict=True)] if products else []
-
-
-# In place of the fields of products.
-_NO_PRODUCT = (None,) * 9
-
-
-class _Settled(NamedTuple):
-    """A launch for tensors of one kind.
+class Settled(NamedTuple):
+    """A launch for tensors of one kind. A call allocates and launches.
 
     Attributes:
         launch: The launch.
-        new_gs: Allocates each g.
+        new_gs: Allocates each g; None for a g that is added to a gradient.
+        new_dss: Allocates each ds; None for a ds that is given or absent.
         new_g_parts: Allocates the parts of all g; None without a split.
         new_ds_parts: Allocates the parts of all ds, or None.
         counted: Number of counters.
     """
 
     launch: Launch
-    new_gs: list[Callable[[], Tensor]]
+    new_gs: list[Callable[[], Tensor] | None]
+    new_dss: list[Callable[[], Tensor] | None]
     new_g_parts: Callable[[], Tensor] | None
     new_ds_parts: Callable[[], Tensor] | None
     counted: int
+
+    def __call__(
+        self, wide: Tensor, thins: tuple[Tensor, ...] | None, keeps: tuple[Tensor | None, ...] | None,
+        intos: Sequence[Tensor | None], bs: tuple[Tensor | None, ...] | None, dss: Sequence[Tensor | None],
+        alphas: tuple[float, ...] | None, activation: Activation = _NO_ACTIVATION,
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:  # fmt: skip
+        """Return each g, None for a g that was added; and each ds, None for an absent ds."""
+        start, new_gs, new_dss, new_g_parts, new_ds_parts, counted = self
+        gs: list[Tensor | None] = [new and new() for new in new_gs]
+        there = gs if None not in new_gs else [into if g is None else g for g, into in zip(gs, intos, strict=True)]
+        dss = [new() if new else ds for new, ds in zip(new_dss, dss, strict=True)]
+        g_parts, ds_parts = new_g_parts and new_g_parts(), new_ds_parts and new_ds_parts()
+        counters = arrivals(wide.device, counted) if counted else None
+        args = thins, keeps, bs, tuple(there) or None, g_parts, tuple(dss) or None, ds_parts, counters, alphas
+        start(wide, *activation[1:], *args)
+        return gs, dss
+
+
+def settle(
+    slot: Slot | None, wide: Tensor, products: Sequence[Product], activation: Activation = _NO_ACTIVATION,
+    ready: bool = False, config: WgradConfig | None = None,
+) -> Settled:  # fmt: skip
+    """Settle a launch for products of one wide operand, or of the operands that make it; keep the launch in the slot.
+
+    `wide` is `[M, W]`; with `activation`, which stores dg and du on the way, it is the g of the formula, and there may
+    be no products. `ready` and `config` are as in `wgrad`.
+    """
+    fields = tuple(zip(*products, strict=True)) or ((),) * len(Product._fields)
+    thins, dtypes, turned, keeps, intos, bs, dss, _, wides = fields
+    kinds = [tuple(map(facts, ts)) for ts in (thins, intos, bs, dss, keeps)]
+    made_of = facts(wide), facts(activation.up), facts(activation.dh)
+    how = activation.name, wide.device, ready, precision(wide), config, _launch.imagined
+    settled = _settle(made_of, *kinds, dtypes, turned, wides, *how)
+    return slot.keep(settled) if slot else settled
 
 
 @functools.lru_cache(maxsize=4096)
 def _settle(
     made_of: tuple[Facts, Facts | None, Facts | None], thins: tuple[Facts, ...], intos: tuple[Facts | None, ...],
     bs: tuple[Facts | None, ...], dss: tuple[Facts | None, ...], keeps: tuple[Facts | None, ...],
-    dtypes: tuple[torch.dtype, ...] | None, turned: tuple[bool, ...] | None, wides: tuple[int, ...] | None,
+    dtypes: tuple[torch.dtype, ...], turned: tuple[bool, ...], wides: tuple[int, ...],
     activation: str | None, device: torch.device, ready: bool, precision: str, config: WgradConfig | None,
     imagined: object,
-) -> _Settled:  # fmt: skip
+) -> Settled:  # fmt: skip
     (rows, width), dtype = made_of[0].shape, made_of[0].dtype
     widths, shrunk = [thin.shape[1] for thin in thins], [b.shape[1] for b in bs if b is not None]
     strided = all(1 not in t.strides for t in made_of if t) or any(1 not in b.strides for b in bs if b)
-    if ready and (shrunk or activation):
-        raise ValueError(
-            "wgrad: ready is for launches that store nothing before they have read all; this one makes "
-            f"{'ds' if shrunk else 'dg and du'} on the way, so ready must be False."
-        )
     config = config or wgrad_config(
         rows, width, max(widths, default=1), dtype, bool(shrunk), _launch.shared_per_sm(device), len(widths),
         any(keeps), activation is not None, strided, any(b.dtype != dtype for b in bs if b), precision == "tf32",
@@ -385,11 +373,14 @@ def _settle(
     tiles = blocks * triton.cdiv(max(widths, default=1), config.block_r)
     dependent = _launch.dependent_launch(device)
     ready = ready and dependent
+    new_dss = [b and not ds and new_rows((rows, b.shape[1]), dtype, device) for b, ds in zip(bs, dss, strict=True)]
+    pitches = [(_launch.thin_pitch(b.shape[1], dtype), 1) if b else (0, 0) for b in bs]
+    dss = [ds or Facts((rows, 0), pitch, dtype, True) for ds, pitch in zip(dss, pitches, strict=True)]
     gs = []
-    for thin, into, g_dtype, flip in zip(thins, intos, dtypes or (), turned or (), strict=True):
+    for thin, into, g_dtype, flip in zip(thins, intos, dtypes, turned, strict=True):
         shape = (thin.shape[1], width) if flip else (width, thin.shape[1])
         g = into or made(shape, g_dtype)
-        gs.append((allocator(shape, g_dtype, device), g.t() if flip else g))
+        gs.append((None if into else allocator(shape, g_dtype, device), g.t() if flip else g))
     launch = Launch(
         _wgrad_kernel, (tiles, splits),
         (
@@ -398,7 +389,7 @@ def _settle(
             *_strides(thins), *_strides(bs), *_strides([g for _, g in gs]), _strides(dss)[0],
         ),
         dict(
-            ROWS=len(thins), WIDE=wides, ACTIVATION=activation, HAS_KEEP=any(keeps), HAS_SHRINK=bool(shrunk),
+            ROWS=len(thins), WIDE=wides or None, ACTIVATION=activation, HAS_KEEP=any(keeps), HAS_SHRINK=bool(shrunk),
             IS_SPLIT=splits > 1 and bool(thins), ACCUMULATE=tuple(into is not None for into in intos) or None,
             PDL=(bool(shrunk) or activation is not None) and dependent, READY=ready, PRECISION=precision,
             BLOCK_M=config.block_m, BLOCK_W=config.block_c, BLOCK_T=config.block_r,
@@ -407,7 +398,7 @@ def _settle(
     )  # fmt: skip
     g_size, ds_size = splits * width * sum(widths) if splits > 1 else 0, blocks * rows * sum(shrunk)
     new_parts = [allocator((size,), torch.float32, device) if size else None for size in (g_size, ds_size)]
-    return _Settled(launch, [new for new, _ in gs], *new_parts, tiles + splits if g_size or ds_size else 0)
+    return Settled(launch, [new for new, _ in gs], new_dss, *new_parts, tiles + splits if g_size or ds_size else 0)
 
 
 def _strides(operands: Sequence[Facts | None]) -> tuple[tuple[int, ...] | None, ...]:

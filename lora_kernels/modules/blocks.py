@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.activations import activated
-from lora_kernels.functional import lora_mlp, lora_qkv
+from lora_kernels.functional import lora_mlp
 from lora_kernels.functional.checks import check_activation
+from lora_kernels.functional.projections import project
 from lora_kernels.modules.linear import LoRALinear, check_base, check_numbers, listened_to
 from lora_kernels.passes.layer import Projection
 
@@ -196,11 +197,8 @@ class LoRAQKV(_Block):
         if together is None:
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
         entries, added = together
-        weights, lora_As, lora_Bs, biases, scalings, ps = map(list, zip(*entries, strict=True))
-        adapters = [None if pair[0] is None else pair for pair in zip(lora_As, lora_Bs, strict=True)]
-        return lora_qkv(
-            x, weights, adapters, biases=biases, scaling=scalings, dropout_p=ps, accumulate_grad=added
-        )  # fmt: skip
+        q, k, v = project("lora_qkv", x, entries, "auto", added)
+        return q, k, v
 
 
 class LoRAMLP(_Block):

@@ -43,6 +43,10 @@ class Projection(NamedTuple):
         """Return the factor on the accumulators of both shrinks."""
         return self.scaling * keep_scale(self.dropout_p)
 
+    def parted(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Return the tensors, and the values."""
+        return self[:4], self[4:]
+
 
 class Part(NamedTuple):
     """The tensors of one projection that backward needs, for a projection that has a dy.
@@ -54,10 +58,11 @@ class Part(NamedTuple):
         lora_B: B, if dx or dA is needed.
         s: `[M, r]`, if dB is needed.
         keep: The backend's mask, if there is a mask and dx or dA is needed.
+        into_A: A gradient to add dA to instead of returning it, or None.
+        into_B: A gradient to add dB to, or None.
         alpha: scaling · keep_scale.
         dtypes: The dtypes of dA and dB.
         need_A: Whether dA is needed.
-        into: Gradients to add dA and dB to instead of returning them, or None.
     """
 
     dy: Tensor
@@ -66,10 +71,15 @@ class Part(NamedTuple):
     lora_B: Kept
     s: Kept
     keep: Tensor | None
+    into_A: Tensor | None
+    into_B: Tensor | None
     alpha: float
     dtypes: tuple[torch.dtype, torch.dtype]
     need_A: bool
-    into: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def parted(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Return the tensors, and the values."""
+        return self[:8], self[8:]
 
 
 class Layer(NamedTuple):
@@ -81,10 +91,12 @@ class Layer(NamedTuple):
         lora_B: B, if the gradient of the layer's input or dA is needed.
         s: `[M, r]`, if dB is needed.
         keep: The backend's mask, if there is a mask and the gradient of the layer's input or dA is needed.
+        bias: The bias, if the outputs are computed again.
+        into_A: A gradient to add dA to instead of returning it, or None.
+        into_B: A gradient to add dB to, or None.
         alpha: scaling · keep_scale.
         dtypes: The dtypes of dA and dB, None without an adapter.
         needs: Whether the gradients of weight, lora_A, lora_B and bias are needed.
-        into: Gradients to add dA and dB to instead of returning them, or None.
     """
 
     weight: Kept
@@ -92,10 +104,16 @@ class Layer(NamedTuple):
     lora_B: Kept
     s: Kept
     keep: Tensor | None
+    bias: Tensor | None
+    into_A: Tensor | None
+    into_B: Tensor | None
     alpha: float
     dtypes: tuple[torch.dtype, torch.dtype] | Any
     needs: Sequence[bool]
-    into: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def parted(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Return the tensors, and the values."""
+        return self[:8], self[8:]
 
 
 def by_layer(flat: Sequence) -> list[Sequence]:

@@ -97,7 +97,8 @@ def from_dy(
     Return them, and whether the next launch may overlap the end of dx.
     """
     (need_x, need_ds, need_B), ops = needed, steps.ops
-    lora_A, lora_B = (None if t is None else readable(t, dy.dtype) for t in (lora_A, lora_B))
+    lora_A = None if lora_A is None else readable(lora_A, dy.dtype)
+    lora_B = None if lora_B is None else readable(lora_B, dy.dtype)
     ds: Kept = None
     form: Any = None
     dx = d_lora_B = None

@@ -103,18 +103,21 @@ def _backward(
         h, _, _ = ops.activate_shrink(gate, up, activation, [], slot=steps["h"])
         dweight = torch.mm(dy.t(), h) if need_weight else None
         if not need_dh:
-            how = {"into": down.into[0], "slot": steps["dA"]}
+            how = {"into": down.into_A, "slot": steps["dA"]}
             d_lora_A = ops.wgrad(ds, h, down.dtypes[0], down.keep, **how) if need_A else None
     grads: list[Tensor | None] = []
     dx = None
     if need_dh:
-        after = After(ds, down.dtypes[0], down.keep, down.into[0]) if need_A else None
+        after = After(ds, down.dtypes[0], down.keep, down.into_A) if need_A else None
         asked = [_asked(q, need_x, dy.dtype) for q in before]
         wides, d_lora_A, made = ops.activation_wgrad(
             gate, up, dh, activation, after, *asked, slot=steps["dg, du"]
         )  # fmt: skip
         del dh
-        parts = [Part(wide, *q[:7], q.needs[1], q.into) for wide, q in zip(wides, before, strict=True)]
+        parts = [
+            Part(wide, *q[:5], q.into_A, q.into_B, q.alpha, q.dtypes, q.needs[1])
+            for wide, q in zip(wides, before, strict=True)
+        ]
         dx, low_rank = projections.backward_pass(steps.part("before"), need_x, parts, x, made)
         for wide, q, own in zip(wides, before, low_rank, strict=True):
             of_weight, _, _, of_bias = q.needs
@@ -125,8 +128,7 @@ def _backward(
 
 
 def differentiate(
-    dy: Tensor, x: Kept, groups: Sequence[Sequence[Kept]], outs: Sequence[Tensor],
-    numbers: Sequence[tuple[Any, ...]], need_x: bool, activation: str, backend: str,
+    dy: Tensor, x: Kept, layers: Sequence[Layer], outs: Sequence[Tensor], need_x: bool, activation: str, backend: str
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """Compute dx `[M, in]` if needed, and the needed gradients of weight, lora_A, lora_B and bias of each layer.
 
@@ -135,25 +137,21 @@ def differentiate(
     Args:
         dy: `[M, out]`.
         x: `[M, in]`, if x was saved.
-        groups: The six saved entries of each layer.
+        layers: Gate and up, or up alone; and down.
         outs: The outputs of gate and up, if they were saved.
-        numbers: alpha, dtypes and needs of each layer, as in `Layer`, and optionally `into`.
         need_x: Whether dx is needed.
         activation: Name of the activation.
         backend: "triton" or "torch".
     """
-    return plan.run(backend, _differentiate_pass, (need_x, activation), dy, x, groups, outs, numbers)
+    return plan.run(backend, _differentiate_pass, (need_x, activation), dy, x, layers, outs)
 
 
 def _differentiate_pass(
-    steps: plan.Steps, need_x: bool, activation: str, dy: Tensor, x: Kept, groups: Sequence[Sequence[Any]],
-    outs: Sequence[Tensor], numbers: Sequence[tuple[Any, ...]],
+    steps: plan.Steps, need_x: bool, activation: str, dy: Tensor, x: Kept, layers: Sequence[Layer],
+    outs: Sequence[Tensor],
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
-    layers = [Layer(*five, *rest) for (*five, _), rest in zip(groups, numbers, strict=True)]
     if not outs and reads_outs(need_x, [q.needs for q in layers]):
-        before = [
-            Projection(q.weight, None, q.lora_B, bias) for q, (*_, bias) in zip(layers[:-1], groups, strict=False)
-        ]
+        before = [Projection(q.weight, None, q.lora_B, q.bias) for q in layers[:-1]]
         outs = projections.expand(steps.part("again"), x, before, [q.s for q in layers[:-1]])
     return _backward(steps, dy, x, outs, layers, need_x, activation)
 
@@ -197,7 +195,7 @@ def _through_down(steps: plan.Steps, dy: Tensor, down: Layer, need_dh: bool) -> 
         return form.compute([(dy, down.weight.t())]), None, None
     dh, ds, d_lora_B, _ = linear.from_dy(
         steps, dy, down.weight, down.lora_A, down.lora_B, down.s, down.keep, down.alpha, down.dtypes[1],
-        (need_dh, need_A, need_B), down.into[1],
+        (need_dh, need_A, need_B), down.into_B,
     )  # fmt: skip
     # Some forms leave padding between the rows of dh.
     return None if dh is None else dh.contiguous(), ds, d_lora_B
@@ -209,4 +207,4 @@ def _asked(q: Layer, need_x: bool, dtype: torch.dtype) -> Before | None:
     if q.dtypes is None or not (need_x or need_A or need_B):
         return None
     lora_B = readable(q.lora_B, dtype) if need_x or need_A else None
-    return Before(q.s if need_B else None, lora_B, q.alpha, q.dtypes[1], q.into[1])
+    return Before(q.s if need_B else None, lora_B, q.alpha, q.dtypes[1], q.into_B)

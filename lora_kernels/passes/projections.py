@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lora_kernels import plan
-from lora_kernels.passes.layer import Adapted, Kept, Part, Projection, readable, rows
+from lora_kernels.passes.layer import Adapted, Kept, Part, Projection, as_dtype, readable, rows
 
 __all__ = ["backward", "backward_pass", "expand", "forward", "forward_pass"]
 
@@ -57,15 +57,22 @@ def expand(
     steps: plan.Steps, x: Tensor, projections: Sequence[Projection], shrunk: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """Compute each y of `forward` from x `[M, in]` and each s."""
-    cols = sum(q.weight.shape[0] for q in projections)
-    rank = max((s.shape[1] for s in shrunk if s is not None), default=0)
-    form = steps.expander_all("y", x, x.shape[1], cols, rank)
+    form = steps.once("y", _form_of_y, steps, x, projections, shrunk)
     outputs = [
         # A projection with an s has a B.
-        ([(x, q.weight)] if s is None else [(x, q.weight), (s, q.lora_B.to(x.dtype))], q.bias)  # type: ignore[union-attr]
+        ([(x, q.weight)] if s is None else [(x, q.weight), (s, as_dtype(q.lora_B, x.dtype))], q.bias)  # type: ignore[arg-type]
         for q, s in zip(projections, shrunk, strict=True)
     ]
     return form.compute(outputs)
+
+
+def _form_of_y(
+    steps: plan.Steps, x: Tensor, projections: Sequence[Projection], shrunk: Sequence[Tensor | None]
+) -> plan.Expander:
+    """Choose how to compute each y."""
+    cols = sum(q.weight.shape[0] for q in projections)
+    rank = max((s.shape[1] for s in shrunk if s is not None), default=0)
+    return plan.expander_all(steps.backend, steps["y"], x, x.shape[1], cols, rank)
 
 
 def _shrink(
@@ -98,53 +105,54 @@ def backward_pass(
     """
     dx = stack = None
     form: Any = None
+    rights: Sequence[Tensor | None] = ()
     if need_x:
-        form = _form(steps, parts)
+        form = steps.once("dx", _form_of_dx, steps, parts)
         # Copies of any A come before the launches, because the launches overlap.
-        stack = _stack(steps, parts) if form.overlaps and made is None else None
-        rights = [None if stack else _right(part) for part in parts]
+        if made is None and steps.once("stacks", _stacks, form, steps.backend, parts):
+            stack = _stack(parts)
+        else:
+            rights = list(map(_right, parts))
     if made is None:
-        columns = stack.columns if stack else [None] * len(parts)
-        made = [_ds_and_dB(steps, i, *pair) for i, pair in enumerate(zip(parts, columns, strict=True))]
+        columns = stack.columns if stack else (None,) * len(parts)
+        made = list(map(_ds_and_dB, range(len(parts)), parts, columns, (steps,) * len(parts)))
     if need_x:
-        thin, masked = [stack.source] if stack else [], []
-        for (ds, _), right, part in zip(made, rights, parts, strict=True):
-            if right is not None and part.keep is None:
-                thin.append((ds, right))
-            elif right is not None:
-                masked.append((ds, right, part.keep))
         summed = [(part.dy, part.weight.t()) for part in parts]
-        (dx,) = form.compute([([*summed, *thin], None)], masked, wide=len(summed))
-    gradients = [[None, d_lora_B] for _, d_lora_B in made]
-    for_A = [
-        (own, (ds, part.dtypes[0], part.keep), part.into[0])
-        for own, (ds, _), part in zip(gradients, made, parts, strict=True)
-        if part.need_A
-    ]
-    if for_A:
-        owners, operands, into = zip(*for_A, strict=True)
-        ready = form is not None and form.overlaps
+        wide, masked = len(summed), []
+        if stack:
+            summed.append(stack.source)
+        for i, right in enumerate(rights):
+            if right is not None and parts[i].keep is None:
+                summed.append((made[i][0], right))
+            elif right is not None:
+                masked.append((made[i][0], right, parts[i].keep))
+        (dx,) = form.compute([(summed, None)], masked, wide=wide)
+    gradients: list[list[Tensor | None]] = [[None, d_lora_B] for _, d_lora_B in made]
+    which = [i for i, part in enumerate(parts) if part.need_A]
+    if which:
+        operands = [(made[i][0], parts[i].dtypes[0], parts[i].keep) for i in which]
+        into, ready = [parts[i].into_A for i in which], form is not None and form.overlaps
         d_lora_As = steps.ops.wgrad_all(operands, x, ready=ready, into=into, slot=steps["dA"])
-        for own, d_lora_A in zip(owners, d_lora_As, strict=True):
-            own[0] = d_lora_A
+        for i, d_lora_A in zip(which, d_lora_As, strict=True):
+            gradients[i][0] = d_lora_A
     return dx, gradients
 
 
-def _form(steps: plan.Steps, parts: Sequence[Part]) -> plan.Expander:
+def _form_of_dx(steps: plan.Steps, parts: Sequence[Part]) -> plan.Expander:
     """Choose how to compute dx."""
     adapted = [part for part in parts if part.lora_A is not None]
     rank = max((part.lora_A.shape[0] for part in adapted), default=0)
     inner, cols = sum(part.dy.shape[1] for part in parts), parts[0].weight.shape[1]
     masked = any(part.keep is not None for part in adapted)
-    return steps.expander_all("dx", parts[0].dy, inner, cols, rank, masked, True, len(parts))
+    return plan.expander_all(steps.backend, steps["dx"], parts[0].dy, inner, cols, rank, masked, True, len(parts))
 
 
 def _right(part: Part) -> Tensor | None:
     """Return the right side of a part's thin product in dx, or None without an adapter."""
     if part.lora_A is None:
         return None
-    dtype = part.dy.dtype
-    return (part.lora_A.to(dtype) if part.keep is None else readable(part.lora_A, dtype)).t()
+    as_ = as_dtype if part.keep is None else readable
+    return as_(part.lora_A, part.dy.dtype).t()
 
 
 class _Stack(NamedTuple):
@@ -154,22 +162,25 @@ class _Stack(NamedTuple):
     columns: list[Tensor | None]
 
 
-def _stack(steps: plan.Steps, parts: Sequence[Part]) -> _Stack | None:
-    """Lay the thin products of dx side by side if one product takes fewer K steps than several; else return None."""
+def _stacks(form: plan.Expander, backend: str, parts: Sequence[Part]) -> bool:
+    """Return whether to lay the thin products of dx side by side, because one product takes fewer K steps."""
     adapted = [part for part in parts if part.lora_A is not None]
-    adapters = [part.lora_A for part in adapted]
-    if any(part.keep is not None or part.s is None for part in adapted):
-        return None
-    if not plan.stacks(steps.backend, parts[0].dy, adapters):
-        return None
+    if not form.overlaps or any(part.keep is not None or part.s is None for part in adapted):
+        return False
+    return plan.stacks(backend, parts[0].dy, [part.lora_A for part in adapted])
+
+
+def _stack(parts: Sequence[Part]) -> _Stack:
+    """Lay the thin products of dx side by side."""
+    adapters = [part.lora_A for part in parts if part.lora_A is not None]
     ds, columns, lora_A = plan.contractions("triton").stack(parts[0].dy, adapters)
     free = iter(columns)
     return _Stack((ds, lora_A.t()), [None if part.lora_A is None else next(free) for part in parts])
 
 
-def _ds_and_dB(steps: plan.Steps, i: int, part: Part, ds: Tensor | None) -> tuple[Kept, Tensor | None]:
+def _ds_and_dB(i: int, part: Part, ds: Tensor | None, steps: plan.Steps) -> tuple[Kept, Tensor | None]:
     """Compute the needed ones of ds, written to `ds` if given, and dB of part i."""
-    dy, _, _, lora_B, s, _, alpha, dtypes, _, (_, into) = part
+    dy, _, _, lora_B, s, _, _, into, alpha, dtypes, _ = part
     ops, slot = steps.ops, steps[i]
     if lora_B is None:
         return None, None if s is None else ops.wgrad(dy, s, dtypes[1], into=into, slot=slot)

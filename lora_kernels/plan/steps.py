@@ -6,8 +6,9 @@ a kind decides the form of each large product and settles each launch, and `Step
 what they find, because on few rows the host's decisions take longer than the GPU's work.
 """
 
+import collections
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,8 +24,10 @@ __all__ = ["Steps", "forget", "run"]
 _MOST = 1024
 
 
-class Steps:
+class Steps(collections.defaultdict):
     """The decisions of passes over tensors of one kind, by name.
+
+    `steps[name]` is the slot for the launches of one contraction; None for "torch", which settles no launches.
 
     Attributes:
         backend: "triton" or "torch".
@@ -34,37 +37,30 @@ class Steps:
     """
 
     def __init__(self, backend: str) -> None:
+        super().__init__(contractions("triton").Slot if backend == "triton" else _no_slot)
         self.backend = backend
-        self.negative: bool | None = None
         self.ops: Contractions = contractions(backend)
-        self._slots: dict[Hashable, Any] = {}
-        self._decided: dict[Hashable, Any] = {}
+        self.negative: bool | None = None
+        self._decided: dict[str, Any] = {}
 
-    def __getitem__(self, name: Hashable) -> Any:
-        """Return the slot for the launches of one contraction; None for "torch", which settles no launches."""
-        found = self._slots.get(name)
-        if found is None and self.backend == "triton":
-            found = self._slots[name] = contractions("triton").Slot()
-        return found
-
-    def once(self, name: Hashable, decide: Callable, *arguments: Any) -> Any:
+    def once(self, name: str, decide: Callable, *arguments: Any) -> Any:
         """Return what `decide` has returned to the first pass."""
         found = self._decided.get(name)
         if found is None:
             found = self._decided[name] = decide(*arguments)
         return found
 
-    def part(self, name: Hashable) -> "Steps":
+    def part(self, name: str) -> "Steps":
         """Return the steps of a pass within this pass."""
         return self.once(name, Steps, self.backend)
 
-    def expander(self, name: Hashable, *product: Any) -> Expander:
+    def expander(self, name: str, *product: Any) -> Expander:
         """Return the way to compute a large product, as `forms.expander` chooses, with the slot of that name."""
         return self.once(name, forms.expander, self.backend, self[name], *product)
 
-    def expander_all(self, name: Hashable, *product: Any) -> Expander:
-        """Return the way to compute several large products, as `forms.expander_all` chooses."""
-        return self.once(name, forms.expander_all, self.backend, self[name], *product)
+
+def _no_slot() -> None:
+    return None
 
 
 def run(backend: str, pass_: Callable, settings: tuple[Hashable, ...], *tensors: Any) -> Any:
@@ -81,7 +77,7 @@ def run(backend: str, pass_: Callable, settings: tuple[Hashable, ...], *tensors:
     """
     if backend == "torch":
         return pass_(Steps(backend), *settings, *tensors)
-    ops, kinds = contractions("triton"), tuple(map(_kind, tensors))
+    ops, kinds = contractions("triton"), _kinds(tensors)
     first = tensors[0]
     while not isinstance(first, Tensor):
         first = first[0]
@@ -105,14 +101,33 @@ def _steps(pass_: Callable, settings: Hashable, kinds: tuple[Hashable, ...], *st
     return Steps("triton")
 
 
-def _kind(value: Any) -> Hashable:
-    """Return what a pass may know of a tensor, the kinds of the members of a tuple or list, or any other value itself.
+def _kinds(values: Sequence[Any]) -> tuple[Hashable, ...]:
+    """Return what a pass may know of tensors, the kinds of the members of tuples and lists, and other values as given.
 
-    Of the address a pass may know the alignment to 16 bytes alone.
+    Of an address a pass may know the alignment to 16 bytes alone.
     """
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.data_ptr() % 16 == 0, value.is_neg()
-    return tuple(map(_kind, value)) if isinstance(value, (tuple, list)) else value
+    return tuple(
+        [
+            (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0, t.is_neg())
+            if isinstance(t, Tensor)
+            else (t if t is None else _members(t))
+            for t in values
+        ]
+    )
+
+
+def _members(value: Any) -> Hashable:
+    """Return the kinds of the members of a tuple or list, or any other value itself.
+
+    A class of tuples may have a method `parted`, which tells its tensors from its values.
+    """
+    if not isinstance(value, (tuple, list)):
+        return value
+    parted = getattr(value, "parted", None)
+    if parted is None:
+        return _kinds(value)
+    tensors, values = parted()
+    return _kinds(tensors), values
 
 
 def _is_negative(value: Any) -> bool:

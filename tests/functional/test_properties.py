@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracles import exact, philox
 
 from lora_kernels import dropout, lora_linear
-from lora_kernels.kernels import matmul_expand, shrink, wgrad
+from lora_kernels.kernels import matmul_expand, shrink, shrink_wgrad, wgrad
 from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
 from lora_kernels.verify import numerics
 from lora_kernels.verify.problems import make_problem, run_problem, with_mask
@@ -163,9 +163,9 @@ def test_shrink_and_wgrad_of_one_read_in_any_split(rows, wide, r, dy_layout, b_l
     generator = torch.Generator().manual_seed(seed)
     dy, s, b = integers(generator, rows, wide), integers(generator, rows, r), integers(generator, wide, r)
     ds = torch.full((rows, r), torch.nan, device=DEVICE)
-    g = wgrad(
-        laid_out(dy.float().to(DEVICE), dy_layout), s.float().to(DEVICE), torch.float32,
-        shrink=(laid_out(b.float().to(DEVICE), b_layout), ds, 4.0), config=tile,
+    _, g = shrink_wgrad(
+        laid_out(dy.float().to(DEVICE), dy_layout), s.float().to(DEVICE), laid_out(b.float().to(DEVICE), b_layout), 4.0,
+        torch.float32, ds=ds, config=tile,
     )  # fmt: skip
     assert torch.equal(g.cpu().long(), dy.T @ s)
     assert torch.equal(ds.cpu().long(), 4 * dy @ b)

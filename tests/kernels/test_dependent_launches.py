@@ -10,7 +10,7 @@ import lora_kernels.kernels  # noqa: F401  its modules, whose functions of the s
 from lora_kernels import lora_projections, plan
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="looks at launches in the interpreter")
-READY = 10  # its place among the arguments of wgrad's `_settle`
+READY = 11  # its place among the arguments of wgrad's `_settle`
 RANKS = {"up to 32": (5, 5, 5), "above 32": (40, 3, 70), "not of all": (0, 5, 0)}
 
 

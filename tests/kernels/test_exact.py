@@ -146,15 +146,10 @@ def test_shrink_and_wgrad_from_one_read(rows_per_split, width, r, device):
     ds = torch.full((75, r + 3), torch.nan, device=device)[:, :r]
     config = WgradConfig(16, 32, 16 if r <= 16 else 32, rows_per_split, 4, 2)
     operands = [t.float().to(device) for t in (dy, s, b)]
-    g = wgrad(*operands[:2], torch.float32, shrink=(operands[2], ds, 4.0), config=config)
+    assert shrink_wgrad(*operands, 4.0, torch.float32, ds=ds, config=config)[0] is ds
+    g = shrink_wgrad(*operands, 4.0, torch.float32, config=config)[1]
     assert torch.equal(g.cpu().long(), dy.T @ s)
     assert torch.equal(ds.cpu().long(), 4 * dy @ b)
-
-
-def test_what_stores_on_the_way_is_not_ready_early(device):
-    dy, s, b, ds = (torch.zeros(size, device=device) for size in ((75, 40), (75, 5), (40, 5), (75, 5)))
-    with pytest.raises(ValueError, match="makes ds on the way, so ready must be False"):
-        wgrad(dy, s, torch.float32, ready=True, shrink=(b, ds, 1.0))
 
 
 @pytest.mark.parametrize("r", [1, 32, 33, 70])

@@ -8,7 +8,7 @@ from lora_kernels import Projection, lora_mlp, lora_projections
 from lora_kernels.autograd.linear import LoRALinearFunction
 from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.bench.cost import traffic
-from lora_kernels.kernels import _configs, matmul_expand, shrink, wgrad
+from lora_kernels.kernels import _configs, matmul_expand, shrink, shrink_wgrad, wgrad
 from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
 from lora_kernels.kernels._launch import num_sms
 
@@ -92,7 +92,10 @@ def test_a_split_shrink(k_per_split, p, log):
 def test_a_split_wgrad(rows_per_split, shrinks, log):
     config = WgradConfig(16, 32, 32, rows_per_split, 4, 2)
     dy, s, b = torch.ones(60, 70), torch.ones(60, 20), torch.ones(70, 20)
-    wgrad(dy, s, torch.float16, shrink=(b, torch.empty(60, 20), 1.0) if shrinks else None, config=config)
+    if shrinks:
+        shrink_wgrad(dy, s, b, 1.0, torch.float16, ds=torch.empty(60, 20), config=config)
+    else:
+        wgrad(dy, s, torch.float16, config=config)
     check(log, [traffic.wgrad(60, 70, 20, 4, 2, config, shrinks=shrinks)])
 
 

@@ -9,7 +9,7 @@ import conftest  # noqa: F401  (interpreter, sanitizer)
 import torch
 
 from lora_kernels import Projection, dropout, lora_linear, lora_mlp, lora_projections, reference
-from lora_kernels.kernels import hybrid, matmul_expand, shrink, shrink_all, wgrad, wgrad_all
+from lora_kernels.kernels import hybrid, matmul_expand, shrink, shrink_all, shrink_wgrad, wgrad, wgrad_all
 from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
 from oracles import exact, philox
 from oracles.memory import virtual
@@ -147,12 +147,12 @@ def kernels():
         wgrad(x, x, torch.float32, into=there, config=config)
         assert torch.equal(there, g + 1), "wgrad into a gradient that is there"
         ds = torch.full_like(s, torch.nan)
-        g = wgrad(x, s, torch.float32, shrink=(a.T, ds, 3.0), config=config)
+        _, g = shrink_wgrad(x, s, a.T, 3.0, torch.float32, ds=ds, config=config)
         assert torch.equal(g, x.T @ s), "wgrad that shrinks"
         assert torch.equal(ds, 3 * x @ a.T), "the shrink of wgrad"
     wide, thin, b = torch.ones(20, 150), torch.ones(20, 5), torch.ones(150, 5)
     ds = torch.full_like(thin, torch.nan)  # of ten parts, more than are on their way at a time
-    wgrad(wide, thin, torch.float32, shrink=(b, ds, 1.0), config=WgradConfig(16, 16, 16, 16, 4, 2))
+    shrink_wgrad(wide, thin, b, 1.0, torch.float32, ds=ds, config=WgradConfig(16, 16, 16, 16, 4, 2))
     assert torch.equal(ds, wide @ b), "the shrink of wgrad, in many parts"
     big = torch.tensor([64.0] * 64 + [1.0] + [-64.0] * 64, dtype=torch.float16).expand(4, -1)
     assert torch.equal(

@@ -64,6 +64,7 @@ def test_the_same_sums_in_fewer_steps(adapters, of_dx, device, monkeypatch):
     with plan.forced("fused"):
         own, dx = run(block, lambda: block.together("triton"))
         monkeypatch.setattr(model, "stacks", lambda *_: False)
+        plan.forget()
         alone, dx_alone = run(block, lambda: block.together("triton"))
     assert of_dx[1::2] == [[5], [7]]  # four of W, and one of A in place of three
     assert torch.equal(dx, dx_alone)
