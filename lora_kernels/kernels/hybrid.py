@@ -18,31 +18,23 @@ shape: Cherniuk et al., RunLoRA, arXiv:2312.03415 (ideas). No code was taken.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_kernels.kernels._launch import Slot
-from lora_kernels.kernels.matmul_expand import Source, matmul_expand, matmul_expand_all
+from lora_kernels.kernels.matmul_expand import Masked, Output, matmul_expand, matmul_expand_all
 
-__all__ = ["beta1", "beta1_all", "joint", "library", "padded", "strategy"]
+__all__ = ["beta1", "joint", "padded", "strategy"]
 
 # Elements. Rows of a padded 16-bit operand stay on 16 bytes, because the library's fast kernels need that alignment.
 _ALIGN = 8
 
 
 def beta1(
-    sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | None = None, slot: Slot | None = None
-) -> Tensor:
-    """Compute the result of `matmul_expand`: the kernel sums all but the first product, the library adds the first."""
-    (p, q), *rest = sources
-    return matmul_expand(rest, bias, keep, slot=slot).addmm_(p, q.t())
-
-
-def beta1_all(
-    outputs: Sequence[tuple[Sequence[Source], Tensor | None]], masked: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
-    wide: int = 1, slot: Slot | None = None,
-) -> list[Tensor]:  # fmt: skip
+    outputs: Sequence[Output], masked: Sequence[Masked] = (), wide: int = 1, slot: Slot | None = None
+) -> list[Tensor]:
     """Compute the results of `matmul_expand_all`: the kernel sums all but the `wide` ones, the library adds these."""
     thin = [(sources[wide:], bias) for sources, bias in outputs]
     adapted = [i for i, (sources, _) in enumerate(thin) if sources or masked]
@@ -51,32 +43,30 @@ def beta1_all(
     results = []
     for i, (sources, bias) in enumerate(outputs):
         large = list(sources[:wide])
-        y = ys[i] if i in ys else library([large.pop(0)], bias)
+        y = ys[i] if i in ys else _product(*large.pop(0), bias)
         for p, q in large:
             y.addmm_(p, q.t())
         results.append(y)
     return results
 
 
-def library(
-    sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | None = None, slot: Slot | None = None
-) -> Tensor:
-    """Compute y = p qᵀ + bias of a single source, without a thin product."""
-    ((p, q),) = sources
-    return torch.mm(p, q.t()) if bias is None else torch.addmm(bias, p, q.t())
-
-
 def padded(
-    sources: Sequence[Source], bias: Tensor | None = None, keep: Tensor | None = None, slot: Slot | None = None
-) -> Tensor:
-    """Compute the result of `matmul_expand` in one product of operands laid side by side.
+    outputs: Sequence[Output], masked: Sequence[Masked] = (), wide: int = 1, slot: Slot | None = None
+) -> list[Tensor]:
+    """Compute the result of `matmul_expand_all` for one output, in one product of operands laid side by side.
 
     Raises:
         ValueError: There is a mask; a mask applies to one product and not to the sum.
     """
-    if keep is not None:
-        raise ValueError("padded: keep must be None; a mask cannot be applied to one part of a product.")
+    if masked:
+        raise ValueError("padded: there must be no mask; a mask cannot be applied to one part of a product.")
+    ((sources, bias),) = outputs
     p, q = (_side_by_side([pair[side] for pair in sources]) for side in (0, 1))
+    return [_product(p, q, bias)]
+
+
+def _product(p: Tensor, q: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute p qᵀ + bias by the library."""
     return torch.mm(p, q.t()) if bias is None else torch.addmm(bias, p, q.t())
 
 
@@ -103,13 +93,13 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([*parts, parts[0].new_zeros(parts[0].shape[0], missing)], 1)
 
 
-def strategy(name: str, place: int | None = None) -> Callable[..., Tensor]:
-    """Return the function that computes a large product by a strategy; "fused" takes the tile at `place`, if given."""
+def strategy(name: str, place: int | None = None) -> Callable[..., Any]:
+    """Return the function that computes large products by a strategy; "fused" takes the tile at `place`, if given."""
     if name == "fused" and place is not None:
-        return functools.partial(matmul_expand, config=place)
+        return functools.partial(matmul_expand_all, config=place)
     return _STRATEGIES[name]
 
 
-_STRATEGIES: dict[str, Callable[..., Tensor]] = {
-    "fused": matmul_expand, "beta1": beta1, "padded": padded, "joint": joint,
+_STRATEGIES: dict[str, Callable[..., Any]] = {
+    "fused": matmul_expand_all, "beta1": beta1, "padded": padded, "joint": joint,
 }  # fmt: skip

@@ -54,6 +54,7 @@ __all__ = ["matmul_expand", "matmul_expand_all"]
 
 Source = tuple[Tensor, Tensor]
 Masked = tuple[Tensor, Tensor, Tensor]
+Output = tuple[Sequence[Source], Tensor | None]
 # The kernel's signature has 8 sources, not counting masked ones.
 MAX_SOURCES = 8
 MAX_OUTPUTS = 4
@@ -255,8 +256,8 @@ def matmul_expand(
 
 
 def matmul_expand_all(
-    outputs: Sequence[tuple[Sequence[Source], Tensor | None]], masked: Sequence[Masked] = (),
-    wide: int = 1, config: MatmulConfig | int | None = None, tma: bool | None = None, slot: Slot | None = None,
+    outputs: Sequence[Output], masked: Sequence[Masked] = (), wide: int = 1,
+    config: MatmulConfig | int | None = None, tma: bool | None = None, slot: Slot | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Compute y `[M, Nₒ]` of every output over the same rows, in one launch.
 

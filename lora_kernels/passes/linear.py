@@ -50,8 +50,8 @@ def _forward_pass(
     # Copies come before the launches, because the launches overlap.
     lora_B = as_dtype(lora_B, x.dtype)
     s, keep = steps.ops.shrink(x, readable(lora_A, x.dtype), alpha, dropout_p, noise=noise, slot=steps["s"])
-    form = steps.expander("y", x, weight.shape[0], lora_A.shape[0])
-    y = form.compute([(x, weight), (s, lora_B)], bias)
+    form = steps.expander("y", x, x.shape[1], weight.shape[0], lora_A.shape[0])
+    (y,) = form.compute([([(x, weight), (s, lora_B)], bias)])
     # Do not return a view of y, because autograd forbids in-place writes to a view that a Function returns.
     return y, s, keep
 
@@ -103,7 +103,7 @@ def from_dy(
     form: Any = None
     dx = d_lora_B = None
     if need_x:
-        form = steps.expander("dx", dy, weight.shape[1], lora_B.shape[1], keep is not None, True)
+        form = steps.expander("dx", dy, *weight.shape, lora_B.shape[1], keep is not None, True)
         # This copy, too, comes before the launches.
         lora_A = as_dtype(lora_A, dy.dtype) if keep is None else lora_A
     joint = form is not None and form.brings_ds
@@ -114,7 +114,9 @@ def from_dy(
     elif need_x or need_ds:
         ds, _ = ops.shrink(dy, lora_B.t(), alpha, slot=steps["ds"])
     if need_x and not joint:
-        dx = form.compute([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
+        thin = ds, lora_A.t()
+        summed, masked = ([thin], ()) if keep is None else ([], [(*thin, keep)])
+        (dx,) = form.compute([([(dy, weight.t()), *summed], None)], masked)
     if need_B and (joint or ds is None):
         d_lora_B = ops.wgrad(dy, s, dtype_B, into=into, slot=steps["dB"])
     return dx, ds, d_lora_B, form is not None and form.overlaps

@@ -73,7 +73,7 @@ def _forward_pass(
     h, s, keep = steps.ops.activate_shrink(gate, up, activation, rows_of_down, noise=noise[1], slot=steps["h"])
     sources = [(h, down.weight), *((one, lora_B) for one in s)]
     rank = s[0].shape[1] if s else 0
-    y = steps.expander("y", h, down.weight.shape[0], rank).compute(sources, down.bias)
+    (y,) = steps.expander("y", h, *down.weight.shape[::-1], rank).compute([(sources, down.bias)])
     return y, outs, [*shrunk, *(s or (None,))], [*keeps, *(keep or (None,))]
 
 
@@ -191,8 +191,8 @@ def _through_down(steps: plan.Steps, dy: Tensor, down: Layer, need_dh: bool) -> 
     if down.dtypes is None:  # no adapter
         if not need_dh:
             return None, None, None
-        form = steps.expander("dx", dy, down.weight.shape[1], 0, False, True)
-        return form.compute([(dy, down.weight.t())]), None, None
+        form = steps.expander("dx", dy, *down.weight.shape, 0, False, True)
+        return form.compute([([(dy, down.weight.t())], None)])[0], None, None
     dh, ds, d_lora_B, _ = linear.from_dy(
         steps, dy, down.weight, down.lora_A, down.lora_B, down.s, down.keep, down.alpha, down.dtypes[1],
         (need_dh, need_A, need_B), down.into_B,

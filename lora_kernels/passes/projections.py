@@ -72,7 +72,7 @@ def _form_of_y(
     """Choose how to compute each y."""
     cols = sum(q.weight.shape[0] for q in projections)
     rank = max((s.shape[1] for s in shrunk if s is not None), default=0)
-    return plan.expander_all(steps.backend, steps["y"], x, x.shape[1], cols, rank)
+    return plan.expander(steps.backend, steps["y"], x, x.shape[1], cols, rank, alone=False)
 
 
 def _shrink(
@@ -144,7 +144,7 @@ def _form_of_dx(steps: plan.Steps, parts: Sequence[Part]) -> plan.Expander:
     rank = max((part.lora_A.shape[0] for part in adapted), default=0)
     inner, cols = sum(part.dy.shape[1] for part in parts), parts[0].weight.shape[1]
     masked = any(part.keep is not None for part in adapted)
-    return plan.expander_all(steps.backend, steps["dx"], parts[0].dy, inner, cols, rank, masked, True, len(parts))
+    return plan.expander(steps.backend, steps["dx"], parts[0].dy, inner, cols, rank, masked, True, len(parts), False)
 
 
 def _right(part: Part) -> Tensor | None:

@@ -19,7 +19,6 @@ from lora_kernels.plan.forms import (
     Expander,
     Form,
     expander,
-    expander_all,
     forced,
     form,
     fuses,
@@ -30,6 +29,6 @@ from lora_kernels.plan.steps import Steps, forget, run
 
 __all__ = [
     "BACKENDS", "MAX_RANK", "Choice", "Expander", "Form", "Steps", "automatic", "choose", "contractions", "expander",
-    "expander_all", "forced", "forget", "form", "fuses", "interpreting", "overridden", "rule", "run", "stacks",
+    "forced", "forget", "form", "fuses", "interpreting", "overridden", "rule", "run", "stacks",
     "triton_problem",
 ]  # fmt: skip

@@ -19,7 +19,6 @@ __all__ = [
     "Expander",
     "Form",
     "expander",
-    "expander_all",
     "forced",
     "forget",
     "form",
@@ -42,7 +41,7 @@ class Expander(NamedTuple):
 
     Attributes:
         name: "operators", "library", or a strategy of `lora_kernels.plan.model`.
-        compute: A function like `matmul_expand` or `matmul_expand_all`; with `brings_ds` it is `joint`.
+        compute: A function like `matmul_expand_all`; with `brings_ds` it is `joint`.
     """
 
     name: str
@@ -60,71 +59,35 @@ class Expander(NamedTuple):
 
 
 def expander(
-    backend: str, slot: Any, p: Tensor, cols: int, rank: int, masked: bool = False, backward: bool = False
-) -> Expander:
-    """Choose how to compute a large product of sources, bias and mask.
-
-    Args:
-        backend: "triton" or "torch".
-        slot: The place of a plan for the launch of the product, or None.
-        p: x or dy, `[M, K]`.
-        cols: N.
-        rank: r, 0 without an adapter.
-        masked: Whether the thin product is masked.
-        backward: Whether the product is dx.
-    """
-    if backend == "torch":
-        return Expander("operators", contractions(backend).matmul_expand)
-    ops = contractions("triton")
-    if not rank:
-        return Expander("library", ops.library)
-    (rows, inner), device, dtype = p.shape, p.device, p.dtype
-    product = Product(rows, inner, cols, rank, dtype.itemsize, masked, backward)
-    chosen = _chosen(device, dtype, product, ops.uses_tf32(dtype))
-    return Expander(chosen.strategy, functools.partial(ops.strategy(*chosen), slot=slot))
-
-
-def _chosen(device: torch.device, dtype: torch.dtype, product: Product, tf32: bool) -> Form:
-    chosen = _forced if _forced is not None else form(device, dtype, product, tf32)
-    return chosen if chosen.strategy in model.allowed(product) else Form("fused")
-
-
-def expander_all(
     backend: str, slot: Any, p: Tensor, inner: int, cols: int, rank: int, masked: bool = False, backward: bool = False,
-    sources: int = 1,
+    sources: int = 1, alone: bool = True,
 ) -> Expander:  # fmt: skip
-    """Choose how to compute several projections' large products, by a function like `matmul_expand_all`.
+    """Choose how to compute the large products of a layer or of several projections.
 
     Args:
         backend: "triton" or "torch".
         slot: The place of a plan for the launch of the products, or None.
-        p: One of the large operands, `[M, *]`.
+        p: One of the large operands, x or dy, `[M, *]`.
         inner: Total length of the sums of all products.
         cols: Columns of all results.
-        rank: The largest r.
+        rank: The largest r, 0 without an adapter.
         masked: Whether a thin product is masked.
         backward: Whether the result is dx.
         sources: Number of large products that one result sums.
+        alone: Whether there is one large product in all; "padded" and "joint" can compute only one.
     """
     if backend == "torch":
         return Expander("operators", contractions(backend).matmul_expand_all)
     ops = contractions("triton")
+    if alone and not rank:
+        return Expander("library", ops.strategy("beta1"))
     product = Product(p.shape[0], inner, cols, rank, p.dtype.itemsize, masked, backward)
-    chosen = _forced or _several(p.device, p.dtype, product, sources, ops.uses_tf32(p.dtype))
-    if chosen.strategy != "fused":
-        return Expander("beta1", functools.partial(ops.beta1_all, slot=slot))
-    return Expander("fused", functools.partial(ops.matmul_expand_all, config=chosen.place, slot=slot))
-
-
-@functools.lru_cache(maxsize=4096)
-def _several(device: torch.device, dtype: torch.dtype, product: Product, sources: int, tf32: bool) -> Form:
-    measured = tuned.lookup(device, dtype, product, tf32) if device.type == "cuda" else None
-    if measured is not None:
-        return Form(*measured)
-    if device.type != "cuda":
-        return Form("fused")
-    gpu = model.limits(contractions("triton").capability(device), dtype, tf32)
-    return Form(model.best_of_several(product, sources, gpu))
+    chosen = _forced or form(p.device, p.dtype, product, ops.uses_tf32(p.dtype), sources, alone)
+    if alone and chosen.strategy not in model.allowed(product):
+        chosen = Form("fused")
+    elif not alone and chosen.strategy != "fused":
+        chosen = Form("beta1")
+    return Expander(chosen.strategy, functools.partial(ops.strategy(*chosen), slot=slot))
 
 
 def stacks(backend: str, dy: Tensor, adapters: Sequence[Tensor]) -> bool:
@@ -143,26 +106,31 @@ def fuses(backend: str, x: Tensor, weight: Tensor, rank: int, masked: bool) -> b
     (cols, inner), rows = weight.shape, x.shape[:-1].numel()
     if backend == "torch" or not rows * cols * inner:
         return False
-    # Expanded, this one element has the shapes of x and dy without their memory.
-    like = x.reshape(-1)[:1]
-    forward = expander(backend, None, like.expand(rows, inner), cols, rank)
-    backward = expander(backend, None, like.expand(rows, cols), inner, rank, masked, backward=True)
-    return forward.name == backward.name == "fused"
+    # Expanded, this one element has the rows of x and dy without their memory.
+    like = x.reshape(-1)[:1].expand(rows, 1)
+    y = expander(backend, None, like, inner, cols, rank)
+    dx = expander(backend, None, like, cols, inner, rank, masked, backward=True)
+    return y.name == dx.name == "fused"
 
 
 @functools.lru_cache(maxsize=4096)
-def form(device: torch.device, dtype: torch.dtype, product: Product, tf32: bool = False) -> Form:
+def form(
+    device: torch.device, dtype: torch.dtype, product: Product, tf32: bool = False, sources: int = 1, alone: bool = True
+) -> Form:
     """Return the form of a product on a device: the measured form, or else the model's choice."""
     measured = tuned.lookup(device, dtype, product, tf32) if device.type == "cuda" else None
-    return rule(device, dtype, product, tf32) if measured is None else Form(*measured)
+    return rule(device, dtype, product, tf32, sources, alone) if measured is None else Form(*measured)
 
 
-def rule(device: torch.device, dtype: torch.dtype, product: Product, tf32: bool = False) -> Form:
+def rule(
+    device: torch.device, dtype: torch.dtype, product: Product, tf32: bool = False, sources: int = 1, alone: bool = True
+) -> Form:
     """Return the model's choice of form, without regard to measurements."""
     # Other devices run the interpreter, where only the kernels matter.
     if device.type != "cuda":
         return Form("fused")
-    return Form(model.best(product, model.limits(contractions("triton").capability(device), dtype, tf32)))
+    gpu = model.limits(contractions("triton").capability(device), dtype, tf32)
+    return Form(model.best(product, gpu) if alone else model.best_of_several(product, sources, gpu))
 
 
 @contextlib.contextmanager
@@ -190,4 +158,3 @@ def override() -> Form | None:
 def forget() -> None:
     """Forget the chosen forms, because the measurements have changed."""
     form.cache_clear()
-    _several.cache_clear()

@@ -104,23 +104,6 @@ class Kernels(Contractions, Protocol):
     def uses_tf32(self, dtype: torch.dtype) -> bool:
         """Return whether products in this dtype use TF32."""
 
-    def library(
-        self, sources: Sequence[_Source], bias: Tensor | None = None, keep: Tensor | None = None, slot: Any = None
-    ) -> Tensor:
-        """Compute `matmul_expand` by the vendor's library."""
-
-    def matmul_expand_all(
-        self, outputs: Sequence[tuple[Sequence[_Source], Tensor | None]], masked: Sequence[_Masked] = (),
-        wide: int = 1, slot: Any = None, config: int | None = None,
-    ) -> list[Tensor]:  # fmt: skip
-        """Compute a y for each output, with a given tile."""
-
-    def beta1_all(
-        self, outputs: Sequence[tuple[Sequence[_Source], Tensor | None]], masked: Sequence[_Masked] = (),
-        wide: int = 1, slot: Any = None,
-    ) -> list[Tensor]:  # fmt: skip
-        """Compute `matmul_expand_all` by the vendor's library."""
-
     def strategy(self, name: str, place: int | None = None) -> Callable[..., Any]:
         """Return the function that computes a large product in a form."""
 

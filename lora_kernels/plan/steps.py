@@ -55,7 +55,7 @@ class Steps(collections.defaultdict):
         return self.once(name, Steps, self.backend)
 
     def expander(self, name: str, *product: Any) -> Expander:
-        """Return the way to compute a large product, as `forms.expander` chooses, with the slot of that name."""
+        """Return the way to compute large products, as `forms.expander` chooses, with the slot of that name."""
         return self.once(name, forms.expander, self.backend, self[name], *product)
 
 

@@ -58,8 +58,8 @@ THIN = {  # what a contraction reads of adapters
     "shrink": lambda x, a, *_, **__: [a],
     "shrink_all": lambda x, rows, **_: [a for a, *_ in rows],
     "activate_shrink": lambda gate, up, activation, rows, **_: [a for a, *_ in rows],
-    "shrink_wgrad": lambda dy, s, b, *_: [b],
-    "activation_wgrad": lambda gate, up, dh, activation, after, *before: [one.lora_B for one in before],
+    "shrink_wgrad": lambda dy, s, b, *_, **__: [b],
+    "activation_wgrad": lambda gate, up, dh, activation, after, *before, **_: [one.lora_B for one in before],
     "matmul_expand": lambda sources, *_, **__: [q for p, q in sources if R in q.shape],
     "matmul_expand_all": lambda outputs, masked=(), *_, **__: (
         [q for sources, _ in outputs for p, q in sources if R in q.shape] + [q for _, q, _ in masked]
@@ -82,7 +82,7 @@ def seen(monkeypatch):
             return call(*args, **how)
 
         monkeypatch.setattr(ops, name, spy)
-    monkeypatch.setitem(hybrid._STRATEGIES, "fused", ops.matmul_expand)
+    monkeypatch.setitem(hybrid._STRATEGIES, "fused", ops.matmul_expand_all)
     with plan.forced("fused"):
         yield found
 
@@ -109,16 +109,16 @@ def add(x, pair, weight, p):
 def contractions_of(call, into_dx):
     """What a call should show: B is copied for y, and A for dx (`into_dx`) where no mask is in the way."""
     wide, narrow = {WIDE}, {NARROW}
-    down = [("shrink_wgrad", wide), ("matmul_expand", into_dx)]
+    down = [("shrink_wgrad", wide), ("matmul_expand_all", into_dx)]
     if call is layer:
-        return [("shrink", wide), ("matmul_expand", narrow), *down]
+        return [("shrink", wide), ("matmul_expand_all", narrow), *down]
     if call is add:  # y, and dx without a mask, are PyTorch's products
-        return [("shrink", wide), *down[: 1 + (into_dx == wide)]]
+        return [("shrink", wide), ("shrink_wgrad", wide), *([("matmul_expand", wide)] if into_dx == wide else [])]
     inward = [("shrink_all", wide), ("matmul_expand_all", narrow)]
     dx = ("matmul_expand_all", into_dx)
     if call is several:
         return [*inward, ("shrink_wgrad", wide), dx]
-    return [*inward, ("activate_shrink", wide), ("matmul_expand", narrow), *down, ("activation_wgrad", wide), dx]
+    return [*inward, ("activate_shrink", wide), ("matmul_expand_all", narrow), *down, ("activation_wgrad", wide), dx]
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

@@ -134,7 +134,7 @@ def kernels():
     tile = MatmulConfig(16, 64, 16, 2, 4, 4, 2)
     y = matmul_expand([(x, w), (s, b)], None, philox.packed(keep), config=tile)
     assert torch.equal(y, x @ w.T + keep * (s @ b.T)), "a masked product in slices"
-    y = hybrid.beta1([(x, w), (s, b)], bias)
+    (y,) = hybrid.beta1([([(x, w), (s, b)], bias)])
     assert torch.equal(y.double(), case.truth()["y"].double()), "beta1"
     for k_per_split in (16, 32, 64):
         s, _ = shrink(x, a, 3.0, config=ShrinkConfig(16, 16, 16, k_per_split, 4, 2))

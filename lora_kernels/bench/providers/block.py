@@ -82,16 +82,14 @@ def _fused(problem: BlockProblem, backend: str) -> bool:
     forms = set()
     if problem.activation:
         *widths, out = widths
-        # stand-ins for h and dy: only their shapes matter
-        h, dy = (x.flatten()[:1].expand(x.shape[0], width) for width in (widths[0], out))
         forms |= {
-            plan.expander(backend, None, h, out, rank).name,
-            plan.expander(backend, None, dy, widths[0], rank, masked, backward=True).name,
+            plan.expander(backend, None, x, widths[0], out, rank).name,
+            plan.expander(backend, None, x, out, widths[0], rank, masked, backward=True).name,
         }
     cols, inner = sum(widths), x.shape[1]
     forms |= {
-        plan.expander_all(backend, None, x, inner, cols, rank).name,
-        plan.expander_all(backend, None, x, cols, inner, rank, masked, True, len(widths)).name,
+        plan.expander(backend, None, x, inner, cols, rank, alone=False).name,
+        plan.expander(backend, None, x, cols, inner, rank, masked, True, len(widths), alone=False).name,
     }
     return forms == {"fused"}
 
