@@ -251,8 +251,7 @@ def matmul_expand(
     if keep is not None:
         *sources, last = sources
         masked = ((*last, keep),)
-    settled = _settled(slot, sources, (len(sources),), (bias,), masked, 1, config, tma)
-    return settled(sources, (bias,), masked)[0]
+    return matmul_expand_all(((sources, bias),), masked, 1, config, tma, slot)[0]
 
 
 def matmul_expand_all(
@@ -274,22 +273,14 @@ def matmul_expand_all(
     # The masked q must have one dtype, because the kernel selects among their pointers.
     if len(masked) > 1 and len({q.dtype for _, q, _ in masked}) > 1:
         masked = [(p, q.to(p.dtype), keep) for p, q, keep in masked]
-    settled = _settled(slot, sources, tuple(map(len, summed)), biases, masked, wide, config, tma)
-    return settled(sources, biases, masked)
-
-
-def _settled(
-    slot: Slot | None, sources: Sequence[Source], counts: tuple[int, ...], biases: tuple[Tensor | None, ...],
-    masked: Sequence[Masked], wide: int, config: MatmulConfig | int | None, tma: bool | None,
-) -> "_Settled":  # fmt: skip
-    """Return the launch that the slot keeps, or settle one for the sources of all outputs, `counts` per output."""
     slot = slot or Slot()
-    if slot.settled is not None:
-        return slot.settled
-    like, (ps, qs) = (sources or masked)[0][0], zip(*sources, strict=True) if sources else ((), ())
-    kinds = tuple(map(facts, ps)), tuple(map(facts, qs)), counts, tuple(map(facts, biases))
-    how = tuple([tuple(map(facts, product)) for product in masked]), wide, like.device, config, tma, precision(like)
-    return slot.keep(_settle(*kinds, *how, _launch.imagined))
+    settled = slot.settled
+    if settled is None:
+        like, (ps, qs) = (sources or masked)[0][0], zip(*sources, strict=True) if sources else ((), ())
+        kinds = tuple(map(facts, ps)), tuple(map(facts, qs)), tuple(map(len, summed)), tuple(map(facts, biases))
+        how = tuple([tuple(map(facts, product)) for product in masked]), wide, like.device, config, tma, precision(like)
+        settled = slot.keep(_settle(*kinds, *how, _launch.imagined))
+    return settled(sources, biases, masked)
 
 
 def _bias_per_output(biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:

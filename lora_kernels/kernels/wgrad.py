@@ -35,8 +35,7 @@ Cost: reads the wide operand once (thin sides <= 64), M·W·itemsize bytes, + 8�
 bytes a block of wide columns, written and read back, most of it from L2; 2·M·W·T FLOPs for g and as many for ds.
 
 Sources: Hu et al. 2021, arXiv:2106.09685. Both gradients from one read of dy: Zhu et al., LoRAFusion,
-arXiv:2510.00206 (idea; there by atomic adds). The last to arrive adds up: CUDA's threadFenceReduction sample (idea).
-No code was taken.
+arXiv:2510.00206 (idea; there by atomic adds). The last adds up: CUDA's threadFenceReduction (idea). No code was taken.
 """
 
 import functools
@@ -54,9 +53,8 @@ from lora_kernels.kernels._configs import WgradConfig, wgrad_config
 from lora_kernels.kernels._device import kept, last_to_arrive, load_kept
 from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, arrivals, facts, made, new_rows, precision
 
-__all__ = ["DGATE", "DUP", "H", "Product", "Row", "Settled", "settle", "wgrad", "wgrad_all"]
+__all__ = ["DGATE", "DUP", "H", "Product", "Settled", "settle", "wgrad", "wgrad_all"]
 
-Row = tuple[Tensor, torch.dtype, Tensor | None]  # left [M, C], the dtype of g, keep
 # The wide operands that an activation makes.
 H, DGATE, DUP = range(3)
 
@@ -266,16 +264,15 @@ def wgrad(
     # A mask makes `right` the wide side, whatever the widths.
     right_is_wide = keep is not None or right.shape[1] >= left.shape[1]
     wide, thin = (right, left) if right_is_wide else (left, right)
-    settled = slot and slot.settled
-    if not settled:
-        product = Product(thin, out_dtype, right_is_wide, keep, into)
-        settled = settle(slot, wide, (product,), ready=ready, config=config)
+    settled = (slot and slot.settled) or settle(
+        slot, wide, (Product(thin, out_dtype, right_is_wide, keep, into),), ready=ready, config=config
+    )  # fmt: skip
     return settled(wide, (thin,), (keep,), (into,), (None,), (None,), (1.0,))[0][0]
 
 
 def wgrad_all(
-    rows: Sequence[Row], right: Tensor, ready: bool = False, config: WgradConfig | None = None,
-    into: Sequence[Tensor | None] | None = None, slot: Slot | None = None,
+    rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor, ready: bool = False,
+    config: WgradConfig | None = None, into: Sequence[Tensor | None] | None = None, slot: Slot | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Compute gᵢ = leftᵢᵀ (right · keepᵢ), `[Cᵢ, D]`, for several left operands, in one read of `right`.
 
@@ -288,13 +285,11 @@ def wgrad_all(
             returned for a g that was added.
         slot: As in `wgrad`.
     """
-    intos = tuple(into) if into else (None,) * len(rows)
-    lefts, dtypes, keeps = zip(*rows, strict=True)
-    settled = slot and slot.settled
-    if not settled:
-        products = [Product(*fields) for fields in zip(lefts, dtypes, (True,) * len(rows), keeps, intos, strict=True)]
-        settled = settle(slot, right, products, ready=ready, config=config)
     nothing = (None,) * len(rows)
+    intos, (lefts, dtypes, keeps) = tuple(into or nothing), zip(*rows, strict=True)
+    settled = (slot and slot.settled) or settle(
+        slot, right, list(map(Product, lefts, dtypes, (True,) * len(rows), keeps, intos)), ready=ready, config=config
+    )  # fmt: skip
     return settled(right, lefts, keeps, intos, nothing, nothing, (1.0,) * len(rows))[0]
 
 
@@ -329,8 +324,8 @@ class Settled(NamedTuple):
         dss = [new() if new else ds for new, ds in zip(new_dss, dss, strict=True)]
         g_parts, ds_parts = new_g_parts and new_g_parts(), new_ds_parts and new_ds_parts()
         counters = arrivals(wide.device, counted) if counted else None
-        args = thins, keeps, bs, tuple(there) or None, g_parts, tuple(dss) or None, ds_parts, counters, alphas
-        start(wide, *activation[1:], *args)
+        results = tuple(there) or None, g_parts, tuple(dss) or None, ds_parts
+        start(wide, *activation[1:], thins, keeps, bs, *results, counters, alphas)
         return gs, dss
 
 
@@ -343,24 +338,21 @@ def settle(
     `wide` is `[M, W]`; with `activation`, which stores dg and du on the way, it is the g of the formula, and there may
     be no products. `ready` and `config` are as in `wgrad`.
     """
-    fields = tuple(zip(*products, strict=True)) or ((),) * len(Product._fields)
-    thins, dtypes, turned, keeps, intos, bs, dss, _, wides = fields
+    thins, dtypes, turned, keeps, intos, bs, dss, _, wides = tuple(zip(*products, strict=True)) or ((),) * 9
     kinds = [tuple(map(facts, ts)) for ts in (thins, intos, bs, dss, keeps)]
     made_of = facts(wide), facts(activation.up), facts(activation.dh)
     how = activation.name, wide.device, ready, precision(wide), config, _launch.imagined
-    settled = _settle(made_of, *kinds, dtypes, turned, wides, *how)
-    return slot.keep(settled) if slot else settled
+    return (slot or Slot()).keep(_settle(made_of, *kinds, dtypes, turned, wides, *how))
 
 
 @functools.lru_cache(maxsize=4096)
 def _settle(
     made_of: tuple[Facts, Facts | None, Facts | None], thins: tuple[Facts, ...], intos: tuple[Facts | None, ...],
     bs: tuple[Facts | None, ...], dss: tuple[Facts | None, ...], keeps: tuple[Facts | None, ...],
-    dtypes: tuple[torch.dtype, ...], turned: tuple[bool, ...], wides: tuple[int, ...],
-    activation: str | None, device: torch.device, ready: bool, precision: str, config: WgradConfig | None,
-    imagined: object,
+    dtypes: tuple[torch.dtype, ...], turned: tuple[bool, ...], wides: tuple[int, ...], activation: str | None,
+    device: torch.device, ready: bool, precision: str, config: WgradConfig | None, imagined: object,
 ) -> Settled:  # fmt: skip
-    (rows, width), dtype = made_of[0].shape, made_of[0].dtype
+    (rows, width), _, dtype, _ = made_of[0]
     widths, shrunk = [thin.shape[1] for thin in thins], [b.shape[1] for b in bs if b is not None]
     strided = all(1 not in t.strides for t in made_of if t) or any(1 not in b.strides for b in bs if b)
     config = config or wgrad_config(
@@ -374,11 +366,12 @@ def _settle(
     dependent = _launch.dependent_launch(device)
     ready = ready and dependent
     new_dss = [b and not ds and new_rows((rows, b.shape[1]), dtype, device) for b, ds in zip(bs, dss, strict=True)]
-    pitches = [(_launch.thin_pitch(b.shape[1], dtype), 1) if b else (0, 0) for b in bs]
-    dss = [ds or Facts((rows, 0), pitch, dtype, True) for ds, pitch in zip(dss, pitches, strict=True)]
+    pitches = [
+        ds.strides[0] if ds else b and _launch.thin_pitch(b.shape[1], dtype) for b, ds in zip(bs, dss, strict=True)
+    ]
     gs = []
-    for thin, into, g_dtype, flip in zip(thins, intos, dtypes, turned, strict=True):
-        shape = (thin.shape[1], width) if flip else (width, thin.shape[1])
+    for columns, into, g_dtype, flip in zip(widths, intos, dtypes, turned, strict=True):
+        shape = (columns, width) if flip else (width, columns)
         g = into or made(shape, g_dtype)
         gs.append((None if into else allocator(shape, g_dtype, device), g.t() if flip else g))
     launch = Launch(
@@ -386,7 +379,7 @@ def _settle(
         (
             rows, width, tuple(widths) or None, config.rows_per_split,
             *(stride for t in made_of for stride in (t.strides if t else (0, 0))),
-            *_strides(thins), *_strides(bs), *_strides([g for _, g in gs]), _strides(dss)[0],
+            *_strides(thins), *_strides(bs), *_strides([g for _, g in gs]), pitches or None,
         ),
         dict(
             ROWS=len(thins), WIDE=wides or None, ACTIVATION=activation, HAS_KEEP=any(keeps), HAS_SHRINK=bool(shrunk),
@@ -396,9 +389,9 @@ def _settle(
         ),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(ready)), device,
     )  # fmt: skip
-    g_size, ds_size = splits * width * sum(widths) if splits > 1 else 0, blocks * rows * sum(shrunk)
-    new_parts = [allocator((size,), torch.float32, device) if size else None for size in (g_size, ds_size)]
-    return Settled(launch, [new for new, _ in gs], new_dss, *new_parts, tiles + splits if g_size or ds_size else 0)
+    sizes = splits * width * sum(widths) if splits > 1 else 0, blocks * rows * sum(shrunk)
+    new_parts = [allocator((size,), torch.float32, device) if size else None for size in sizes]
+    return Settled(launch, [new for new, _ in gs], new_dss, *new_parts, tiles + splits if any(sizes) else 0)
 
 
 def _strides(operands: Sequence[Facts | None]) -> tuple[tuple[int, ...] | None, ...]:
