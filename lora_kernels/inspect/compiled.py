@@ -154,4 +154,4 @@ def _forward(case: Case) -> tuple[torch.Tensor, ...]:
     if case.accumulate:
         for adapter in first[1:3]:
             adapter.grad = torch.empty_like(adapter)
-    return (LoRALinearFunction.apply(x, *first, 2.0, case.p, "triton", case.accumulate),)
+    return (LoRALinearFunction.apply(x, *first, (2.0, case.p, "triton", case.accumulate, None)),)

@@ -366,9 +366,8 @@ def _settle(
     dependent = _launch.dependent_launch(device)
     ready = ready and dependent
     new_dss = [b and not ds and new_rows((rows, b.shape[1]), dtype, device) for b, ds in zip(bs, dss, strict=True)]
-    pitches = [
-        ds.strides[0] if ds else b and _launch.thin_pitch(b.shape[1], dtype) for b, ds in zip(bs, dss, strict=True)
-    ]
+    pitch = functools.partial(_launch.thin_pitch, dtype=dtype)
+    pitches = tuple([ds.strides[0] if ds else pitch(b.shape[1]) if b else 0 for b, ds in zip(bs, dss, strict=True)])
     gs = []
     for columns, into, g_dtype, flip in zip(widths, intos, dtypes, turned, strict=True):
         shape = (columns, width) if flip else (width, columns)

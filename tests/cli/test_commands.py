@@ -143,9 +143,9 @@ def test_verify_fails_on_a_wrong_scale(monkeypatch, tmp_path, capsys):
 
 
 def test_verify_fails_on_nan_and_still_writes_json(monkeypatch, tmp_path):
-    matmul_expand = torch_backend.matmul_expand
+    expand = torch_backend.matmul_expand_all
     monkeypatch.setattr(
-        torch_backend, "matmul_expand", lambda *args, **kwargs: matmul_expand(*args, **kwargs) * float("nan")
+        torch_backend, "matmul_expand_all", lambda *args, **more: [y * torch.nan for y in expand(*args)]
     )
     assert _quick_torch("--json", str(tmp_path / "v.json")) == 1
     assert "NaN or inf" in json.loads((tmp_path / "v.json").read_text())["cases"][0]["message"]

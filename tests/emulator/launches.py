@@ -61,18 +61,18 @@ class Seen(NamedTuple):
 def recorded(dry: bool = False) -> Iterator[list[Seen]]:
     """Note every launch; with `dry` there are none: nothing is compiled, and results mean nothing."""
     seen: list[Seen] = []
-    stock = Launch.now
+    stock = Launch.__call__
 
-    def now(launch: Launch, *arguments: Any) -> None:
+    def call(launch: Launch, *arguments: Any) -> None:
         seen.append(_seen(launch, arguments))
         if not dry:
             stock(launch, *arguments)
 
-    Launch.now = now
+    Launch.__call__ = call
     try:
         yield seen
     finally:
-        Launch.now = stock
+        Launch.__call__ = stock
 
 
 def _seen(launch: Launch, arguments: tuple) -> Seen:

@@ -16,6 +16,7 @@ import re
 import selectors
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 
 TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -222,6 +223,8 @@ def _fork(run: Callable[[], int]) -> tuple[int, int]:
     status = 3
     try:
         status = run()
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(status)

@@ -38,7 +38,7 @@ def test_a_layer_moves_what_its_formulas_say(m, k, n, r, dtype, p, log):
     x, w, a, b = (torch.ones(s, dtype=dtype) for s in ((m, k), (n, k), (r, k), (n, r)))
     for t in (x, a, b):
         t.requires_grad_()
-    y = LoRALinearFunction.apply(x, w, a, b, torch.ones(n, dtype=dtype), 2.0, p, "triton")
+    y = LoRALinearFunction.apply(x, w, a, b, torch.ones(n, dtype=dtype), (2.0, p, "triton", False, None))
     y.backward(torch.ones_like(y))
     sms = num_sms(torch.device("cpu"))
     check(log, traffic.layer(m, k, n, r, dtype, p > 0, sms, tma=False, bias=dtype.itemsize))

@@ -72,7 +72,7 @@ def assert_same(got, expected):
 def calls(monkeypatch):
     """Of the function that computes a block at once."""
     made = []
-    for name in ("lora_qkv", "lora_mlp"):
+    for name in ("project", "lora_mlp"):
         function = getattr(blocks, name)
 
         def spy(*args, _function=function, **kwargs):

@@ -57,7 +57,7 @@ def of_wgrad(change):
         stock = torch_backend.activation_wgrad
         monkeypatch.setattr(
             torch_backend, "activation_wgrad",
-            lambda gate, up, dh, activation, *asked: stock(gate, up, dh, activation, *change(*asked)),
+            lambda gate, up, dh, activation, *asked, slot: stock(gate, up, dh, activation, *change(*asked)),
         )  # fmt: skip
 
     return plant
@@ -81,20 +81,22 @@ def no_scaling_of_down(monkeypatch):
 
 
 def no_low_rank_term_in_dh(monkeypatch):
-    stock = torch_backend.matmul_expand
-    monkeypatch.setattr(torch_backend, "matmul_expand", lambda sources, bias=None, keep=None: stock(
-        sources if keep is None else sources[:1], bias
-    ))  # fmt: skip
+    stock = passes.linear.from_dy
+
+    def changed(steps, dy, weight, lora_A, *rest):
+        return stock(steps, dy, weight, None if lora_A is None else 0 * lora_A, *rest)
+
+    monkeypatch.setattr(passes.linear, "from_dy", changed)
 
 
 def dx_of_the_gate_alone(monkeypatch):
-    stock = passes.projections.backward
+    stock = passes.projections.backward_pass
 
-    def changed(x, parts, need_x, backend, made=None):
-        dx, _ = stock(x, parts[:1], need_x, backend, made[:1])
-        return dx, stock(x, parts, False, backend, made)[1]
+    def changed(steps, need_x, parts, x, made):
+        dx, _ = stock(steps, need_x, parts[:1], x, made[:1])
+        return dx, stock(steps, False, parts, x, made)[1]
 
-    monkeypatch.setattr(passes.projections, "backward", changed)
+    monkeypatch.setattr(passes.projections, "backward_pass", changed)
 
 
 MISTAKES = {  # and the outputs in which each must show
