@@ -150,6 +150,7 @@ def test_battery_keeps_its_time_and_says_what_happened(tmp_path, monkeypatch):
         assert set(archive.getnames()) == written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [False, True])
 def test_battery_runs_the_tests_that_it_can(spread, tmp_path, monkeypatch, log):
     """A machine without pytest-timeout, perhaps without pytest-xdist, and without a package that some test imports."""
@@ -172,6 +173,7 @@ def test_battery_runs_the_tests_that_it_can(spread, tmp_path, monkeypatch, log):
     assert (record["state"], record["file"]) == ("failed", "gpu_tests.xml")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_battery_that_is_ended_leaves_nothing_running(number, tmp_path):
     """`timeout` and schedulers end it by SIGTERM; a step is in a session of its own and would hold the GPU."""
@@ -246,6 +248,7 @@ def test_every_command_line_of_bench_is_one_that_it_takes(plan, rehearse):
             assert all(levels.names(level, settings(only=tuple(args.providers)), r) for level, _, r, _ in cases)
 
 
+@pytest.mark.slow
 def test_the_tests_of_a_first_run_are_all_there_is_between_its_steps():
     """Races have a step of their own, and so have graphs: chosen by words that no other test has in its name."""
     ran = subprocess.run(
@@ -259,6 +262,7 @@ def test_the_tests_of_a_first_run_are_all_there_is_between_its_steps():
         assert of_word == {test for test in found if test.startswith(f"tests/gpu/test_gpu_{word}.py")}
 
 
+@pytest.mark.slow
 def test_the_tests_that_need_a_gpu_load_no_more_than_they_need():
     listing = "import sys; sys.path[:0] = ['tests', 'tests/samples', 'tests/gpu']; import glob, pathlib\n"
     listing += "for file in glob.glob('tests/gpu/test_gpu*.py'): __import__(pathlib.Path(file).stem)\n"
@@ -281,6 +285,7 @@ def test_a_verification_of_every_dtype_is_one_result():
     assert verifying.merged([], ["bf16"])["missing"] == ["bf16"]
 
 
+@pytest.mark.slow
 def test_battery_rehearsal(tmp_path, monkeypatch):
     (tmp_path / "without").mkdir()
     (tmp_path / "without" / "peft.py").write_text("raise ImportError")  # the real one takes seconds to load

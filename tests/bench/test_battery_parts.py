@@ -142,6 +142,7 @@ def test_a_text_that_is_not_there_is_told(tmp_path):
         variants.copied(variants.Variant("parallel.py", "no such text", ""), tmp_path)
 
 
+@pytest.mark.slow
 def test_it_is_the_copy_that_is_timed(monkeypatch, tmp_path, capsys):
     broken = variants.Variant("cli/bench.py", "def run(args", "raise SystemExit('the copy')\ndef run(args")
     monkeypatch.setattr(variants, "VARIANTS", {"as it is": None, "broken": broken})

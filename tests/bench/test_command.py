@@ -136,6 +136,7 @@ def test_labels_are_those_that_were_built():
     assert list(tables.labels_of([unbuilt])) == ["frozen", "ours", "peft", "addmm"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_peft")
 @pytest.mark.parametrize(
     ("level", "said"),

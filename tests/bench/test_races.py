@@ -87,6 +87,7 @@ sys.exit(not (emulator.edits and any(wrong.values())))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is built by g++, and there is none")
 def test_launches_that_do_not_wait_are_found_out():
     """By compiled kernels that overlap: their waits for the launch before taken out."""

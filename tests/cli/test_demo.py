@@ -53,6 +53,7 @@ def test_files_hold_the_adapter_alone_and_its_config(short_run):
 TINY = (*SHORT, "--steps", "4", "--lora-steps", "12", "--r", "4")
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(tmp_path):
     curves = []
     for name in ("a.json", "b.json"):

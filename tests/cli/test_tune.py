@@ -167,6 +167,7 @@ def test_within_the_noise_the_rules_form_is_what_is_stored():
     assert shown.count("the rule's") == 2
 
 
+@pytest.mark.slow
 def test_a_wrong_form_is_never_timed_nor_stored(monkeypatch):
     """The kernels and hybrids themselves are checked here, forward and with dropout."""
     beta1 = hybrid.beta1

@@ -32,6 +32,7 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @needs_compiler
 @slow_machines
 def test_right_kernels_pass(tmp_path, capsys):
@@ -59,6 +60,7 @@ def test_wrong_kernels_fail(checkout, capsys):
     assert "dx" in said
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_no_time_is_nothing_to_execute(capsys):
     assert verify("--minutes", "0") == 2

@@ -132,6 +132,7 @@ def test_wgrad_sums_all_rows_in_any_split(rows, wide, thin, l_layout, r_layout, 
     assert torch.equal(g.cpu().long(), left.T @ (right * keep if masked else right))
 
 
+@pytest.mark.slow
 @examples
 @given(
     st.tuples(sizes, sizes, sizes, ranks), dtypes, st.floats(0, 0.99), st.floats(-8, 8, width=32), st.booleans(),

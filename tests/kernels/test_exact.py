@@ -114,7 +114,7 @@ def test_any_number_of_sources(tma, path_dtype, device):
         assert torch.equal(y.float(), expected), f"{count} sources"
 
 
-@pytest.mark.parametrize("config", [ShrinkConfig(16, 16, 16, 32, 4, 2), ShrinkConfig(32, 64, 32, 4096, 4, 2)], ids=str)
+@pytest.mark.parametrize("config", [ShrinkConfig(16, 16, 16, 32, 4, 2), ShrinkConfig(32, 64, 32, 128, 4, 2)], ids=str)
 @pytest.mark.parametrize("r", [1, 16, 40])
 def test_shrink_in_every_tile(config, r, device):
     case = exact.draw(45, 70, 9, r)

@@ -48,6 +48,7 @@ def test_layouts(layout, device):
     assert_accurate(LAYOUTS[layout](problem))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rule_3_pooled_over_many_problems(dtype, device):
     """Errors pooled over random problems: no worse than eager's, and better where a rounding is saved."""

@@ -58,6 +58,7 @@ def test_layouts(layout, name, p, device, take):
     check(LAYOUTS[layout](make_problem((29,), 40, 36, 6, dtype, device, bias=True, dropout_p=p)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HYBRIDS)
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=str)
 def test_rule_3_pooled_over_many_problems(name, adapters, device, take):

@@ -236,6 +236,7 @@ def start(script, *args):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_processes_that_save_lose_nothing(folder):
     running = [start(SAVES, who, 50) for who in (1, 2)]
     for process in running:
@@ -245,6 +246,7 @@ def test_processes_that_save_lose_nothing(folder):
         assert all(ask(Product(1, who, i + 1, 16, 2)) == ("fused", who) for i in range(50))
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_saves_leaves_a_good_table(folder):
     draw = random.Random(0)
     for _ in range(2):
@@ -266,6 +268,7 @@ with tuned.tuning():
 """
 
 
+@pytest.mark.slow
 def test_one_tuner_at_a_time_across_processes(folder):
     process = start(HOLDS)
     assert process.stdout.readline() == "held\n"
