@@ -16,9 +16,9 @@ from lora_kernels.dropout import threshold
 from lora_kernels.measure import timing
 from lora_kernels.measure.presets import Shape
 from lora_kernels.passes.layer import Projection
-from lora_kernels.verify import block_judge
+from lora_kernels.verify import judge
 from lora_kernels.verify.block_problems import MLP, QKV, BlockProblem
-from lora_kernels.verify.provider import BlockProvider
+from lora_kernels.verify.provider import Provider
 
 __all__ = ["BLOCKS", "admit", "clone", "cost_of", "draw", "run_case"]
 
@@ -56,7 +56,7 @@ def clone(problem: BlockProblem) -> BlockProblem:
 
 def run_case(
     block: str, shape: Shape, r: int, p: float, settings: Settings, tick: Callable[[str], None] = lambda doing: None,
-    build: Callable[[str, BlockProblem, str], BlockProvider] = block_providers.build,
+    build: Callable[[str, BlockProblem, str], Provider] = block_providers.build,
 ) -> dict[str, Any]:  # fmt: skip
     """Check every provider on a block of `BLOCKS`, measure its memory and time it; return plain data.
 
@@ -72,7 +72,7 @@ def run_case(
     if settings.compiled:
         # dynamo's cache is by code, not by layer
         torch._dynamo.reset()
-    problem, truth = draw(block, shape, r, p, settings), block_judge.Truth()
+    problem, truth = draw(block, shape, r, p, settings), judge.Truth()
     copies = layer_case.copies_of(problem, sum(t.nbytes for t in _operands(problem)), clone, settings)
     rows, timed = layer_case.admit_all(
         list(settings.only) or block_providers.names_for(settings.dtype, settings.compiled),
@@ -111,8 +111,8 @@ def cost_of(problem: BlockProblem, r: int) -> Block:
 
 
 def admit(
-    name: str, construct: Callable[[], BlockProvider], truth: block_judge.Truth, r: int, settings: Settings
-) -> tuple[dict[str, Any], BlockProvider | None]:
+    name: str, construct: Callable[[], Provider], truth: judge.Truth, r: int, settings: Settings
+) -> tuple[dict[str, Any], Provider | None]:
     """Build, judge and weigh a provider.
 
     Args:
@@ -129,7 +129,7 @@ def admit(
     try:
         provider = construct()
         row["label"] = provider.label
-        verdict = block_judge.judge(provider, truth)
+        verdict = judge.judge(provider, truth)
         row["check"] = {"ok": verdict.ok, "worst": verdict.worst, "rule": verdict.rule}
         if not verdict.ok:
             row["reason"] = f"wrong result, not timed: {verdict.reason}"
