@@ -17,7 +17,7 @@ from lora_kernels.bench.providers import add as add_providers
 from lora_kernels.bench.providers import block as block_providers
 from lora_kernels.measure.presets import PRESETS, Shape, block_shape
 from lora_kernels.measure.timing import Calls
-from lora_kernels.verify import block_judge, judge
+from lora_kernels.verify import judge
 
 __all__ = ["SUBJECTS", "Admitted", "Options", "names"]
 
@@ -161,7 +161,7 @@ def _add(options: Options) -> Callable[[str], Admitted]:
 
 def _block(kind: str, options: Options) -> Callable[[str], Admitted]:
     shape, r, settings = options.shape_of(kind), options.r, options.settings
-    problem, truth = block.draw(kind, shape, r, options.p, settings), block_judge.Truth()
+    problem, truth = block.draw(kind, shape, r, options.p, settings), judge.Truth()
     size = block.cost_of(problem, r)
 
     def admit(name: str) -> Admitted:

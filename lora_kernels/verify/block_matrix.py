@@ -11,7 +11,6 @@ from lora_kernels.dropout import threshold
 from lora_kernels.functional import lora_mlp, lora_qkv
 from lora_kernels.passes.layer import Projection
 from lora_kernels.verify import numerics_mlp
-from lora_kernels.verify.block_judge import find_masks
 from lora_kernels.verify.block_problems import (
     MLP,
     QKV,
@@ -19,6 +18,7 @@ from lora_kernels.verify.block_problems import (
     check_projections,
     leaves_of,
 )  # fmt: skip
+from lora_kernels.verify.judge import find_masks
 from lora_kernels.verify.numerics import Finding
 from lora_kernels.verify.numerics_mlp import ACTIVATIONS, MLPProblem
 from lora_kernels.verify.problems import every_other, make_problem, same_bits, storages

@@ -4,8 +4,8 @@
     MLP            y  = down(act(gate(x)) · up(x))             gate, up, down
 
 Each projection is held to `numerics.check`, and the shared dx to `numerics.check_shared_dx`. Peers round an MLP at
-places of their own, which an elementwise bound cannot know; `check_mlp` therefore compares their rms error with that of
-PyTorch's operators. `verify` holds this package's MLP to `numerics_mlp.check`.
+places of their own, which an elementwise bound cannot know; `judge.check_rms` therefore compares their rms error with
+that of PyTorch's operators. `verify` holds this package's MLP to `numerics_mlp.check`.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,9 +21,7 @@ from lora_kernels.verify import numerics, numerics_mlp
 from lora_kernels.verify.numerics import Finding, Problem
 from lora_kernels.verify.numerics_mlp import ACTIVATIONS
 
-__all__ = [
-    "MLP", "QKV", "BlockProblem", "Keeps", "check_mlp", "check_projections", "compose", "leaves_of", "outputs",
-]  # fmt: skip
+__all__ = ["MLP", "QKV", "BlockProblem", "Keeps", "check_projections", "compose", "leaves_of", "outputs"]
 
 QKV, MLP = ("q", "k", "v"), ("gate", "up", "down")
 # layer to its dropout mask, bool of its input's shape
@@ -118,33 +116,6 @@ def outputs(problem: BlockProblem, keeps: Keeps, dtype: torch.dtype) -> dict[str
     ys = compose(problem, leaves["dx"], apply)
     gradients = torch.autograd.grad(ys, tuple(leaves.values()), [dy.to(dtype) for dy in problem.dys])
     return {name: t.detach() for name, t in zip((*problem.ys, *leaves), (*ys, *gradients), strict=True)}
-
-
-def check_mlp(
-    actual: dict[str, Tensor], exact: dict[str, Tensor], eager: dict[str, Tensor], dtype: torch.dtype, summed: int
-) -> list[Finding]:
-    """Hold outputs of any size to rule 2 (`numerics.allowed_rms`); NaN fails.
-
-    Args:
-        actual: Output name to tensor.
-        exact: The truth, in a wider dtype.
-        eager: The outputs of PyTorch's operators.
-        dtype: The dtype computed in; u is its unit roundoff.
-        summed: How many terms are summed to each output.
-
-    Returns:
-        A finding for each output in `actual`, in its order; `rule_1` is 0 because rule 1 does not apply.
-    """
-    findings = []
-    for name, tensor in actual.items():
-        truth = exact[name].double()
-        error, beside = numerics.rms(tensor.double() - truth), numerics.rms(eager[name].double() - truth)
-        allowed = numerics.allowed_rms(beside, numerics.rms(truth), dtype, summed)
-        used = error / allowed if allowed else (float("inf") if error else 0.0)
-        used = used if used == used else float("inf")
-        message = "" if used <= 1 else f"{name} has rms error {error:.3g}, {allowed:.3g} allowed"
-        findings.append(Finding(name, not message, 0.0, used, error / beside if beside else None, message))
-    return findings
 
 
 def check_projections(actual: dict[str, Tensor], problem: BlockProblem, keeps: Keeps, split: bool) -> list[Finding]:

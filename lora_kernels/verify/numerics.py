@@ -42,6 +42,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -80,6 +81,8 @@ class Problem:
         scaling: Multiplies the low-rank term.
         dropout_p: Drop probability.
         keep: The dropout mask used, bool of x's shape; None without dropout.
+
+    A problem also reads as a `block_problems.BlockProblem` of one layer, whose name is "".
     """
 
     x: Tensor
@@ -91,6 +94,23 @@ class Problem:
     scaling: float = 1.0
     dropout_p: float = 0.0
     keep: Tensor | None = None
+    activation: ClassVar[str] = ""
+    ys: ClassVar[tuple[str, ...]] = ("y",)
+
+    @property
+    def dys(self) -> tuple[Tensor, ...]:
+        """The upstream gradient of each output."""
+        return (self.dy,)
+
+    @property
+    def layers(self) -> dict[str, "Problem"]:
+        """The problem itself, which has all that is read of a block's layer, by the layer's name."""
+        return {"": self}
+
+    @property
+    def summed(self) -> dict[str, int]:
+        """The n of rule 2 by output, see `terms`."""
+        return terms(self)
 
     def output_dtypes(self) -> dict[str, torch.dtype]:
         """Return the dtype each output is rounded to: x's, and the adapters' own for their gradients."""

@@ -9,57 +9,37 @@ from torch import Tensor
 from lora_kernels.verify.block_problems import BlockProblem
 from lora_kernels.verify.numerics import Problem
 
-__all__ = ["BlockProvider", "Provider"]
+__all__ = ["Provider"]
 
 
 @dataclass(frozen=True)
 class Provider:
-    """An implementation of the layer that can be timed.
+    """An implementation of the layer or of a block that can be timed.
 
     Attributes:
         label: Its name in the tables; a dtype in it is that of the adapters.
         problem: The problem it computes; the adapters may be wider than the case's.
-        forward: Computes y from the leaves.
-        leaves: Gradient name (dx, d_lora_A, d_lora_B, dbias) to the tensor that it is the gradient of.
-        rule: Its error rule: "kernel" and "operators" are `numerics.check` without and with `split`; "peer" is an
-            rms error of at most twice that of PyTorch's operators.
-        cost: Its formula in `cost.layer.COSTS` or, for `lora_add`, in `cost.add.COSTS`; "" where a compiler chooses its
-            launches.
+        forward: Computes y from the leaves, for a block the tuple of its outputs.
+        leaves: Gradient name (dx, d_lora_A, d_lora_B, dbias; for a block see `block_problems.leaves_of`) to the tensor
+            that it is the gradient of.
+        rule: Its error rule: "kernel" and "operators" are `numerics`' rules without and with `split`; "peer" is an rms
+            error of at most twice that of PyTorch's operators. An MLP is always held to "peer".
+        cost: Its formula in `cost.layer.COSTS`, for `lora_add` in `cost.add.COSTS`, for a block in `cost.block.COSTS`;
+            "" where a compiler chooses its launches or no formula is written.
     """
 
     label: str
-    problem: Problem
-    forward: Callable[[], Tensor]
+    problem: Problem | BlockProblem
+    forward: Callable[[], Tensor | tuple[Tensor, ...]]
     leaves: dict[str, Tensor] = field(default_factory=dict)
     rule: str = "peer"
     cost: str = ""
 
-    def backward(self, y: Tensor, dy: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return the gradients of the leaves, in their order, for `dy` or else for the problem's own dy."""
-        return torch.autograd.grad(y, tuple(self.leaves.values()), self.problem.dy if dy is None else dy)
+    def backward(self, ys: Tensor | tuple[Tensor, ...], dys: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
+        """Return the gradients of the leaves, in their order, for `dys` or else for the problem's own.
 
-
-@dataclass(frozen=True)
-class BlockProvider:
-    """An implementation of a block that can be timed.
-
-    Attributes:
-        label: Its name in the tables; a dtype in it is that of the adapters.
-        problem: The problem it computes; the adapters may be wider than the case's.
-        forward: Computes the outputs from the leaves.
-        leaves: Gradient name to the tensor that it is the gradient of.
-        rule: The error rule of projections: "kernel" and "operators" are `numerics`' rules without and with `split`;
-            "peer" is an rms error of at most twice that of PyTorch's operators. An MLP is always held to "peer".
-        cost: Its formula in `cost.block.COSTS`; "" where a compiler chooses its launches or no formula is written.
-    """
-
-    label: str
-    problem: BlockProblem
-    forward: Callable[[], tuple[Tensor, ...]]
-    leaves: dict[str, Tensor] = field(default_factory=dict)
-    rule: str = "peer"
-    cost: str = ""
-
-    def backward(self, ys: tuple[Tensor, ...], dys: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
-        """Return the gradients of the leaves, in their order, for `dys` or else for the problem's own."""
+        Args:
+            ys: What `forward` returned.
+            dys: The upstream gradient of each output, of a layer a tuple of one.
+        """
         return torch.autograd.grad(ys, tuple(self.leaves.values()), self.problem.dys if dys is None else dys)

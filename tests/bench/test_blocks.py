@@ -22,8 +22,9 @@ from lora_kernels.bench.show import levels as level_tables
 from lora_kernels.bench.show import tables
 from lora_kernels.cli import bench
 from lora_kernels.measure.presets import PRESETS, Shape, block_shape, parse_shape
-from lora_kernels.verify import block_judge
-from lora_kernels.verify.block_problems import check_mlp, outputs
+from lora_kernels.verify import judge
+from lora_kernels.verify.block_problems import outputs
+from lora_kernels.verify.provider import Provider
 
 QKV, MLP = Shape(48, 40, 36, others=(12, 20)), Shape(48, 40, 56)
 SHAPES = {"qkv": QKV, "mlp": MLP}
@@ -156,7 +157,7 @@ def off(which):
     def change(provider):
         place = list(provider.leaves).index(which)
 
-        class Off(block_providers.BlockProvider):
+        class Off(Provider):
             def backward(self, ys, dys=None):
                 return tuple(g * (1.001 if i == place else 1) for i, g in enumerate(super().backward(ys, dys)))
 
@@ -225,13 +226,22 @@ def test_other_masks_than_those_that_were_found_are_an_error():
         torch.rand(1)
         return forward()
 
-    verdict = block_judge.judge(provider, block_judge.Truth())
+    verdict = judge.judge(provider, judge.Truth())
     assert verdict.ok, verdict.reason
-    masks = block_judge.find_masks(problem, provider.leaves, lambda dys: block_judge.run_once(provider, dys, 1)["dx"])
+    masks = judge.find_masks(problem, provider.leaves, lambda dys: judge.run_once(provider, dys, 1)["dx"])
     other = dataclasses.replace(provider, forward=draws_others)
-    actual = block_judge.run_once(other, problem.dys, 1)
+    actual = judge.run_once(other, problem.dys, 1)
     truth = [outputs(problem, masks, dtype) for dtype in (torch.float64, torch.float32)]
-    assert not all(finding.ok for finding in check_mlp(actual, *truth, torch.float32, problem.summed))
+    assert not all(finding.ok for finding in judge.check_rms(actual, *truth, torch.float32, problem.summed))
+
+
+@pytest.mark.parametrize(("rule", "named"), [("peer", ["y q", "y k", "y v"]), ("operators", ["y q", "dA q", "dB q"])])
+def test_of_a_block_s_wrong_outputs_the_first_three_are_named(rule, named):
+    problem = block_case.draw("qkv", QKV, 8, 0.0, settings())
+    provider = with_forward(lambda ys: tuple(2 * y for y in ys))(block_providers.build("per_layer", problem))
+    reason = judge.judge(dataclasses.replace(provider, rule=rule), judge.Truth()).reason
+    every = [f"y {name}" for name in problem.layers] + list(provider.leaves)
+    assert {name for name in every if f"; {name}" in f"; {reason}"} == set(named)
 
 
 @pytest.mark.parametrize("block", SHAPES)
@@ -239,7 +249,7 @@ def test_masks_are_read_off_the_provider(block):
     problem = block_case.draw(block, SHAPES[block], 8, 0.3, settings())
     before = {name: [t.clone() for t in q[:3]] for name, q in problem.layers.items()}
     provider = block_providers.build("per_layer", problem)
-    found = block_judge.find_masks(problem, provider.leaves, lambda dys: block_judge.run_once(provider, dys, 5)["dx"])
+    found = judge.find_masks(problem, provider.leaves, lambda dys: judge.run_once(provider, dys, 5)["dx"])
     torch.manual_seed(5)
     for name, q in problem.layers.items():
         width = q.weight.shape[1]
@@ -252,7 +262,7 @@ def test_an_mlp_may_be_twice_as_far_off_as_pytorch(times, ok):
     problem = block_case.draw("mlp", MLP, 8, 0.0, settings())
     exact, by_pytorch = (outputs(problem, {}, dtype) for dtype in (torch.float64, torch.float32))
     actual = {name: exact[name] + times * (by_pytorch[name].double() - exact[name]) for name in exact}
-    findings = check_mlp(actual, exact, by_pytorch, torch.float32, summed=0)
+    findings = judge.check_rms(actual, exact, by_pytorch, torch.float32, summed=0)
     assert [finding.name for finding in findings] == list(exact)
     assert {finding.ok for finding in findings} == {ok}
     assert all((finding.rule_2 <= 1) == ok for finding in findings)
@@ -288,8 +298,7 @@ def test_the_decoder_s_own_row_is_made_of_blocks(monkeypatch):
     for name, expected in (("ours", ["lora_qkv", "lora_mlp"]), ("per_layer", [])):
         calls.clear()
         trial = bench_of_one.trial(name)
-        _, reason = model_case.check(trial, bench_of_one)
-        assert reason == ""
+        assert model_case.check(trial, bench_of_one).reason == ""
         assert calls == expected * 2  # without dropout and with it
         assert trial.label.startswith("lora_kernels" if name == "ours" else "lora_linear alone")
 

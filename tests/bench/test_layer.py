@@ -248,12 +248,22 @@ def test_no_time_for_a_wrong_result(what, rule):
     assert tables.speedups([case]).keys() == {"frozen"}
 
 
+@pytest.mark.usefixtures("no_peft")
+@pytest.mark.parametrize("rule", ["peer", "operators"])
+def test_every_wrong_output_of_a_layer_is_named(rule):
+    build, _ = broken(lambda y, problem: 2 * y, lambda gradients: tuple(2 * g for g in gradients))
+    provider = dataclasses.replace(build(draw(SHAPE, 4, 0.0, settings()), "torch"), rule=rule)
+    reason = judge.judge(provider, judge.Truth()).reason
+    assert all(f"; {name}" in f"; {reason}" for name in ("y", "dx", "d_lora_A", "d_lora_B"))
+
+
 @pytest.mark.parametrize(("times", "ok"), [(1.0, True), (1.9, True), (3.5, False)])
 def test_peers_may_be_twice_as_far_off_as_pytorch(times, ok):
     problem = draw(SHAPE, 4, 0.0, settings())
-    exact, by_pytorch = judge.Truth().of(problem)
+    exact, by_pytorch = judge.Truth().of(problem, {})
     actual = {name: exact[name] + times * (by_pytorch[name].double() - exact[name]) for name in exact}
-    verdict = judge._peer(actual, problem, judge.Truth())
+    findings = judge.check_rms(actual, exact, by_pytorch, problem.x.dtype, problem.summed)
+    verdict = judge.Verdict.of(findings, judge.BY_RMS)
     assert verdict.ok == ok
     assert (verdict.worst <= 1) == ok
 
@@ -306,10 +316,13 @@ def test_a_mask_is_packed_little_end_first():
 def test_the_mask_is_read_off_the_provider():
     problem = draw(SHAPE, 4, 0.3, settings())
     weight = problem.weight.clone()
-    keep, reason = judge.find_mask(providers.build("ours", problem), seed=5)
+    provider = providers.build("ours", problem)
+    found = judge.find_masks(problem, provider.leaves, lambda dys: judge.run_once(provider, dys, 5)["dx"])
+    keep = found.pop("")
+    assert found == {}
     torch.manual_seed(5)
     assert torch.equal(keep, torch_backend.draw_mask(problem.x.shape, problem.dropout_p, CPU).bool())
-    assert reason == ""
+    assert judge.wrong_share(keep, problem.dropout_p) == ""
     assert torch.equal(problem.weight, weight)
     assert problem.dropout_p == dropout.threshold(0.3) / 65536
 

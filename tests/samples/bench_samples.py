@@ -80,8 +80,8 @@ def broken(forward=None, gradients=lambda g: g):
 
     @dataclasses.dataclass(frozen=True)
     class Broken(Provider):
-        def backward(self, y, dy=None):
-            return gradients(super().backward(y, dy))
+        def backward(self, ys, dys=None):
+            return gradients(super().backward(ys, dys))
 
     calls = []
 

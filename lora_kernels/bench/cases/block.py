@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from lora_kernels.bench.cases import layer as layer_case
-from lora_kernels.bench.cases.layer import Settings, first_line, held_bytes, peak_bytes
+from lora_kernels.bench.cases.layer import Settings, saved_bytes
 from lora_kernels.bench.cost import block as block_cost
 from lora_kernels.bench.cost.block import Block
 from lora_kernels.bench.providers import block as block_providers
 from lora_kernels.dropout import threshold
-from lora_kernels.measure import timing
 from lora_kernels.measure.presets import Shape
 from lora_kernels.passes.layer import Projection
-from lora_kernels.verify import block_judge
+from lora_kernels.verify import judge
 from lora_kernels.verify.block_problems import MLP, QKV, BlockProblem
-from lora_kernels.verify.provider import BlockProvider
+from lora_kernels.verify.provider import Provider
 
 __all__ = ["BLOCKS", "admit", "clone", "cost_of", "draw", "run_case"]
 
@@ -56,7 +55,7 @@ def clone(problem: BlockProblem) -> BlockProblem:
 
 def run_case(
     block: str, shape: Shape, r: int, p: float, settings: Settings, tick: Callable[[str], None] = lambda doing: None,
-    build: Callable[[str, BlockProblem, str], BlockProvider] = block_providers.build,
+    build: Callable[[str, BlockProblem, str], Provider] = block_providers.build,
 ) -> dict[str, Any]:  # fmt: skip
     """Check every provider on a block of `BLOCKS`, measure its memory and time it; return plain data.
 
@@ -69,18 +68,14 @@ def run_case(
         tick: Called with a description of each step.
         build: Builds a provider from its name, a problem and a backend.
     """
-    if settings.compiled:
-        # dynamo's cache is by code, not by layer
-        torch._dynamo.reset()
-    problem, truth = draw(block, shape, r, p, settings), block_judge.Truth()
-    copies = layer_case.copies_of(problem, sum(t.nbytes for t in _operands(problem)), clone, settings)
-    rows, timed = layer_case.admit_all(
+    layer_case.forget_compiled(settings)
+    problem, truth = draw(block, shape, r, p, settings), judge.Truth()
+    copies = layer_case.copies_of(problem, clone, settings)
+    rows = layer_case.run_all(
         list(settings.only) or block_providers.names_for(settings.dtype, settings.compiled),
         lambda name: admit(name, lambda: build(name, problem, settings.backend), truth, r, settings),
-        lambda name: [build(name, copy, settings.backend) for copy in copies[1:]], settings, tick,
+        lambda name: [build(name, copy, settings.backend) for copy in copies[1:]], truth.forget, settings, tick,
     )  # fmt: skip
-    truth.forget()
-    layer_case.take_times(rows, timed, settings, tick)
     cost = cost_of(problem, r)
     base, work = (block_cost.flops(cost, rank) for rank in (0, r))
     layer_case.compare(rows, base, work, settings)
@@ -92,11 +87,6 @@ def run_case(
         "floor_bytes": block_cost.COSTS["floor"](cost, p > 0).total,
         "providers": rows,
     }  # fmt: skip
-
-
-def _operands(problem: BlockProblem) -> list[Tensor]:
-    of_layers = (t for q in problem.layers.values() for t in (q.weight, q.lora_A, q.lora_B) if t is not None)
-    return [problem.x, *problem.dys, *of_layers]
 
 
 def cost_of(problem: BlockProblem, r: int) -> Block:
@@ -111,8 +101,8 @@ def cost_of(problem: BlockProblem, r: int) -> Block:
 
 
 def admit(
-    name: str, construct: Callable[[], BlockProvider], truth: block_judge.Truth, r: int, settings: Settings
-) -> tuple[dict[str, Any], BlockProvider | None]:
+    name: str, construct: Callable[[], Provider], truth: judge.Truth, r: int, settings: Settings
+) -> tuple[dict[str, Any], Provider | None]:
     """Build, judge and weigh a provider.
 
     Args:
@@ -125,25 +115,11 @@ def admit(
     Returns:
         The provider's row, and the provider itself if it may be timed.
     """
-    row: dict[str, Any] = {"label": name, "reason": "", "check": None, "seconds": {}}
-    try:
-        provider = construct()
-        row["label"] = provider.label
-        verdict = block_judge.judge(provider, truth)
-        row["check"] = {"ok": verdict.ok, "worst": verdict.worst, "rule": verdict.rule}
-        if not verdict.ok:
-            row["reason"] = f"wrong result, not timed: {verdict.reason}"
-            return row, None
-        row["saved_bytes"] = held_bytes(provider.forward, [*_operands(provider.problem), *provider.leaves.values()])
-        row["peak_bytes"] = peak_bytes(timing.Calls(provider.forward, provider.backward), settings.device)
-    # a baseline that cannot run here becomes a line in the table and does not stop the run
-    except Exception as error:
-        row["reason"] = first_line(error)
-        return row, None
-    if provider.cost:
+
+    def cost(provider: Provider) -> block_cost.Cost | None:
         dropout = any(q.dropout_p for q in provider.problem.adapted.values())
-        cost = block_cost.COSTS[provider.cost](cost_of(provider.problem, r), dropout)
-        row["model"] = {
-            "forward_bytes": sum(cost.forward), "backward_bytes": sum(cost.backward), "launches": cost.launches
-        }  # fmt: skip
-    return row, provider
+        return block_cost.COSTS[provider.cost](cost_of(provider.problem, r), dropout) if provider.cost else None
+
+    return layer_case.examine(
+        name, construct, lambda provider: judge.judge(provider, truth), saved_bytes, settings, cost
+    )

@@ -16,12 +16,13 @@ from lora_kernels.dropout import threshold
 from lora_kernels.measure import timing
 from lora_kernels.measure.presets import PROJECTIONS, Shape
 from lora_kernels.verify import judge
+from lora_kernels.verify.block_problems import BlockProblem
 from lora_kernels.verify.numerics import Problem
 from lora_kernels.verify.provider import Provider
 
 __all__ = [
-    "Settings", "admit", "admit_all", "clone", "compare", "copies_of", "draw", "first_line", "held_bytes", "peak_bytes",
-    "ready", "run_case", "saved_bytes", "take_times",
+    "Settings", "admit", "clone", "compare", "copies_of", "draw", "examine", "first_line", "forget_compiled",
+    "held_bytes", "peak_bytes", "ready", "run_all", "run_case", "saved_bytes",
 ]  # fmt: skip
 
 _OPERANDS = ("x", "weight", "lora_A", "lora_B", "dy")
@@ -95,17 +96,14 @@ def run_case(
     shape: Shape, r: int, p: float, settings: Settings, tick: Callable[[str], None] = lambda doing: None
 ) -> dict[str, Any]:
     """Run one case and return plain data, for tables and JSON; `tick` is called with a description of each step."""
-    if settings.compiled:
-        # dynamo's cache is by code, not by layer: after eight shapes it would silently run eager
-        torch._dynamo.reset()
+    forget_compiled(settings)
     problem, truth = draw(shape, r, p, settings), judge.Truth()
-    copies = copies_of(problem, sum(getattr(problem, name).nbytes for name in _OPERANDS), clone, settings)
-    rows, timed = admit_all(
+    copies = copies_of(problem, clone, settings)
+    rows = run_all(
         settings.names(r), lambda name: admit(name, problem, truth, settings),
-        lambda name: [settings.build(name, copy, settings.backend) for copy in copies[1:]], settings, tick,
+        lambda name: [settings.build(name, copy, settings.backend) for copy in copies[1:]], truth.forget, settings,
+        tick,
     )  # fmt: skip
-    truth.forget()
-    take_times(rows, timed, settings, tick)
     base, work = (layer_cost.flops(shape.m, shape.k, shape.n, rank) for rank in (0, r))
     compare(rows, base, work, settings)
     return {
@@ -118,28 +116,39 @@ def run_case(
     }  # fmt: skip
 
 
-def copies_of(problem: Any, size: int, clone: Callable[[Any], Any], settings: Settings) -> list[Any]:
-    """Return the problem and, if the buffers are rotated, its copies; the operands of one take `size` bytes."""
+def forget_compiled(settings: Settings) -> None:
+    """Forget the compiled code of earlier cases, if providers are compiled."""
+    if settings.compiled:
+        # dynamo's cache is by code, not by layer or model: after eight shapes it would silently run eager
+        torch._dynamo.reset()
+
+
+def copies_of(problem: Any, clone: Callable[[Any], Any], settings: Settings) -> list[Any]:
+    """Return the problem of a layer or a block and, if the buffers are rotated, the copies that `clone` makes of it."""
     if settings.cache != "rotate" or not settings.passes:
         return [problem]
+    size = sum(t.nbytes for t in _operands(problem))
     return [problem, *(clone(problem) for _ in range(timing.copies_for(size) - 1))]
 
 
-def admit_all(
-    names: list[str], admit: Callable[[str], tuple[dict[str, Any], Any]], others: Callable[[str], list[Any]],
-    settings: Settings, tick: Callable[[str], None],
-) -> tuple[dict[str, dict[str, Any]], dict[str, timing.Calls]]:  # fmt: skip
-    """Build and judge every provider, and measure its memory.
+def _operands(problem: Problem | BlockProblem) -> list[Tensor]:
+    of_layers = (t for q in problem.layers.values() for t in (q.weight, q.lora_A, q.lora_B, q.bias))
+    return [problem.x, *problem.dys, *(t for t in of_layers if t is not None)]
+
+
+def run_all(
+    names: Iterable[str], admit: Callable[[str], tuple[dict[str, Any], Any]], others: Callable[[str], list[Any]],
+    forget: Callable[[], None], settings: Settings, tick: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Build and judge every provider, measure its memory, and time all providers in turn; return their rows.
 
     Args:
         names: Names of the providers.
         admit: Maps a name to the provider's row and to the provider, or None if it may not be timed.
         others: Maps a name to the same provider on each further copy of the operands.
+        forget: Frees what only `admit` needs; called before anything is timed.
         settings: The run's settings.
         tick: Called with a description of each step.
-
-    Returns:
-        The rows, and the calls to time.
     """
     rows, timed, turn = {}, {}, itertools.count()
     for name in names:
@@ -155,17 +164,12 @@ def admit_all(
             timed[name] = ready(calls, settings, turn)
         except Exception as error:
             rows[name]["reason"] = f"cannot be timed so: {first_line(error)}"
-    return rows, timed
-
-
-def take_times(
-    rows: dict[str, dict[str, Any]], timed: dict[str, timing.Calls], settings: Settings, tick: Callable[[str], None]
-) -> None:
-    """Time all providers in turn and write their times into the rows."""
+    forget()
     if settings.passes:
         times = timing.time_all(timed, settings.passes, settings.rounds, settings.clock(), lambda: tick("timing"))
         for name, taken in times.items():
             rows[name]["seconds"] = taken
+    return rows
 
 
 def clone(problem: Problem) -> Problem:
@@ -196,25 +200,52 @@ def admit(
     Returns:
         The provider's row, and the provider itself if it may be timed.
     """
+
+    def cost(provider: Provider) -> layer_cost.Cost | None:
+        return costs[provider.cost](_size(provider.problem), problem.dropout_p > 0) if provider.cost else None
+
+    return examine(
+        name, lambda: settings.build(name, problem, settings.backend), lambda provider: judge.judge(provider, truth),
+        saved_bytes, settings, cost,
+    )  # fmt: skip
+
+
+def examine(
+    name: str, construct: Callable[[], Any], check: Callable[[Any], judge.Verdict], saved: Callable[[Any], int],
+    settings: Settings, cost: Callable[[Any], layer_cost.Cost | None] = lambda provider: None,
+) -> tuple[dict[str, Any], Any]:  # fmt: skip
+    """Build, judge and weigh whatever has a label, a forward and a backward.
+
+    Args:
+        name: Of the provider, for the row of one that cannot be built.
+        construct: Builds the provider.
+        check: Judges the provider.
+        saved: Counts the bytes that autograd holds for the provider's backward.
+        settings: Of the run.
+        cost: Counts the bytes of the provider's launches; None where no formula is known.
+
+    Returns:
+        The provider's row, and the provider itself, or None if it may not be timed.
+    """
     row: dict[str, Any] = {"label": name, "reason": "", "check": None, "seconds": {}}
     try:
-        provider = settings.build(name, problem, settings.backend)
+        provider = construct()
         row["label"] = provider.label
-        verdict = judge.judge(provider, truth)
+        verdict = check(provider)
         row["check"] = {"ok": verdict.ok, "worst": verdict.worst, "rule": verdict.rule}
         if not verdict.ok:
             row["reason"] = f"wrong result, not timed: {verdict.reason}"
             return row, None
-        row["saved_bytes"] = saved_bytes(provider)
+        row["saved_bytes"] = saved(provider)
         row["peak_bytes"] = peak_bytes(timing.Calls(provider.forward, provider.backward), settings.device)
     # a baseline that cannot run here becomes a line in the table and does not stop the run
     except Exception as error:
         row["reason"] = first_line(error)
         return row, None
-    if provider.cost:
-        cost = costs[provider.cost](_size(provider.problem), problem.dropout_p > 0)
+    moved = cost(provider)
+    if moved is not None:
         row["model"] = {
-            "forward_bytes": sum(cost.forward), "backward_bytes": sum(cost.backward), "launches": cost.launches
+            "forward_bytes": sum(moved.forward), "backward_bytes": sum(moved.backward), "launches": moved.launches
         }  # fmt: skip
     return row, provider
 
@@ -262,12 +293,10 @@ def _moved(row: dict[str, Any], which: str) -> int:
 
 def saved_bytes(provider: Provider) -> int:
     """Count the bytes that autograd holds for a provider's backward beyond x and the parameters."""
-    problem = provider.problem
-    given = (problem.x, problem.weight, problem.lora_A, problem.lora_B, problem.bias, *provider.leaves.values())
-    return held_bytes(provider.forward, [t for t in given if t is not None])
+    return held_bytes(provider.forward, [*_operands(provider.problem), *provider.leaves.values()])
 
 
-def held_bytes(forward: Callable[[], Tensor], given: Iterable[Tensor]) -> int:
+def held_bytes(forward: Callable[[], Any], given: Iterable[Tensor]) -> int:
     """Count the bytes that autograd holds for backward beyond the tensors `given`, each storage once."""
     not_counted = {t.untyped_storage().data_ptr() for t in given}
     held: dict[int, int] = {}

@@ -14,9 +14,8 @@ them bit by bit.
 """
 
 import copy
-import itertools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -24,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels import plan
-from lora_kernels.bench.cases.layer import Settings, first_line, held_bytes, peak_bytes, ready
+from lora_kernels.bench.cases.layer import Settings, examine, forget_compiled, held_bytes, run_all
 from lora_kernels.bench.providers.hosted import HostedModel
 from lora_kernels.bench.providers.llama import Adapters, LanguageModel, Stack, adapted, draw_adapters
 from lora_kernels.dropout import threshold
-from lora_kernels.measure import timing
 from lora_kernels.measure.presets import Dims, HostedDims
-from lora_kernels.verify.numerics import allowed_rms, rms
+from lora_kernels.verify.judge import BY_RMS, Verdict, check_rms
+from lora_kernels.verify.numerics import rms
 
 __all__ = ["PROVIDERS", "Bench", "Trial", "check", "names_for", "run_case"]
 
@@ -196,23 +195,12 @@ def run_case(
     whole: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Check every provider on a decoder layer or on the `whole` small model, measure its memory and time it."""
-    if settings.compiled:
-        # dynamo's cache is by code, not by model
-        torch._dynamo.reset()
-    bench, rows, timed = Bench(dims, r, p, settings, whole), {}, {}
-    for name in settings.only or names_for(settings.dtype, settings.compiled, isinstance(dims, HostedDims)):
-        tick(f"checking {name}")
-        rows[name], trial = _admit(name, bench)
-        if trial is not None:
-            try:
-                timed[name] = ready([timing.Calls(trial.forward, trial.backward)], settings, itertools.count())
-            except Exception as error:
-                rows[name]["reason"] = f"cannot be timed so: {first_line(error)}"
-    bench.forget()
-    if settings.passes:
-        times = timing.time_all(timed, settings.passes, settings.rounds, settings.clock(), lambda: tick("timing"))
-        for name, taken in times.items():
-            rows[name]["seconds"] = taken
+    forget_compiled(settings)
+    bench = Bench(dims, r, p, settings, whole)
+    rows = run_all(
+        settings.only or names_for(settings.dtype, settings.compiled, isinstance(dims, HostedDims)),
+        lambda name: _admit(name, bench), lambda name: [], bench.forget, settings, tick,
+    )  # fmt: skip
     floor = rows.get("frozen", {}).get("seconds", {})
     for row in rows.values():
         for which, taken in row["seconds"].items():
@@ -226,45 +214,26 @@ def run_case(
 
 def _admit(name: str, bench: Bench) -> tuple[dict[str, Any], Trial | None]:
     """Return a provider's row, and its trial if it may be timed."""
-    row: dict[str, Any] = {"label": name, "reason": "", "check": None, "seconds": {}}
-    try:
-        trial = bench.trial(name)
-        row["label"] = trial.label
-        worst, reason = check(trial, bench)
-        row["check"] = {"ok": not reason, "worst": worst, "rule": "rms error at most twice that of PyTorch's operators"}
-        if reason:
-            row["reason"] = f"wrong result, not timed: {reason}"
-            return row, None
+
+    def saved(trial: Trial) -> int:
         given = (*bench.base.parameters(), *bench.base.buffers(), *trial.leaves.values())
-        row["saved_bytes"] = held_bytes(trial.forward, given)
-        row["peak_bytes"] = peak_bytes(timing.Calls(trial.forward, trial.backward), bench.settings.device)
-    # a baseline that cannot run here becomes a line in the table and does not stop the run
-    except Exception as error:
-        row["reason"] = first_line(error)
-        return row, None
-    return row, trial
+        return held_bytes(trial.forward, given)
+
+    return examine(name, lambda: bench.trial(name), lambda trial: check(trial, bench), saved, bench.settings)
 
 
-def check(trial: Trial, bench: Bench) -> tuple[float, str]:
-    """Return a provider's largest error as a fraction of the allowed error, and what is wrong or ""."""
+def check(trial: Trial, bench: Bench) -> Verdict:
+    """Judge a provider's outputs, and how far its dropout moves the output."""
     adapters = len(trial.leaves) > 1
     trial.model.train(not bench.p)
     actual = trial.outputs()
     trial.model.train()
     exact, eager = bench.reference(True, adapters), bench.reference(False, adapters)
-    worst, wrong = 0.0, []
-    for name, tensor in actual.items():
-        error = rms(tensor.double() - exact[name].double())
-        beside = rms(eager[name].double() - exact[name].double())
-        # summed=0: the allowance of one rounding
-        allowed = allowed_rms(beside, rms(exact[name]), bench.settings.dtype, summed=0)
-        used = error / allowed if allowed else (float("inf") if error else 0.0)
-        worst = max(worst, used) if used == used else float("inf")
-        if not used <= 1:
-            wrong.append(f"{name} has rms error {error:.3g}, {allowed:.3g} allowed")
-    if adapters and bench.p and not wrong:
+    # summed=0: the allowance of one rounding
+    verdict = Verdict.of(check_rms(actual, exact, eager, bench.settings.dtype, summed=0), BY_RMS, most=3)
+    if adapters and bench.p and verdict.ok:
         moved = rms(trial.outputs()["y"].double() - actual["y"].double())
         usual = rms(bench.reference(False, True, training=True)["y"].double() - eager["y"].double())
         if not _DROPOUT_BAND[0] <= moved / usual <= _DROPOUT_BAND[1]:
-            wrong.append(f"dropout moves the output by {moved:.3g}, PyTorch's by {usual:.3g}")
-    return worst, "; ".join(wrong[:3])
+            return replace(verdict, reason=f"dropout moves the output by {moved:.3g}, PyTorch's by {usual:.3g}")
+    return verdict

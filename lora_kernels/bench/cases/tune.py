@@ -45,10 +45,10 @@ class _Formed(Provider):
         exact = all(form.strategy == "fused" for form in taken.values())
         return cls(**given | {"forward": forward, "rule": "kernel" if exact else "operators"}, taken=taken)
 
-    def backward(self, y: Tensor, dy: Tensor | None = None) -> tuple[Tensor, ...]:
+    def backward(self, ys: Tensor, dys: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
         """Compute the gradients of the leaves as `Provider.backward` does, in the given form."""
         with _forced(self.taken.get("backward")):
-            return super().backward(y, dy)
+            return super().backward(ys, dys)
 
 
 def _forced(form: Form | None) -> contextlib.AbstractContextManager[None]:

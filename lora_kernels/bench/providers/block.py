@@ -6,22 +6,21 @@ tensors.
 
 import importlib
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels import plan
-from lora_kernels.bench.providers.layer import addmm_chain, short
+from lora_kernels.bench.providers.layer import addmm_chain, short, under_compile
 from lora_kernels.functional import lora_linear, lora_mlp, lora_qkv
 from lora_kernels.verify.block_problems import BlockProblem, compose, leaves_of
-from lora_kernels.verify.provider import BlockProvider
+from lora_kernels.verify.provider import Provider
 
-__all__ = ["PROVIDERS", "BlockProvider", "build", "names_for"]
+__all__ = ["PROVIDERS", "build", "names_for"]
 
 
-def build(name: str, problem: BlockProblem, backend: str = "auto") -> BlockProvider:
+def build(name: str, problem: BlockProblem, backend: str = "auto") -> Provider:
     """Build a provider of `PROVIDERS`; raises if this machine cannot run it."""
     return PROVIDERS[name](problem, backend)
 
@@ -32,14 +31,14 @@ def names_for(dtype: torch.dtype, compiled: bool) -> list[str]:
     return names if dtype.itemsize == 2 else [name for name in names if "fp32" not in name]
 
 
-def _frozen(problem: BlockProblem, backend: str) -> BlockProvider:
+def _frozen(problem: BlockProblem, backend: str) -> Provider:
     problem = problem.frozen()
     leaves = leaves_of(problem)
 
     def forward() -> tuple[Tensor, ...]:
         return compose(problem, leaves["dx"], lambda name, x: F.linear(x, problem.layers[name].weight))
 
-    return BlockProvider("frozen block", problem, forward, leaves, cost="frozen")
+    return Provider("frozen block", problem, forward, leaves, cost="frozen")
 
 
 def _backend(problem: BlockProblem, backend: str) -> str:
@@ -52,7 +51,7 @@ def _tag(problem: BlockProblem, chosen: str) -> str:
     return f"[{chosen}]" + ("" if dtype == problem.x.dtype else f" {short(dtype)}")
 
 
-def _ours(problem: BlockProblem, backend: str) -> BlockProvider:
+def _ours(problem: BlockProblem, backend: str) -> Provider:
     chosen, leaves = _backend(problem, backend), leaves_of(problem)
     layers = {
         name: q._replace(lora_A=leaves[f"dA {name}"], lora_B=leaves[f"dB {name}"]) for name, q in problem.layers.items()
@@ -68,7 +67,7 @@ def _ours(problem: BlockProblem, backend: str) -> BlockProvider:
         return (lora_mlp(leaves["dx"], *layers.values(), activation=problem.activation, backend=chosen),)
 
     fused = _fused(problem, chosen)
-    return BlockProvider(
+    return Provider(
         f"lora_kernels {_tag(problem, chosen)}", problem, mlp if problem.activation else qkv, leaves,
         "kernel" if fused else "operators", "ours" if fused else "",
     )  # fmt: skip
@@ -94,7 +93,7 @@ def _fused(problem: BlockProblem, backend: str) -> bool:
     return forms == {"fused"}
 
 
-def _per_layer(problem: BlockProblem, backend: str) -> BlockProvider:
+def _per_layer(problem: BlockProblem, backend: str) -> Provider:
     chosen, leaves = _backend(problem, backend), leaves_of(problem)
 
     def apply(name: str, x: Tensor) -> Tensor:
@@ -105,10 +104,10 @@ def _per_layer(problem: BlockProblem, backend: str) -> BlockProvider:
         )  # fmt: skip
 
     label = f"lora_linear alone {_tag(problem, chosen)}"
-    return BlockProvider(label, problem, lambda: compose(problem, leaves["dx"], apply), leaves, cost=chosen)
+    return Provider(label, problem, lambda: compose(problem, leaves["dx"], apply), leaves, cost=chosen)
 
 
-def _peft(problem: BlockProblem, backend: str) -> BlockProvider:
+def _peft(problem: BlockProblem, backend: str) -> Provider:
     """Build PEFT's own layers through PEFT; without PEFT installed, build its arithmetic."""
     leaves, dtype = leaves_of(problem), next(iter(problem.layers.values())).lora_A.dtype
     try:
@@ -124,12 +123,12 @@ def _peft(problem: BlockProblem, backend: str) -> BlockProvider:
         return (y + low_rank * q.scaling).to(y.dtype)
 
     apply = arithmetic if model is None else (lambda name, x: getattr(model, name)(x))
-    return BlockProvider(
+    return Provider(
         f"{words} {short(dtype)}", problem, lambda: compose(problem, leaves["dx"], apply), leaves, cost="peft"
     )
 
 
-def _addmm(problem: BlockProblem, backend: str) -> BlockProvider:
+def _addmm(problem: BlockProblem, backend: str) -> Provider:
     """The in-place addmm chain layer by layer."""
     leaves = leaves_of(problem)
 
@@ -137,7 +136,7 @@ def _addmm(problem: BlockProblem, backend: str) -> BlockProvider:
         q = problem.layers[name]
         return addmm_chain(x, q.weight, leaves[f"dA {name}"], leaves[f"dB {name}"], q.bias, q.scaling, q.dropout_p)
 
-    return BlockProvider(
+    return Provider(
         "in-place addmm chain", problem, lambda: compose(problem, leaves["dx"], apply), leaves, cost="addmm"
     )
 
@@ -164,24 +163,18 @@ def _injected(problem: BlockProblem, leaves: dict[str, Tensor]) -> nn.Module:
     return model
 
 
-def _compiled(provider: BlockProvider) -> BlockProvider:
-    """Wrap a provider in torch.compile with static shapes; it compiles at the first call, which is never timed."""
-    forward = torch.compile(provider.forward, dynamic=False)
-    return replace(provider, label=f"{provider.label}, compiled", forward=forward, cost="")
-
-
 def _fp32(problem: BlockProblem) -> BlockProblem:
     return problem.with_adapters_in(torch.float32)
 
 
-PROVIDERS: dict[str, Callable[[BlockProblem, str], BlockProvider]] = {
+PROVIDERS: dict[str, Callable[[BlockProblem, str], Provider]] = {
     "frozen": _frozen,
     "ours": _ours,
     "ours_fp32": lambda problem, backend: _ours(_fp32(problem), backend),
     "per_layer": _per_layer,
     "peft": _peft,
     "peft_fp32": lambda problem, backend: _peft(_fp32(problem), backend),
-    "peft_compiled": lambda problem, backend: _compiled(_peft(problem, backend)),
-    "peft_fp32_compiled": lambda problem, backend: _compiled(_peft(_fp32(problem), backend)),
+    "peft_compiled": lambda problem, backend: under_compile(_peft(problem, backend)),
+    "peft_fp32_compiled": lambda problem, backend: under_compile(_peft(_fp32(problem), backend)),
     "addmm": _addmm,
 }

@@ -20,7 +20,7 @@ from lora_kernels.verify.provider import Provider
 
 __all__ = [
     "PROVIDERS", "Build", "addmm_chain", "build", "chosen_backend", "fp32_adapters", "leaves_of", "names_for",
-    "scaled_mm", "short", "variants",
+    "scaled_mm", "short", "under_compile", "variants",
 ]  # fmt: skip
 
 # builds a provider of a problem and a backend
