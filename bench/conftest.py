@@ -15,7 +15,7 @@ import torch
 from bench.subjects import SUBJECTS, Admitted, Options, names
 from lora_kernels import plan
 from lora_kernels.bench.cases.layer import Settings
-from lora_kernels.cli.verify import DTYPES
+from lora_kernels.constants import DTYPES
 from lora_kernels.measure.machine import caption, machine
 from lora_kernels.measure.presets import Shape, parse_shape
 

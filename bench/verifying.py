@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.cli.verify import DTYPES
+from lora_kernels.constants import DTYPES
 from lora_kernels.measure.machine import write_json
 
 __all__ = ["main", "merged"]

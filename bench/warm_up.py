@@ -23,6 +23,7 @@ import torch
 from bench import races
 from lora_kernels import plan
 from lora_kernels.cli import verify
+from lora_kernels.constants import DTYPES
 from lora_kernels.inspect import compiled
 from lora_kernels.inspect.kernel import Case
 from lora_kernels.measure import presets
@@ -152,7 +153,7 @@ def _run(case: Any) -> None:
         ys = compiled._forward(case)
         torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
     elif isinstance(case, block_matrix.BlockCase):
-        problem = block_matrix._draw(case, verify.DTYPES[case.dtype], "cpu", 0)
+        problem = block_matrix._draw(case, DTYPES[case.dtype], "cpu", 0)
         block_matrix._run(problem, "triton", 0)
     else:
         run_problem(verify.draw(case, torch.device("cpu"), 0), "triton", 0)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels.activations import After, Before, activated, gradients
+from lora_kernels.constants import HALF
 from lora_kernels.dropout import keep_scale, threshold
 
 __all__ = [
@@ -52,7 +53,6 @@ _SMALL = 1 << 16
 _LEAST_ROWS = 64
 # Rows of y, and elements of the weight, that are widened at a time.
 _TILE = 1024, 1 << 20
-_HALF = (torch.bfloat16, torch.float16)
 
 
 def draw_mask(shape: torch.Size, dropout_p: float, device: torch.device, noise: Tensor | None = None) -> Tensor:
@@ -104,7 +104,7 @@ def composes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
         x.numel() <= _SMALL
         and x.shape[:-1].numel() * weight.shape[0] <= _SMALL
         and dtype == lora_A.dtype == lora_B.dtype
-        and dtype not in _HALF
+        and dtype not in HALF
         and x.device.type == "cpu"
     )
 
@@ -365,7 +365,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def _wide(t: Tensor) -> Tensor:
     """Widen 16-bit tensors to fp32 on a CPU, because thin products are bound by memory there anyway."""
-    return t.float() if t.dtype in _HALF and t.device.type == "cpu" else t
+    return t.float() if t.dtype in HALF and t.device.type == "cpu" else t
 
 
 def _dropped(t: Tensor, keep: Tensor | None) -> Tensor:
@@ -375,7 +375,7 @@ def _dropped(t: Tensor, keep: Tensor | None) -> Tensor:
 @functools.cache
 def _slow(dtype: torch.dtype) -> bool:
     """Return whether PyTorch has no fast matrix product in this dtype on this CPU."""
-    if dtype not in _HALF:
+    if dtype not in HALF:
         return False
     if not torch.backends.mkldnn.is_available():
         return True

@@ -40,13 +40,13 @@ from lora_kernels.bench.providers import hosted
 from lora_kernels.bench.show import levels as level_tables
 from lora_kernels.bench.show import plot, tables
 from lora_kernels.console import on_stdout
+from lora_kernels.constants import DTYPES
 from lora_kernels.measure import timing
 from lora_kernels.measure.machine import caption, check_file, machine, write_json
 from lora_kernels.measure.presets import MODELS, PRESETS, PROJECTIONS, Dims, Shape, parse_shape
 
 __all__ = ["add_arguments", "run"]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _CACHE_WORDS = {
     "flush": "written and read over before each call", "rotate": "operands in turn from up to 64 copies of them",
     "warm": "as the call before left it",
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--target-modules", nargs="+", metavar="NAME", help="of a model: q_proj v_proj; all by default")
     what.add_argument("--r", type=int, nargs="+", metavar="RANK", help="ranks; the preset's, or 16")
     what.add_argument("--p", type=float, nargs="+", metavar="P", help="dropout probabilities; the preset's, or 0")
-    what.add_argument("--dtype", choices=_DTYPES, help="of x and W; bf16 on a GPU, fp32 on a CPU by default")
+    what.add_argument("--dtype", choices=DTYPES, help="of x and W; bf16 on a GPU, fp32 on a CPU by default")
     what.add_argument("--backend", choices=plan.BACKENDS, default="auto", help="of this package's own rows")
     what.add_argument("--pass", dest="passes", choices=timing.PASSES, nargs="+")
     what.add_argument("--providers", choices=levels.PROVIDERS, nargs="+", default=(), help="only these")
@@ -247,7 +247,7 @@ def _settings(args: argparse.Namespace, chosen: set[str]) -> Settings:
     if args.plot:
         check_file("--plot", args.plot)
     rounds = args.rounds or (3 if args.quick else 30 if on_gpu else 10)
-    dtype = _DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
+    dtype = DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
     for r in args.r or [16]:
         # raise now if the backend cannot run
         plan.choose(device, dtype, r, False, args.backend)

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from lora_kernels import plan
+from lora_kernels.constants import DTYPES
 from lora_kernels.demo import adapter as demo_adapter
 from lora_kernels.demo import chart as demo_chart
 from lora_kernels.demo import text as demo_text
@@ -32,7 +33,6 @@ from lora_kernels.measure import machine
 
 __all__ = ["add_arguments", "run"]
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STEPS, _LORA_STEPS = (360, 50), (240, 40)  # in full, quick
 _BATCH = 16
 # held-out windows per held-out loss; a quarter of them with --quick
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--r", type=_positive, default=8, help="rank of the adapters (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of the frozen base (default: bf16 on a GPU, fp32 on a CPU)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the frozen base (default: bf16 on a GPU, fp32 on a CPU)")
     parser.add_argument("--out", default="lora_kernels_demo", help="folder for the files (default: lora_kernels_demo)")
     parser.add_argument("--quick", action="store_true", help="few steps, some seconds in all; it learns less")
 
@@ -89,7 +89,7 @@ class _Demo:
 
     def __init__(self, args: argparse.Namespace, console: Console, device: torch.device) -> None:
         self.args, self.console, self.device = args, console, device
-        self.dtype = _DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+        self.dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
         self.steps = args.steps or _STEPS[args.quick]
         self.lora_steps = args.lora_steps or _LORA_STEPS[args.quick]
         self.out = Path(args.out)

@@ -18,12 +18,13 @@ from rich.text import Text
 
 from lora_kernels import plan
 from lora_kernels.console import on_stdout
+from lora_kernels.constants import DTYPES
 from lora_kernels.measure import machine
 from lora_kernels.plan import cache, tuned
 
 __all__ = ["add_arguments", "run"]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+_DTYPES = {**DTYPES, "fp64": torch.float64}
 # any rank up to plan.MAX_RANK takes the same backend
 _RANK = 16
 

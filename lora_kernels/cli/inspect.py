@@ -21,7 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lora_kernels.console import SplitTable, on_stdout
-from lora_kernels.inspect.compiled import CASES, DTYPES, QUICK, compile_case, problem
+from lora_kernels.constants import DTYPES
+from lora_kernels.inspect.compiled import CASES, QUICK, compile_case, problem
 from lora_kernels.inspect.kernel import Case, Kernel
 from lora_kernels.inspect.stored import budget_file, regressions, renew
 from lora_kernels.measure import machine

@@ -30,6 +30,7 @@ from lora_kernels.bench.cases import tune as tune_case
 from lora_kernels.bench.cases.layer import Settings
 from lora_kernels.bench.cases.tune import Time
 from lora_kernels.console import SplitTable, on_stdout
+from lora_kernels.constants import DTYPES
 from lora_kernels.measure import timing
 from lora_kernels.measure.machine import caption, machine, write_json
 from lora_kernels.measure.presets import PRESETS, Shape, parse_shape, with_rows
@@ -37,7 +38,6 @@ from lora_kernels.plan import tuned
 
 __all__ = ["add_arguments", "run", "tune"]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _DASH = "-"
 
 # shape, rank, drop probability, and the passes that no earlier case covers
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="only whether it is 0 matters (default: both)",
     )
-    what.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of x and W (default: bf16)")
+    what.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and W (default: bf16)")
     how = parser.add_argument_group("how")
     how.add_argument("--rounds", type=int, default=30, help="timed calls of each form (default: 30)")
     how.add_argument("--minutes", type=float, help="begin no case after this many minutes")
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 def tune(args: argparse.Namespace, console: Console, device: torch.device, gpu: str, timer: Time) -> int:
     """Tune on a device and store the choices under the name `gpu`; see `run`, and `tune_case.Time` for `timer`."""
-    settings = Settings(device, _DTYPES[args.dtype], "triton", rounds=args.rounds)
+    settings = Settings(device, DTYPES[args.dtype], "triton", rounds=args.rounds)
     try:
         cases = _cases(args, settings)
         # raise now if the file cannot be written, not after everything was measured

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from lora_kernels import plan
 from lora_kernels.console import on_stdout
+from lora_kernels.constants import DTYPES
 from lora_kernels.measure import machine
 from lora_kernels.plan import model
 from lora_kernels.verify import block_matrix, emulate, numerics
@@ -39,7 +40,6 @@ from lora_kernels.verify.problems import every_other, make_problem, run_problem,
 
 __all__ = ["Case", "Result", "add_arguments", "draw", "lay_out", "run"]
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = (
     "contiguous", "x transposed", "x sliced", "W transposed", "dy expanded", "x 4-D", "bias", "fp32 adapters",
     "all sliced",

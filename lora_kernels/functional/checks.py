@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from lora_kernels.activations import ACTIVATIONS, meant
+from lora_kernels.constants import DTYPES, HALF
 
 __all__ = [
     "check_activation", "check_add", "check_backend", "check_call", "check_counts", "check_dtypes", "check_flag",
     "check_mlp", "check_number", "check_shard", "check_sharded", "check_transforms", "is_sharded",
 ]  # fmt: skip
 
-_SUPPORTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_HALF = (torch.bfloat16, torch.float16)
+_SUPPORTED = (*DTYPES.values(), torch.float64)
 _STRIDED = torch.strided
 _TENSORS = ("x", "weight", "lora_A", "lora_B", "bias")
 _NUMBERS = (numbers.Real, torch.SymFloat, torch.SymInt)
@@ -167,7 +167,7 @@ def check_dtypes(
             cast = f"x: x.to({name}.dtype)" if agree else f"{name}: {name}.to(x.dtype)"
             raise TypeError(f"{call}: x is {_name(x)} but {name} is {_name(t)}. Use torch.autocast, or cast {cast}.")
     for part, t in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if t.dtype != dtype and not (t.dtype == torch.float32 and dtype in _HALF):
+        if t.dtype != dtype and not (t.dtype == torch.float32 and dtype in HALF):
             name = _argument(part, layer)
             raise TypeError(
                 f"{call}: x is {_name(x)} but {name} is {_name(t)}. Adapters must have x's dtype, or be float32 "

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 
 from lora_kernels import plan
+from lora_kernels.constants import DTYPES
 from lora_kernels.inspect.binary import read
 from lora_kernels.inspect.budgets import broken
 from lora_kernels.inspect.kernel import Case, Kernel
 
-__all__ = ["CASES", "DTYPES", "QUICK", "compile_case", "describe", "problem"]
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
+__all__ = ["CASES", "QUICK", "compile_case", "describe", "problem"]
 
 _LARGE = (8192, 4096, 4096)
 _SMALL = (2048, 1024, 1024)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lora_kernels.constants import ONE_READ_RANK
+
 __all__ = [
     "SHARED", "MatmulConfig", "ShrinkConfig", "WgradConfig",
     "descriptor_path", "matmul_config", "matmul_configs", "shrink_config", "shrink_wgrad_pays", "wgrad_config",
@@ -23,8 +25,6 @@ _THIN = 128
 # Shared memory of a multiprocessor: an H100 and an MI300X.
 SHARED = 233_472  # bytes
 _LEAST_SHARED = 65_536  # bytes
-# Above this rank, the parts of ds weigh as much as a second read of dy.
-_SHRINK_WGRAD_RANK = 32
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def shrink_wgrad_pays(rank: int, activated: bool = False) -> bool:
     Where an activation makes dy, there are more parts, because fewer columns fit a program. Their write and read weigh
     as much as another read of dy at rank 32 in 16 bit, at rank 16 in fp32.
     """
-    return rank <= (_SHRINK_WGRAD_RANK // 2 if activated else _SHRINK_WGRAD_RANK)
+    return rank <= (ONE_READ_RANK // 2 if activated else ONE_READ_RANK)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.autograd.common import autocasts
+from lora_kernels.constants import HALF
 from lora_kernels.functional import lora_add, lora_linear
 from lora_kernels.passes.layer import Projection
 
@@ -34,7 +35,6 @@ __all__ = [
 
 Term = tuple[Tensor, Tensor, float, float]  # A, B, scaling, dropout_p
 
-_HALF = (torch.bfloat16, torch.float16)
 # With B frozen, MiCA computes the same as plain LoRA.
 _PLAIN_VARIANTS = ("MiCALinearVariant",)
 
@@ -172,7 +172,7 @@ def dtypes_fit(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     With these dtypes PEFT would compute in x's dtype or a wider one.
     """
     dtype, a, b = x.dtype, lora_A.dtype, lora_B.dtype
-    if a is b and (a is dtype or (a is torch.float32 and dtype in _HALF)):
+    if a is b and (a is dtype or (a is torch.float32 and dtype in HALF)):
         return dtype.is_floating_point
     return autocasts(x.device.type) and all(t.is_floating_point() and t.itemsize <= 4 for t in (x, lora_A, lora_B))
 
@@ -221,4 +221,4 @@ def _joined(terms: list[Term]) -> list[Term]:
 
 def _scaled(lora_A: Tensor, scaling: Tensor | float) -> Tensor:
     """Multiply A by its scaling; a 16-bit A in fp32, so that the product is rounded once."""
-    return (lora_A.float() if lora_A.dtype in _HALF else lora_A) * scaling
+    return (lora_A.float() if lora_A.dtype in HALF else lora_A) * scaling

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lora_kernels.constants import HALF
 from lora_kernels.functional.checks import is_sharded
 from lora_kernels.modules.linear import LoRALinear, check_base
 from lora_kernels.peft import known
@@ -98,7 +99,7 @@ def swap_named(
     for name, r in ranks.items():
         linear = modules[name]
         if id(linear) not in made:
-            wide = autocast_adapter_dtype and linear.weight.dtype in (torch.float16, torch.bfloat16)
+            wide = autocast_adapter_dtype and linear.weight.dtype in HALF
             dtype = torch.float32 if wide else None
             made[id(linear)] = LoRALinear.from_linear(linear, r, alphas[name], lora_dropout, use_rslora, dtype)
         _replace(modules, name, made[id(linear)])

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
+from lora_kernels.constants import DTYPES
 from lora_kernels.plan.interface import Contractions, Kernels
 
 __all__ = [
@@ -27,7 +28,7 @@ MAX_RANK = 512
 _OLDEST_CAPABILITY = (8, 0)
 # Major capability that needs the fences, and Triton's first version that has them: see docs/traps.md.
 _FENCELESS, _FENCES_SINCE = 10, (3, 7, 1)
-_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_KERNEL_DTYPES = tuple(DTYPES.values())
 _log = logging.getLogger("lora_kernels")
 
 

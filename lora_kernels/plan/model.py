@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import torch
 
+from lora_kernels.constants import ONE_READ_RANK
+
 __all__ = ["NAMES", "Limits", "Product", "allowed", "best", "best_of_several", "limits", "seconds", "stacks"]
 
 NAMES = ("fused", "beta1", "padded", "joint")
 # Seconds between two launches: an assumption.
 _LAUNCH = 2e-6
-# Up to this rank ds and dB come from one read of dy in every form; a test compares with the kernels' own rule.
-_ONE_READ_RANK = 32
 _K_STEP = 64
 # Elements of a sum for which a K step takes, by arithmetic, as long as a small launch: some 3 us.
 _STACKED = 1 << 24
@@ -126,7 +126,7 @@ def seconds(name: str, q: Product, gpu: Limits) -> float:
     if name == "padded":
         copies = 2 * (q.rows + q.cols) * q.inner * q.element
         return product(q.inner + more_inner, q.cols) + copies / bandwidth + 2 * _LAUNCH
-    passes = 2 * q.inner * q.cols * q.element + (4 if q.masked else 2) * out - (q.rank > _ONE_READ_RANK) * wide
+    passes = 2 * q.inner * q.cols * q.element + (4 if q.masked else 2) * out - (q.rank > ONE_READ_RANK) * wide
     return product(q.inner, q.cols + q.rank) + passes / bandwidth + (1 + q.masked) * _LAUNCH
 
 
@@ -157,7 +157,7 @@ def stacks(
     the right sides, unless all are `copied` anyway. Ranks that do not fill 16 bytes, at `element` bytes per element,
     would leave gaps. In fp32 the K steps are short, and little of them is padding.
     """
-    if element != 2 or max(ranks, default=0) > _ONE_READ_RANK or any(r * element % 16 for r in ranks):
+    if element != 2 or max(ranks, default=0) > ONE_READ_RANK or any(r * element % 16 for r in ranks):
         return False
     saved = sum(-(-r // k_step) for r in ranks) - -(-sum(ranks) // k_step)
     return saved > 0 and (copied or rows * cols * saved * k_step >= _STACKED * _K_STEP)

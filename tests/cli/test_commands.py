@@ -12,6 +12,7 @@ import torch
 import lora_kernels
 from lora_kernels import cli, torch_backend
 from lora_kernels.cli import doctor, verify
+from lora_kernels.constants import DTYPES
 from lora_kernels.plan import tuned
 from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 
@@ -116,7 +117,7 @@ def test_verify_quick_passes(tmp_path):
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_no_two_lines_of_verify_are_labelled_alike(backend, on_gpu, quick):
     matrices = verify._matrix, verify.block_matrix.matrix
-    cases = [case for dtype in verify.DTYPES for matrix in matrices for case in matrix(backend, dtype, on_gpu, quick)]
+    cases = [case for dtype in DTYPES for matrix in matrices for case in matrix(backend, dtype, on_gpu, quick)]
     labels = [verify._label(case) for case in cases]
     assert len(set(labels)) == len(labels) > 10
     lines = [verify._row(*label, "0.12", "0.34") + "pass" for label in labels]

@@ -12,16 +12,16 @@ import torch
 
 from lora_kernels import plan
 from lora_kernels.cli import verify
+from lora_kernels.constants import DTYPES
 from lora_kernels.functional import lora_mlp
 from lora_kernels.passes.layer import Projection
 from lora_kernels.verify import block_matrix, numerics_mlp
 from lora_kernels.verify.numerics_mlp import MLPProblem
 from lora_kernels.verify.problems import make_problem, run_problem
 
-__all__ = ["CPU", "DTYPES", "Case", "block", "layer", "precision_of_products", "ungated"]
+__all__ = ["CPU", "Case", "block", "layer", "precision_of_products", "ungated"]
 
 CPU = torch.device("cpu")
-DTYPES = verify.DTYPES
 
 
 class Case(NamedTuple):

@@ -15,7 +15,8 @@ from emulator.emulator import EARLY, Emulator
 from emulator.launches import Seen, recorded
 from lora_kernels import plan
 from lora_kernels.bench.cost import traffic
-from lora_kernels.inspect.compiled import DTYPES, _forward
+from lora_kernels.constants import DTYPES
+from lora_kernels.inspect.compiled import _forward
 from lora_kernels.inspect.kernel import Case
 from lora_kernels.kernels._imagined import GPUS
 

@@ -7,8 +7,9 @@ factor is 2. For TF32, to whose error the rules of the project do not apply, the
 import torch
 from torch import Tensor
 
-from emulator.cases import CPU, DTYPES, Case, precision_of_products
+from emulator.cases import CPU, Case, precision_of_products
 from lora_kernels import dropout, plan, reference
+from lora_kernels.constants import DTYPES
 from lora_kernels.functional import lora_linear, lora_mlp, lora_projections
 from lora_kernels.passes.layer import Projection
 from lora_kernels.verify.problems import every_other

@@ -7,8 +7,9 @@ import itertools
 from collections.abc import Iterator
 
 from emulator import exact
-from emulator.cases import DTYPES, Case, block, layer, ungated
+from emulator.cases import Case, block, layer, ungated
 from lora_kernels.cli import verify
+from lora_kernels.constants import DTYPES
 
 __all__ = ["quick", "table"]
 

@@ -7,6 +7,7 @@ import torch
 
 from bench import roofline
 from lora_kernels.bench.cost import layer as layer_cost
+from lora_kernels.constants import ONE_READ_RANK
 from lora_kernels.kernels import _configs
 from lora_kernels.plan import model
 from lora_kernels.plan.model import Limits, Product
@@ -84,7 +85,7 @@ def test_padded_pays_where_both_operands_are_less_than_the_result():
 
 def test_the_rank_of_one_read_is_the_kernels_own():
     ranks = range(1, 513)
-    assert [r <= model._ONE_READ_RANK for r in ranks] == [_configs.shrink_wgrad_pays(r) for r in ranks]
+    assert [r <= ONE_READ_RANK for r in ranks] == [_configs.shrink_wgrad_pays(r) for r in ranks]
 
 
 @pytest.mark.parametrize("name", model.NAMES)
@@ -94,7 +95,7 @@ def test_more_work_never_takes_less_time(name):
             continue
         for field in ("rows", "inner", "cols"):
             more = q._replace(**{field: 2 * getattr(q, field)})
-            saved = name == "joint" and q.rank > model._ONE_READ_RANK  # a saved pass of dy grows with dy
+            saved = name == "joint" and q.rank > ONE_READ_RANK  # a saved pass of dy grows with dy
             if not (saved and field in ("rows", "inner")):
                 assert model.seconds(name, more, H200) >= model.seconds(name, q, H200)
         faster = Limits(2 * H200.flops, 2 * H200.bandwidth, H200.slowdown)

@@ -9,6 +9,7 @@ from lora_kernels import lora_linear, torch_backend
 from lora_kernels.autograd.linear import LoRALinearFunction
 from lora_kernels.bench.cases.layer import draw, saved_bytes
 from lora_kernels.bench.providers import layer as providers
+from lora_kernels.constants import HALF
 from lora_kernels.measure.presets import Shape
 from lora_kernels.verify import numerics
 from lora_kernels.verify.problems import make_problem, run_problem, with_mask
@@ -37,9 +38,7 @@ class Allocations(TorchDispatchMode):
 @pytest.fixture(params=["native", "in fp32"])
 def products(request, monkeypatch):
     """Both ways to multiply 16-bit matrices, whatever this machine would take."""
-    monkeypatch.setattr(
-        torch_backend, "_slow", lambda dtype: request.param == "in fp32" and dtype in torch_backend._HALF
-    )
+    monkeypatch.setattr(torch_backend, "_slow", lambda dtype: request.param == "in fp32" and dtype in HALF)
 
 
 @pytest.fixture

@@ -10,13 +10,12 @@ the bias and its gradient, random numbers, and the partial sums of split reducti
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = [
-    "COSTS", "ONE_READ_RANK", "Cost", "Size", "copy_of_A", "copy_of_B", "floor", "flops", "from_dy", "lorafusion",
-    "split_minimum", "unsloth",
-]  # fmt: skip
+from lora_kernels.constants import ONE_READ_RANK
 
-# the largest rank at which the kernels compute ds and dB from one read of dy; a test compares it with their own rule
-ONE_READ_RANK = 32
+__all__ = [
+    "COSTS", "Cost", "Size", "copy_of_A", "copy_of_B", "floor", "flops", "from_dy", "lorafusion", "split_minimum",
+    "unsloth",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

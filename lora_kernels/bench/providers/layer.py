@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_kernels import plan
+from lora_kernels.constants import DTYPES, HALF
 from lora_kernels.functional import lora_linear
 from lora_kernels.verify.numerics import Problem
 from lora_kernels.verify.provider import Provider
@@ -35,7 +36,7 @@ def build(name: str, problem: Problem, backend: str = "auto") -> Provider:
 def names_for(dtype: torch.dtype, backend: str, compiled: bool) -> list[str]:
     """List the providers that apply: no fp32-adapter rows where x is fp32, and no row that would repeat another."""
     names = [name for name in PROVIDERS if compiled or "compiled" not in name]
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in HALF:
         names = [name for name in names if "fp32" not in name]
     # with the torch backend, "ours_torch" equals "ours" and "split" the addmm chain
     return [name for name in names if name not in ("ours_torch", "split") or backend == "triton"]
@@ -240,7 +241,7 @@ def _split(problem: Problem, backend: str) -> Provider:
 
 def short(dtype: torch.dtype) -> str:
     """Return the tables' name of a dtype, such as bf16."""
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}.get(dtype, str(dtype)[6:])
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype)[6:])
 
 
 def variants(ours: Build, peft: Build) -> dict[str, Build]:

@@ -1,0 +1,11 @@
+"""Facts that several floors must agree on."""
+
+import torch
+
+__all__ = ["DTYPES", "HALF", "ONE_READ_RANK"]
+
+# The dtypes of the kernels, by their short names.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HALF = (torch.bfloat16, torch.float16)
+# Up to this rank ds and dB come from one read of dy. Above, the parts of ds weigh as much as a second read.
+ONE_READ_RANK = 32
