@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.passes.layer import kept
+
 __all__ = [
     "Context", "autocast_off", "autocasts", "backward_products", "gradient", "gradients", "guarded", "plain_scaling",
     "register", "register_flops", "save",
@@ -141,14 +143,8 @@ def save(
 ) -> None:  # fmt: skip
     """Save the tensors that one layer's needed gradients take; `needs` has a flag for each of x, W, A and B."""
     need_x, need_weight, need_A, need_B = needs
-    ctx.save_for_backward(
-        x if need_A or need_weight else None,
-        weight if need_x else None,
-        lora_A if need_x else None,
-        lora_B if need_x or need_A else None,
-        s if need_B else None,
-        keep if need_x or need_A else None,
-    )
+    saved = kept(weight, lora_A, lora_B, s, keep, need_x, need_A, need_B)
+    ctx.save_for_backward(x if need_A or need_weight else None, *saved)
     ctx.alpha, ctx.backend = alpha, backend
     ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
 

@@ -5,7 +5,7 @@
     lora_kernels::mlp_backward   dx and the gradients of all trained tensors: the derivative of mlp_forward
 
 The operators run `passes.mlp.forward` and `differentiate` for any number of rows, as in `projections`. Layers are gate,
-up and down, or up and down. Their tensors are one list (see `packing`), four per layer, or six in backward.
+up and down, or up and down. Their tensors are one list (see `packing`), those given or those saved for each layer.
 """
 
 import math
@@ -28,7 +28,7 @@ from lora_kernels.autograd.common import (
 )
 from lora_kernels.dropout import keep_scale
 from lora_kernels.passes import mlp as mlp_pass
-from lora_kernels.passes.layer import Layer, Projection, by_layer, rows
+from lora_kernels.passes.layer import SAVED_WITH_BIAS, Layer, Projection, by_layer, rows
 
 __all__ = ["LoRAMLPFunction", "mlp", "mlp_backward", "mlp_forward"]
 
@@ -65,7 +65,9 @@ class LoRAMLPFunction(torch.autograd.Function):
             tensors: weight, lora_A, lora_B and bias of gate and up, or of up alone, and of down.
         """
         groups = zip(by_layer(tensors), numbers, strict=True)
-        *before, down = layers = [Projection(*four, *pair) for four, (*pair, _) in groups]
+        # A type checker does not know the length of a slice.
+        layers = [Projection(*four, scaling, p) for four, (scaling, p, _) in groups]  # type: ignore[call-arg]
+        *before, down = layers
         y, outs, shrunk, keeps = mlp_pass.forward(x, before, down, activation, backend)
         need_x, all_needs = ctx.needs_input_grad[0], by_layer(ctx.needs_input_grad[5:])
         ctx.save_for_backward(*mlp_pass.to_save(x, layers, outs, shrunk, keeps, need_x, all_needs, recompute))
@@ -75,7 +77,7 @@ class LoRAMLPFunction(torch.autograd.Function):
             for q, needs in zip(layers, all_needs, strict=True)
         ]
         ctx.accumulate = [
-            (q.lora_A, q.lora_B) if added else None for q, (*_, added) in zip(layers, numbers, strict=True)
+            (q.lora_A, q.lora_B) if added else None for q, (_, _, added) in zip(layers, numbers, strict=True)
         ]
         ctx.backend, ctx.activation, ctx.x_shape = backend, activation, x.shape
         return y
@@ -92,16 +94,15 @@ class LoRAMLPFunction(torch.autograd.Function):
 def _backward(
     ctx: Context, into: Sequence[tuple[Tensor | None, Tensor | None]], dy: Tensor
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    count, need_x = len(ctx.numbers), ctx.needs_input_grad[0]
+    need_x = ctx.needs_input_grad[0]
     x, *saved = ctx.saved_tensors
-    each = mlp_pass.SAVED
+    end = SAVED_WITH_BIAS * len(ctx.numbers)
     layers = [
-        # Six tensors are saved for each layer, but a type checker does not know the length of a slice.
-        Layer(*saved[each * i : each * (i + 1)], *into[i], *ctx.numbers[i])  # type: ignore[call-arg]
-        for i in range(count)
+        Layer(*own, *pair, *numbers)  # type: ignore[call-arg]
+        for own, pair, numbers in zip(by_layer(saved[:end], SAVED_WITH_BIAS), into, ctx.numbers, strict=True)
     ]
     dx, grads = mlp_pass.differentiate(
-        rows(dy), None if x is None else rows(x), layers, saved[each * count :], need_x, ctx.activation, ctx.backend
+        rows(dy), None if x is None else rows(x), layers, saved[end:], need_x, ctx.activation, ctx.backend
     )
     return None if dx is None else dx.view(ctx.x_shape), None, None, None, None, *grads
 
@@ -130,7 +131,7 @@ def _mlp_forward(
     Args:
         x: `[*, in]`.
         tensors: W, A, B and bias of each layer without the Nones; shapes and dtypes as in `linear`.
-        places: Place of each tensor among 4 per layer.
+        places: Place of each tensor in the full list, see `packing`.
         noise: Result of the backend's `draw_noise(x, count)` for the masks of gate and up, or None.
         noise_down: Result of its `draw_noise(h)` for the mask of down, or None; h is `[*, hidden]`.
         scalings: For each layer, multiplies the low-rank term.
@@ -158,7 +159,7 @@ def _mlp_backward(
         x: `[*, in]`, if `passes.mlp.to_save` keeps x.
         outs: The outputs of gate and up, if `to_save` keeps them; empty to compute them again.
         tensors: W, A, B, s, mask and bias of each layer that `to_save` keeps.
-        places: Place of each tensor among 6 per layer.
+        places: Place of each tensor in the full list, see `packing`.
         alphas: scaling · keep_scale of each layer.
         activation: Name of the activation.
         backend: "triton" or "torch".
@@ -166,7 +167,7 @@ def _mlp_backward(
         need_x: Whether dx is needed.
         needs: For each layer, whether the gradients of W, A, B and bias are needed.
     """
-    groups = packing.unpack(tensors, places, len(alphas), mlp_pass.SAVED)
+    groups = packing.unpack(tensors, places, len(alphas), SAVED_WITH_BIAS)
     layers = []
     for alpha, group, own in zip(alphas, groups, by_layer(needs), strict=True):
         dtypes = (dtype, dtype) if any(t is not None for t in group[1:4]) else None
@@ -205,7 +206,7 @@ def _fake_forward(
 
 
 def _fake_backward(dy, x, outs, tensors, places, alphas, activation, backend, dtype, need_x, needs):
-    shapes = packing.unpack([t.shape for t in tensors], places, len(alphas), mlp_pass.SAVED)
+    shapes = packing.unpack([t.shape for t in tensors], places, len(alphas), SAVED_WITH_BIAS)
     sizes = _sizes(dy.shape, None if x is None else x.shape, [t.shape for t in outs], shapes)
     results = [dy.new_empty(*dy.shape[:-1], sizes[0][0])] if need_x else []
     for (inner, cols, rank), own in zip(sizes, by_layer(needs), strict=True):
@@ -245,7 +246,7 @@ def _gradients(ctx: Context, dy: Tensor) -> tuple[Tensor | None, list[Tensor | N
     need_x, flags = ctx.needs_input_grad[:2]
     needs = [need for own in packing.needed(flags, ctx.places, len(ctx.alphas)) for need in own]
     x, *saved = ctx.saved_tensors
-    end = mlp_pass.SAVED * len(ctx.alphas)
+    end = SAVED_WITH_BIAS * len(ctx.alphas)
     tensors, places = packing.pack([saved[:end]])
     how = ctx.alphas, ctx.activation, ctx.backend, packing.widest(ctx.dtypes), need_x, needs
     results = iter(mlp_backward(dy, x, saved[end:], tensors, places, *how))
@@ -269,7 +270,7 @@ def _backward_flops(
     dy, x, outs, tensors, places, alphas, activation, backend, dtype, need_x: bool, needs: list[bool], **_: Any
 ) -> int:  # fmt: skip
     """Count 2 M K N FLOPs per dW, input gradient and recomputed output, 2 M r (K or N) per thin product; of shapes."""
-    groups, wanted = packing.unpack(tensors, places, len(alphas), mlp_pass.SAVED), by_layer(needs)
+    groups, wanted = packing.unpack(tensors, places, len(alphas), SAVED_WITH_BIAS), by_layer(needs)
     sizes, total = _sizes(dy, x, outs, groups), 0
     again, need_dh = not outs and mlp_pass.reads_outs(need_x, wanted), need_x or any(map(any, wanted[:-1]))
     for i, ((inner, cols, rank), (need_weight, need_A, need_B, _)) in enumerate(zip(sizes, wanted, strict=True)):

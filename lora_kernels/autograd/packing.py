@@ -18,14 +18,12 @@ from torch import Tensor
 from lora_kernels import plan
 from lora_kernels.autograd.common import plain_scaling
 from lora_kernels.autograd.noise import draw_noise
-from lora_kernels.passes.layer import Projection
+from lora_kernels.passes.layer import GIVEN, Projection, by_layer
 
 __all__ = [
-    "GIVEN", "columns", "draw", "entries", "forward_flops", "gradients_of", "needed", "pack", "pitches", "prepared",
-    "ranks", "side_by_side", "unpack", "widest",
+    "columns", "draw", "entries", "forward_flops", "gradients_of", "needed", "pack", "pitches", "prepared", "ranks",
+    "side_by_side", "unpack", "widest",
 ]  # fmt: skip
-
-GIVEN = 4  # weight, lora_A, lora_B, bias
 
 
 def prepared(
@@ -57,25 +55,25 @@ def pack(groups: Iterable[Iterable[Tensor | None]]) -> tuple[list[Tensor], list[
     return [t for t in everything if t is not None], places
 
 
-def unpack(tensors: Sequence[Any], places: Sequence[int], count: int, each: int) -> list[list[Any]]:
+def unpack(tensors: Sequence[Any], places: Sequence[int], count: int, each: int = GIVEN) -> list[Sequence[Any]]:
     """Undo `pack`: return `each` entries for each of `count` layers, None in the empty places."""
     everything: list[Any] = [None] * (count * each)
     for place, t in zip(places, tensors, strict=True):
         everything[place] = t
-    return [everything[i * each : (i + 1) * each] for i in range(count)]
+    return by_layer(everything, each)
 
 
 def entries(
     tensors: Sequence[Tensor], places: Sequence[int], scalings: Sequence[float], dropout_ps: Sequence[float]
 ) -> list[Projection]:
     """Build the layers from packed tensors."""
-    given = unpack(tensors, places, len(scalings), GIVEN)
+    given = unpack(tensors, places, len(scalings))
     return [Projection(*four, *numbers) for four, *numbers in zip(given, scalings, dropout_ps, strict=True)]
 
 
 def needed(flags: Sequence[bool], places: Sequence[int], count: int) -> list[list[bool]]:
     """Return for each layer which gradients of weight, lora_A, lora_B and bias are needed, False for a missing one."""
-    return [list(map(bool, four)) for four in unpack(flags, places, count, GIVEN)]
+    return [list(map(bool, four)) for four in unpack(flags, places, count)]
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -124,7 +122,7 @@ def columns(s: Tensor, of: Sequence[int], backend: str) -> list[Tensor | None]:
 def forward_flops(x: Sequence[int], tensors: Sequence[Sequence[int]], places: Sequence[int], count: int) -> int:
     """Count 2 M (K N + r K + r N) FLOPs for each layer; the arguments are shapes."""
     total = 0
-    for weight, lora_A, _, _ in unpack(tensors, places, count, GIVEN):
+    for weight, lora_A, _, _ in unpack(tensors, places, count):
         (cols, inner), rank = weight, lora_A[0] if lora_A else 0
         total += inner * cols + rank * (inner + cols)
     return 2 * math.prod(x[:-1]) * total

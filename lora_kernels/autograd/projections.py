@@ -8,9 +8,10 @@ The operators run `passes.projections.forward` and `backward`. They choose the f
 because the form depends on the number of rows: a graph holds for every batch. As in `linear`, the operators do not
 compose small calls on a CPU.
 
-The tensors of all projections are one list (see `packing`), four per projection, or six in backward.
+The tensors of all projections are one list (see `packing`): those given, or in backward dy and those saved for each.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -31,11 +32,12 @@ from lora_kernels.autograd.common import (
 )
 from lora_kernels.dropout import keep_scale
 from lora_kernels.passes import projections as projections_pass
-from lora_kernels.passes.layer import Part, Projection, rows
+from lora_kernels.passes.layer import GIVEN, SAVED, Part, Projection, by_layer, kept, rows
 
 __all__ = ["LoRAProjectionsFunction", "projections", "projections_backward", "projections_forward"]
 
-_SAVED = 6  # dy, weight, lora_A, lora_B, s, keep
+# Tensors of each projection in backward: dy, and those saved.
+_EACH = 1 + SAVED
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
 for _schema in (
@@ -66,25 +68,24 @@ class LoRAProjectionsFunction(torch.autograd.Function):
             numbers: scaling and dropout_p of each projection, and whether backward may add to its gradients itself.
             tensors: weight, lora_A, lora_B and bias of the first projection, of the second, and so on.
         """
-        projections = [Projection(*tensors[4 * i : 4 * i + 4], *pair) for i, (*pair, _) in enumerate(numbers)]
+        groups = zip(by_layer(tensors), numbers, strict=True)
+        # A type checker does not know the length of a slice.
+        projections = [Projection(*four, scaling, p) for four, (scaling, p, _) in groups]  # type: ignore[call-arg]
         ys, shrunk, keeps = projections_pass.forward(x, projections, backend)
-        need_x, needs = ctx.needs_input_grad[0], _by_projection(ctx.needs_input_grad)
+        need_x, needs = ctx.needs_input_grad[0], by_layer(ctx.needs_input_grad[3:])
         saved = [x if any(need_weight or need_A for need_weight, need_A, _, _ in needs) else None]
         for q, s, keep, (_, need_A, need_B, _) in zip(projections, shrunk, keeps, needs, strict=True):
-            saved += [
-                q.weight if need_x else None, q.lora_A if need_x else None, q.lora_B if need_x or need_A else None,
-                s if need_B else None, keep if need_x or need_A else None,
-            ]  # fmt: skip
+            saved += kept(q.weight, q.lora_A, q.lora_B, s, keep, need_x, need_A, need_B)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        ctx.alphas, ctx.backend, ctx.x_shape = [q.alpha for q in projections], backend, x.shape
+        ctx.backend, ctx.x_shape = backend, x.shape
         ctx.accumulate = [
             (q.lora_A, q.lora_B) if added else None for q, (_, _, added) in zip(projections, numbers, strict=True)
         ]
-        ctx.adapter_dtypes = [
+        ctx.numbers = [
             # A projection with an A has a B.
-            None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype)  # type: ignore[union-attr]
-            for q in projections
+            (q.alpha, None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype), need_A)  # type: ignore[union-attr]
+            for q, (_, need_A, _, _) in zip(projections, needs, strict=True)
         ]
         return tuple(ys)
 
@@ -96,35 +97,28 @@ class LoRAProjectionsFunction(torch.autograd.Function):
             return _backward(ctx, into, *dys)
 
 
-def _by_projection(flat: Sequence[bool]) -> list[Sequence[bool]]:
-    """Return for each projection which gradients of weight, lora_A, lora_B and bias are needed."""
-    return [flat[i : i + 4] for i in range(3, len(flat), 4)]
-
-
 @guarded
 def _backward(
     ctx: Context, into: Sequence[tuple[Tensor | None, Tensor | None]], *dys: Any
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    need_x, needs = ctx.needs_input_grad[0], _by_projection(ctx.needs_input_grad)
+    need_x, needs = ctx.needs_input_grad[0], by_layer(ctx.needs_input_grad[3:])
     x: Any
-    x, *saved = ctx.saved_tensors
+    x, *flat = ctx.saved_tensors
+    saved = by_layer(flat, SAVED)
     # A copy, if needed, comes before the launches, because the launches overlap.
     x = None if x is None else rows(x)
     there = [i for i, dy in enumerate(dys) if dy is not None]
     parts = [
-        # Five tensors are saved for each projection, but a type checker does not know the length of a slice.
-        Part(  # type: ignore[call-arg]
-            rows(dys[i]), *saved[5 * i : 5 * i + 5], *into[i], ctx.alphas[i], ctx.adapter_dtypes[i], needs[i][1]
-        )
+        Part(rows(dys[i]), *saved[i], *into[i], *ctx.numbers[i])  # type: ignore[call-arg]
         for i in there
     ]
     dx, low_rank = projections_pass.backward(x, parts, need_x, ctx.backend)
-    grads: list[Tensor | None] = [None] * (4 * len(dys))
+    grads: list[Sequence[Tensor | None]] = [(None,) * GIVEN] * len(dys)
     for i, part, own in zip(there, parts, low_rank, strict=True):
         need_weight, _, _, need_bias = needs[i]
         dweight = torch.mm(part.dy.t(), x) if need_weight else None
-        grads[4 * i : 4 * i + 4] = dweight, *own, part.dy.sum(0) if need_bias else None
-    return dx.view(ctx.x_shape) if need_x else None, None, None, *grads
+        grads[i] = dweight, *own, part.dy.sum(0) if need_bias else None
+    return dx.view(ctx.x_shape) if need_x else None, None, None, *itertools.chain.from_iterable(grads)
 
 
 def _projections(
@@ -147,7 +141,7 @@ def _projections_forward(
     Args:
         x: `[*, in]`.
         tensors: W, A, B and bias of each projection without the Nones; shapes and dtypes as in `linear`.
-        places: Place of each tensor among 4 per projection.
+        places: Place of each tensor in the full list, see `packing`.
         noise: Result of the backend's `draw_noise(x, count)` for all masks, or None.
         scalings: For each projection, multiplies the low-rank term.
         dropout_ps: For each projection, the probability of dropping an element.
@@ -168,19 +162,18 @@ def _projections_backward(
     Args:
         x: `[*, in]`, if a dA is needed.
         tensors: dy, W, A, B, s and mask of each projection that has a dy, without those that no gradient takes.
-        places: Place of each tensor among 6 per projection.
+        places: Place of each tensor in the full list, see `packing`.
         alphas: scaling · keep_scale of each projection.
         backend: "triton" or "torch".
         dtype: The dtype of dA and dB.
         need_x: Whether dx is needed.
         need_As: For each projection, whether dA is needed; dB is needed if s is given.
     """
-    saved = packing.unpack(tensors, places, len(alphas), _SAVED)
+    saved = packing.unpack(tensors, places, len(alphas), _EACH)
     x, shape = None if x is None else rows(x), saved[0][0].shape[:-1]
     parts = [
-        # Five of the six entries remain.
-        Part(rows(dy), *five, None, None, alpha, (dtype, dtype), need_A)  # type: ignore[call-arg]
-        for (dy, *five), alpha, need_A in zip(saved, alphas, need_As, strict=True)
+        Part(rows(dy), *own, None, None, alpha, (dtype, dtype), need_A)  # type: ignore[call-arg]
+        for (dy, *own), alpha, need_A in zip(saved, alphas, need_As, strict=True)
     ]
     dx, grads = projections_pass.backward(x, parts, need_x, backend)
     # `_fake_backward` promises contiguous results.
@@ -198,7 +191,7 @@ def _fake_forward(x, tensors, places, noise, scalings, dropout_ps, backend):
 
 def _fake_backward(x, tensors, places, alphas, backend, dtype, need_x, need_As):
     results: list[Tensor] = []
-    for i, (dy, weight, _, lora_B, s, _) in enumerate(packing.unpack(tensors, places, len(alphas), _SAVED)):
+    for i, (dy, weight, _, lora_B, s, _) in enumerate(packing.unpack(tensors, places, len(alphas), _EACH)):
         if need_x and not results:
             results.append(dy.new_empty(*dy.shape[:-1], weight.shape[1]))
         if need_As[i]:
@@ -213,15 +206,13 @@ def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Non
     _, s, keeps = output
     # During forward, `needs_input_grad` has a flat entry for each tensor of a list.
     need_x, *flags = ctx.needs_input_grad[: 1 + len(tensors)]
-    needs, drawn, saved = packing.needed(flags, places, len(scalings)), iter(keeps), []
+    needs, drawn = packing.needed(flags, places, len(scalings)), iter(keeps)
+    saved: list[Tensor | None] = []
     entries = packing.entries(tensors, places, scalings, dropout_ps)
     for q, (_, need_A, _, _) in zip(entries, needs, strict=True):
         keep = next(drawn) if q.lora_A is not None and q.dropout_p > 0 else None
-        to_ds = need_x or need_A
-        saved += [
-            q.weight if need_x else None, q.lora_A if need_x else None, q.lora_B if to_ds else None,
-            keep if to_ds else None,
-        ]  # fmt: skip
+        # One tensor has the s of all projections.
+        saved += kept(q.weight, q.lora_A, q.lora_B, None, keep, need_x, need_A, False)
     need_rows = any(need_weight or need_A for need_weight, need_A, _, _ in needs)
     ctx.save_for_backward(x if need_rows else None, s if any(need_B for _, _, need_B, _ in needs) else None, *saved)
     ctx.mark_non_differentiable(s)
@@ -247,8 +238,8 @@ def _gradients(ctx: Context, dys: Sequence[Tensor | None]) -> tuple[Tensor | Non
     needs = packing.needed(flags, ctx.places, len(dys))
     shrunk = [None] * len(dys) if s is None else packing.columns(s, ctx.ranks, ctx.backend)
     groups, alphas, need_As = [], [], []
-    for i, dy in enumerate(dys):
-        weight, lora_A, lora_B, keep = saved[4 * i : 4 * i + 4]
+    for i, (dy, own) in enumerate(zip(dys, by_layer(saved, SAVED), strict=True)):
+        weight, lora_A, lora_B, _, keep = own
         _, need_A, need_B, _ = needs[i]
         if dy is not None:
             groups.append((dy, weight, lora_A, lora_B, shrunk[i] if need_B else None, keep))
@@ -263,7 +254,7 @@ def _gradients(ctx: Context, dys: Sequence[Tensor | None]) -> tuple[Tensor | Non
     grads: list[Tensor | None] = []
     for dy, (need_weight, need_A, need_B, need_bias) in zip(dys, needs, strict=True):
         if dy is None:
-            grads += [None] * packing.GIVEN
+            grads += [None] * GIVEN
             continue
         dweight = torch.mm(rows(dy).t(), rows(x)) if need_weight else None
         low_rank = [next(results) if need else None for need in (need_A, need_B)]
@@ -288,7 +279,7 @@ def _backward_flops(x, tensors, places, alphas, backend, dtype, need_x: bool, ne
     The arguments are shapes.
     """
     total = 0
-    groups = packing.unpack(tensors, places, len(alphas), _SAVED)
+    groups = packing.unpack(tensors, places, len(alphas), _EACH)
     for (dy, weight, _, lora_B, s, _), need_A in zip(groups, need_As, strict=True):
         rank, inner = (lora_B or s or (0, 0))[1], weight[1] if need_x else x[-1] if need_A else 0
         total += backward_products(inner, dy[-1], rank, need_x, need_A, s is not None)

@@ -14,7 +14,7 @@ from lora_kernels.autograd.common import autocasts
 from lora_kernels.functional import checks
 from lora_kernels.functional.gate import arrived, cast, transforming, watched
 from lora_kernels.functional.projections import alone, arguments, check_each, joined, with_floats
-from lora_kernels.passes.layer import Adapted, Projection
+from lora_kernels.passes.layer import GIVEN, Adapted, Projection
 
 __all__ = ["lora_mlp"]
 
@@ -103,7 +103,7 @@ def _mlp(
     if watched():
         return autograd.mlp.mlp(x, *arguments([*before, down]), activation, recompute, chosen)
     entries = list(map(with_floats, (*before, down)))
-    tensors = list(itertools.chain.from_iterable(q[:4] for q in entries))
+    tensors = list(itertools.chain.from_iterable(q[:GIVEN] for q in entries))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         numbers = tuple((q.scaling, q.dropout_p, into) for q, into in zip(entries, added, strict=True))
         y = autograd.mlp.LoRAMLPFunction.apply(x, chosen, activation, recompute, numbers, *tensors)

@@ -12,7 +12,7 @@ from lora_kernels.autograd.common import autocasts
 from lora_kernels.functional import checks
 from lora_kernels.functional.gate import arrived, as_number, cast, transforming, watched
 from lora_kernels.functional.linear import compute
-from lora_kernels.passes.layer import Adapted, Projection
+from lora_kernels.passes.layer import GIVEN, Adapted, Projection
 
 __all__ = ["alone", "arguments", "check_each", "joined", "lora_projections", "lora_qkv", "project", "with_floats"]
 
@@ -176,7 +176,7 @@ def _together(x: Tensor, entries: list[Projection], backend: str, added: list[bo
     if watched():
         return autograd.projections.projections(x, *arguments(entries), backend)
     entries = list(map(with_floats, entries))
-    tensors = [t for q in entries for t in q[:4]]
+    tensors = [t for q in entries for t in q[:GIVEN]]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         numbers = tuple((q.scaling, q.dropout_p, into) for q, into in zip(entries, added, strict=True))
         ys = autograd.projections.LoRAProjectionsFunction.apply(x, backend, numbers, *tensors)

@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lora_kernels.dropout import keep_scale
 
-__all__ = ["Adapted", "Kept", "Layer", "Part", "Projection", "as_dtype", "by_layer", "readable", "rows"]
+__all__ = [
+    "GIVEN", "SAVED", "SAVED_WITH_BIAS", "Adapted", "Kept", "Layer", "Part", "Projection", "as_dtype", "by_layer",
+    "kept", "readable", "rows",
+]  # fmt: skip
 
-_EACH = 4  # weight, lora_A, lora_B, bias
+# Tensors given for each layer: weight, lora_A, lora_B and bias. A type checker can slice by a Final number.
+GIVEN: Final = 4
 
 # A tensor, or None if no gradient needs the tensor. `Any`, because no type checker can follow which ones are needed.
 Kept: TypeAlias = Tensor | Any
@@ -45,7 +49,7 @@ class Projection(NamedTuple):
 
     def parted(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Return the tensors, and the values."""
-        return self[:4], self[4:]
+        return self[:GIVEN], self[GIVEN:]
 
 
 class Part(NamedTuple):
@@ -53,11 +57,7 @@ class Part(NamedTuple):
 
     Attributes:
         dy: `[M, out]`.
-        weight: W, if dx is needed.
-        lora_A: A, if dx is needed.
-        lora_B: B, if dx or dA is needed.
-        s: `[M, r]`, if dB is needed.
-        keep: The backend's mask, if there is a mask and dx or dA is needed.
+        weight: As in `Layer`; so are lora_A, lora_B, s and keep.
         into_A: A gradient to add dA to instead of returning it, or None.
         into_B: A gradient to add dB to, or None.
         alpha: scaling · keep_scale.
@@ -79,7 +79,7 @@ class Part(NamedTuple):
 
     def parted(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Return the tensors, and the values."""
-        return self[:8], self[8:]
+        return self[:_OF_PART], self[_OF_PART:]
 
 
 class Layer(NamedTuple):
@@ -113,12 +113,35 @@ class Layer(NamedTuple):
 
     def parted(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Return the tensors, and the values."""
-        return self[:8], self[8:]
+        return self[:_OF_LAYER], self[_OF_LAYER:]
 
 
-def by_layer(flat: Sequence) -> list[Sequence]:
-    """Split a flat sequence into four entries per layer, for weight, lora_A, lora_B and bias."""
-    return [flat[i : i + _EACH] for i in range(0, len(flat), _EACH)]
+# Tensors saved for each layer: weight, lora_A, lora_B, s and keep. To compute outputs again also takes the bias.
+SAVED = Layer._fields.index("bias")
+SAVED_WITH_BIAS = SAVED + 1
+# The tensors of a part and of a layer come before alpha.
+_OF_PART = Part._fields.index("alpha")
+_OF_LAYER = Layer._fields.index("alpha")
+
+
+def by_layer(flat: Sequence, each: int = GIVEN) -> list[Sequence]:
+    """Split a flat sequence into `each` entries per layer, by default for weight, lora_A, lora_B and bias."""
+    return [flat[i : i + each] for i in range(0, len(flat), each)]
+
+
+def kept(
+    weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, s: Tensor | None, keep: Tensor | None,
+    need_x: bool, need_A: bool, need_B: bool, again: bool = False,
+) -> tuple[Kept, Kept, Kept, Kept, Kept]:  # fmt: skip
+    """Select the tensors to save for one layer, by the needed gradients of the layer's input, of A and of B.
+
+    With `again`, also select the tensors from which backward computes the output again.
+    """
+    need_ds = need_x or need_A
+    return (
+        weight if need_x or again else None, lora_A if need_x else None, lora_B if need_ds or again else None,
+        s if need_B or again else None, keep if need_ds else None,
+    )  # fmt: skip
 
 
 def readable(adapter: Tensor, dtype: torch.dtype) -> Tensor:

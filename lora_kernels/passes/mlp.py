@@ -29,13 +29,9 @@ from torch import Tensor
 from lora_kernels import plan
 from lora_kernels.activations import After, Before
 from lora_kernels.passes import linear, projections
-from lora_kernels.passes.layer import Kept, Layer, Part, Projection, readable, rows
+from lora_kernels.passes.layer import GIVEN, Kept, Layer, Part, Projection, kept, readable, rows
 
-__all__ = ["SAVED", "differentiate", "forward", "reads_outs", "to_save"]
-
-_EACH = 4  # weight, lora_A, lora_B, bias
-# Tensors saved for each layer: weight, lora_A, lora_B, s, keep, bias.
-SAVED = 6
+__all__ = ["differentiate", "forward", "reads_outs", "to_save"]
 
 
 def forward(
@@ -115,15 +111,17 @@ def _backward(
         )  # fmt: skip
         del dh
         parts = [
-            Part(wide, *q[:5], q.into_A, q.into_B, q.alpha, q.dtypes, q.needs[1])
+            Part(
+                wide, q.weight, q.lora_A, q.lora_B, q.s, q.keep, q.into_A, q.into_B, q.alpha, q.dtypes, q.needs[1]
+            )
             for wide, q in zip(wides, before, strict=True)
-        ]
+        ]  # fmt: skip
         dx, low_rank = projections.backward_pass(steps.part("before"), need_x, parts, x, made)
         for wide, q, own in zip(wides, before, low_rank, strict=True):
             of_weight, _, _, of_bias = q.needs
             grads += [torch.mm(wide.t(), x) if of_weight else None, *own, wide.sum(0) if of_bias else None]
     else:
-        grads += [None] * _EACH * len(before)
+        grads += [None] * GIVEN * len(before)
     return dx, [*grads, dweight, d_lora_A, d_lora_B, dy.sum(0) if need_bias else None]
 
 
@@ -160,23 +158,21 @@ def to_save(
     x: Tensor, layers: Sequence[Projection], outs: Sequence[Tensor], shrunk: Sequence[Tensor | None],
     keeps: Sequence[Tensor | None], need_x: bool, all_needs: Sequence[Sequence[bool]], recompute: bool,
 ) -> list[Tensor | None]:  # fmt: skip
-    """List the tensors for `differentiate`: x, six of each layer, and the outputs of gate and up unless `recompute`.
+    """List the tensors for `differentiate`: x, those of each layer, and the outputs of gate and up unless `recompute`.
 
-    The six are weight, lora_A, lora_B, s, mask and bias. A tensor that no gradient in `all_needs` takes is None.
+    Those of a layer are weight, lora_A, lora_B, s, mask and bias, None if no gradient in `all_needs` takes the tensor.
     """
     need_outs, need_dh = reads_outs(need_x, all_needs), need_x or any(map(any, all_needs[:-1]))
     # To compute the outputs of gate and up again, backward needs their inputs.
     again = recompute and need_outs
-    saved, need_rows = [], again
+    saved: list[Tensor | None] = []
+    need_rows = again
     for i, (q, s, keep, needs) in enumerate(zip(layers, shrunk, keeps, all_needs, strict=True)):
         (need_weight, need_A, need_B, _), is_down = needs, i == len(layers) - 1
         into, made_again = need_dh if is_down else need_x, again and not is_down
         need_rows |= not is_down and (need_weight or need_A)
-        saved += [
-            q.weight if into or made_again else None, q.lora_A if into else None,
-            q.lora_B if into or need_A or made_again else None, s if need_B or made_again else None,
-            keep if into or need_A else None, q.bias if made_again else None,
-        ]  # fmt: skip
+        saved += kept(q.weight, q.lora_A, q.lora_B, s, keep, into, need_A, need_B, made_again)
+        saved.append(q.bias if made_again else None)
     return [x if need_rows else None, *saved, *(outs if need_outs and not again else ())]
 
 

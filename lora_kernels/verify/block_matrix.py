@@ -9,7 +9,7 @@ from torch import Tensor
 from lora_kernels import dropout, reference, torch_backend
 from lora_kernels.dropout import threshold
 from lora_kernels.functional import lora_mlp, lora_qkv
-from lora_kernels.passes.layer import Projection
+from lora_kernels.passes.layer import GIVEN, Projection
 from lora_kernels.verify import numerics_mlp
 from lora_kernels.verify.block_problems import (
     MLP,
@@ -115,7 +115,7 @@ def examine(
     """Run a case twice and hold it to the rules; return the findings and the messages of all other failures."""
     problem = _draw(case, dtype, str(device), seed)
     operands = {f"{name}'s {field}": t for name, q in problem.layers.items()
-                for field, t in zip(Projection._fields[:4], q[:4], strict=True) if t is not None}  # fmt: skip
+                for field, t in zip(Projection._fields[:GIVEN], q[:GIVEN], strict=True) if t is not None}  # fmt: skip
     operands |= {"x": problem.x} | {f"the gradient of {y}": dy for y, dy in zip(problem.ys, problem.dys, strict=True)}
     before = storages(operands)
     actual, again = (_run(problem, case.backend, seed) for _ in range(2))
