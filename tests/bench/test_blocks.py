@@ -21,6 +21,7 @@ from lora_kernels.bench.providers import llama
 from lora_kernels.bench.show import levels as level_tables
 from lora_kernels.bench.show import tables
 from lora_kernels.cli import bench
+from lora_kernels.measure import timing
 from lora_kernels.measure.presets import PRESETS, Shape, block_shape, parse_shape
 from lora_kernels.verify import judge
 from lora_kernels.verify.block_problems import outputs
@@ -270,7 +271,7 @@ def test_an_mlp_may_be_twice_as_far_off_as_pytorch(times, ok):
 
 @pytest.mark.usefixtures("no_peft")
 def test_blocks_in_rotated_buffers(monkeypatch):
-    monkeypatch.setattr(block_case.timing, "_MOST_COPIES", 3)
+    monkeypatch.setattr(timing, "_MOST_COPIES", 3)
     built = []
 
     def build(name, problem, backend):
