@@ -50,14 +50,14 @@ from torch import Tensor
 from lora_kernels import reference
 
 __all__ = [
-    "RULE_2_INHERITED", "RULE_2_SIZE", "Finding", "Problem", "allowed", "allowed_rms", "bounds", "check",
+    "RULE_2_INHERITED", "RULE_2_SIZE", "SLACK", "Finding", "Problem", "allowed", "allowed_rms", "bounds", "check",
     "check_shared_dx", "compare", "eager", "exact", "propagated", "rms", "rounded", "shared_dx", "terms",
     "unit_roundoff",
 ]  # fmt: skip
 
 _UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 _ETA = {torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25, torch.float32: 2.0**-150, torch.float64: 0.0}
-_SLACK = 1.05
+SLACK = 1.05
 RULE_2_SIZE = 2048
 RULE_2_INHERITED = 256
 
@@ -169,7 +169,7 @@ def bounds(problem: Problem, split: bool = False) -> dict[str, Tensor]:
 
 def allowed(error: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
     """Return rule 1's limit of an output whose error is `error` before the output is rounded to `dtype`."""
-    return _SLACK * rounded(error, truth, dtype)
+    return SLACK * rounded(error, truth, dtype)
 
 
 def rounded(error: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:

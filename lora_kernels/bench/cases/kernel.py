@@ -28,13 +28,12 @@ from lora_kernels.dropout import keep_scale
 from lora_kernels.measure import timing
 from lora_kernels.measure.presets import Shape
 from lora_kernels.verify import judge
-from lora_kernels.verify.numerics import Problem, unit_roundoff
+from lora_kernels.verify.numerics import SLACK, Problem, unit_roundoff
 
 __all__ = ["LAUNCHES", "PROVIDERS", "Launch", "admit", "launches", "run_case"]
 
 LAUNCHES = ("s", "y", "ds, dB", "dx", "dA")
 PROVIDERS = ("base", "ours", "operators")
-_SLACK = 1.05  # that of `numerics`
 
 
 @dataclass(frozen=True)
@@ -259,7 +258,7 @@ def share_used(actual: Tensor, expected: Sum, fused: bool, dropped: bool) -> flo
     error = (actual.double() - exact).abs()
     if not error.isfinite().all():
         return float("inf")
-    return torch.where(error > 0, error / (_SLACK * allowed), 0.0).max().item()
+    return torch.where(error > 0, error / (SLACK * allowed), 0.0).max().item()
 
 
 def _rate(rows: dict[str, dict[str, Any]], launch: Launch, settings: Settings) -> None:
