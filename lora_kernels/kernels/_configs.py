@@ -13,7 +13,7 @@ import torch
 from lora_kernels.constants import ONE_READ_RANK
 
 __all__ = [
-    "SHARED", "MatmulConfig", "ShrinkConfig", "WgradConfig",
+    "LEAST_SHARED", "SHARED", "MatmulConfig", "ShrinkConfig", "WgradConfig",
     "descriptor_path", "matmul_config", "matmul_configs", "shrink_config", "shrink_wgrad_pays", "wgrad_config",
 ]  # fmt: skip
 
@@ -24,7 +24,7 @@ _PROGRAMS = 256
 _THIN = 128
 # Shared memory of a multiprocessor: an H100 and an MI300X.
 SHARED = 233_472  # bytes
-_LEAST_SHARED = 65_536  # bytes
+LEAST_SHARED = 65_536  # bytes
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def wgrad_config(
     single = dtype.itemsize == 4
     small = shared < SHARED
     if shrinks:
-        wide_tile = 128 if strided or (rounds and shared <= _LEAST_SHARED) else 256
+        wide_tile = 128 if strided or (rounds and shared <= LEAST_SHARED) else 256
     else:
         wide_tile = 64 if adapters > 1 and (masked or adapters * _fit(thin, 64) > 64) else 128
     # Mixed products read one tile masked, from registers, and unmasked, from shared memory. A wgmma must do neither
@@ -279,7 +279,7 @@ def wgrad_config(
         wide_tile = 32
     if activated:
         # Take as many columns as the registers of three operands allow, for fewer parts of ds.
-        wide_tile = 128 if single or thin <= (32 if shared > _LEAST_SHARED else 16) else 32 if masked else 64
+        wide_tile = 128 if single or thin <= (32 if shared > LEAST_SHARED else 16) else 32 if masked else 64
     # Keep fp32 tiles narrow: on sm_100, Triton 3.6 rounds 64 or more columns of masked fp32 to TF32, whatever
     # `input_precision` says.
     block_c = _fit(wide, wide_tile // 4 if single else wide_tile)
@@ -288,7 +288,7 @@ def wgrad_config(
     few = single or activated or (adapters > 2 and masked)
     wide_sums = adapters > 2 and thin > (16 if masked and small else 32) and (small or not masked)
     fewest = single if activated else wide_sums
-    addressed = strided and (single or (masked and adapters > 1 and shared <= _LEAST_SHARED))
+    addressed = strided and (single or (masked and adapters > 1 and shared <= LEAST_SHARED))
     most_rows = (_TINY if fewest else 32 if few else 64) // (2 if addressed else 1)
     # In TF32, a tile of 64 rows has half the bank conflicts in shared memory of a tile of 32 rows.
     block_m = 64 if shrinks and tf32 and not activated else _fit(rows, most_rows)

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lora_kernels.kernels._configs import SHARED, descriptor_path
+from lora_kernels.kernels._configs import LEAST_SHARED, SHARED, descriptor_path
 
 __all__ = [
     "Facts", "Launch", "Slot", "allocator", "arrivals", "capability", "dependent_launch", "describe_path", "facts",
@@ -26,8 +26,6 @@ __all__ = [
 _runtime = triton.knobs.runtime
 # Counters of a pass, int32. A wgrad in tiles of 64 x 64 at rank 512 over 100,000 columns takes about as many.
 _COUNTERS = 1 << 14
-# Shared memory of CDNA3 in bytes, for versions of PyTorch for ROCm that do not report it.
-_ROCM_SHARED = 65_536
 # The number is small, so that the persistent loop runs more than one round in tests.
 _INTERPRETER_SMS = 3
 
@@ -187,7 +185,8 @@ def _shared_per_sm(device: torch.device) -> int:
     if device.type != "cuda":
         return SHARED
     properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_multiprocessor", 0) or _ROCM_SHARED
+    # Some versions of PyTorch for ROCm do not report it.
+    return getattr(properties, "shared_memory_per_multiprocessor", 0) or LEAST_SHARED
 
 
 @functools.cache
