@@ -75,7 +75,7 @@ overridden._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def _choose(device: torch.device, dtype: torch.dtype, rank: int, requested: str, call: str) -> Choice:
     if requested not in BACKENDS:
-        raise ValueError(f"{call}: backend={requested!r} is not one of: auto, triton, torch.")
+        raise ValueError(f"{call}: backend={requested!r} is not one of: {', '.join(BACKENDS)}.")
     choice = Choice("torch", "it was asked for") if requested == "torch" else automatic(device, dtype, rank)
     if requested == "auto" and choice.backend == "torch" and device.type == "cuda":
         _log.info('lora_kernels: %s; using backend="torch". Set LORA_KERNELS_BACKEND=torch to silence.', choice.reason)
@@ -158,5 +158,5 @@ def contractions(backend: str) -> Any:
 def _environment_backend() -> str:
     value = os.environ.get("LORA_KERNELS_BACKEND", "auto")
     if value not in BACKENDS:
-        raise ValueError(f"LORA_KERNELS_BACKEND={value!r} is not one of: auto, torch, triton.")
+        raise ValueError(f"LORA_KERNELS_BACKEND={value!r} is not one of: {', '.join(sorted(BACKENDS))}.")
     return value
