@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lora_kernels import plan
+from lora_kernels.activations import ACTIVATIONS
 from lora_kernels.constants import DTYPES
 from lora_kernels.inspect.binary import read
 from lora_kernels.inspect.budgets import broken
@@ -53,7 +54,7 @@ CASES = (
     Case(*_SMALL, 16, "fp32", p=0.1, others=(256, 256)), Case(*_SMALL, 16, p=0.1, strided=True, others=(256, 256)),
     *(Case(8192, 4096, 14336, 16, p=p, others=(14336,)) for p in (0.0, 0.1)),
     Case(*_MLP, 64, activation="silu"),
-    *(Case(*_MLP, 16, activation=activation) for activation in ("gelu", "gelu_tanh", "relu2")),
+    *(Case(*_MLP, 16, activation=activation) for activation in ACTIVATIONS if activation != "silu"),
     *(Case(*_SMALL, 16, "fp32", p=p, activation="silu") for p in (0.0, 0.1)),
     Case(*_SMALL, 16, p=0.1, strided=True, activation="silu"),
     # PEFT's default: adapters in fp32.
