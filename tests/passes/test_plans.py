@@ -13,6 +13,7 @@ from lora_kernels.passes.layer import Projection
 from lora_kernels.plan import steps as plans
 
 FORMS = ("fused", "beta1", "padded", "joint")
+PS = [pytest.param(0.0, marks=pytest.mark.slow), 0.3]
 ALL = [linear, add, qkv, mlp, mlp_made_again]
 
 
@@ -76,7 +77,7 @@ def made(monkeypatch):
 
 
 @pytest.mark.parametrize("make", ALL, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("p", PS)
 @pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32], ids=str)
 def test_a_planned_pass_gives_the_bits_of_the_launchers_alone(make, p, adapters, device, monkeypatch):
     args = make, device, torch.bfloat16, adapters, p
@@ -90,7 +91,7 @@ def test_a_planned_pass_gives_the_bits_of_the_launchers_alone(make, p, adapters,
 @pytest.mark.parametrize(
     ("make", "form"), [*itertools.product(ALL, ("fused", "beta1")), *itertools.product((linear, mlp), FORMS[2:])]
 )
-@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("p", PS)
 def test_a_plan_takes_the_launches_that_would_be_settled(make, form, p, device, checked):
     with plan.forced(form):
         for seed in range(2):
