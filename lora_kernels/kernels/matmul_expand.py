@@ -269,7 +269,7 @@ def matmul_expand_all(
         slot: As in `matmul_expand`.
     """
     summed, biases = zip(*outputs, strict=True)
-    sources = list(itertools.chain.from_iterable(summed))
+    sources = summed[0] if len(summed) == 1 else list(itertools.chain.from_iterable(summed))
     # The masked q must have one dtype, because the kernel selects among their pointers.
     if len(masked) > 1 and len({q.dtype for _, q, _ in masked}) > 1:
         masked = [(p, q.to(p.dtype), keep) for p, q, keep in masked]

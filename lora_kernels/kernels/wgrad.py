@@ -316,12 +316,13 @@ class Settled(NamedTuple):
         self, wide: Tensor, thins: tuple[Tensor, ...] | None, keeps: tuple[Tensor | None, ...] | None,
         intos: Sequence[Tensor | None], bs: tuple[Tensor | None, ...] | None, dss: Sequence[Tensor | None],
         alphas: tuple[float, ...] | None, activation: Activation = _NO_ACTIVATION,
-    ) -> tuple[list[Tensor | None], list[Tensor | None]]:  # fmt: skip
+    ) -> tuple[list[Tensor | None], Sequence[Tensor | None]]:  # fmt: skip
         """Return each g, None for a g that was added; and each ds, None for an absent ds."""
         start, new_gs, new_dss, new_g_parts, new_ds_parts, counted = self
         gs: list[Tensor | None] = [new and new() for new in new_gs]
         there = gs if None not in new_gs else [into if g is None else g for g, into in zip(gs, intos, strict=True)]
-        dss = [new() if new else ds for new, ds in zip(new_dss, dss, strict=True)]
+        if new_ds_parts:
+            dss = [new() if new else ds for new, ds in zip(new_dss, dss, strict=True)]
         g_parts, ds_parts = new_g_parts and new_g_parts(), new_ds_parts and new_ds_parts()
         counters = arrivals(wide.device, counted) if counted else None
         results = tuple(there) or None, g_parts, tuple(dss) or None, ds_parts

@@ -42,20 +42,14 @@ class Expander(NamedTuple):
     Attributes:
         name: "operators", "library", or a strategy of `lora_kernels.plan.model`.
         compute: A function like `matmul_expand_all`; with `brings_ds` it is `joint`.
+        overlaps: Whether the next launch may overlap the end of this product.
+        brings_ds: Whether `compute` takes dy, W, A, B, alpha and the mask, and gives dx and ds.
     """
 
     name: str
     compute: Callable[..., Any]
-
-    @property
-    def overlaps(self) -> bool:
-        """Return whether the next launch may overlap the end of this product."""
-        return self.name == "fused"
-
-    @property
-    def brings_ds(self) -> bool:
-        """Return whether `compute` takes dy, W, A, B, alpha and the mask, and gives dx and ds."""
-        return self.name == "joint"
+    overlaps: bool = False
+    brings_ds: bool = False
 
 
 def expander(
@@ -87,7 +81,8 @@ def expander(
         chosen = Form("fused")
     elif not alone and chosen.strategy != "fused":
         chosen = Form("beta1")
-    return Expander(chosen.strategy, functools.partial(ops.strategy(*chosen), slot=slot))
+    name, compute = chosen.strategy, functools.partial(ops.strategy(*chosen), slot=slot)
+    return Expander(name, compute, overlaps=name == "fused", brings_ds=name == "joint")
 
 
 def stacks(backend: str, dy: Tensor, adapters: Sequence[Tensor]) -> bool:

@@ -56,7 +56,10 @@ class Steps(collections.defaultdict):
 
     def expander(self, name: str, *product: Any) -> Expander:
         """Return the way to compute large products, as `forms.expander` chooses, with the slot of that name."""
-        return self.once(name, forms.expander, self.backend, self[name], *product)
+        found = self._decided.get(name)
+        if found is None:
+            found = self._decided[name] = forms.expander(self.backend, self[name], *product)
+        return found
 
 
 def _no_slot() -> None:
