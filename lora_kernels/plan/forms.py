@@ -15,18 +15,7 @@ from lora_kernels.plan import model, tuned
 from lora_kernels.plan.backend import contractions
 from lora_kernels.plan.model import Product
 
-__all__ = [
-    "Expander",
-    "Form",
-    "expander",
-    "forced",
-    "forget",
-    "form",
-    "fuses",
-    "override",
-    "rule",
-    "stacks",
-]
+__all__ = ["Expander", "Form", "expander", "forced", "forget", "form", "fuses", "override", "rule", "stacks"]
 
 
 class Form(NamedTuple):

@@ -34,15 +34,9 @@ class Contractions(Protocol):
         """Allocate the results of `shrink`, for their shapes and strides."""
 
     def shrink(
-        self,
-        x: Tensor,
-        a: Tensor,
-        alpha: float,
-        dropout_p: float = 0.0,
-        *,
-        noise: Tensor | None = None,
+        self, x: Tensor, a: Tensor, alpha: float, dropout_p: float = 0.0, *, noise: Tensor | None = None,
         slot: Any = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Compute s = alpha · (x · keep) aᵀ, and the mask."""
 
     def shrink_all(

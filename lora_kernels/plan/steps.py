@@ -56,6 +56,7 @@ class Steps(collections.defaultdict):
 
     def expander(self, name: str, *product: Any) -> Expander:
         """Return the way to compute large products, as `forms.expander` chooses, with the slot of that name."""
+        # As `once`, without its call: a pass asks for this in its every run.
         found = self._decided.get(name)
         if found is None:
             found = self._decided[name] = forms.expander(self.backend, self[name], *product)
