@@ -10,7 +10,7 @@ from triton.language.target_info import current_target
 
 from lora_kernels.dropout import PHILOX_ROUNDS
 
-__all__ = ["halves", "keep_bits", "kept", "last_to_arrive", "load_kept", "tile_position", "unpack_bits"]
+__all__ = ["halves", "keep_bits", "kept", "last_to_arrive", "load_kept", "sum_of_parts", "tile_position", "unpack_bits"]
 
 _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 
@@ -52,6 +52,19 @@ def last_to_arrive(arrivals_ptr, expected):
     if last:
         tl.store(arrivals_ptr, 0)
     return last
+
+
+@triton.jit
+def sum_of_parts(part_ptrs, part_size, splits, last, mask, AT_ONCE: tl.constexpr):
+    """Add the `splits` partial sums of a tile in order, if this program is the last; AT_ONCE loads are in flight."""
+    total = tl.zeros(part_ptrs.shape, tl.float32)
+    for j in range(0, tl.where(last, splits, 0), AT_ONCE):
+        for ahead in tl.static_range(AT_ONCE):
+            k = tl.cast(j, tl.int64) + ahead
+            # The mask is a block, because the interpreter takes no scalar in a mask.
+            there = tl.zeros(part_ptrs.shape, tl.int64) + k < splits
+            total += tl.load(part_ptrs + k * part_size, mask=mask & there, other=0.0, cache_modifier=".cg")
+    return total
 
 
 @triton.jit

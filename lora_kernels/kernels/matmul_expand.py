@@ -138,19 +138,9 @@ def _matmul_expand_kernel(
         if NUM_SOURCES > 0:
             # The trip count is at least 1, because Triton 3.6 serialises wgmma over a trip count that might be 0.
             for step in range(begin, tl.maximum(end, begin + 1)):
-                p, q, first, K = ps[0], qs[0], 0, Ks[0]
-                stride_pm, stride_pk, stride_qn, stride_qk = strides_pm[0], strides_pk[0], strides_qn[0], strides_qk[0]
-                for i in tl.static_range(1, NUM_SOURCES):
-                    there = step >= firsts[i]
-                    if there:
-                        p = ps[i]
-                        q = qs[i]
-                    first = tl.where(there, firsts[i], first)
-                    K = tl.where(there, Ks[i], K)
-                    stride_pm = tl.where(there, strides_pm[i], stride_pm)
-                    stride_pk = tl.where(there, strides_pk[i], stride_pk)
-                    stride_qn = tl.where(there, strides_qn[i], stride_qn)
-                    stride_qk = tl.where(there, strides_qk[i], stride_qk)
+                p, q, first, K, stride_pm, stride_pk, stride_qn, stride_qk = _source_of(
+                    step, firsts, ps, qs, Ks, strides_pm, strides_pk, strides_qn, strides_qk, NUM_SOURCES
+                )
                 k0 = (step - first) * BLOCK_K
                 if USE_TMA:
                     p_tile = p.load([m0, k0])
@@ -200,25 +190,37 @@ def _matmul_expand_kernel(
 
 
 @triton.jit
+def _source_of(step, firsts, ps, qs, Ks, strides_pm, strides_pk, strides_qn, strides_qk, COUNT: tl.constexpr):
+    """Return p, q, the first step, K and the strides of the source that owns a K step."""
+    p, q, first, K = ps[0], qs[0], 0, Ks[0]
+    stride_pm, stride_pk, stride_qn, stride_qk = strides_pm[0], strides_pk[0], strides_qn[0], strides_qk[0]
+    for i in tl.static_range(1, COUNT):
+        there = step >= firsts[i]
+        if there:
+            p = ps[i]
+            q = qs[i]
+        first = tl.where(there, firsts[i], first)
+        K = tl.where(there, Ks[i], K)
+        stride_pm = tl.where(there, strides_pm[i], stride_pm)
+        stride_pk = tl.where(there, strides_pk[i], stride_pk)
+        stride_qn = tl.where(there, strides_qn[i], stride_qn)
+        stride_qk = tl.where(there, strides_qk[i], stride_qk)
+    return p, q, first, K, stride_pm, stride_pk, stride_qn, stride_qk
+
+
+@triton.jit
 def _masked_tiles(
     step, n0, M, N, offs_m, ps, qs, keep_ptrs, Ks, firsts, strides_pm, strides_pk, strides_qn, strides_qk,
     NUM_MASKED: tl.constexpr, SLICE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Load p, q and the mask words of one step of the masked products, for the columns from n0 on; 0 outside."""
-    p, q, keep, first, K = ps[0], qs[0], keep_ptrs[0], 0, Ks[0]
-    stride_pm, stride_pk, stride_qn, stride_qk = strides_pm[0], strides_pk[0], strides_qn[0], strides_qk[0]
+    p, q, first, K, stride_pm, stride_pk, stride_qn, stride_qk = _source_of(
+        step, firsts, ps, qs, Ks, strides_pm, strides_pk, strides_qn, strides_qk, NUM_MASKED
+    )
+    keep = keep_ptrs[0]
     for j in tl.static_range(1, NUM_MASKED):
-        there = step >= firsts[j]
-        if there:
-            p = ps[j]
-            q = qs[j]
+        if step >= firsts[j]:
             keep = keep_ptrs[j]
-        first = tl.where(there, firsts[j], first)
-        K = tl.where(there, Ks[j], K)
-        stride_pm = tl.where(there, strides_pm[j], stride_pm)
-        stride_pk = tl.where(there, strides_pk[j], stride_pk)
-        stride_qn = tl.where(there, strides_qn[j], stride_qn)
-        stride_qk = tl.where(there, strides_qk[j], stride_qk)
     n0 = tl.cast(n0, tl.int64)
     offs_n, offs_r = n0 + tl.arange(0, SLICE), tl.cast(step - first, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     p_tile = _load(p, offs_m[:, None], M, stride_pm, offs_r[None, :], K, stride_pk)

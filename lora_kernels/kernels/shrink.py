@@ -42,7 +42,7 @@ from lora_kernels.dropout import draw_seed, threshold
 from lora_kernels.kernels import _launch
 from lora_kernels.kernels._activation import activated
 from lora_kernels.kernels._configs import ShrinkConfig, shrink_config
-from lora_kernels.kernels._device import keep_bits, last_to_arrive, unpack_bits
+from lora_kernels.kernels._device import keep_bits, last_to_arrive, sum_of_parts, unpack_bits
 from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, arrivals, facts, precision, thin_rows
 
 __all__ = ["Row", "activate_shrink", "draw_noise", "outputs", "shrink", "shrink_all"]
@@ -140,15 +140,7 @@ def _shrink_kernel(
         mask = mask_m[:, None] & (offs_r < Rs[i])[None, :]
         if IS_SPLIT:
             part_ptrs = parts_ptr + tl.cast(M, tl.int64) * before + offs_m[:, None] * Rs[i] + offs_r[None, :]
-            acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-            for j in range(0, tl.where(last, splits, 0), 4):
-                # Four loads are in flight at a time.
-                for ahead in tl.static_range(4):
-                    k = tl.cast(j, tl.int64) + ahead
-                    # The mask is a block, because the interpreter takes no scalar in a mask.
-                    there = (offs_m * 0 + k < splits)[:, None]
-                    part = tl.load(part_ptrs + k * part_size, mask=mask & there, other=0.0, cache_modifier=".cg")
-                    acc += part
+            acc = sum_of_parts(part_ptrs, part_size, splits, last, mask, 4)
             before += Rs[i]
         s = (acc * tl.cast(alphas[i], tl.float32)).to(s_ptrs[i].dtype.element_ty)
         tl.store(s_ptrs[i] + offs_m[:, None] * stride_sm + offs_r[None, :], s, mask=mask)

@@ -50,7 +50,7 @@ from torch import Tensor
 from lora_kernels.kernels import _launch
 from lora_kernels.kernels._activation import Activation, activation_gradient
 from lora_kernels.kernels._configs import WgradConfig, wgrad_config
-from lora_kernels.kernels._device import kept, last_to_arrive, load_kept
+from lora_kernels.kernels._device import kept, last_to_arrive, load_kept, sum_of_parts
 from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, arrivals, facts, made, new_rows, precision
 
 __all__ = ["DGATE", "DUP", "H", "Product", "Settled", "settle", "wgrad", "wgrad_all"]
@@ -198,14 +198,7 @@ def _wgrad_kernel(
         mask_g = mask_w[:, None] & (offs_t < Ts[i])[None, :]
         if IS_SPLIT:
             g_part_ptrs = g_parts_ptr + tl.cast(W, tl.int64) * before + offs_w[:, None] * Ts[i] + offs_t[None, :]
-            acc = tl.zeros((BLOCK_W, BLOCK_T), tl.float32)
-            for j in range(0, tl.where(last, splits, 0), AT_ONCE):
-                for ahead in tl.static_range(AT_ONCE):
-                    k = tl.cast(j, tl.int64) + ahead
-                    # The mask is a block, because the interpreter takes no scalar in a mask.
-                    there = (offs_w * 0 + k < splits)[:, None]
-                    g_part = tl.load(g_part_ptrs + k * part_size, mask=mask_g & there, other=0.0, cache_modifier=".cg")
-                    acc += g_part
+            acc = sum_of_parts(g_part_ptrs, part_size, splits, last, mask_g, AT_ONCE)
             before += Ts[i]
             # Only the last program to arrive stores g.
             mask_g = (offs_w < tl.where(last, W, 0))[:, None] & (offs_t < Ts[i])[None, :]
