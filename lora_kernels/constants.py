@@ -2,10 +2,12 @@
 
 import torch
 
-__all__ = ["DTYPES", "HALF", "ONE_READ_RANK"]
+__all__ = ["DTYPES", "HALF", "MAX_OUTPUTS", "ONE_READ_RANK"]
 
 # The dtypes of the kernels, by their short names.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HALF = (torch.bfloat16, torch.float16)
+# Outputs that one launch of `matmul_expand` computes at most, because its signature has so many.
+MAX_OUTPUTS = 4
 # Up to this rank ds and dB come from one read of dy. Above, the parts of ds weigh as much as a second read.
 ONE_READ_RANK = 32

@@ -17,7 +17,7 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philo
 import torch
 from torch import Tensor
 
-__all__ = ["PHILOX_ROUNDS", "draw_seed", "keep_scale", "threshold"]
+__all__ = ["PHILOX_ROUNDS", "draw_seed", "keep_scale", "resolved", "threshold"]
 
 PHILOX_ROUNDS = 10
 _STEPS = 1 << 16
@@ -26,6 +26,11 @@ _STEPS = 1 << 16
 def threshold(p: float) -> int:
     """Return the 16-bit threshold below which an element is dropped: `p` in steps of 1/65536, below 1 if `p` is."""
     return round(p * _STEPS) if p == 1 else min(round(p * _STEPS), _STEPS - 1)
+
+
+def resolved(p: float) -> float:
+    """Return the probability with which an element is dropped: `p` in steps of 1/65536, below 1 if `p` is."""
+    return threshold(p) / _STEPS
 
 
 def keep_scale(p: float) -> float:

@@ -58,13 +58,13 @@ _TILE = 1024, 1 << 20
 def draw_mask(shape: torch.Size, dropout_p: float, device: torch.device, noise: Tensor | None = None) -> Tensor:
     """Draw a dropout mask, uint8, 1 where kept, or compute the mask from `noise` if given.
 
-    An element is kept with probability 1 - threshold(p) / 65536, like in the kernels' mask. One 64-bit draw decides
+    An element is kept with probability 1 - resolved(p), like in the kernels' mask. One 64-bit draw decides
     four elements. On a CPU this is several times faster than `bernoulli_` with one draw per element, and a product with
     bytes is several times faster than with bools.
     """
     drop, numel = threshold(dropout_p), shape.numel()
     # The comparison below would need 32768, which int16 does not have.
-    if drop == 65536:
+    if dropout_p == 1:
         return torch.zeros(shape, dtype=torch.uint8, device=device)
     if noise is not None or numel <= _DRAWN or device.type != "cpu":
         words = _words(numel, device) if noise is None else noise.view(torch.int16)[:numel]

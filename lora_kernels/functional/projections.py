@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_kernels import autograd, passes, plan, torch_backend
 from lora_kernels.autograd.common import autocasts
+from lora_kernels.constants import MAX_OUTPUTS
 from lora_kernels.functional import checks
 from lora_kernels.functional.gate import arrived, as_number, cast, transforming, watched
 from lora_kernels.functional.linear import compute
@@ -16,7 +17,6 @@ from lora_kernels.passes.layer import GIVEN, Adapted, Projection
 
 __all__ = ["alone", "arguments", "check_each", "joined", "lora_projections", "lora_qkv", "project", "with_floats"]
 
-_AT_ONCE = 4  # projections per launch
 _QKV = ("q", "k", "v")
 
 
@@ -146,8 +146,8 @@ def joined(
     if chosen is not None:
         # Leave out adapters that add nothing: `alone` gives them gradients of 0.
         joining = [i for i, q in enumerate(entries) if q.lora_A is None or (q.lora_A.shape[0] and q.dropout_p < 1)]
-        for first in range(0, len(joining), _AT_ONCE):
-            places = joining[first : first + _AT_ONCE]
+        for first in range(0, len(joining), MAX_OUTPUTS):
+            places = joining[first : first + MAX_OUTPUTS]
             computed = _together(x, [entries[i] for i in places], chosen, [added[i] for i in places])
             ys.update(zip(places, computed, strict=True))
     return tuple(ys[i] if i in ys else alone(x, q, backend, adapters_fit[i], added[i]) for i, q in enumerate(entries))

@@ -44,6 +44,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.constants import MAX_OUTPUTS
 from lora_kernels.kernels import _launch
 from lora_kernels.kernels._configs import MatmulConfig, descriptor_path, matmul_config
 from lora_kernels.kernels._descriptors import Describe, keeps
@@ -57,7 +58,6 @@ Masked = tuple[Tensor, Tensor, Tensor]
 Output = tuple[Sequence[Source], Tensor | None]
 # The kernel's signature has 8 sources, not counting masked ones.
 MAX_SOURCES = 8
-MAX_OUTPUTS = 4
 _NONE = (None,) * MAX_SOURCES
 # Use by `map` over equally many operands, because a comprehension takes twice as long.
 _describe = Describe.__call__

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import dropout, reference, torch_backend
-from lora_kernels.dropout import threshold
+from lora_kernels.dropout import resolved
 from lora_kernels.functional import lora_mlp, lora_qkv
 from lora_kernels.passes.layer import GIVEN, Projection
 from lora_kernels.verify import numerics_mlp
@@ -146,7 +146,7 @@ def _draw(case: BlockCase, dtype: torch.dtype, device: str, seed: int) -> BlockP
     sides = [(case.k, n) for n in case.widths] if not case.activation else [(case.k, hidden)] * 2 + [(hidden, case.k)]
     problems = [
         make_problem(
-            (case.m,), k, n, r, dtype, device, bias=case.bias, dropout_p=threshold(p) / 65536, seed=seed + i,
+            (case.m,), k, n, r, dtype, device, bias=case.bias, dropout_p=resolved(p), seed=seed + i,
             adapter_dtype=torch.float32 if case.fp32_adapters else None,
         )
         for i, ((k, n), r, p) in enumerate(zip(sides, case.ranks, case.ps, strict=True))

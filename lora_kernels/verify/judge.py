@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_kernels.dropout import threshold
+from lora_kernels.dropout import resolved
 from lora_kernels.verify import numerics
 from lora_kernels.verify.block_problems import BlockProblem, Keeps, check_projections, outputs
 from lora_kernels.verify.numerics import Finding, Problem
@@ -104,7 +104,7 @@ def judge(provider: Provider, truth: Truth, seed: int = 1) -> Verdict:
     problem = provider.problem
     keeps = find_masks(problem, provider.leaves, lambda dys: run_once(provider, dys, seed)["dx"])
     for name, keep in keeps.items():
-        reason = wrong_share(keep, threshold(problem.layers[name].dropout_p) / 65536)
+        reason = wrong_share(keep, resolved(problem.layers[name].dropout_p))
         if reason:
             return Verdict(f"{name}: {reason}" if name else reason, float("inf"), "share of elements kept")
     poison(*problem.dys, *provider.leaves.values())

@@ -12,7 +12,7 @@ from lora_kernels.bench.cases.layer import Settings, saved_bytes
 from lora_kernels.bench.cost import block as block_cost
 from lora_kernels.bench.cost.block import Block
 from lora_kernels.bench.providers import block as block_providers
-from lora_kernels.dropout import threshold
+from lora_kernels.dropout import resolved
 from lora_kernels.measure.presets import Shape
 from lora_kernels.passes.layer import Projection
 from lora_kernels.verify import judge
@@ -34,7 +34,7 @@ def draw(block: str, shape: Shape, r: int, p: float, settings: Settings) -> Bloc
 
     def layer(k: int, n: int) -> Projection:
         weight, a = normal(n, k, scale=k**-0.5), normal(r, k, scale=k**-0.5)
-        return Projection(weight, a, normal(n, r, scale=r**-0.5), None, SCALING, threshold(p) / 65536)
+        return Projection(weight, a, normal(n, r, scale=r**-0.5), None, SCALING, resolved(p))
 
     m, k, n = shape.m, shape.k, shape.n
     if block == "mlp":

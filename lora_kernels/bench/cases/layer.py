@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kernels import plan
 from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.bench.providers import layer as providers
-from lora_kernels.dropout import threshold
+from lora_kernels.dropout import resolved
 from lora_kernels.measure import timing
 from lora_kernels.measure.presets import PROJECTIONS, Shape
 from lora_kernels.verify import judge
@@ -88,7 +88,7 @@ def draw(shape: Shape, r: int, p: float, settings: Settings) -> Problem:
         lora_B=normal(shape.n, r, scale=r**-0.5),
         dy=normal(shape.m, shape.n),
         scaling=2.0,
-        dropout_p=threshold(p) / 65536,
+        dropout_p=resolved(p),
     )
 
 

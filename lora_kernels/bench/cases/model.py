@@ -26,7 +26,7 @@ from lora_kernels import plan
 from lora_kernels.bench.cases.layer import Settings, examine, forget_compiled, held_bytes, run_all
 from lora_kernels.bench.providers.hosted import HostedModel
 from lora_kernels.bench.providers.llama import Adapters, LanguageModel, Stack, adapted, draw_adapters
-from lora_kernels.dropout import threshold
+from lora_kernels.dropout import resolved
 from lora_kernels.measure.presets import Dims, HostedDims
 from lora_kernels.verify.judge import BY_RMS, Verdict, check_rms
 from lora_kernels.verify.numerics import rms
@@ -76,7 +76,7 @@ class Bench:
 
     def __init__(self, dims: Dims, r: int, p: float, settings: Settings, whole: bool) -> None:
         torch.manual_seed(0)
-        self.dims, self.p, self.settings, self.whole = dims, threshold(p) / 65536, settings, whole
+        self.dims, self.p, self.settings, self.whole = dims, resolved(p), settings, whole
         with settings.device:
             if isinstance(dims, HostedDims):
                 base: nn.Module = HostedModel(dims, settings.dtype)
