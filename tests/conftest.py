@@ -23,8 +23,9 @@ with torch.device("meta"):  # learns once which functions allocate: before `pois
 
 if not HAS_GPU:
     torch.set_num_threads(1)  # two workers on two cores
-    from oracles import bf16, sanitizer
+    from oracles import bf16, faster, sanitizer
 
+    faster.install()
     bf16.install()
     sanitizer.install()
 

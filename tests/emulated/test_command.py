@@ -46,6 +46,7 @@ def test_right_kernels_pass(tmp_path, capsys):
     assert "matmul_expand" in report["executed"][0]
 
 
+@pytest.mark.slow
 @needs_compiler
 @slow_machines
 def test_wrong_kernels_fail(checkout, capsys):

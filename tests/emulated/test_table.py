@@ -34,7 +34,7 @@ def run(*options):
 # two halves of the table an architecture, for two workers; a busy machine takes its time to compile
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("half", range(2))
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 def test_compiled_kernels_compute_right(arch, half):
     done = run("--quick", "--arch", arch, "--share", f"{half}/2")
     assert done.returncode == 0, done.stdout + done.stderr
