@@ -224,6 +224,7 @@ def test_one_graph_for_every_seed_scaling_and_batch(recompute, device):
     assert node.args[-2:] == (recompute, "torch")
 
 
+@pytest.mark.slow
 def test_inductor(device):
     model, x = MLP(device), activations(device)
     assert_same(outcome(model, torch.compile(model, fullgraph=True), x), outcome(model, model, x))

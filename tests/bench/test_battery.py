@@ -68,6 +68,7 @@ def test_a_step_whose_time_is_up_says_what_it_was_doing(tmp_path, log):
     assert record["seconds"] < 300
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_listen_is_killed_with_its_children(tmp_path, log, monkeypatch):
     monkeypatch.setattr(processes, "GRACE_S", 0.5)
     deaf = (

@@ -126,6 +126,7 @@ def test_buffers_take_turns_across_providers_and_backward_stays_with_its_forward
     assert log == [0, (0, 0), 1, 2, (2, 2), (1, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_peft")
 def test_rotated_providers_read_their_own_copies(monkeypatch):
     monkeypatch.setattr(timing, "_MOST_COPIES", 3)

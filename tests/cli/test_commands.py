@@ -31,6 +31,7 @@ def command(*args: str, **environment: str) -> subprocess.CompletedProcess:
 # doctor
 
 
+@pytest.mark.slow
 def test_doctor_says_what_each_dtype_takes(tmp_path):
     done = command("doctor", "--json", str(tmp_path / "doctor.json"))
     assert done.returncode == 0, done.stderr
@@ -74,6 +75,7 @@ def test_doctor_says_whether_measured_choices_are_in_use(monkeypatch, tmp_path):
     tuned.forget()
 
 
+@pytest.mark.slow
 def test_doctor_fails_on_a_setting_that_makes_every_call_fail():
     done = command("doctor", LORA_KERNELS_BACKEND="tritn")
     assert done.returncode == 1
@@ -244,7 +246,7 @@ def test_layouts_keep_the_values_and_change_the_strides(layout):
     assert run_problem(laid_out, "torch", 0)["y"].isfinite().all()
 
 
-@pytest.mark.parametrize("argv", [["--help"], []])
+@pytest.mark.parametrize("argv", [["--help"], pytest.param([], marks=pytest.mark.slow)])
 def test_command_line_lists_its_commands(argv):
     done = command(*argv)
     assert done.returncode == (0 if argv else 2)

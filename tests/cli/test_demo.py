@@ -24,6 +24,7 @@ def short_run(tmp_path_factory):
     return status, json.loads((folder / "demo.json").read_text()), folder
 
 
+@pytest.mark.slow
 def test_losses_fall_and_models_agree(short_run):
     status, report, _ = short_run
     assert status == 0
@@ -37,6 +38,7 @@ def test_losses_fall_and_models_agree(short_run):
     assert len(report["curves"]["code, adapting"]) == report["options"]["lora_steps"]
 
 
+@pytest.mark.slow
 def test_files_hold_the_adapter_alone_and_its_config(short_run):
     _, report, folder = short_run
     adapter = load_file(folder / "adapter.safetensors")
@@ -66,7 +68,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
 @pytest.mark.parametrize(
     "merge",
     [
-        lambda self: setattr(self, "merged", True),
+        pytest.param(lambda self: setattr(self, "merged", True), marks=pytest.mark.slow),
         lambda self: self._add_update(self.lora_A, self.lora_B, 0.9 * self.scaling),
     ],
 )

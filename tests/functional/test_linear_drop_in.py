@@ -46,7 +46,14 @@ def test_a_layer_before_an_in_place_activation():
 
 
 @both
-@pytest.mark.parametrize("where", ["around backward", "around both", "around forward"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "around backward",
+        pytest.param("around both", marks=pytest.mark.slow),
+        pytest.param("around forward", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(("dtype", "adapters"), [(torch.float32, None), (torch.float16, torch.float32)], ids=str)
 def test_autocast_around_backward_changes_nothing(dtype, adapters, where, backend, device):
     """The gradients are those of a backward outside of it, in every bit: dtypes are settled in forward."""

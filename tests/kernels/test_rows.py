@@ -52,7 +52,7 @@ def test_outputs_side_by_side(tile, tma, path_dtype, draw):
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("summed", [1, 2])
+@pytest.mark.parametrize("summed", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_several_masked_products(summed, tile, tma, path_dtype, draw, device):
     draw = functools.partial(draw, dtype=path_dtype)
     sources = [(draw(50, k), draw(72, k)) for k in (24, 33)[:summed]]
@@ -64,7 +64,7 @@ def test_several_masked_products(summed, tile, tma, path_dtype, draw, device):
     assert torch.equal(y.float(), expected)
 
 
-@pytest.mark.parametrize("k_per_split", [16, 32, 96])
+@pytest.mark.parametrize("k_per_split", [pytest.param(16, marks=pytest.mark.slow), 32, 96])
 @pytest.mark.parametrize("ps", [(0.0, 0.0), (0.5, 0.0, 0.25)], ids=str)
 def test_shrinks_of_one_read(k_per_split, ps, draw, device):
     x, ranks = draw(37, 70), (5, 20, 16)[: len(ps)]

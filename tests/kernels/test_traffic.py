@@ -44,7 +44,7 @@ def test_a_layer_moves_what_its_formulas_say(m, k, n, r, dtype, p, log):
     check(log, traffic.layer(m, k, n, r, dtype, p > 0, sms, tma=False, bias=dtype.itemsize))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("p", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 @pytest.mark.parametrize(
     ("m", "k", "widths", "ranks"), [(70, 40, (72, 24), (5, 16)), (20, 300, (16, 40, 8), (3, 0, 40))]
 )
@@ -61,7 +61,7 @@ def test_projections_move_what_their_formulas_say(m, k, widths, ranks, p, log):
     check(log, traffic.block(m, k, widths, ranks, torch.float32, p > 0, sms, tma=False, bias=4))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("p", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 @pytest.mark.parametrize(
     ("m", "k", "hidden", "n", "ranks"),
     [(20, 24, 40, 17, (5, 5, 5)), (70, 9, 70, 33, (3, 16, 8)), (5, 16, 24, 16, (40, 4, 70)), (150, 8, 20, 8, (4, 6))],

@@ -78,7 +78,7 @@ def made(monkeypatch):
 
 @pytest.mark.parametrize("make", ALL, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("p", PS)
-@pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("adapters", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_a_planned_pass_gives_the_bits_of_the_launchers_alone(make, p, adapters, device, monkeypatch):
     args = make, device, torch.bfloat16, adapters, p
     planned = [results(*args, seed=i) for i in range(2)]
