@@ -217,7 +217,7 @@ def test_sizes_of_zero_and_p_of_one(device):
     assert compiled(x[:0]).shape == (0, 10)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_export_of_a_layer_in_evaluation(strict, device, backend):
     layer = make_layer(device, 0.3).eval()
     rows = torch.export.Dim("rows", min=2, max=64)

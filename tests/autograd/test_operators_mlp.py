@@ -246,7 +246,9 @@ def gradients(model, run, x):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-@pytest.mark.parametrize(("backend", "recompute"), [("torch", False), ("torch", True), ("triton", False)])
+@pytest.mark.parametrize(
+    ("backend", "recompute"), [("torch", False), pytest.param("torch", True, marks=pytest.mark.slow), ("triton", False)]
+)
 def test_a_checkpointed_block(backend, recompute, use_reentrant, device):
     model, x = MLP(device, backend=backend, recompute=recompute), activations(device)
 

@@ -95,7 +95,16 @@ def test_opcheck_of_projections_and_their_forward(backend, p, device):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("needed", ["x", "lora_A", "lora_B", "all", "all of two"])
+@pytest.mark.parametrize(
+    "needed",
+    [
+        pytest.param("x", marks=pytest.mark.slow),
+        pytest.param("lora_A", marks=pytest.mark.slow),
+        pytest.param("lora_B", marks=pytest.mark.slow),
+        "all",
+        "all of two",
+    ],
+)
 @both
 def test_opcheck_of_their_backward(backend, needed, device):
     model = Attention(device, True, torch.bfloat16, torch.float32, backend)
@@ -229,7 +238,9 @@ def test_masks_are_independent_and_new_at_each_call(backend, device):
     assert all(abs(t.mean().item() - K) < 6 for t in sums)
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize(
+    "use_reentrant", [pytest.param(True, marks=pytest.mark.slow), False], ids=["reentrant", "non-reentrant"]
+)
 @both
 def test_a_checkpointed_block(use_reentrant, backend, device):
     model, x = Attention(device, backend=backend), activations(device)

@@ -90,6 +90,7 @@ def test_children_that_a_step_leaves_are_ended(tmp_path, log):
     wait_for(lambda: not alive(int(record["output"][0])))
 
 
+@pytest.mark.slow
 def test_the_log_has_what_was_printed_before_a_cut(tmp_path, log):
     (record,) = run_together(
         [Step("cut", ("-c", "print('so far'); import time; time.sleep(60)"), 3.0)], tmp_path, 60, log

@@ -46,6 +46,7 @@ def test_doctor_says_what_each_dtype_takes(tmp_path):
         assert "Triton does not compile for cpu" in done.stdout
 
 
+@pytest.mark.slow
 def test_doctor_says_what_the_environment_does(tmp_path):
     done = command(
         "doctor", "--json", str(tmp_path / "d.json"), LORA_KERNELS_BACKEND="torch", TRITON_CACHE_DIR="kept/here"
@@ -198,6 +199,7 @@ def test_verify_says_what_is_wrong_with_an_option(capsys):
         _quick_torch("--dtype", "int8")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU, reason="there bf16 kernels run")
 def test_verify_does_not_pass_off_bf16_kernels_as_verified_in_the_interpreter():
     done = command("verify", "--quick", "--backend", "triton", "--dtype", "bf16")

@@ -65,10 +65,11 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
     assert curves[0] == curves[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "merge",
     [
-        pytest.param(lambda self: setattr(self, "merged", True), marks=pytest.mark.slow),
+        lambda self: setattr(self, "merged", True),
         lambda self: self._add_update(self.lora_A, self.lora_B, 0.9 * self.scaling),
     ],
 )

@@ -32,7 +32,9 @@ assert not torch.cuda.is_initialized()
 """
 
 
-@pytest.mark.parametrize("probe", [False, True], ids=["quiet", "the probe is seen"])
+@pytest.mark.parametrize(
+    "probe", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["quiet", "the probe is seen"]
+)
 def test_import_is_quiet(probe, tmp_path):
     script = QUIET_IMPORT.format(probe=probe, path=str(tmp_path / "probe"))
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -37,6 +37,7 @@ def plant(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_faults_are_noticed(plant):
     """Among them one that only the order of launches would show, and not on every GPU."""
     kinds = "mbarrier: no wait", "mbarrier: expects half", "wgmma: no wait", "grid: no wait", "stmatrix: turned"

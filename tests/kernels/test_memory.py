@@ -117,7 +117,7 @@ GUARDED = """
 
 
 @interpreted
-@pytest.mark.parametrize("overrun", [False, True])
+@pytest.mark.parametrize("overrun", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_guard_pages(overrun):
     """Independent of the sanitizer: a read past the end kills the process, and the kernels survive."""
     script = textwrap.dedent(GUARDED).format(tests=str(Path(__file__).parents[1]), overrun=overrun)

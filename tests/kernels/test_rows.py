@@ -85,7 +85,7 @@ def test_shrinks_of_one_read(k_per_split, ps, draw, device):
     assert len(set(kept)) == len(kept), "two adapters, one mask"
 
 
-@pytest.mark.parametrize("rows_per_split", [16, 48, 96])
+@pytest.mark.parametrize("rows_per_split", [pytest.param(16, marks=pytest.mark.slow), 48, 96])
 @pytest.mark.parametrize("masks", [0, 2])
 def test_wgrads_of_one_read(rows_per_split, masks, draw, device):
     x, lefts = draw(75, 70), [draw(75, rank) for rank in (5, 20, 16)]

@@ -142,7 +142,7 @@ def test_a_padded_product_cannot_mask(device):
         hybrid.padded([([(x, w)], None)], [(x, w, torch.zeros(4, 1, dtype=torch.int32, device=device))])
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_shipped_tile_gives_the_same_sum(dtype, masked, device):
     """Exact integers, so equal whatever the order of the sum; both paths where there are two."""

@@ -99,7 +99,9 @@ def test_a_plan_takes_the_launches_that_would_be_settled(make, form, p, device, 
     assert checked.compared >= 3
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param("fused", marks=pytest.mark.slow), *FORMS[1:3], pytest.param("joint", marks=pytest.mark.slow)]
+)
 def test_parameters_in_one_buffer(form, device, checked):
     """As sharded and bucketed parameters lie, on addresses of any alignment."""
     shapes = (16, IN), (16, IN), (OUT, 16), (R, IN), (16, R), (R, IN), (16, R), (R, 16), (OUT, R)

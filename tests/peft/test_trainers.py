@@ -91,7 +91,7 @@ def logits(model):
         return model.eval()(**prompt()).logits
 
 
-@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.small), 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=[pytest.mark.small, pytest.mark.slow]), 2])
 @pytest.mark.parametrize("by", TRAINERS)
 def test_the_same_losses_step_by_step(by, accumulate, tmp_path, fused):
     how = dict(gradient_accumulation_steps=accumulate, per_device_train_batch_size=BATCH // accumulate)

@@ -294,6 +294,7 @@ def test_a_lock_file_with_nonsense_in_it_is_no_problem(folder):
         assert (folder / "tune.lock").read_text() == str(os.getpid())
 
 
+@pytest.mark.slow
 def test_importing_reads_nothing():
     script = (
         "import sys\n"
