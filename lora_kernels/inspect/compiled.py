@@ -57,6 +57,14 @@ CASES = (
     *(Case(*_MLP, 16, activation=activation) for activation in ACTIVATIONS if activation != "silu"),
     *(Case(*_SMALL, 16, "fp32", p=p, activation="silu") for p in (0.0, 0.1)),
     Case(*_SMALL, 16, p=0.1, strided=True, activation="silu"),
+    # Rows that do not lie on 16 elements; the library computes the large products.
+    *(
+        Case(2048, 1032, 1024, r, p=0.1, strategy="beta1", others=others)
+        for r in (16, 64) for others in ((), (256, 256))
+    ),
+    *(Case(2048, 1024, 1032, r, p=p, strategy="beta1", activation="silu") for r in (16, 64) for p in (0.0, 0.1)),
+    Case(2048, 1032, 1024, 16, p=0.1, strategy="beta1", fp32_adapters=True),
+    Case(2048, 1024, 1032, 16, p=0.1, strategy="beta1", activation="silu", fp32_adapters=True),
     # PEFT's default: adapters in fp32.
     *(Case(*_LARGE, r, p=p, fp32_adapters=True) for r in (16, 64) for p in (0.0, 0.1)),
     *(Case(16, 4096, 4096, r, fp32_adapters=True) for r in (16, 64)),

@@ -49,6 +49,11 @@ class Case:
     fp32_adapters: bool = False
     mixed: bool = False
 
+    @property
+    def unaligned(self) -> bool:
+        """Return whether rows of an operand start off a multiple of 16 elements, so Triton loads element by element."""
+        return any(size % 16 for size in (self.k, self.n, *self.others))
+
     def __str__(self) -> str:
         words = _flag_words(self, "bias", "strided", "tf32", "accumulate", "fp32_adapters", "mixed")
         tile = [] if self.place is None else [f"tile {self.place}"]
@@ -106,7 +111,7 @@ class Kernel:
         words += [f"{n} {word}" for n, word, usual in counts if n > usual]
         tf32 = self.constants.get("PRECISION") == "tf32"
         words += ["tf32"] if tf32 else []
-        return " ".join([*words, *_flag_words(self.case, "strided", "fp32_adapters", "mixed")])
+        return " ".join([*words, *_flag_words(self.case, "strided", "unaligned", "fp32_adapters", "mixed")])
 
     def __str__(self) -> str:
         made = f"{self.num_warps} warps {self.num_stages} stages"

@@ -202,7 +202,8 @@ def shrink_config(
         rank: R, the largest of several adapters.
         dtype: Dtype of the operands.
         dropout: Whether a mask is drawn, which costs registers.
-        strided: Whether no two elements of x are adjacent, so each element needs its own address.
+        strided: Whether no two elements of x are adjacent, or its rows start or end off a multiple of 16, so each
+            element needs its own address.
         shared: Bytes of shared memory of a multiprocessor.
         adapters: Number of adapters; each has its own tile of A and, with dropout, its own masked tile of x.
         activated: Whether an activation makes x from two operands, which costs registers and one more tile.
@@ -247,7 +248,7 @@ def shrink_wgrad_pays(rank: int, activated: bool = False) -> bool:
 def wgrad_config(
     rows: int, wide: int, thin: int, dtype: torch.dtype, shrinks: bool = False, shared: int = SHARED,
     adapters: int = 1, masked: bool = False, activated: bool = False, strided: bool = False, rounds: bool = False,
-    tf32: bool = False, num_sms: int = _PROGRAMS // 2, mixed: bool = False,
+    tf32: bool = False, num_sms: int = _PROGRAMS // 2, mixed: bool = False, unaligned: bool = False,
 ) -> WgradConfig:  # fmt: skip
     """Pick the tile for g `[wide, thin]` summed over `rows`, and the split of the sum.
 
@@ -266,6 +267,8 @@ def wgrad_config(
         tf32: Whether fp32 products may use TF32.
         num_sms: Multiprocessors of the device; with `activated` each runs one program at a time.
         mixed: Whether some products have a mask and some have none.
+        unaligned: Whether the rows of a wide operand, whose columns are adjacent, start or end off a multiple of 16, so
+            each element is loaded alone.
     """
     single = dtype.itemsize == 4
     small = shared < SHARED
@@ -273,13 +276,16 @@ def wgrad_config(
         wide_tile = 128 if strided or (rounds and shared <= LEAST_SHARED) else 256
     else:
         wide_tile = 64 if adapters > 1 and (masked or adapters * _fit(thin, 64) > 64) else 128
-    # Mixed products read one tile masked, from registers, and unmasked, from shared memory. A wgmma must do neither
-    # (docs/traps.md), and 32 columns are too few for a wgmma. Four wide masked tiles spill with more columns.
-    if not single and (mixed or (masked and adapters > 3 and thin > 32)):
+    # A masked tile is in registers. Some versions of ptxas overwrite the registers that a wgmma reads where mixed
+    # products read the tile unmasked as well, or where the tile is loaded element by element (docs/traps.md). 32
+    # columns are too few for a wgmma. Four wide masked tiles spill with more columns.
+    if not single and (mixed or (masked and (unaligned or (adapters > 3 and thin > 32)))):
         wide_tile = 32
     if activated:
         # Take as many columns as the registers of three operands allow, for fewer parts of ds.
         wide_tile = 128 if single or thin <= (32 if shared > LEAST_SHARED else 16) else 32 if masked else 64
+        # An operand that an activation makes is in registers, as a masked tile is.
+        wide_tile = 32 if unaligned and not single else wide_tile
     # Keep fp32 tiles narrow: on sm_100, Triton 3.6 rounds 64 or more columns of masked fp32 to TF32, whatever
     # `input_precision` says.
     block_c = _fit(wide, wide_tile // 4 if single else wide_tile)

@@ -42,6 +42,11 @@ class Facts(NamedTuple):
         """Return the facts of the transpose."""
         return self._replace(shape=self.shape[::-1], strides=self.strides[::-1])
 
+    def by_element(self) -> bool:
+        """Return whether Triton loads a tile element by element: none is adjacent, or rows are not on 16 elements."""
+        (_, cols), (pitch, unit) = self.shape, self.strides
+        return 1 not in self.strides or (unit == 1 and not (self.aligned and pitch % 16 == cols % 16 == 0))
+
     def rows_on_16_bytes(self) -> bool:
         """Return whether a TMA descriptor can read the tensor: contiguous, distinct rows, each on 16 bytes."""
         (_, cols), (stride, unit) = self.shape, self.strides

@@ -290,7 +290,7 @@ def _settle(
     if max(ps, default=0) >= 1:
         raise ValueError(f"shrink: dropout_p must be below 1 but is {max(ps)}; nothing of x would be left to read.")
     (rows, inner), ranks, masks = x.shape, tuple(a.shape[0] for a in operands), sum(p > 0 for p in ps)
-    widest, strided = max(ranks, default=1), any(1 not in t.strides for t in (x, up) if t is not None)
+    widest, strided = max(ranks, default=1), any(t.by_element() for t in (x, up) if t is not None)
     config = config or shrink_config(
         rows, inner, widest, x.dtype, masks > 0, strided, _launch.shared_per_sm(device), len(ranks), bool(activation),
         max((a.dtype.itemsize for a in operands), default=0),

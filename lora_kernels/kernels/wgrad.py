@@ -348,11 +348,14 @@ def _settle(
 ) -> Settled:  # fmt: skip
     (rows, width), _, dtype, _ = made_of[0]
     widths, shrunk = [thin.shape[1] for thin in thins], [b.shape[1] for b in bs if b is not None]
+    if ready and (shrunk or activation):
+        raise ValueError("wgrad: makes ds, dg or du on the way, before it waits for the launch before; pass ready=False.")
     strided = all(1 not in t.strides for t in made_of if t) or any(1 not in b.strides for b in bs if b)
     config = config or wgrad_config(
         rows, width, max(widths, default=1), dtype, bool(shrunk), _launch.shared_per_sm(device), len(widths),
         any(keeps), activation is not None, strided, any(b.dtype != dtype for b in bs if b), precision == "tf32",
         _launch.num_sms(device), any(keeps) and not all(keeps),
+        not strided and any(t.by_element() for t in made_of if t),
     )  # fmt: skip
     splits = triton.cdiv(rows, config.rows_per_split)
     blocks = triton.cdiv(width, config.block_c)

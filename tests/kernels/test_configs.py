@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_kernels.kernels._configs import descriptor_path, shrink_config, wgrad_config
-from lora_kernels.kernels._launch import shared_per_sm
+from lora_kernels.kernels._launch import facts, shared_per_sm
 
 SHARED = (65_536, 102_400, 167_936, 233_472)  # of an MI300X, an RTX 4090, an A100 and an H100
 SHAPES = [(rows, width, rank) for rows in (1, 40, 8192) for width in (64, 4096) for rank in (4, 32, 64, 256)]
@@ -80,3 +80,24 @@ def test_ds_and_dB_of_few_rows_are_no_pipeline(rows):
     """Of fewer than 64 rows ds takes its tile from registers and dB from shared memory: see docs/traps.md."""
     tile = wgrad_config(rows, 4096, 16, torch.bfloat16, shrinks=True)
     assert tile.num_stages == 1 if rows <= 64 else tile.block_m == 64 and tile.num_stages > 1
+
+
+@pytest.mark.parametrize("made", [dict(masked=True), dict(activated=True)], ids=["masked", "made"])
+@pytest.mark.parametrize("rank", [4, 16, 64])
+def test_rows_off_16_elements_are_no_wgmma_from_registers(made, rank):
+    """A masked or made tile is in registers, which ptxas may overwrite where it is loaded by element: docs/traps.md."""
+    aligned, unaligned = (
+        wgrad_config(8192, 4096, rank, torch.bfloat16, **made, unaligned=off) for off in (False, True)
+    )
+    assert unaligned.block_c == 32 <= aligned.block_c
+    single = wgrad_config(8192, 4096, rank, torch.float32, **made)
+    assert single == wgrad_config(8192, 4096, rank, torch.float32, **made, unaligned=True)
+
+
+def test_a_launch_knows_what_triton_loads_by_element():
+    wide = torch.zeros(64, 96, dtype=torch.bfloat16)
+    for t, by_element in (
+        (wide, False), (wide[:, :40], True), (wide[:, 1:17], True), (wide[:, ::2], True), (wide[:, :32], False),
+        (torch.zeros(64, 40), True), (wide.t(), False),
+    ):  # fmt: skip
+        assert facts(t).by_element() == by_element, (t.shape, t.stride())

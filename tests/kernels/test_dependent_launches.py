@@ -10,6 +10,7 @@ import lora_kernels.kernels  # noqa: F401  its modules, whose functions of the s
 from lora_kernels import lora_projections, plan
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="looks at launches in the interpreter")
+wgrad = sys.modules["lora_kernels.kernels.wgrad"]
 READY = 11  # its place among the arguments of wgrad's `_settle`
 RANKS = {"up to 32": (5, 5, 5), "above 32": (40, 3, 70), "not of all": (0, 5, 0)}
 
@@ -68,3 +69,13 @@ def test_of_projections(ranks, form, order):
         ys = lora_projections(x.detach(), [one.weight for one in layers], adapters, backend="triton")
         torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
     held(order, "no dx")
+
+
+@pytest.mark.parametrize("of", ["b", "an activation"])
+def test_what_stores_on_the_way_is_not_ready_early(of):
+    """A launch that makes ds, dg or du writes them before it waits, and that memory may still be read."""
+    dy, s, b = (torch.zeros(size) for size in ((75, 40), (75, 5), (40, 5)))
+    product = wgrad.Product(s, torch.float32, False, b=b if of == "b" else None)
+    activation = wgrad._NO_ACTIVATION if of == "b" else wgrad.Activation("silu", dy, dy, dy, dy)
+    with pytest.raises(ValueError, match="pass ready=False"):
+        wgrad.settle(None, dy, [product], activation, ready=True)
