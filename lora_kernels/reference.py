@@ -220,8 +220,8 @@ def lora_mlp(
     Args:
         x: `[*, in]`.
         gate: The gate's `weight` `[hidden, in]`, `lora_A`, `lora_B`, `bias`, `scaling` and `dropout_p`, or None.
-        up: Likewise, `weight` `[hidden, in]`.
-        down: Likewise, `weight` `[out, hidden]`.
+        up: The same for up, with `weight` `[hidden, in]`.
+        down: The same for down, with `weight` `[out, hidden]`.
         activation: a, see `activated`.
         seeds: Seeds of gate, up and down, each as in `lora_linear`.
 

@@ -94,7 +94,7 @@ class Agreement:
 
     @property
     def ok(self) -> bool:
-        """Whether the difference is within the limit; NaN is not."""
+        """Return whether the difference is within the limit; NaN is not."""
         return self.rms <= self.limit
 
 

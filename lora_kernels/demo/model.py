@@ -12,7 +12,8 @@ from lora_kernels.modules.linear import LoRALinear
 
 __all__ = ["CONTEXT", "PROJECTIONS", "Transformer", "add_lora", "lora_layers"]
 
-CONTEXT = 64  # bytes in the attention window
+# Number of bytes in the attention window.
+CONTEXT = 64
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 

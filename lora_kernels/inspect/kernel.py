@@ -1,4 +1,4 @@
-"""The cases that launch kernels, and a compiled kernel with what was read of it."""
+"""The cases that launch kernels, and the properties of a compiled kernel."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -60,13 +60,13 @@ class BlockCase:
 
     @property
     def layout(self) -> str:
-        """The table's layout column: the block, then its bias, fp32 adapters and strides."""
+        """Return the table's layout column: the block, then its bias, fp32 adapters and strides."""
         block = f"mlp {self.activation}" if self.activation else "qkv"
         return block + (" fp32" if self.fp32_adapters else " bias" * self.bias) + " strided" * self.strided
 
     @property
     def p(self) -> float:
-        """The largest drop probability."""
+        """Return the largest drop probability."""
         return max(self.ps)
 
     def shape(self) -> str:

@@ -1,8 +1,8 @@
 """Judge a provider against float64 before `bench` prints its time, and read its dropout masks off dx.
 
 This package is held to its own rules: `numerics.check` for a layer, `block_problems.check_projections` for projections
-of one x. Other providers round where they like, and so does every MLP, so they are held to rule 2 alone, on outputs of
-any size: an rms error of at most twice that of PyTorch's operators (`check_rms`).
+of one x. Other providers, and every MLP, choose their own roundings, so only rule 2 applies to them, on outputs of any
+size: an rms error of at most twice that of PyTorch's operators (`check_rms`).
 
 The dropout masks are read off the provider itself. With all weights zero, dx = Σ Dᵢ(dsᵢ Aᵢ) is zero where x was
 dropped. With only one layer's dy nonzero, dx shows that layer's mask. For an MLP, the weights are chosen so that one
@@ -38,7 +38,8 @@ BY_RMS = "rms error at most twice that of PyTorch's operators"
 _SIGMAS = 6
 _FEW = 65_536
 
-Run = Callable[[tuple[Tensor, ...]], Tensor]  # upstream gradients to dx
+# A function of upstream gradients that returns dx.
+Run = Callable[[tuple[Tensor, ...]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Return whether nothing is wrong."""
         return not self.reason
 
 

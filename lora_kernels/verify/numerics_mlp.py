@@ -48,7 +48,8 @@ _DERIVATIVES = {
     "silu": (1.1, 0.5, 0.31),
     "gelu": (1.13, 0.8, 0.78),
     "gelu_tanh": (1.13, 0.8, 0.78),
-    "relu2": (_UNBOUNDED, 2.0, _UNBOUNDED),  # a" jumps at 0
+    # a" of relu2 jumps at 0.
+    "relu2": (_UNBOUNDED, 2.0, _UNBOUNDED),
 }
 # PyTorch's activations and not those of `lora_kernels.activations`, because the latter are under test
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

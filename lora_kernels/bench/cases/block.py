@@ -90,7 +90,7 @@ def run_case(
 
 
 def cost_of(problem: BlockProblem, r: int) -> Block:
-    """The sizes of a block's layers, for the formulas of `cost.block`; its adapters are of rank `r`."""
+    """Return the sizes of a block's layers for `cost.block`, with adapters of rank `r`."""
     (m, k), element = problem.x.shape, problem.x.element_size()
     first, adapted = next(iter(problem.layers.values())), problem.adapted
     adapter = next(iter(adapted.values())).lora_A.element_size() if adapted else 0
@@ -106,11 +106,11 @@ def admit(
     """Build, judge and weigh a provider.
 
     Args:
-        name: Of the provider, for the row of one that cannot be built.
-        construct: Builds it.
-        truth: Of its problem, kept from one provider to the next.
+        name: The provider's name, shown if the provider cannot be built.
+        construct: Builds the provider.
+        truth: Cache of the problem's exact outputs, shared by all providers.
         r: Rank.
-        settings: Of the run.
+        settings: The run's settings.
 
     Returns:
         The provider's row, and the provider itself if it may be timed.

@@ -152,7 +152,8 @@ def launches(problem: Problem, backend: str, seed: int = 2) -> dict[str, Launch]
 
 def unpacked(keep: Tensor, cols: int) -> Tensor:
     """Convert a mask of either backend to bool `[M, cols]`."""
-    if keep.dtype != torch.int32:  # a byte an element, 0 or 1
+    # The mask of the torch backend has one byte per element, 0 or 1.
+    if keep.dtype != torch.int32:
         return keep.bool()
     bits = keep[..., None] >> torch.arange(32, dtype=torch.int32, device=keep.device) & 1
     return bits.flatten(-2)[:, :cols].bool()

@@ -191,10 +191,10 @@ def admit(
     """Build, judge and weigh a provider.
 
     Args:
-        name: Of the provider, as `settings.build` knows it.
-        problem: What it computes.
-        truth: Of the problem, kept from one provider to the next.
-        settings: Of the run.
+        name: The provider's name in `settings.build`.
+        problem: The problem that the provider computes.
+        truth: Cache of the problem's exact outputs, shared by all providers.
+        settings: The run's settings.
         costs: The formulas that `Provider.cost` names.
 
     Returns:
@@ -217,11 +217,11 @@ def examine(
     """Build, judge and weigh whatever has a label, a forward and a backward.
 
     Args:
-        name: Of the provider, for the row of one that cannot be built.
+        name: The provider's name, shown if the provider cannot be built.
         construct: Builds the provider.
         check: Judges the provider.
         saved: Counts the bytes that autograd holds for the provider's backward.
-        settings: Of the run.
+        settings: The run's settings.
         cost: Counts the bytes of the provider's launches; None where no formula is known.
 
     Returns:

@@ -30,17 +30,17 @@ class Block:
 
     @property
     def layers(self) -> tuple[Size, ...]:
-        """All layers."""
+        """Return all layers."""
         return self.inputs if self.down is None else (*self.inputs, self.down)
 
     @property
     def x(self) -> int:
-        """Bytes of x and dx."""
+        """Return the bytes of x, and of dx."""
         return self.inputs[0].x
 
     @property
     def h(self) -> int:
-        """Bytes of h, g, u and the gradient of each; 0 without an activation."""
+        """Return the bytes of h, of g, of u and of the gradient of each; 0 without an activation."""
         return 0 if self.down is None else self.down.x
 
 
@@ -82,7 +82,8 @@ def _unsloth(b: Block, dropout: bool) -> Cost:
     # the base products after the first add to dx, and so read it
     read_again = (len(b.inputs) - 1) * b.x
     backward = list(itertools.chain.from_iterable(one.backward for one in costs))
-    backward[4] += read_again  # the launch with the base product
+    # Launch 4 has the base product.
+    backward[4] += read_again
     # the backward kernel computes h again, besides dg and du
     activation = ((3 * h,), (6 * h,)) if h else ((), ())
     return Cost(

@@ -52,7 +52,7 @@ def _ours(problem: Problem, backend: str) -> Provider:
 
 
 def _peft(problem: Problem, backend: str) -> Provider:
-    """Compute as PEFT's layers, quantised ones as well, with the result of their base layer."""
+    """Add the low-rank term to the base layer's result, as PEFT's layers do, quantised ones as well."""
     leaves, base, p, scaling = leaves_of(problem), problem.bias, problem.dropout_p, problem.scaling
 
     def forward() -> Tensor:

@@ -129,7 +129,7 @@ def _peft(problem: BlockProblem, backend: str) -> Provider:
 
 
 def _addmm(problem: BlockProblem, backend: str) -> Provider:
-    """The in-place addmm chain layer by layer."""
+    """Build the in-place addmm chain, layer by layer."""
     leaves = leaves_of(problem)
 
     def apply(name: str, x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def names_for(dtype: torch.dtype, backend: str, compiled: bool) -> list[str]:
 
 
 def leaves_of(problem: Problem, *names: str) -> dict[str, Tensor]:
-    """What gradients are taken of, by the gradient's name: all of x, A and B, or those of `names`."""
+    """Return the tensors that need gradients, by the gradient's name: all of x, A and B, or those of `names`."""
     of = {"dx": problem.x, "d_lora_A": problem.lora_A, "d_lora_B": problem.lora_B}
     return {name: of[name].detach().requires_grad_() for name in names or of}
 
@@ -63,7 +63,7 @@ def _frozen(problem: Problem, backend: str) -> Provider:
 
 
 def chosen_backend(problem: Problem, backend: str) -> str:
-    """The backend that computes a problem where `backend` is asked for."""
+    """Return the backend for a problem when a call requests `backend`."""
     return plan.choose(problem.x.device, problem.x.dtype, problem.lora_A.shape[0], False, backend)
 
 

@@ -24,7 +24,8 @@ from lora_kernels.peft import patch_peft
 
 __all__ = ["Adapters", "LanguageModel", "Stack", "adapted", "draw_adapters", "projections"]
 
-Adapters = dict[str, tuple[Tensor, Tensor]]  # name of a projection to its A and B
+# Name of a projection to its A and B.
+Adapters = dict[str, tuple[Tensor, Tensor]]
 
 
 class Attention(nn.Module):

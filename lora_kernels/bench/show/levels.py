@@ -24,8 +24,10 @@ __all__ = [
     "KERNEL_HEADING", "SHAPED", "kernel_row", "kernel_table", "model_table", "model_title", "passes_of", "show",
 ]  # fmt: skip
 
-SHAPED = ("layer", "qkv", "mlp")  # levels whose cases are shapes
-_FULL_UP_TO = 3  # cases; more are one row each
+# Levels whose cases are shapes.
+SHAPED = ("layer", "qkv", "mlp")
+# Up to this many cases have a table each; more cases have one row each.
+_FULL_UP_TO = 3
 _MEMORY = (
     "saved: held for backward beyond x and the parameters; peak: the most of forward + backward, over what was there"
 )

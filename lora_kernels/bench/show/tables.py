@@ -21,7 +21,8 @@ _PASS_NAMES = {"forward": "forward", "backward": "backward", "both": "forward + 
 _OF_LEVEL = {("kernel", "forward"): "one launch", ("model", "both"): "training step"}
 _DASH = "-"
 _OF_HOST = "(host)"
-_UNSTEADY = 0.5  # of the median
+# A time is unsteady if its interquartile range exceeds this share of its median.
+_UNSTEADY = 0.5
 _SWEEP_RATIOS = ("ours / floor", "PEFT / ours", "saved: ours / PEFT")
 _SWEEP_COLUMNS = (
     "frozen",
