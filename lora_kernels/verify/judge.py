@@ -27,7 +27,7 @@ from lora_kernels.dropout import resolved
 from lora_kernels.verify import numerics
 from lora_kernels.verify.block_problems import BlockProblem, Keeps, check_projections, outputs
 from lora_kernels.verify.numerics import Finding, Problem
-from lora_kernels.verify.provider import Provider
+from lora_kernels.verify.provider import Provider, Rounding
 
 __all__ = [
     "BY_RMS", "Truth", "Verdict", "check_rms", "find_masks", "judge", "poison", "run_once", "wrong_share",
@@ -112,10 +112,10 @@ def judge(provider: Provider, truth: Truth, seed: int = 1) -> Verdict:
     actual = run_once(provider, problem.dys, seed)
     # a block has many outputs, and a mistake in one layer is seen in most of them
     most = 3 if isinstance(problem, BlockProblem) else None
-    if provider.rule == "peer" or problem.activation:
+    if provider.rounding is Rounding.OWN or problem.activation:
         findings = check_rms(actual, *truth.of(problem, keeps), problem.x.dtype, problem.summed)
         return Verdict.of(findings, BY_RMS, most)
-    findings = _check(actual, problem, keeps, split=provider.rule == "operators")
+    findings = _check(actual, problem, keeps, split=provider.rounding is Rounding.OPERATORS)
     return Verdict.of(findings, "numerics rules 1 and 2", most)
 
 

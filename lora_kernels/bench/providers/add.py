@@ -16,7 +16,7 @@ from lora_kernels.bench.providers import layer
 from lora_kernels.bench.providers.layer import Build, chosen_backend, leaves_of, scaled_mm, short, variants
 from lora_kernels.functional import lora_add
 from lora_kernels.verify.numerics import Problem
-from lora_kernels.verify.provider import Provider
+from lora_kernels.verify.provider import Provider, Rounding
 
 __all__ = ["PROVIDERS", "build", "names_for", "without_base"]
 
@@ -48,7 +48,7 @@ def _ours(problem: Problem, backend: str) -> Provider:
 
     wide = "" if problem.lora_A.dtype == problem.x.dtype else f" {short(problem.lora_A.dtype)}"
     # y is a sum by the library in either backend
-    return Provider(f"lora_kernels [{chosen}]{wide}", problem, forward, leaves, "operators", chosen)
+    return Provider(f"lora_kernels [{chosen}]{wide}", problem, forward, leaves, Rounding.OPERATORS, chosen)
 
 
 def _peft(problem: Problem, backend: str) -> Provider:

@@ -17,7 +17,7 @@ from lora_kernels import plan
 from lora_kernels.constants import DTYPES, HALF
 from lora_kernels.functional import lora_linear
 from lora_kernels.verify.numerics import Problem
-from lora_kernels.verify.provider import Provider
+from lora_kernels.verify.provider import Provider, Rounding
 
 __all__ = [
     "PROVIDERS", "Build", "addmm_chain", "build", "chosen_backend", "fp32_adapters", "leaves_of", "names_for",
@@ -77,9 +77,9 @@ def _ours(problem: Problem, backend: str) -> Provider:
         )  # fmt: skip
 
     fused = plan.fuses(chosen, problem.x, problem.weight, problem.lora_A.shape[0], problem.dropout_p > 0)
-    rule = "kernel" if fused else "operators"
+    rounding = Rounding.KERNELS if fused else Rounding.OPERATORS
     wide = "" if problem.lora_A.dtype == problem.x.dtype else f" {short(problem.lora_A.dtype)}"
-    return Provider(f"lora_kernels [{chosen}]{wide}", problem, forward, leaves, rule, chosen)
+    return Provider(f"lora_kernels [{chosen}]{wide}", problem, forward, leaves, rounding, chosen)
 
 
 def _peft(problem: Problem, backend: str) -> Provider:
