@@ -32,7 +32,7 @@ from lora_kernels.console import on_stdout
 from lora_kernels.constants import DTYPES
 from lora_kernels.measure import machine
 from lora_kernels.verify import emulate, layer_matrix
-from lora_kernels.verify.matrix import Case, Result, examine, matrix
+from lora_kernels.verify.matrix import AnyCase, Result, examine, matrix
 
 __all__ = ["add_arguments", "draw", "run"]
 
@@ -104,7 +104,7 @@ def _refuse(console: Console, message: str) -> int:
 # The cases of each backend on this device
 
 
-def _select(args: argparse.Namespace, device: torch.device) -> tuple[list[Case], list[str]]:
+def _select(args: argparse.Namespace, device: torch.device) -> tuple[list[AnyCase], list[str]]:
     """Return the cases that the options select, and notes on those that cannot run."""
     cases, notes = [], []
     for backend in ("triton", "torch") if args.backend is None else (args.backend,):
@@ -141,7 +141,7 @@ def _kernels_problem(device: torch.device, dtype: str) -> str:
 
 
 def _run_all(
-    console: Console, cases: list[Case], device: torch.device, seed: int, end: float
+    console: Console, cases: list[AnyCase], device: torch.device, seed: int, end: float
 ) -> tuple[list[Result], bool]:
     """Run cases until all are done, the time is up or Ctrl-C comes; return the results, and whether Ctrl-C came."""
     columns = (
@@ -170,7 +170,7 @@ def _run_all(
     return results, False
 
 
-def _print_result(console: Console, case: Case, result: Result) -> None:
+def _print_result(console: Console, case: AnyCase, result: Result) -> None:
     used = [f"{rule:.2f}" if rule is not None else "-" for rule in (result.rule_1, result.rule_2)]
     line = Text(_row(*_label(case), *used))
     line.append("pass", "green") if result.ok else line.append("FAIL", "bold red")
@@ -179,7 +179,7 @@ def _print_result(console: Console, case: Case, result: Result) -> None:
         console.print(Text("  " + result.message, "red"))
 
 
-def _label(case: Case) -> tuple[str, str, str, str, str]:
+def _label(case: AnyCase) -> tuple[str, str, str, str, str]:
     """Return the case's cells in its line, which are unique within a run."""
     layout = case.layout if case.form == "fused" else case.form
     return case.backend, case.dtype, case.shape(), layout, f"{case.p:g}"
@@ -192,7 +192,7 @@ def _row(backend: str, dtype: str, shape: str, layout: str, *numbers: str) -> st
     return "".join(f"{cell:{width}} " for cell, width in cells)
 
 
-def _summary(cases: list[Case], results: list[Result], seconds: float) -> str:
+def _summary(cases: list[AnyCase], results: list[Result], seconds: float) -> str:
     failed = sum(not result.ok for result in results)
     worst: dict[str, Any] = {}
     for rule in ("rule_1", "rule_2"):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lora_kernels.inspect.binary import Facts
+from lora_kernels.inspect.binary import BinaryFacts
 
 __all__ = ["Case", "Kernel"]
 
@@ -84,7 +84,7 @@ class Kernel:
     num_stages: int
     programs: int
     hash: str
-    facts: Facts
+    facts: BinaryFacts
     broken: tuple[str, ...] = ()
 
     @property

@@ -11,9 +11,9 @@ from lora_kernels.verify.block_matrix import BlockCase
 from lora_kernels.verify.layer_matrix import LayerCase
 from lora_kernels.verify.numerics import Finding
 
-__all__ = ["Case", "Result", "examine", "matrix"]
+__all__ = ["AnyCase", "Result", "examine", "matrix"]
 
-Case: TypeAlias = LayerCase | BlockCase
+AnyCase: TypeAlias = LayerCase | BlockCase
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Result:
     findings: list[Finding]
 
 
-def matrix(backend: str, dtype: str, on_gpu: bool, quick: bool) -> list[Case]:
+def matrix(backend: str, dtype: str, on_gpu: bool, quick: bool) -> list[AnyCase]:
     """List the cases of a backend and a dtype, layers first."""
     return [case for kind in (layer_matrix, block_matrix) for case in kind.matrix(backend, dtype, on_gpu, quick)]
 
 
-def examine(case: Case, device: torch.device, seed: int) -> Result:
+def examine(case: AnyCase, device: torch.device, seed: int) -> Result:
     """Run a case twice and hold it to the rules."""
     if isinstance(case, BlockCase):
         findings, messages = block_matrix.examine(case, DTYPES[case.dtype], device, seed)

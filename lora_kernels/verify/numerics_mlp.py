@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels import reference
-from lora_kernels.reference import Layer
+from lora_kernels.reference import LinearLayer
 from lora_kernels.verify import numerics
 from lora_kernels.verify.numerics import Finding, Problem
 
@@ -76,14 +76,14 @@ class MLPProblem:
     """
 
     x: Tensor
-    gate: Layer | None
-    up: Layer
-    down: Layer
+    gate: LinearLayer | None
+    up: LinearLayer
+    down: LinearLayer
     dy: Tensor
     activation: str = "silu"
     keeps: dict[str, Tensor] = field(default_factory=dict)
 
-    def layers(self) -> dict[str, Layer]:
+    def layers(self) -> dict[str, LinearLayer]:
         """Return the layers by name, in order; without gate if there is none."""
         return {name: q for name in ("gate", "up", "down") if (q := getattr(self, name)) is not None}
 

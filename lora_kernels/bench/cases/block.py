@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_kernels.bench.cases import layer as layer_case
 from lora_kernels.bench.cases.layer import Settings, saved_bytes
 from lora_kernels.bench.cost import block as block_cost
-from lora_kernels.bench.cost.block import Block
+from lora_kernels.bench.cost.block import BlockSize
 from lora_kernels.bench.providers import block as block_providers
 from lora_kernels.dropout import resolved
 from lora_kernels.measure.presets import Shape
@@ -89,7 +89,7 @@ def run_case(
     }  # fmt: skip
 
 
-def cost_of(problem: BlockProblem, r: int) -> Block:
+def cost_of(problem: BlockProblem, r: int) -> BlockSize:
     """Return the sizes of a block's layers for `cost.block`, with adapters of rank `r`."""
     (m, k), element = problem.x.shape, problem.x.element_size()
     first, adapted = next(iter(problem.layers.values())), problem.adapted

@@ -65,7 +65,7 @@ def _peft(problem: Problem, backend: str) -> Provider:
     return Provider(label, problem, forward, leaves, cost="peft")
 
 
-class _AddmmChain(torch.autograd.Function):
+class _AddmmOntoBase(torch.autograd.Function):
     """The best chain of library calls; the sum is out of place, because base belongs to the caller."""
 
     @staticmethod
@@ -90,7 +90,7 @@ def _addmm(problem: Problem, backend: str) -> Provider:
     leaves = leaves_of(problem)
 
     def forward() -> Tensor:
-        return _AddmmChain.apply(problem.bias, *leaves.values(), problem.scaling, problem.dropout_p)
+        return _AddmmOntoBase.apply(problem.bias, *leaves.values(), problem.scaling, problem.dropout_p)
 
     return Provider("addmm chain", problem, forward, leaves, cost="addmm")
 
