@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from lora_kernels import plan
-from lora_kernels.console import on_stdout
+from lora_kernels.console import DASH, on_stdout
 from lora_kernels.constants import DTYPES
 from lora_kernels.measure import machine
 from lora_kernels.verify import emulate, layer_matrix
@@ -171,7 +171,7 @@ def _run_all(
 
 
 def _print_result(console: Console, case: AnyCase, result: Result) -> None:
-    used = [f"{rule:.2f}" if rule is not None else "-" for rule in (result.rule_1, result.rule_2)]
+    used = [f"{rule:.2f}" if rule is not None else DASH for rule in (result.rule_1, result.rule_2)]
     line = Text(_row(*_label(case), *used))
     line.append("pass", "green") if result.ok else line.append("FAIL", "bold red")
     console.print(line)
@@ -202,7 +202,7 @@ def _summary(cases: list[AnyCase], results: list[Result], seconds: float) -> str
             for finding in result.findings
             if getattr(finding, rule) is not None
         ]
-        worst[rule] = "-" if not used else "{:.2f} ({})".format(*max(used))
+        worst[rule] = DASH if not used else "{:.2f} ({})".format(*max(used))
     late = f", {len(cases) - len(results)} not run for lack of time" if len(results) < len(cases) else ""
     return (
         f"{len(results) - failed} passed, {failed} failed{late} in {seconds:.1f} s\n"

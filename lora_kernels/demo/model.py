@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_kernels.measure.presets import PROJECTIONS
 from lora_kernels.modules.linear import LoRALinear
 
-__all__ = ["CONTEXT", "PROJECTIONS", "Transformer", "add_lora", "lora_layers"]
+__all__ = ["CONTEXT", "Transformer", "add_lora", "lora_layers"]
 
 # Number of bytes in the attention window.
 CONTEXT = 64
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def rotate(x: Tensor) -> Tensor:

@@ -21,9 +21,8 @@ from lora_kernels.verify import numerics, numerics_mlp
 from lora_kernels.verify.numerics import Finding, Problem
 from lora_kernels.verify.numerics_mlp import ACTIVATIONS
 
-__all__ = ["MLP", "QKV", "BlockProblem", "Keeps", "check_projections", "compose", "leaves_of", "outputs"]
+__all__ = ["BlockProblem", "Keeps", "check_projections", "compose", "leaves_of", "outputs"]
 
-QKV, MLP = ("q", "k", "v"), ("gate", "up", "down")
 # layer to its dropout mask, bool of its input's shape
 Keeps = Mapping[str, Tensor]
 

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels import reference
+from lora_kernels.measure.presets import MLP
 from lora_kernels.reference import LinearLayer
 from lora_kernels.verify import numerics
 from lora_kernels.verify.numerics import Finding, Problem
@@ -85,7 +86,7 @@ class MLPProblem:
 
     def layers(self) -> dict[str, LinearLayer]:
         """Return the layers by name, in order; without gate if there is none."""
-        return {name: q for name in ("gate", "up", "down") if (q := getattr(self, name)) is not None}
+        return {name: q for name in MLP if (q := getattr(self, name)) is not None}
 
     def output_dtypes(self) -> dict[str, torch.dtype]:
         """Return the dtype each output is rounded to, by name: y, dx, gate.d_lora_A and so on."""

@@ -8,21 +8,20 @@ import torch
 from torch import Tensor
 
 from lora_kernels.bench.cases import layer as layer_case
-from lora_kernels.bench.cases.layer import Settings, saved_bytes
+from lora_kernels.bench.cases.layer import SCALING, Settings, saved_bytes
 from lora_kernels.bench.cost import block as block_cost
 from lora_kernels.bench.cost.block import BlockSize
 from lora_kernels.bench.providers import block as block_providers
 from lora_kernels.dropout import resolved
-from lora_kernels.measure.presets import Shape
+from lora_kernels.measure.presets import MLP, QKV, Shape
 from lora_kernels.passes.layer import Projection
 from lora_kernels.verify import judge
-from lora_kernels.verify.block_problems import MLP, QKV, BlockProblem
+from lora_kernels.verify.block_problems import BlockProblem
 from lora_kernels.verify.provider import Provider
 
 __all__ = ["BLOCKS", "admit", "clone", "cost_of", "draw", "run_case"]
 
 BLOCKS = ("qkv", "mlp")
-SCALING = 2.0
 
 
 def draw(block: str, shape: Shape, r: int, p: float, settings: Settings) -> BlockProblem:

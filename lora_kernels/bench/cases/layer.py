@@ -21,10 +21,12 @@ from lora_kernels.verify.numerics import Problem
 from lora_kernels.verify.provider import Provider
 
 __all__ = [
-    "Settings", "admit", "clone", "compare", "copies_of", "draw", "examine", "first_line", "forget_compiled",
+    "SCALING", "Settings", "admit", "clone", "compare", "copies_of", "draw", "examine", "first_line", "forget_compiled",
     "held_bytes", "peak_bytes", "ready", "run_all", "run_case", "saved_bytes",
 ]  # fmt: skip
 
+# Scaling of the low-rank term in every case.
+SCALING = 2.0
 _OPERANDS = ("x", "weight", "lora_A", "lora_B", "dy")
 
 
@@ -87,7 +89,7 @@ def draw(shape: Shape, r: int, p: float, settings: Settings) -> Problem:
         lora_A=normal(r, shape.k, scale=shape.k**-0.5),
         lora_B=normal(shape.n, r, scale=r**-0.5),
         dy=normal(shape.m, shape.n),
-        scaling=2.0,
+        scaling=SCALING,
         dropout_p=resolved(p),
     )
 
