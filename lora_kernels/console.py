@@ -10,7 +10,10 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement, measure_renderables
 from rich.table import Column, Table
 
-__all__ = ["SplitTable", "on_stdout"]
+__all__ = ["DASH", "SplitTable", "on_stdout"]
+
+# The cell of a value that does not exist.
+DASH = "-"
 
 # Columns. A table takes as many as it needs.
 _UNBOUNDED = 10_000

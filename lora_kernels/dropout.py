@@ -11,6 +11,10 @@ So one call decides eight elements and fills exactly one byte of the mask. Kept 
 `keep_scale(p) = 65536 / (65536 - threshold(p))`, the exact inverse of the probability of being kept. So the
 expectation over seeds is the input itself for every p below 1.
 
+The kernels draw the mask by this rule in `kernels/_device.keep_bits`, which `shrink` calls. PyTorch's operators draw a
+mask of their own in `torch_backend.draw_mask`. `autograd/noise.py` draws only the kernels' seeds, or the random words
+of `draw_mask`.
+
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox), doi:10.1145/2063384.2063405.
 """
 

@@ -46,7 +46,8 @@ __all__ = [
 
 # Elements of x or dy per block: half a megabyte in fp32.
 _BLOCK = 1 << 17
-_DRAWN = 1 << 19  # elements of a mask per draw
+# Elements of a mask per draw.
+_DRAWN = 1 << 19
 # `composed` is faster up to this number of elements of x or y.
 _SMALL = 1 << 16
 # Least rows of a block; with fewer rows, updates of the sum would take most of the time.

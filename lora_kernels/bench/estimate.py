@@ -11,14 +11,16 @@ from lora_kernels.measure.presets import Dims, HostedDims, Shape
 
 __all__ = ["flops", "seconds", "warning"]
 
-_LONG = 300.0  # seconds; warn about longer runs
+# Warn about runs that take more seconds.
+_LONG = 300.0
 # cost in units of one forward and backward; a timed backward runs its forward first
 _PASSES = {"forward": 0.5, "backward": 1.0, "both": 1.0}
 # per case, in the same units: the float64 truth and its bounds
 _ONCE = 8.0
 # per provider, in the same units: check, measurement of memory, warm-up
 _EACH = 6.0
-_COMPILING = 10.0  # seconds a provider
+# Seconds that compiling one provider takes.
+_COMPILING = 10.0
 # FLOP/s of a matmul, if nothing is timed and no peak was measured
 _ASSUMED = 1e11
 # share of the best matmul's rate that timed and checked calls reach

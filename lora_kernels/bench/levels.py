@@ -19,7 +19,7 @@ __all__ = ["LEVELS", "OF_BLOCK", "PROVIDERS", "names", "run", "subjects"]
 LEVELS = ("layer", "kernel", "decoder", "model")
 # --block's names to levels
 OF_BLOCK = {"qkv": "qkv", "mlp": "mlp", "layer": "decoder"}
-# out_features in a --shape, if not 1
+# Number of out_features that the level's --shape needs, if not 1.
 _WIDTHS = {"qkv": 3}
 _OF_LEVEL = {
     "layer": tuple(providers.PROVIDERS), "kernel": kernel_case.PROVIDERS,

@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
     0 if this package's results are right, 1 if not, 2 if the options cannot run here, 130 on Ctrl-C.
     """
     try:
-        cases = _cases(args)  # the cheap checks first
+        # The cheap checks come first.
+        cases = _cases(args)
         settings = _settings(args, {level for level, *_ in cases})
     except (ValueError, RuntimeError, TypeError) as error:
         print(f"lora-kernels bench: {error}", file=sys.stderr)

@@ -33,7 +33,8 @@ from lora_kernels.measure import machine
 
 __all__ = ["add_arguments", "run"]
 
-_STEPS, _LORA_STEPS = (360, 50), (240, 40)  # in full, quick
+# In full, and with --quick.
+_STEPS, _LORA_STEPS = (360, 50), (240, 40)
 _BATCH = 16
 # held-out windows per held-out loss; a quarter of them with --quick
 _MEASURED = 64
@@ -238,7 +239,8 @@ class _Demo:
                 if step % -(-steps // 8) == 0:
                     self._record_held_out(first_step + step)
                 rise = (step + 1) / warm_up
-                decay = 0.55 + 0.45 * math.cos(math.pi * step / steps)  # to a tenth
+                # The learning rate falls to a tenth.
+                decay = 0.55 + 0.45 * math.cos(math.pi * step / steps)
                 optimizer.param_groups[0]["lr"] = rate * min(rise, decay)
                 loss = self.model.loss(corpus.batch(_BATCH, CONTEXT + 1, self.draws).to(self.device))
                 (loss * scale).backward()

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lora_kernels.console import SplitTable, on_stdout
+from lora_kernels.console import DASH, SplitTable, on_stdout
 from lora_kernels.constants import DTYPES
 from lora_kernels.inspect.compiled import CASES, QUICK, compile_case, problem
 from lora_kernels.inspect.kernel import Case, Kernel
@@ -147,11 +147,11 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Kernel], Any]], ...] = (
     ("warps", "right", lambda k: k.num_warps),
     ("stages", "right", lambda k: k.num_stages),
     ("regs", "right", lambda k: k.facts.registers),
-    ("spills", "right", lambda k: k.facts.spills or "-"),
+    ("spills", "right", lambda k: k.facts.spills or DASH),
     ("smem", "right", lambda k: f"{k.facts.shared / 1024:.0f}K"),
     ("/SM", "right", lambda k: k.facts.per_sm),
     ("tensor cores", "left", lambda k: _first(k.facts.mma)),
-    ("TMA", "right", lambda k: k.facts.tma_loads or "-"),
+    ("TMA", "right", lambda k: k.facts.tma_loads or DASH),
     ("K loop", "right", lambda k: _loop(k)),
     ("loads", "left", lambda k: _first(k.facts.loads)),
     ("stores", "left", lambda k: _first(k.facts.stores)),
@@ -179,10 +179,10 @@ def _table(arch: str, kernels: list[Kernel]) -> Table:
 def _loop(kernel: Kernel) -> str:
     loop = kernel.facts.loop
     if loop is None:
-        return "-"
+        return DASH
     return f"{loop.instructions}/{loop.waits}w" if kernel.arch == "sm_90" else str(loop.instructions)
 
 
 def _first(found: dict[Any, int]) -> str:
     """Format the first entry, with "+" if there are more."""
-    return f"{next(iter(found))}{'+' if len(found) > 1 else ''}" if found else "-"
+    return f"{next(iter(found))}{'+' if len(found) > 1 else ''}" if found else DASH

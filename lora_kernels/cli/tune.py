@@ -29,7 +29,7 @@ from lora_kernels import plan
 from lora_kernels.bench.cases import tune as tune_case
 from lora_kernels.bench.cases.layer import Settings
 from lora_kernels.bench.cases.tune import Time
-from lora_kernels.console import SplitTable, on_stdout
+from lora_kernels.console import DASH, SplitTable, on_stdout
 from lora_kernels.constants import DTYPES
 from lora_kernels.measure import timing
 from lora_kernels.measure.machine import caption, machine, write_json
@@ -37,8 +37,6 @@ from lora_kernels.measure.presets import PRESETS, Shape, parse_shape, with_rows
 from lora_kernels.plan import tuned
 
 __all__ = ["add_arguments", "run", "tune"]
-
-_DASH = "-"
 
 # shape, rank, drop probability, and the passes that no earlier case covers
 Case = tuple[Shape, int, float, tuple[str, ...]]
@@ -197,8 +195,8 @@ def _tables(rows: list[dict[str, Any]]) -> Iterator[Table | Text]:
         gain = ruled["seconds"]["median"] / fastest["seconds"]["median"] if both else None
         kept = "nothing" if row["choice"] is None else "the rule's" if row["choice"] == row["rule"] else "the fastest"
         table.add_row(
-            row["key"], ruled["name"], _ms(ruled), fastest["name"] if fastest else _DASH, _ms(fastest),
-            _DASH if gain is None else f"{gain:.3f}x", kept,
+            row["key"], ruled["name"], _ms(ruled), fastest["name"] if fastest else DASH, _ms(fastest),
+            DASH if gain is None else f"{gain:.3f}x", kept,
         )  # fmt: skip
     yield table
     reasons = (f"  {row['key']}, {f['name']}: {f['reason']}" for row in rows for f in row["forms"] if f["reason"])
@@ -207,7 +205,7 @@ def _tables(rows: list[dict[str, Any]]) -> Iterator[Table | Text]:
 
 def _ms(form: dict[str, Any] | None) -> str:
     taken = form and form["seconds"]
-    return f"{taken['median'] * 1e3:.4f} ±{(taken['q3'] - taken['q1']) / 2 / taken['median']:.1%}" if taken else _DASH
+    return f"{taken['median'] * 1e3:.4f} ±{(taken['q3'] - taken['q1']) / 2 / taken['median']:.1%}" if taken else DASH
 
 
 def _table(*headings: str, numbers: tuple[str, ...] = ()) -> Table:
@@ -226,7 +224,7 @@ def _show(console: Console, args: argparse.Namespace) -> int:
             console.print(Text(f"{stored.gpu}, {made_with} ({used})", "bold"), soft_wrap=True)
             table = _table("product", "strategy", "tile's place")
             for key, (name, place) in choices.items():
-                table.add_row(key, name, _DASH if name != "fused" else "by rule" if place is None else str(place))
+                table.add_row(key, name, DASH if name != "fused" else "by rule" if place is None else str(place))
             console.print(table)
         console.print(str(path), style="dim", soft_wrap=True)
     if not files:

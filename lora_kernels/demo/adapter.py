@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_kernels import reference
-from lora_kernels.demo.model import PROJECTIONS, Transformer, add_lora, lora_layers
+from lora_kernels.demo.model import Transformer, add_lora, lora_layers
+from lora_kernels.measure.presets import PROJECTIONS
 from lora_kernels.modules.linear import LoRALinear
 from lora_kernels.verify import numerics
 
@@ -94,7 +95,7 @@ class Agreement:
 
     @property
     def ok(self) -> bool:
-        """Whether the difference is within the limit; NaN is not."""
+        """Return whether the difference is within the limit; NaN is not."""
         return self.rms <= self.limit
 
 

@@ -7,7 +7,8 @@ from rich.text import Text
 
 __all__ = ["Curves", "draw_png", "draw_text"]
 
-Curves = dict[str, list[tuple[int, float]]]  # name to (step, loss)
+# Name of a curve to its steps and losses.
+Curves = dict[str, list[tuple[int, float]]]
 # name: marker in the terminal, colour in the terminal, colour in the PNG, line style in the PNG
 _LOOKS = {
     "prose, training": ("•", "cyan", "#0072B2", "-"),

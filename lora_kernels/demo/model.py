@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_kernels.measure.presets import PROJECTIONS
 from lora_kernels.modules.linear import LoRALinear
 
-__all__ = ["CONTEXT", "PROJECTIONS", "Transformer", "add_lora", "lora_layers"]
+__all__ = ["CONTEXT", "Transformer", "add_lora", "lora_layers"]
 
-CONTEXT = 64  # bytes in the attention window
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+# Number of bytes in the attention window.
+CONTEXT = 64
 
 
 def rotate(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 from lora_kernels.inspect.hgmma import overwritten
 from lora_kernels.inspect.pipeline import taken_both_ways
 
-__all__ = ["Facts", "Loop", "late_stores", "narrow_products", "read"]
+__all__ = ["BinaryFacts", "Loop", "late_stores", "narrow_products", "read"]
 
 _MMA = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA", "v_mfma")
 
@@ -48,7 +48,7 @@ class Loop:
 
 
 @dataclass(frozen=True)
-class Facts:
+class BinaryFacts:
     """Properties of a compiled kernel.
 
     Attributes:
@@ -91,7 +91,7 @@ class Facts:
     late_stores: int = 0
 
 
-def read(kernel: Any, shared_per_sm: int) -> Facts:
+def read(kernel: Any, shared_per_sm: int) -> BinaryFacts:
     """Read a compiled kernel, as Triton returns it from a launch.
 
     Args:
@@ -104,7 +104,7 @@ def read(kernel: Any, shared_per_sm: int) -> Facts:
     return _amd(kernel, narrow, shared_per_sm)
 
 
-def _nvidia(kernel: Any, narrow: list[str], shared_per_sm: int) -> Facts:
+def _nvidia(kernel: Any, narrow: list[str], shared_per_sm: int) -> BinaryFacts:
     arch, ptx = kernel.metadata.target.arch, kernel.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         cubin, source = Path(folder, "k.cubin"), Path(folder, "k.ptx")
@@ -120,7 +120,7 @@ def _nvidia(kernel: Any, narrow: list[str], shared_per_sm: int) -> Facts:
     by_registers = 65_536 // (-(-registers * 32 // 256) * 256 * warps)
     starts = Counter(name.split(".")[0] for name in names)
     targets = [(i, re.search(r"`\((\.L\w+)\)", line)) for i, line in enumerate(lines) if line.startswith("BRA")]
-    return Facts(
+    return BinaryFacts(
         registers=registers,
         spills=max(stack, starts["STL"] + starts["LDL"]),
         shared=shared,
@@ -154,7 +154,7 @@ def _dependent(ptx: str) -> str:
     return "waits to write" if re.search(r"\b(cp\.async|ld\.global)", before) else "waits"
 
 
-def _amd(kernel: Any, narrow: list[str], shared_per_sm: int) -> Facts:
+def _amd(kernel: Any, narrow: list[str], shared_per_sm: int) -> BinaryFacts:
     names, labels, targets = [], {}, []
     for line in kernel.asm["amdgcn"].splitlines():
         if label := re.match(r"(\.LBB\w+):", line):
@@ -170,7 +170,7 @@ def _amd(kernel: Any, narrow: list[str], shared_per_sm: int) -> Facts:
     registers, shared = noted("vgpr_count"), kernel.metadata.shared
     # Waves of four SIMDs with 512 registers a lane each.
     waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))
-    return Facts(
+    return BinaryFacts(
         registers=registers,
         # Count memory alone. Scalars spilled to lanes of a vector register take no memory.
         spills=noted("private_segment_fixed_size"),

@@ -36,7 +36,7 @@ CASES = (
     *(Case(*_SMALL, 16, p=0.1, strided=True, place=place) for place in range(4)),
     Case(*_SMALL, 16, strided=True), Case(*_LARGE, 32, p=0.1), Case(*_LARGE, 64), Case(*_LARGE, 64, p=0.1),
     Case(16, 4096, 4096, 16), Case(*_LARGE, 16, accumulate=True), Case(*_LARGE, 16, "fp16", p=0.1),
-    # The thin product alone, forward and backward; the library's product beside it is next to nothing here.
+    # The thin product alone, forward and backward; the library's product takes almost no time in these cases.
     Case(8192, 64, 4096, 16, bias=True, strategy="beta1"), Case(8192, 4096, 64, 16, strategy="beta1"),
     Case(8192, 4096, 64, 16, p=0.1, strategy="beta1"),
     Case(*_SMALL, 16, "fp32", bias=True), Case(*_SMALL, 64, "fp32", p=0.1),
@@ -78,7 +78,7 @@ def problem() -> str:
     """Return why this process cannot compile kernels, or ""; also turn Triton's interpreter off before its import."""
     if "triton" in sys.modules and plan.interpreting():
         return "Triton was imported with its interpreter; run this in a process of its own."
-    # Triton reads TRITON_INTERPRET when it is imported, which happens after this.
+    # Triton is imported later and reads TRITON_INTERPRET then.
     os.environ.pop("TRITON_INTERPRET", None)
     return plan.backend.triton_problem()
 

@@ -1,9 +1,9 @@
-"""The cases that launch kernels, and a compiled kernel with what was read of it."""
+"""The cases that launch kernels, and the properties of a compiled kernel."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from lora_kernels.inspect.binary import Facts
+from lora_kernels.inspect.binary import BinaryFacts
 
 __all__ = ["Case", "Kernel"]
 
@@ -89,7 +89,7 @@ class Kernel:
     num_stages: int
     programs: int
     hash: str
-    facts: Facts
+    facts: BinaryFacts
     broken: tuple[str, ...] = ()
 
     @property

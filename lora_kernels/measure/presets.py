@@ -3,12 +3,13 @@
 from dataclasses import dataclass, replace
 
 __all__ = [
-    "MODELS", "PRESETS", "PROJECTIONS", "Dims", "HostedDims", "Preset", "Shape", "block_shape", "parse_shape", "sized",
-    "with_rows", "with_tokens",
+    "MLP", "MODELS", "PRESETS", "PROJECTIONS", "QKV", "Dims", "HostedDims", "Preset", "Shape", "block_shape",
+    "parse_shape", "sized", "with_rows", "with_tokens",
 ]  # fmt: skip
 
-# The linear layers of a decoder layer.
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+# The linear layers of each block, and of a decoder layer.
+QKV, MLP = ("q", "k", "v"), ("gate", "up", "down")
+PROJECTIONS = (*QKV, "o", *MLP)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Calls:
 
 
 class Sample(NamedTuple):
-    """The times of one call in seconds: of the call, and on a GPU of the host to issue it and of the spin before it."""
+    """Times in seconds: the call; on a GPU also the host's issue time and the spin before the call."""
 
     seconds: float
     host: float | None = None

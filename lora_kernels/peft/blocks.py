@@ -24,7 +24,7 @@ from lora_kernels.functional import lora_mlp, lora_projections
 from lora_kernels.functional.gate import watched
 from lora_kernels.passes.layer import Projection
 from lora_kernels.peft.layer import bare, projection
-from lora_kernels.peft.structure import ATTENTION, Part, Structure, members
+from lora_kernels.peft.structure import ATTENTION, FixedModule, Structure, members
 
 __all__ = ["block_forward", "changed", "patched_structure"]
 
@@ -60,7 +60,7 @@ def changed(block: nn.Module, others: Sequence[tuple[str, Any]]) -> str:
         if module is None:
             same = fields.get(name) is was
         else:
-            same = isinstance(was, Part) and bare(module, was.kind) and was.still(module)
+            same = isinstance(was, FixedModule) and bare(module, was.kind) and was.still(module)
         if not same:
             return name
     return ""

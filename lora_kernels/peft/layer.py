@@ -33,7 +33,8 @@ __all__ = [
     "traced",
 ]  # fmt: skip
 
-Term = tuple[Tensor, Tensor, float, float]  # A, B, scaling, dropout_p
+# A, B, scaling and dropout_p.
+Term = tuple[Tensor, Tensor, float, float]
 
 # With B frozen, MiCA computes the same as plain LoRA.
 _PLAIN_VARIANTS = ("MiCALinearVariant",)
@@ -78,7 +79,8 @@ def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
             return None
         modules, scalings, variants = fields["_modules"], fields["scaling"], fields["lora_variant"]
         active, casting = fields["_active_adapter"], fields["cast_input_dtype_enabled"]
-    except KeyError:  # another PEFT layout
+    except KeyError:
+        # This PEFT has another layout.
         return None
     lora_As, lora_Bs = modules["lora_A"].__dict__["_modules"], modules["lora_B"].__dict__["_modules"]
     dropouts = modules["lora_dropout"].__dict__["_modules"]

@@ -92,7 +92,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """Report every LoRA layer of a model in its present state, without what only a call shows (dtypes, arguments)."""
+    """Report every LoRA layer of a model in its present state; dtypes and arguments are known only during a call."""
     parts_of_attention = {
         id(module.base_layer.out_proj) for module in model.modules() if isinstance(module, known.multihead_attention())
     }

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lora_kernels.activations import ACTIVATIONS, activated
 
-__all__ = ["ATTENTION", "Part", "Structure", "members", "structure"]
+__all__ = ["ATTENTION", "FixedModule", "Structure", "members", "structure"]
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 # The layers of an MLP, the last layer last, and the computation.
@@ -46,7 +46,7 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
-class Part(NamedTuple):
+class FixedModule(NamedTuple):
     """The class and constants that a module beside the layers must keep; the module may get further attributes."""
 
     kind: type[nn.Module]
@@ -67,8 +67,8 @@ class Structure:
         layers: Names of the layers that belong together, in the order of their computation.
         reason: Why the layers have to be called one by one; "" if they need not be.
         activation: The activation of an MLP, in the words of `lora_mlp`.
-        others: Everything else in an MLP: each name with the `Part` of a module, or with the value itself, or with None
-            if the attribute does not exist.
+        others: Everything else in an MLP: each name with a `FixedModule` for a module, or with the value itself, or
+            with None if the attribute does not exist.
     """
 
     kind: str
@@ -97,10 +97,10 @@ def structure(module: nn.Module, forward: Callable[..., Any]) -> Structure | Non
     return None
 
 
-def _part(module: nn.Module) -> Part:
+def _fixed(module: nn.Module) -> FixedModule:
     """Record the present state of a module beside the layers."""
     own = ((name, value) for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE)
-    return Part(type(module), tuple((name, value) for name, value in own if isinstance(value, _PLAIN)))
+    return FixedModule(type(module), tuple((name, value) for name, value in own if isinstance(value, _PLAIN)))
 
 
 def members(module: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
@@ -184,7 +184,7 @@ def _mlp(module: nn.Module, forward: Callable[..., Any], layers: tuple[str, ...]
     for name, value in values.items():
         if not (isinstance(value, _PLAIN) or callable(value)):
             return replace(other, reason=f"its forward reads {name}, which may change")
-    others = (*((name, _part(child)) for name, child in rest.items()), *values.items())
+    others = (*((name, _fixed(child)) for name, child in rest.items()), *values.items())
     return replace(other, reason="", activation=found.pop(), others=others)
 
 

@@ -130,7 +130,8 @@ def locked(folder: Path, name: str, wait: bool) -> Iterator[None]:
             file.truncate(0)
             file.write(b"%d" % os.getpid())
             file.flush()
-            yield  # closing the file releases it
+            # Closing the file releases the lock.
+            yield
     finally:
         threads.release()
 

@@ -14,7 +14,8 @@ __all__ = ["Contractions", "Kernels"]
 _Source: TypeAlias = tuple[Tensor, Tensor]
 # p, q and the mask of their product.
 _Masked: TypeAlias = tuple[Tensor, Tensor, Tensor]
-_Adapter: TypeAlias = tuple[Tensor, float, float]  # a `[R, K]`, alpha, dropout_p
+# a `[R, K]`, alpha and dropout_p.
+_Adapter: TypeAlias = tuple[Tensor, float, float]
 
 
 class Contractions(Protocol):
@@ -105,7 +106,7 @@ class Kernels(Contractions, Protocol):
         """Allocate several ds side by side, and copy their A side by side."""
 
     def state(self, dtype: torch.dtype) -> Hashable:
-        """Return what launches depend on besides their arguments."""
+        """Return the global settings that launches depend on."""
 
     def run_pass(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function whose launches follow one another on one stream."""

@@ -2,8 +2,8 @@
 
 A pass is a function of `Steps` and of its arguments: hashable values, and tensors, alone or in tuples and lists. For
 equal values and tensors of one kind a pass takes the same steps. So `run` keeps one `Steps` per kind. The first pass of
-a kind decides the form of each large product and settles each launch, and `Steps` keeps them by name. Later passes take
-what they find, because on few rows the host's decisions take longer than the GPU's work.
+a kind decides the form of each large product and settles each launch, and `Steps` keeps these decisions by name. Later
+passes reuse the decisions, because on few rows the host's decisions take longer than the GPU's work.
 """
 
 import collections
@@ -32,8 +32,7 @@ class Steps(collections.defaultdict):
     Attributes:
         backend: "triton" or "torch".
         ops: The contractions of the backend.
-        negative: Whether a tensor stands for the negatives of what its memory holds, which kernels cannot read; None
-            before the first pass.
+        negative: Whether a tensor has PyTorch's negative bit set, which kernels ignore; None before the first pass.
     """
 
     def __init__(self, backend: str) -> None:
@@ -44,7 +43,7 @@ class Steps(collections.defaultdict):
         self._decided: dict[str, Any] = {}
 
     def once(self, name: str, decide: Callable, *arguments: Any) -> Any:
-        """Return what `decide` has returned to the first pass."""
+        """Return the result of `decide`, which only the first pass calls."""
         found = self._decided.get(name)
         if found is None:
             found = self._decided[name] = decide(*arguments)
@@ -56,7 +55,7 @@ class Steps(collections.defaultdict):
 
     def expander(self, name: str, *product: Any) -> Expander:
         """Return the way to compute large products, as `forms.expander` chooses, with the slot of that name."""
-        # As `once`, without its call: a pass asks for this in its every run.
+        # Repeat `once` inline, because every pass takes this path.
         found = self._decided.get(name)
         if found is None:
             found = self._decided[name] = forms.expander(self.backend, self[name], *product)
@@ -106,9 +105,9 @@ def _steps(pass_: Callable, settings: Hashable, kinds: tuple[Hashable, ...], *st
 
 
 def _kinds(values: Sequence[Any]) -> tuple[Hashable, ...]:
-    """Return what a pass may know of tensors, the kinds of the members of tuples and lists, and other values as given.
+    """Return the kind of each tensor, recursively in tuples and lists; return other values unchanged.
 
-    Of an address a pass may know the alignment to 16 bytes alone.
+    The only part of an address in a kind is the alignment to 16 bytes.
     """
     return tuple(
         [
@@ -135,7 +134,7 @@ def _members(value: Any) -> Hashable:
 
 
 def _is_negative(value: Any) -> bool:
-    """Return whether a tensor, or a member of a tuple or list, stands for the negatives of what its memory holds."""
+    """Return whether a tensor, or a member of a tuple or list, has PyTorch's negative bit set."""
     return (
         value.is_neg()
         if isinstance(value, Tensor)
@@ -144,7 +143,7 @@ def _is_negative(value: Any) -> bool:
 
 
 def _resolved(argument: Any) -> Any:
-    """Return an argument in which no tensor stands for the negative of what its memory holds."""
+    """Return an argument in which no tensor has PyTorch's negative bit set."""
     if isinstance(argument, Tensor):
         return argument.resolve_neg()
     if isinstance(argument, (tuple, list)):

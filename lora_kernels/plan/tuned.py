@@ -203,7 +203,8 @@ def _own(gpu: str) -> Table:
     """Load the user's table; return an empty one if no usable table exists."""
     try:
         folder = cache.directory()
-    except RuntimeError:  # no home directory
+    except RuntimeError:
+        # There is no home directory.
         return Table(gpu, {})
     return _load(folder, _file_of(gpu), gpu) or Table(gpu, {})
 

@@ -9,15 +9,10 @@ from torch import Tensor
 from lora_kernels import dropout, reference, torch_backend
 from lora_kernels.dropout import resolved
 from lora_kernels.functional import lora_mlp, lora_qkv
+from lora_kernels.measure.presets import MLP, QKV
 from lora_kernels.passes.layer import GIVEN, Projection
 from lora_kernels.verify import numerics_mlp
-from lora_kernels.verify.block_problems import (
-    MLP,
-    QKV,
-    BlockProblem,
-    check_projections,
-    leaves_of,
-)  # fmt: skip
+from lora_kernels.verify.block_problems import BlockProblem, check_projections, leaves_of
 from lora_kernels.verify.judge import find_masks
 from lora_kernels.verify.numerics import Finding
 from lora_kernels.verify.numerics_mlp import ACTIVATIONS, MLPProblem
@@ -60,13 +55,13 @@ class BlockCase:
 
     @property
     def layout(self) -> str:
-        """The table's layout column: the block, then its bias, fp32 adapters and strides."""
+        """Return the table's layout column: the block, then its bias, fp32 adapters and strides."""
         block = f"mlp {self.activation}" if self.activation else "qkv"
         return block + (" fp32" if self.fp32_adapters else " bias" * self.bias) + " strided" * self.strided
 
     @property
     def p(self) -> float:
-        """The largest drop probability."""
+        """Return the largest drop probability."""
         return max(self.ps)
 
     def shape(self) -> str:

@@ -21,9 +21,8 @@ from lora_kernels.verify import numerics, numerics_mlp
 from lora_kernels.verify.numerics import Finding, Problem
 from lora_kernels.verify.numerics_mlp import ACTIVATIONS
 
-__all__ = ["MLP", "QKV", "BlockProblem", "Keeps", "check_projections", "compose", "leaves_of", "outputs"]
+__all__ = ["BlockProblem", "Keeps", "check_projections", "compose", "leaves_of", "outputs"]
 
-QKV, MLP = ("q", "k", "v"), ("gate", "up", "down")
 # layer to its dropout mask, bool of its input's shape
 Keeps = Mapping[str, Tensor]
 
@@ -46,22 +45,22 @@ class BlockProblem:
 
     @property
     def adapted(self) -> dict[str, Projection]:
-        """The layers with an adapter."""
+        """Return the layers with an adapter."""
         return {name: q for name, q in self.layers.items() if q.lora_A is not None}
 
     @property
     def ys(self) -> tuple[str, ...]:
-        """The names of the outputs."""
+        """Return the names of the outputs."""
         return ("y",) if self.activation else tuple(f"y {name}" for name in self.layers)
 
     @property
     def rank(self) -> int:
-        """The largest rank, 0 without adapters."""
+        """Return the largest rank, 0 without adapters."""
         return max((q.lora_A.shape[0] for q in self.adapted.values()), default=0)
 
     @property
     def summed(self) -> int:
-        """The n of rule 2 for every output: the number of terms that are summed to it, see `numerics.terms`."""
+        """Return the n of rule 2 (see `numerics.terms`) for each output."""
         rows, weights = self.x.shape[0], [q.weight.shape for q in self.layers.values()]
         if self.activation:
             return numerics_mlp.terms(rows, *weights[-2:], self.rank)

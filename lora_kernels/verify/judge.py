@@ -1,8 +1,8 @@
 """Judge a provider against float64 before `bench` prints its time, and read its dropout masks off dx.
 
 This package is held to its own rules: `numerics.check` for a layer, `block_problems.check_projections` for projections
-of one x. Other providers round where they like, and so does every MLP, so they are held to rule 2 alone, on outputs of
-any size: an rms error of at most twice that of PyTorch's operators (`check_rms`).
+of one x. Other providers, and every MLP, choose their own roundings, so only rule 2 applies to them, on outputs of any
+size: an rms error of at most twice that of PyTorch's operators (`check_rms`).
 
 The dropout masks are read off the provider itself. With all weights zero, dx = Σ Dᵢ(dsᵢ Aᵢ) is zero where x was
 dropped. With only one layer's dy nonzero, dx shows that layer's mask. For an MLP, the weights are chosen so that one
@@ -27,7 +27,7 @@ from lora_kernels.dropout import resolved
 from lora_kernels.verify import numerics
 from lora_kernels.verify.block_problems import BlockProblem, Keeps, check_projections, outputs
 from lora_kernels.verify.numerics import Finding, Problem
-from lora_kernels.verify.provider import Provider
+from lora_kernels.verify.provider import Provider, Rounding
 
 __all__ = [
     "BY_RMS", "Truth", "Verdict", "check_rms", "find_masks", "judge", "poison", "run_once", "wrong_share",
@@ -38,7 +38,8 @@ BY_RMS = "rms error at most twice that of PyTorch's operators"
 _SIGMAS = 6
 _FEW = 65_536
 
-Run = Callable[[tuple[Tensor, ...]], Tensor]  # upstream gradients to dx
+# A function of upstream gradients that returns dx.
+Run = Callable[[tuple[Tensor, ...]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Return whether nothing is wrong."""
         return not self.reason
 
 
@@ -111,10 +112,10 @@ def judge(provider: Provider, truth: Truth, seed: int = 1) -> Verdict:
     actual = run_once(provider, problem.dys, seed)
     # a block has many outputs, and a mistake in one layer is seen in most of them
     most = 3 if isinstance(problem, BlockProblem) else None
-    if provider.rule == "peer" or problem.activation:
+    if provider.rounding is Rounding.OWN or problem.activation:
         findings = check_rms(actual, *truth.of(problem, keeps), problem.x.dtype, problem.summed)
         return Verdict.of(findings, BY_RMS, most)
-    findings = _check(actual, problem, keeps, split=provider.rule == "operators")
+    findings = _check(actual, problem, keeps, split=provider.rounding is Rounding.OPERATORS)
     return Verdict.of(findings, "numerics rules 1 and 2", most)
 
 

@@ -99,17 +99,17 @@ class Problem:
 
     @property
     def dys(self) -> tuple[Tensor, ...]:
-        """The upstream gradient of each output."""
+        """Return the upstream gradient of each output."""
         return (self.dy,)
 
     @property
     def layers(self) -> dict[str, "Problem"]:
-        """The problem itself, which has all that is read of a block's layer, by the layer's name."""
+        """Return the problem as the only layer of a block, named ""."""
         return {"": self}
 
     @property
     def summed(self) -> dict[str, int]:
-        """The n of rule 2 by output, see `terms`."""
+        """Return the n of rule 2 (see `terms`) for each output."""
         return terms(self)
 
     def output_dtypes(self) -> dict[str, torch.dtype]:

@@ -36,7 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels import reference
-from lora_kernels.reference import Layer
+from lora_kernels.measure.presets import MLP
+from lora_kernels.reference import LinearLayer
 from lora_kernels.verify import numerics
 from lora_kernels.verify.numerics import Finding, Problem
 
@@ -48,7 +49,8 @@ _DERIVATIVES = {
     "silu": (1.1, 0.5, 0.31),
     "gelu": (1.13, 0.8, 0.78),
     "gelu_tanh": (1.13, 0.8, 0.78),
-    "relu2": (_UNBOUNDED, 2.0, _UNBOUNDED),  # a" jumps at 0
+    # a" of relu2 jumps at 0.
+    "relu2": (_UNBOUNDED, 2.0, _UNBOUNDED),
 }
 # PyTorch's activations and not those of `lora_kernels.activations`, because the latter are under test
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -75,16 +77,16 @@ class MLPProblem:
     """
 
     x: Tensor
-    gate: Layer | None
-    up: Layer
-    down: Layer
+    gate: LinearLayer | None
+    up: LinearLayer
+    down: LinearLayer
     dy: Tensor
     activation: str = "silu"
     keeps: dict[str, Tensor] = field(default_factory=dict)
 
-    def layers(self) -> dict[str, Layer]:
+    def layers(self) -> dict[str, LinearLayer]:
         """Return the layers by name, in order; without gate if there is none."""
-        return {name: q for name in ("gate", "up", "down") if (q := getattr(self, name)) is not None}
+        return {name: q for name in MLP if (q := getattr(self, name)) is not None}
 
     def output_dtypes(self) -> dict[str, torch.dtype]:
         """Return the dtype each output is rounded to, by name: y, dx, gate.d_lora_A and so on."""

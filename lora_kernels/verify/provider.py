@@ -1,5 +1,6 @@
 """Providers: implementations that compute a problem, to be judged and timed."""
 
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -9,7 +10,18 @@ from torch import Tensor
 from lora_kernels.verify.block_problems import BlockProblem
 from lora_kernels.verify.numerics import Problem
 
-__all__ = ["Provider"]
+__all__ = ["Provider", "Rounding"]
+
+
+class Rounding(enum.Enum):
+    """Where a provider rounds, which decides its error rule."""
+
+    # As the kernels: `numerics`' rules without `split`.
+    KERNELS = enum.auto()
+    # As PyTorch's operators: `numerics`' rules with `split`.
+    OPERATORS = enum.auto()
+    # At places of its own: an rms error of at most twice that of PyTorch's operators.
+    OWN = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -22,8 +34,7 @@ class Provider:
         forward: Computes y from the leaves, for a block the tuple of its outputs.
         leaves: Gradient name (dx, d_lora_A, d_lora_B, dbias; for a block see `block_problems.leaves_of`) to the tensor
             that it is the gradient of.
-        rule: Its error rule: "kernel" and "operators" are `numerics`' rules without and with `split`; "peer" is an rms
-            error of at most twice that of PyTorch's operators. An MLP is always held to "peer".
+        rounding: Where it rounds. An MLP is always held to the rule of `Rounding.OWN`.
         cost: Its formula in `cost.layer.COSTS`, for `lora_add` in `cost.add.COSTS`, for a block in `cost.block.COSTS`;
             "" where a compiler chooses its launches or no formula is written.
     """
@@ -32,7 +43,7 @@ class Provider:
     problem: Problem | BlockProblem
     forward: Callable[[], Tensor | tuple[Tensor, ...]]
     leaves: dict[str, Tensor] = field(default_factory=dict)
-    rule: str = "peer"
+    rounding: Rounding = Rounding.OWN
     cost: str = ""
 
     def backward(self, ys: Tensor | tuple[Tensor, ...], dys: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:

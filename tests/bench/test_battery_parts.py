@@ -15,9 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench import variants, warm_up
 from bench.processes import ROOT
-from lora_kernels.cli import verify
 from lora_kernels.constants import DTYPES
 from lora_kernels.inspect.kernel import Case
+from lora_kernels.verify.matrix import matrix
 
 # --- kernels compiled ahead
 
@@ -25,7 +25,7 @@ from lora_kernels.inspect.kernel import Case
 def test_what_is_compiled_ahead_is_what_verify_runs_on_a_gpu():
     cases = [case for case, _ in warm_up.work(on_gpu=True, quick=False)]
     for dtype in DTYPES:
-        assert set(verify._matrix("triton", dtype, True, False)) <= set(cases)
+        assert set(matrix("triton", dtype, True, False)) <= set(cases)
     timed = [case for case in cases if isinstance(case, Case) and case.m == 8192]
     assert {case.activation for case in timed} == {"", "silu"}
     assert {case.p for case in timed} == {0.0, 0.1}

@@ -25,7 +25,7 @@ from lora_kernels.measure import timing
 from lora_kernels.measure.presets import PRESETS, Shape, block_shape, parse_shape
 from lora_kernels.verify import judge
 from lora_kernels.verify.block_problems import outputs
-from lora_kernels.verify.provider import Provider
+from lora_kernels.verify.provider import Provider, Rounding
 
 QKV, MLP = Shape(48, 40, 36, others=(12, 20)), Shape(48, 40, 56)
 SHAPES = {"qkv": QKV, "mlp": MLP}
@@ -236,11 +236,14 @@ def test_other_masks_than_those_that_were_found_are_an_error():
     assert not all(finding.ok for finding in judge.check_rms(actual, *truth, torch.float32, problem.summed))
 
 
-@pytest.mark.parametrize(("rule", "named"), [("peer", ["y q", "y k", "y v"]), ("operators", ["y q", "dA q", "dB q"])])
-def test_of_a_block_s_wrong_outputs_the_first_three_are_named(rule, named):
+@pytest.mark.parametrize(
+    ("rounding", "named"),
+    [(Rounding.OWN, ["y q", "y k", "y v"]), (Rounding.OPERATORS, ["y q", "dA q", "dB q"])],
+)
+def test_of_a_block_s_wrong_outputs_the_first_three_are_named(rounding, named):
     problem = block_case.draw("qkv", QKV, 8, 0.0, settings())
     provider = with_forward(lambda ys: tuple(2 * y for y in ys))(block_providers.build("per_layer", problem))
-    reason = judge.judge(dataclasses.replace(provider, rule=rule), judge.Truth()).reason
+    reason = judge.judge(dataclasses.replace(provider, rounding=rounding), judge.Truth()).reason
     every = [f"y {name}" for name in problem.layers] + list(provider.leaves)
     assert {name for name in every if f"; {name}" in f"; {reason}"} == set(named)
 

@@ -20,7 +20,7 @@ from lora_kernels.bench.show import tables
 from lora_kernels.measure import timing
 from lora_kernels.measure.presets import PRESETS, Shape, parse_shape, with_rows
 from lora_kernels.verify import judge
-from lora_kernels.verify.provider import Provider
+from lora_kernels.verify.provider import Provider, Rounding
 
 # --- arithmetic
 
@@ -224,15 +224,15 @@ BREAKS = {
 
 
 @pytest.mark.usefixtures("no_peft")
-@pytest.mark.parametrize("rule", ["peer", "operators"])
+@pytest.mark.parametrize("rounding", [Rounding.OWN, Rounding.OPERATORS])
 @pytest.mark.parametrize("what", BREAKS)
-def test_no_time_for_a_wrong_result(what, rule):
+def test_no_time_for_a_wrong_result(what, rounding):
     build, calls = broken(**BREAKS[what])
 
     def one(name, problem, backend):
         if name != "peft":
             return providers.build(name, problem, backend)
-        return dataclasses.replace(build(problem, backend), rule=rule)
+        return dataclasses.replace(build(problem, backend), rounding=rounding)
 
     case = run_case(SHAPE, 4, 0.0, settings(build=one, only=("frozen", "ours", "peft")))
     row = case["providers"]["peft"]
@@ -249,10 +249,10 @@ def test_no_time_for_a_wrong_result(what, rule):
 
 
 @pytest.mark.usefixtures("no_peft")
-@pytest.mark.parametrize("rule", ["peer", "operators"])
-def test_every_wrong_output_of_a_layer_is_named(rule):
+@pytest.mark.parametrize("rounding", [Rounding.OWN, Rounding.OPERATORS])
+def test_every_wrong_output_of_a_layer_is_named(rounding):
     build, _ = broken(lambda y, problem: 2 * y, lambda gradients: tuple(2 * g for g in gradients))
-    provider = dataclasses.replace(build(draw(SHAPE, 4, 0.0, settings()), "torch"), rule=rule)
+    provider = dataclasses.replace(build(draw(SHAPE, 4, 0.0, settings()), "torch"), rounding=rounding)
     reason = judge.judge(provider, judge.Truth()).reason
     assert all(f"; {name}" in f"; {reason}" for name in ("y", "dx", "d_lora_A", "d_lora_B"))
 

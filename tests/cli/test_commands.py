@@ -14,6 +14,8 @@ from lora_kernels import cli, torch_backend
 from lora_kernels.cli import doctor, verify
 from lora_kernels.constants import DTYPES
 from lora_kernels.plan import tuned
+from lora_kernels.verify import layer_matrix
+from lora_kernels.verify.matrix import matrix
 from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 
 ON_GPU = torch.cuda.is_available()
@@ -119,8 +121,7 @@ def test_verify_quick_passes(tmp_path):
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_no_two_lines_of_verify_are_labelled_alike(backend, on_gpu, quick):
-    matrices = verify._matrix, verify.block_matrix.matrix
-    cases = [case for dtype in DTYPES for matrix in matrices for case in matrix(backend, dtype, on_gpu, quick)]
+    cases = [case for dtype in DTYPES for case in matrix(backend, dtype, on_gpu, quick)]
     labels = [verify._label(case) for case in cases]
     assert len(set(labels)) == len(labels) > 10
     lines = [verify._row(*label, "0.12", "0.34") + "pass" for label in labels]
@@ -217,7 +218,7 @@ def test_verify_says_that_an_old_interpreter_needs_an_old_numpy(monkeypatch, tri
 
 
 def test_an_interrupted_verify_writes_its_results_so_far(monkeypatch, tmp_path, capsys):
-    stock, seen = verify._examine, []
+    stock, seen = verify.examine, []
 
     def examine(*args):
         seen.append(args)
@@ -225,7 +226,7 @@ def test_an_interrupted_verify_writes_its_results_so_far(monkeypatch, tmp_path, 
             raise KeyboardInterrupt
         return stock(*args)
 
-    monkeypatch.setattr(verify, "_examine", examine)
+    monkeypatch.setattr(verify, "examine", examine)
     file = tmp_path / "verify.json"
     assert cli.main(["verify", "--quick", "--device", "cpu", "--backend", "torch", "--json", str(file)]) == 130
     written = json.loads(file.read_text())
@@ -233,11 +234,11 @@ def test_an_interrupted_verify_writes_its_results_so_far(monkeypatch, tmp_path, 
     assert written["not_run"] > 0
 
 
-@pytest.mark.parametrize("layout", verify.LAYOUTS)
+@pytest.mark.parametrize("layout", layer_matrix.LAYOUTS)
 def test_layouts_keep_the_values_and_change_the_strides(layout):
     bias = layout == "bias"
     problem = make_problem((8,), 6, 4, 3, torch.float32, "cpu", bias=bias, dropout_p=0.5)
-    laid_out = with_mask(verify.lay_out(problem, layout), "torch", 0)
+    laid_out = with_mask(layer_matrix.lay_out(problem, layout), "torch", 0)
     operand = {"x transposed": "x", "x sliced": "x", "all sliced": "x", "W transposed": "weight", "dy expanded": "dy"}
     name = operand.get(layout)
     if name is not None:

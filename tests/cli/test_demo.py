@@ -11,7 +11,8 @@ from lora_kernels.cli import demo
 from lora_kernels.demo import adapter as demo_adapter
 from lora_kernels.demo import chart as demo_chart
 from lora_kernels.demo import text as demo_text
-from lora_kernels.demo.model import CONTEXT, PROJECTIONS, Transformer, add_lora, lora_layers
+from lora_kernels.demo.model import CONTEXT, Transformer, add_lora, lora_layers
+from lora_kernels.measure.presets import PROJECTIONS
 
 SHORT = ("demo", "--quick", "--device", "cpu", "--dtype", "fp32")
 

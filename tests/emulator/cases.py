@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 
 from lora_kernels import plan
-from lora_kernels.cli import verify
 from lora_kernels.constants import DTYPES
 from lora_kernels.functional import lora_mlp
 from lora_kernels.passes.layer import Projection
-from lora_kernels.verify import block_matrix, numerics_mlp
+from lora_kernels.verify import block_matrix, layer_matrix, matrix, numerics_mlp
 from lora_kernels.verify.numerics_mlp import MLPProblem
 from lora_kernels.verify.problems import make_problem, run_problem
 
@@ -62,16 +61,16 @@ def _placed(place: int | None) -> Iterator[None]:
 
 def layer(dtype, m, k, n, r, layout="contiguous", p=0.0, form="fused", place=None) -> Case:
     """A layer, forward and backward, twice, held to the rules as `lora-kernels verify` does."""
-    case = verify.Case("triton", dtype, m, k, n, r, layout, p, form)
+    case = layer_matrix.LayerCase("triton", dtype, m, k, n, r, layout, p, form)
 
     def judge() -> str:
         with _placed(place):
-            result = verify._examine(case, CPU, 0)
+            result = matrix.examine(case, CPU, 0)
         return "" if result.ok else result.message
 
     def launch() -> None:
         with plan.forced(form, place):
-            run_problem(verify.draw(case, CPU, 0), "triton", 0)
+            run_problem(layer_matrix.draw(case, CPU, 0), "triton", 0)
 
     tile = "" if place is None else f" tile{place}"
     return Case(f"layer {dtype} {m}x{k}x{n} r{r} {layout} p={p:g} {form}{tile}", judge, launch)

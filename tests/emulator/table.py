@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from emulator import exact
 from emulator.cases import Case, block, layer, ungated
-from lora_kernels.cli import verify
 from lora_kernels.constants import DTYPES
+from lora_kernels.verify.layer_matrix import LAYOUTS
 
 __all__ = ["quick", "table"]
 
@@ -51,7 +51,7 @@ def _layers() -> Iterator[Case]:
     shape = 72, 96, 88, 16
     for dtype, p in itertools.product(DTYPES, (0.0, 0.1)):
         yield layer(dtype, *shape, p=p)
-    for dtype, layout, p in itertools.product(("bf16", "fp32"), (*verify.LAYOUTS[1:], "all strided"), (0.0, 0.1)):
+    for dtype, layout, p in itertools.product(("bf16", "fp32"), (*LAYOUTS[1:], "all strided"), (0.0, 0.1)):
         if layout != "fp32 adapters" or dtype != "fp32":
             yield layer(dtype, *shape, layout, p)
     yield layer("bf16", 72, 96, 88, 32, "fp32 adapters", 0.0)

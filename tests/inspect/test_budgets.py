@@ -8,7 +8,7 @@ import pytest
 
 from lora_kernels import cli
 from lora_kernels.cli import inspect
-from lora_kernels.inspect.binary import Facts, Loop, late_stores
+from lora_kernels.inspect.binary import BinaryFacts, Loop, late_stores
 from lora_kernels.inspect.budgets import broken
 from lora_kernels.inspect.compiled import CASES, QUICK
 from lora_kernels.inspect.kernel import Case, Kernel
@@ -23,7 +23,7 @@ def kernel(name, constants, case=None, arch="sm_90", programs=132, **changes):
         mma, loop = {"HGMMA.64x256x16": 4}, Loop(83, 4, 1, 1, 2, 0, {})
     else:
         mma, loop = {"HGMMA.64x16x16": 8}, Loop(137, 8, 1, 1, 0, 10, {128: 10})
-    facts = Facts(160, 0, 100_000, 2, mma, 8, 0, {128: 20}, {128: 4}, loop, [], False, "waits")
+    facts = BinaryFacts(160, 0, 100_000, 2, mma, 8, 0, {128: 20}, {128: 4}, loop, [], False, "waits")
     of_loop = {field.removeprefix("loop_"): changes.pop(field) for field in list(changes) if field.startswith("loop_")}
     facts = replace(facts, **{"loop": replace(loop, **of_loop), **changes})
     return Kernel(arch, name, case or Case(8192, 4096, 4096, 16), False, constants, 4, 4, programs, "hash", facts)

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from lora_kernels import cli, torch_backend
-from lora_kernels.cli import verify
-from lora_kernels.verify import block_matrix
+from lora_kernels.verify import block_matrix, layer_matrix
 from lora_kernels.verify.block_matrix import BlockCase, examine, matrix
 from lora_kernels.verify.block_problems import check_projections
 from lora_kernels.verify.numerics_mlp import ACTIVATIONS
@@ -96,7 +95,7 @@ def test_dx_is_held_to_the_sum_of_the_projections(monkeypatch):
 
 
 def test_the_command_shows_blocks(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "_matrix", lambda *args: [])
+    monkeypatch.setattr(layer_matrix, "matrix", lambda *args: [])
     file = tmp_path / "v.json"
     argv = ["verify", "--quick", "--device", "cpu", "--backend", "torch", "--dtype", "fp32", "--json", str(file)]
     assert cli.main(argv) == 0

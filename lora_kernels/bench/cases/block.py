@@ -8,21 +8,20 @@ import torch
 from torch import Tensor
 
 from lora_kernels.bench.cases import layer as layer_case
-from lora_kernels.bench.cases.layer import Settings, saved_bytes
+from lora_kernels.bench.cases.layer import SCALING, Settings, saved_bytes
 from lora_kernels.bench.cost import block as block_cost
-from lora_kernels.bench.cost.block import Block
+from lora_kernels.bench.cost.block import BlockSize
 from lora_kernels.bench.providers import block as block_providers
 from lora_kernels.dropout import resolved
-from lora_kernels.measure.presets import Shape
+from lora_kernels.measure.presets import MLP, QKV, Shape
 from lora_kernels.passes.layer import Projection
 from lora_kernels.verify import judge
-from lora_kernels.verify.block_problems import MLP, QKV, BlockProblem
+from lora_kernels.verify.block_problems import BlockProblem
 from lora_kernels.verify.provider import Provider
 
 __all__ = ["BLOCKS", "admit", "clone", "cost_of", "draw", "run_case"]
 
 BLOCKS = ("qkv", "mlp")
-SCALING = 2.0
 
 
 def draw(block: str, shape: Shape, r: int, p: float, settings: Settings) -> BlockProblem:
@@ -89,8 +88,8 @@ def run_case(
     }  # fmt: skip
 
 
-def cost_of(problem: BlockProblem, r: int) -> Block:
-    """The sizes of a block's layers, for the formulas of `cost.block`; its adapters are of rank `r`."""
+def cost_of(problem: BlockProblem, r: int) -> BlockSize:
+    """Return the sizes of a block's layers for `cost.block`, with adapters of rank `r`."""
     (m, k), element = problem.x.shape, problem.x.element_size()
     first, adapted = next(iter(problem.layers.values())), problem.adapted
     adapter = next(iter(adapted.values())).lora_A.element_size() if adapted else 0
@@ -106,11 +105,11 @@ def admit(
     """Build, judge and weigh a provider.
 
     Args:
-        name: Of the provider, for the row of one that cannot be built.
-        construct: Builds it.
-        truth: Of its problem, kept from one provider to the next.
+        name: The provider's name, shown if the provider cannot be built.
+        construct: Builds the provider.
+        truth: Cache of the problem's exact outputs, shared by all providers.
         r: Rank.
-        settings: Of the run.
+        settings: The run's settings.
 
     Returns:
         The provider's row, and the provider itself if it may be timed.

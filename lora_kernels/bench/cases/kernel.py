@@ -30,7 +30,7 @@ from lora_kernels.measure.presets import Shape
 from lora_kernels.verify import judge
 from lora_kernels.verify.numerics import SLACK, Problem, unit_roundoff
 
-__all__ = ["LAUNCHES", "PROVIDERS", "Launch", "admit", "launches", "run_case"]
+__all__ = ["LAUNCHES", "PROVIDERS", "TimedLaunch", "admit", "launches", "run_case"]
 
 LAUNCHES = ("s", "y", "ds, dB", "dx", "dA")
 PROVIDERS = ("base", "ours", "operators")
@@ -52,7 +52,7 @@ class Sum:
 
 
 @dataclass(frozen=True)
-class Launch:
+class TimedLaunch:
     """One launch, and its alternatives for the same work.
 
     Attributes:
@@ -76,7 +76,7 @@ class Launch:
     mask: Callable[[tuple[Tensor, ...]], Tensor] | None = None
 
 
-def launches(problem: Problem, backend: str, seed: int = 2) -> dict[str, Launch]:
+def launches(problem: Problem, backend: str, seed: int = 2) -> dict[str, TimedLaunch]:
     """Build the launches of `LAUNCHES` for a problem.
 
     Args:
@@ -112,11 +112,11 @@ def launches(problem: Problem, backend: str, seed: int = 2) -> dict[str, Launch]
     cost = layer_cost.COSTS["triton"](layer_cost.Size(m, k, n, r, x.element_size()), p > 0)
     *from_dy, dx_bytes, d_a_bytes = cost.backward
     return {
-        "s": Launch(
+        "s": TimedLaunch(
             "shrink", {"ours": lambda: ops.shrink(x, a, alpha, p), "operators": shrink_by_operators},
             shrunk, 2 * m * k * r, cost.forward[0], (s,), mask=lambda out: unpacked(out[1], k),
         ),
-        "y": Launch(
+        "y": TimedLaunch(
             "matmul_expand",
             {
                 "base": lambda: (F.linear(x, w),),
@@ -125,7 +125,7 @@ def launches(problem: Problem, backend: str, seed: int = 2) -> dict[str, Launch]
             },
             lambda _: [Sum(((x, w.t()), (s, b.t())))], 2 * m * n * (k + r), cost.forward[1], (dy,), 2 * m * n * k,
         ),
-        "ds, dB": Launch(
+        "ds, dB": TimedLaunch(
             "shrink_wgrad",
             {
                 "ours": lambda: ops.shrink_wgrad(dy, s, b, alpha, b.dtype),
@@ -133,7 +133,7 @@ def launches(problem: Problem, backend: str, seed: int = 2) -> dict[str, Launch]
             },
             lambda _: [Sum(((dy, b),), alpha), Sum(((dy.t(), s),))], 4 * m * n * r, sum(from_dy), (s, b),
         ),
-        "dx": Launch(
+        "dx": TimedLaunch(
             "matmul_expand",
             {
                 "base": lambda: (dy @ w,),
@@ -142,7 +142,7 @@ def launches(problem: Problem, backend: str, seed: int = 2) -> dict[str, Launch]
             },
             lambda _: [Sum(((dy, w), (ds, a)), keep=mask)], 2 * m * k * (n + r), dx_bytes, (x,), 2 * m * k * n,
         ),
-        "dA": Launch(
+        "dA": TimedLaunch(
             "wgrad",
             {"ours": lambda: (ops.wgrad(ds, x, a.dtype, keep),), "operators": lambda: (ds.t() @ x_kept,)},
             lambda _: [Sum(((ds.t(), x_kept),))], 2 * m * k * r, d_a_bytes, (a,),
@@ -152,7 +152,8 @@ def launches(problem: Problem, backend: str, seed: int = 2) -> dict[str, Launch]
 
 def unpacked(keep: Tensor, cols: int) -> Tensor:
     """Convert a mask of either backend to bool `[M, cols]`."""
-    if keep.dtype != torch.int32:  # a byte an element, 0 or 1
+    # The mask of the torch backend has one byte per element, 0 or 1.
+    if keep.dtype != torch.int32:
         return keep.bool()
     bits = keep[..., None] >> torch.arange(32, dtype=torch.int32, device=keep.device) & 1
     return bits.flatten(-2)[:, :cols].bool()
@@ -203,7 +204,7 @@ def _label(provider: str, backend: str) -> str:
     return {"base": "base product alone", "ours": f"lora_kernels [{backend}]"}.get(provider, "PyTorch's operators")
 
 
-def admit(provider: str, launch: Launch, backend: str, p: float) -> tuple[dict[str, Any], bool]:
+def admit(provider: str, launch: TimedLaunch, backend: str, p: float) -> tuple[dict[str, Any], bool]:
     """Run a provider's launch once and hold every element to its bound.
 
     Args:
@@ -261,7 +262,7 @@ def share_used(actual: Tensor, expected: Sum, fused: bool, dropped: bool) -> flo
     return torch.where(error > 0, error / (SLACK * allowed), 0.0).max().item()
 
 
-def _rate(rows: dict[str, dict[str, Any]], launch: Launch, settings: Settings) -> None:
+def _rate(rows: dict[str, dict[str, Any]], launch: TimedLaunch, settings: Settings) -> None:
     """Fill in useful FLOPs and bytes a second, and their shares of this machine's measured peaks."""
     for name, row in rows.items():
         flops = launch.base_flops if name == "base" else launch.flops

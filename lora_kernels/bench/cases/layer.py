@@ -21,10 +21,12 @@ from lora_kernels.verify.numerics import Problem
 from lora_kernels.verify.provider import Provider
 
 __all__ = [
-    "Settings", "admit", "clone", "compare", "copies_of", "draw", "examine", "first_line", "forget_compiled",
+    "SCALING", "Settings", "admit", "clone", "compare", "copies_of", "draw", "examine", "first_line", "forget_compiled",
     "held_bytes", "peak_bytes", "ready", "run_all", "run_case", "saved_bytes",
 ]  # fmt: skip
 
+# Scaling of the low-rank term in every case.
+SCALING = 2.0
 _OPERANDS = ("x", "weight", "lora_A", "lora_B", "dy")
 
 
@@ -87,7 +89,7 @@ def draw(shape: Shape, r: int, p: float, settings: Settings) -> Problem:
         lora_A=normal(r, shape.k, scale=shape.k**-0.5),
         lora_B=normal(shape.n, r, scale=r**-0.5),
         dy=normal(shape.m, shape.n),
-        scaling=2.0,
+        scaling=SCALING,
         dropout_p=resolved(p),
     )
 
@@ -191,10 +193,10 @@ def admit(
     """Build, judge and weigh a provider.
 
     Args:
-        name: Of the provider, as `settings.build` knows it.
-        problem: What it computes.
-        truth: Of the problem, kept from one provider to the next.
-        settings: Of the run.
+        name: The provider's name in `settings.build`.
+        problem: The problem that the provider computes.
+        truth: Cache of the problem's exact outputs, shared by all providers.
+        settings: The run's settings.
         costs: The formulas that `Provider.cost` names.
 
     Returns:
@@ -217,11 +219,11 @@ def examine(
     """Build, judge and weigh whatever has a label, a forward and a backward.
 
     Args:
-        name: Of the provider, for the row of one that cannot be built.
+        name: The provider's name, shown if the provider cannot be built.
         construct: Builds the provider.
         check: Judges the provider.
         saved: Counts the bytes that autograd holds for the provider's backward.
-        settings: Of the run.
+        settings: The run's settings.
         cost: Counts the bytes of the provider's launches; None where no formula is known.
 
     Returns:

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels import plan
-from lora_kernels.bench.cases.layer import Settings, examine, forget_compiled, held_bytes, run_all
+from lora_kernels.bench.cases.layer import SCALING, Settings, examine, forget_compiled, held_bytes, run_all
 from lora_kernels.bench.providers.hosted import HostedModel
+from lora_kernels.bench.providers.layer import short
 from lora_kernels.bench.providers.llama import Adapters, LanguageModel, Stack, adapted, draw_adapters
 from lora_kernels.dropout import resolved
 from lora_kernels.measure.presets import Dims, HostedDims
@@ -37,7 +38,6 @@ PROVIDERS = (
     "frozen", "ours", "ours_fp32", "per_layer", "peft", "peft_fp32", "frozen_compiled", "peft_compiled",
     "peft_fp32_compiled",
 )  # fmt: skip
-SCALING = 2.0
 # how far a provider's dropout moves the output, over how far PyTorch's dropout moves it
 _DROPOUT_BAND = (0.8, 1.25)
 
@@ -93,7 +93,7 @@ class Bench:
         """Build a provider of `PROVIDERS`; raises if this machine cannot run it."""
         form = name.removesuffix("_compiled").removesuffix("_fp32")
         dtype = torch.float32 if "fp32" in name else self.settings.dtype
-        words = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+        words = short(dtype)
         r = next(iter(self.adapters.values()))[0].shape[0]
         if form == "frozen":
             label = "frozen model"

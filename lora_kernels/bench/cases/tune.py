@@ -20,7 +20,7 @@ from lora_kernels.measure.timing import Calls
 from lora_kernels.plan import Form, model, tuned
 from lora_kernels.plan.model import Product
 from lora_kernels.verify import judge
-from lora_kernels.verify.provider import Provider
+from lora_kernels.verify.provider import Provider, Rounding
 
 __all__ = ["PASSES", "Time", "choose", "forms", "keys", "products", "tune_case"]
 
@@ -43,7 +43,8 @@ class _Formed(Provider):
 
         given = {f.name: getattr(provider, f.name) for f in fields(Provider)}
         exact = all(form.strategy == "fused" for form in taken.values())
-        return cls(**given | {"forward": forward, "rule": "kernel" if exact else "operators"}, taken=taken)
+        rounding = Rounding.KERNELS if exact else Rounding.OPERATORS
+        return cls(**given | {"forward": forward, "rounding": rounding}, taken=taken)
 
     def backward(self, ys: Tensor, dys: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
         """Compute the gradients of the leaves as `Provider.backward` does, in the given form."""

@@ -24,7 +24,7 @@ def _sum(z: Size) -> tuple[int, ...]:
 
 
 def _peft(z: Size, dropout: bool) -> Cost:
-    """PEFT's own without its first launch, the base product, and its last two: dx of the base, and the sum."""
+    """Cost PEFT's launches without the base product, the base's dx and the final sum."""
     whole = layer_cost.COSTS["peft"](z, dropout)
     return Cost(whole.forward[1:], whole.backward[:-2])
 
@@ -38,7 +38,7 @@ def _addmm(z: Size, dropout: bool) -> Cost:
 
 
 def _kernels(z: Size, dropout: bool) -> Cost:
-    """This package's kernels, y and a dx without dropout by the library."""
+    """Cost this package's kernels; the library computes y, and dx without dropout."""
     bits, wide_a = z.bits if dropout else 0, z.wide.a
     dx = z.s + (wide_a if dropout else z.a) + z.x + bits
     return Cost(
@@ -48,9 +48,10 @@ def _kernels(z: Size, dropout: bool) -> Cost:
 
 
 def _operators(z: Size, dropout: bool) -> Cost:
-    """This package's torch backend: the mask is kept, the dropped copy of x is made twice."""
+    """Cost the torch backend, which keeps the mask and makes the dropped copy of x twice."""
     draw, drop_x = ((z.mask,), (2 * z.x + z.mask,)) if dropout else ((), ())
-    casts = (z.wide.a + z.a, z.wide.b + z.b) if z.mixed else ()  # once a pass
+    # Each pass casts the adapters once.
+    casts = (z.wide.a + z.a, z.wide.b + z.b) if z.mixed else ()
     return Cost(
         (*casts, *draw, *drop_x, z.x + z.a + z.s, *_sum(z)),
         (

@@ -13,12 +13,12 @@ from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.bench.cost.layer import Cost, Size
 from lora_kernels.plan import model
 
-__all__ = ["COSTS", "Block", "flops", "mlp", "projections"]
+__all__ = ["COSTS", "BlockSize", "flops", "mlp", "projections"]
 
 
 @dataclass(frozen=True)
-class Block:
-    """The layers of a block.
+class BlockSize:
+    """The sizes of a block's layers.
 
     Args:
         inputs: Projections of one x; for an MLP, gate and up.
@@ -30,41 +30,41 @@ class Block:
 
     @property
     def layers(self) -> tuple[Size, ...]:
-        """All layers."""
+        """Return all layers."""
         return self.inputs if self.down is None else (*self.inputs, self.down)
 
     @property
     def x(self) -> int:
-        """Bytes of x and dx."""
+        """Return the bytes of x, and of dx."""
         return self.inputs[0].x
 
     @property
     def h(self) -> int:
-        """Bytes of h, g, u and the gradient of each; 0 without an activation."""
+        """Return the bytes of h, of g, of u and of the gradient of each; 0 without an activation."""
         return 0 if self.down is None else self.down.x
 
 
-def projections(m: int, k: int, widths: tuple[int, ...], r: int, element: int = 2, adapter: int = 0) -> Block:
+def projections(m: int, k: int, widths: tuple[int, ...], r: int, element: int = 2, adapter: int = 0) -> BlockSize:
     """Build a block of several layers of one x `[m, k]`."""
-    return Block(tuple(Size(m, k, n, r, element, adapter) for n in widths))
+    return BlockSize(tuple(Size(m, k, n, r, element, adapter) for n in widths))
 
 
-def mlp(m: int, k: int, hidden: int, r: int, element: int = 2, adapter: int = 0) -> Block:
+def mlp(m: int, k: int, hidden: int, r: int, element: int = 2, adapter: int = 0) -> BlockSize:
     """Build the block of a gated MLP of x `[m, k]`."""
     pair = projections(m, k, (hidden, hidden), r, element, adapter)
-    return Block(pair.inputs, Size(m, hidden, k, r, element, adapter))
+    return BlockSize(pair.inputs, Size(m, hidden, k, r, element, adapter))
 
 
-def flops(block: Block, r: int) -> tuple[int, int]:
+def flops(block: BlockSize, r: int) -> tuple[int, int]:
     """Count the FLOPs of forward and of backward without those of the activation; rank 0 is no adapter."""
     forward, backward = zip(*(layer_cost.flops(z.m, z.k, z.n, r) for z in block.layers), strict=True)
     return sum(forward), sum(backward)
 
 
-def _each(layer: Callable[[Size, bool], Cost]) -> Callable[[Block, bool], Cost]:
+def _each(layer: Callable[[Size, bool], Cost]) -> Callable[[BlockSize, bool], Cost]:
     """Cost every layer on its own, the activation by PyTorch's operators, the sum of dx by autograd."""
 
-    def cost(b: Block, dropout: bool) -> Cost:
+    def cost(b: BlockSize, dropout: bool) -> Cost:
         costs, h = [layer(z, dropout) for z in b.layers], b.h
         activation = ((2 * h, 3 * h), (3 * h, 3 * h, 3 * h)) if h else ((), ())
         sums = (3 * b.x,) * (len(b.inputs) - 1)
@@ -76,13 +76,14 @@ def _each(layer: Callable[[Size, bool], Cost]) -> Callable[[Block, bool], Cost]:
     return cost
 
 
-def _unsloth(b: Block, dropout: bool) -> Cost:
+def _unsloth(b: BlockSize, dropout: bool) -> Cost:
     """Cost Unsloth's LoRA_QKV and LoRA_MLP: chains of calls that add to dx in place, an activation kernel each way."""
     costs, h = [layer_cost.unsloth(z) for z in b.layers], b.h
     # the base products after the first add to dx, and so read it
     read_again = (len(b.inputs) - 1) * b.x
     backward = list(itertools.chain.from_iterable(one.backward for one in costs))
-    backward[4] += read_again  # the launch with the base product
+    # Launch 4 has the base product.
+    backward[4] += read_again
     # the backward kernel computes h again, besides dg and du
     activation = ((3 * h,), (6 * h,)) if h else ((), ())
     return Cost(
@@ -90,7 +91,7 @@ def _unsloth(b: Block, dropout: bool) -> Cost:
     )
 
 
-def _ours(b: Block, dropout: bool) -> Cost:
+def _ours(b: BlockSize, dropout: bool) -> Cost:
     """Cost this package's launches: x read once for all sᵢ, all yᵢ and all dAᵢ, dx summed in one accumulator.
 
     In an MLP the shrink of down also computes h, and one pass over g, u and dh computes dg, du, dA of down, and ds and
@@ -122,7 +123,7 @@ def _ours(b: Block, dropout: bool) -> Cost:
     )
 
 
-def _floor(b: Block, dropout: bool) -> Cost:
+def _floor(b: BlockSize, dropout: bool) -> Cost:
     """Cost the frozen block with each large tensor once a pass.
 
     The weights that share x count as one, and the activation is part of the products.
@@ -133,7 +134,7 @@ def _floor(b: Block, dropout: bool) -> Cost:
     return Cost((wide + h, b.down.base), (b.down.base - h + 4 * h, wide))
 
 
-COSTS: dict[str, Callable[[Block, bool], Cost]] = {
+COSTS: dict[str, Callable[[BlockSize, bool], Cost]] = {
     **{name: _each(layer_cost.COSTS[name]) for name in ("frozen", "peft", "addmm", "triton", "torch")},
     "unsloth": _unsloth, "lorafusion": _each(layer_cost.lorafusion), "ours": _ours, "floor": _floor,
 }  # fmt: skip

@@ -40,57 +40,57 @@ class Size:
 
     @property
     def x(self) -> int:
-        """X and dX."""
+        """Return the bytes of x, and of dx."""
         return self.m * self.k * self.element
 
     @property
     def y(self) -> int:
-        """Y and dY."""
+        """Return the bytes of y, and of dy."""
         return self.m * self.n * self.element
 
     @property
     def w(self) -> int:
-        """W."""
+        """Return the bytes of W."""
         return self.n * self.k * self.element
 
     @property
     def a(self) -> int:
-        """A and dA, in x's dtype."""
+        """Return the bytes of A, and of dA, in x's dtype."""
         return self.r * self.k * self.element
 
     @property
     def b(self) -> int:
-        """B and dB, in x's dtype."""
+        """Return the bytes of B, and of dB, in x's dtype."""
         return self.n * self.r * self.element
 
     @property
     def s(self) -> int:
-        """S and dS."""
+        """Return the bytes of s, and of ds."""
         return self.m * self.r * self.element
 
     @property
     def mask(self) -> int:
-        """A dropout mask with a byte an element."""
+        """Return the bytes of a dropout mask with one byte per element."""
         return self.m * self.k
 
     @property
     def bits(self) -> int:
-        """A dropout mask with a bit an element, in rows of whole 32-bit words."""
+        """Return the bytes of a dropout mask with one bit per element, in rows of whole 32-bit words."""
         return self.m * 4 * -(-self.k // 32)
 
     @property
     def base(self) -> int:
-        """A product with W: x, W and y, or dy, W and dx."""
+        """Return the bytes of a product with W: x, W and y, or dy, W and dx."""
         return self.x + self.w + self.y
 
     @property
     def mixed(self) -> bool:
-        """Whether the adapters are wider than x."""
+        """Return whether the adapters are wider than x."""
         return self.adapter not in (0, self.element)
 
     @property
     def wide(self) -> "Size":
-        """The same call with all tensors in the adapters' dtype."""
+        """Return the same call with all tensors in the adapters' dtype."""
         return Size(self.m, self.k, self.n, self.r, self.adapter or self.element)
 
 
@@ -104,12 +104,12 @@ class Cost:
 
     @property
     def total(self) -> int:
-        """Bytes of forward and backward."""
+        """Return the bytes of forward and backward."""
         return sum(self.forward) + sum(self.backward)
 
     @property
     def launches(self) -> int:
-        """Launches of forward and backward."""
+        """Return the number of launches of forward and backward."""
         return len(self.forward) + len(self.backward)
 
 
@@ -213,10 +213,11 @@ def _kernels(z: Size, dropout: bool) -> Cost:
 
 
 def _operators(z: Size, dropout: bool) -> Cost:
-    """Cost this package's torch backend: the mask is kept, the dropped copy of x is made twice."""
+    """Cost the torch backend, which keeps the mask and makes the dropped copy of x twice."""
     drop_x = (2 * z.x + z.mask,) if dropout else ()
     draw = (z.mask,) if dropout else ()
-    casts = (z.wide.a + z.a, z.wide.b + z.b) if z.mixed else ()  # once per pass
+    # Each pass casts the adapters once.
+    casts = (z.wide.a + z.a, z.wide.b + z.b) if z.mixed else ()
     into_dx = (z.s + z.a + z.x, 2 * z.x + z.mask, 3 * z.x) if dropout else (z.s + z.a + 2 * z.x,)
     return Cost(
         (*casts, *draw, *drop_x, z.x + z.a + z.s, z.base, z.s + z.b + 2 * z.y),

@@ -20,7 +20,8 @@ from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfi
 
 __all__ = ["Moved", "block", "layer", "matmul_expand", "mlp", "outputs", "shrink", "wgrad"]
 
-_PART = 4  # bytes an element of a part: fp32
+# Bytes per element of a part, which is in fp32.
+_PART = 4
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Moved:
 
     @property
     def total(self) -> int:
-        """Every operand once and every result once: the memory traffic if parts stay in L2."""
+        """Return the bytes of every operand and every result once: the memory traffic if parts stay in L2."""
         return self.touched + self.stored
 
     @property
     def most(self) -> int:
-        """The memory traffic if all parts leave L2 as well."""
+        """Return the memory traffic if all parts leave L2 as well."""
         return self.total + 2 * self.parts
 
 

@@ -16,7 +16,7 @@ from lora_kernels.bench.providers import layer
 from lora_kernels.bench.providers.layer import Build, chosen_backend, leaves_of, scaled_mm, short, variants
 from lora_kernels.functional import lora_add
 from lora_kernels.verify.numerics import Problem
-from lora_kernels.verify.provider import Provider
+from lora_kernels.verify.provider import Provider, Rounding
 
 __all__ = ["PROVIDERS", "build", "names_for", "without_base"]
 
@@ -48,11 +48,11 @@ def _ours(problem: Problem, backend: str) -> Provider:
 
     wide = "" if problem.lora_A.dtype == problem.x.dtype else f" {short(problem.lora_A.dtype)}"
     # y is a sum by the library in either backend
-    return Provider(f"lora_kernels [{chosen}]{wide}", problem, forward, leaves, "operators", chosen)
+    return Provider(f"lora_kernels [{chosen}]{wide}", problem, forward, leaves, Rounding.OPERATORS, chosen)
 
 
 def _peft(problem: Problem, backend: str) -> Provider:
-    """Compute as PEFT's layers, quantised ones as well, with the result of their base layer."""
+    """Add the low-rank term to the base layer's result, as PEFT's layers do, quantised ones as well."""
     leaves, base, p, scaling = leaves_of(problem), problem.bias, problem.dropout_p, problem.scaling
 
     def forward() -> Tensor:
@@ -65,7 +65,7 @@ def _peft(problem: Problem, backend: str) -> Provider:
     return Provider(label, problem, forward, leaves, cost="peft")
 
 
-class _AddmmChain(torch.autograd.Function):
+class _AddmmOntoBase(torch.autograd.Function):
     """The best chain of library calls; the sum is out of place, because base belongs to the caller."""
 
     @staticmethod
@@ -90,7 +90,7 @@ def _addmm(problem: Problem, backend: str) -> Provider:
     leaves = leaves_of(problem)
 
     def forward() -> Tensor:
-        return _AddmmChain.apply(problem.bias, *leaves.values(), problem.scaling, problem.dropout_p)
+        return _AddmmOntoBase.apply(problem.bias, *leaves.values(), problem.scaling, problem.dropout_p)
 
     return Provider("addmm chain", problem, forward, leaves, cost="addmm")
 

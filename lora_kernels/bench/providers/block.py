@@ -15,7 +15,7 @@ from lora_kernels import plan
 from lora_kernels.bench.providers.layer import addmm_chain, short, under_compile
 from lora_kernels.functional import lora_linear, lora_mlp, lora_qkv
 from lora_kernels.verify.block_problems import BlockProblem, compose, leaves_of
-from lora_kernels.verify.provider import Provider
+from lora_kernels.verify.provider import Provider, Rounding
 
 __all__ = ["PROVIDERS", "build", "names_for"]
 
@@ -69,7 +69,7 @@ def _ours(problem: BlockProblem, backend: str) -> Provider:
     fused = _fused(problem, chosen)
     return Provider(
         f"lora_kernels {_tag(problem, chosen)}", problem, mlp if problem.activation else qkv, leaves,
-        "kernel" if fused else "operators", "ours" if fused else "",
+        Rounding.KERNELS if fused else Rounding.OPERATORS, "ours" if fused else "",
     )  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def _peft(problem: BlockProblem, backend: str) -> Provider:
 
 
 def _addmm(problem: BlockProblem, backend: str) -> Provider:
-    """The in-place addmm chain layer by layer."""
+    """Build the in-place addmm chain, layer by layer."""
     leaves = leaves_of(problem)
 
     def apply(name: str, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from lora_kernels import plan
 from lora_kernels.constants import DTYPES, HALF
 from lora_kernels.functional import lora_linear
 from lora_kernels.verify.numerics import Problem
-from lora_kernels.verify.provider import Provider
+from lora_kernels.verify.provider import Provider, Rounding
 
 __all__ = [
     "PROVIDERS", "Build", "addmm_chain", "build", "chosen_backend", "fp32_adapters", "leaves_of", "names_for",
@@ -43,7 +43,7 @@ def names_for(dtype: torch.dtype, backend: str, compiled: bool) -> list[str]:
 
 
 def leaves_of(problem: Problem, *names: str) -> dict[str, Tensor]:
-    """What gradients are taken of, by the gradient's name: all of x, A and B, or those of `names`."""
+    """Return the tensors that need gradients, by the gradient's name: all of x, A and B, or those of `names`."""
     of = {"dx": problem.x, "d_lora_A": problem.lora_A, "d_lora_B": problem.lora_B}
     return {name: of[name].detach().requires_grad_() for name in names or of}
 
@@ -63,7 +63,7 @@ def _frozen(problem: Problem, backend: str) -> Provider:
 
 
 def chosen_backend(problem: Problem, backend: str) -> str:
-    """The backend that computes a problem where `backend` is asked for."""
+    """Return the backend for a problem when a call requests `backend`."""
     return plan.choose(problem.x.device, problem.x.dtype, problem.lora_A.shape[0], False, backend)
 
 
@@ -77,9 +77,9 @@ def _ours(problem: Problem, backend: str) -> Provider:
         )  # fmt: skip
 
     fused = plan.fuses(chosen, problem.x, problem.weight, problem.lora_A.shape[0], problem.dropout_p > 0)
-    rule = "kernel" if fused else "operators"
+    rounding = Rounding.KERNELS if fused else Rounding.OPERATORS
     wide = "" if problem.lora_A.dtype == problem.x.dtype else f" {short(problem.lora_A.dtype)}"
-    return Provider(f"lora_kernels [{chosen}]{wide}", problem, forward, leaves, rule, chosen)
+    return Provider(f"lora_kernels [{chosen}]{wide}", problem, forward, leaves, rounding, chosen)
 
 
 def _peft(problem: Problem, backend: str) -> Provider:

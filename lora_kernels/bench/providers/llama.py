@@ -24,10 +24,11 @@ from lora_kernels.peft import patch_peft
 
 __all__ = ["Adapters", "LanguageModel", "Stack", "adapted", "draw_adapters", "projections"]
 
-Adapters = dict[str, tuple[Tensor, Tensor]]  # name of a projection to its A and B
+# Name of a projection to its A and B.
+Adapters = dict[str, tuple[Tensor, Tensor]]
 
 
-class Attention(nn.Module):
+class GroupedAttention(nn.Module):
     """Causal self-attention with fewer key and value heads than query heads."""
 
     def __init__(self, dims: Dims) -> None:
@@ -48,8 +49,8 @@ class Attention(nn.Module):
         return self.q(x), self.k(x), self.v(x)
 
 
-class BlockAttention(Attention):
-    """`Attention` with queries, keys and values by `lora_qkv`."""
+class BlockAttention(GroupedAttention):
+    """`GroupedAttention` with queries, keys and values by `lora_qkv`."""
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute queries, keys and values."""
@@ -80,13 +81,13 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-right, left), -1) * sin
 
 
-class Block(nn.Module):
+class DecoderLayer(nn.Module):
     """A decoder layer: attention, then MLP, each on normalised input and added to the stream."""
 
     def __init__(self, dims: Dims) -> None:
         super().__init__()
         self.attention_norm, self.mlp_norm = (nn.RMSNorm(dims.hidden, eps=1e-5) for _ in range(2))
-        self.attention, self.mlp = Attention(dims), MLP(dims.hidden, dims.intermediate)
+        self.attention, self.mlp = GroupedAttention(dims), MLP(dims.hidden, dims.intermediate)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Apply the layer, `[batch, seq, hidden]`."""
@@ -99,7 +100,7 @@ class Stack(nn.Module):
 
     def __init__(self, dims: Dims, layers: int = 1) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(dims) for _ in range(layers))
+        self.blocks = nn.ModuleList(DecoderLayer(dims) for _ in range(layers))
         speed = 500_000.0 ** (-torch.arange(0, dims.head_dim, 2) / dims.head_dim)
         angle = (torch.arange(dims.seq)[:, None] * speed).repeat(1, 2)
         self.register_buffer("cos", angle.cos(), persistent=False)
@@ -202,8 +203,8 @@ def adapted(
             layer = PeftArithmetic(linear, a, b, scaling, p)
         setattr(model.get_submodule(parent), last, layer)
     for module in model.modules() if form == "ours" else ():
-        if isinstance(module, (Attention, MLP)):
-            module.__class__ = BlockAttention if isinstance(module, Attention) else BlockMLP
+        if isinstance(module, (GroupedAttention, MLP)):
+            module.__class__ = BlockAttention if isinstance(module, GroupedAttention) else BlockMLP
     return model, held
 
 

@@ -17,15 +17,17 @@ from lora_kernels.bench.show.tables import (
     sweep_table,
     with_spread,
 )  # fmt: skip
-from lora_kernels.console import SplitTable
+from lora_kernels.console import DASH, SplitTable
 from lora_kernels.measure.presets import PROJECTIONS
 
 __all__ = [
     "KERNEL_HEADING", "SHAPED", "kernel_row", "kernel_table", "model_table", "model_title", "passes_of", "show",
 ]  # fmt: skip
 
-SHAPED = ("layer", "qkv", "mlp")  # levels whose cases are shapes
-_FULL_UP_TO = 3  # cases; more are one row each
+# Levels whose cases are shapes.
+SHAPED = ("layer", "qkv", "mlp")
+# Up to this many cases have a table each; more cases have one row each.
+_FULL_UP_TO = 3
 _MEMORY = (
     "saved: held for backward beyond x and the parameters; peak: the most of forward + backward, over what was there"
 )
@@ -42,7 +44,7 @@ def kernel_row(case: dict[str, Any]) -> list[str]:
     shape, rows = case["shape"], case["providers"]
     taken = {name: row["seconds"].get("forward") for name, row in rows.items()}
     ours = taken.get("ours")
-    rates = ["-"] * 4
+    rates = [DASH] * 4
     if ours:
         rates = [
             plain(ours["bytes_per_second"] / 1e9, 4), _percent(ours["of_copy"]),
@@ -104,8 +106,8 @@ def model_table(case: dict[str, Any]) -> Group:
         taken = [row["seconds"].get(which) for which in passes]
         end = row["seconds"].get(last[0]) if last else None
         table.add_row(
-            Text(row["label"]), *map(with_spread, taken), quotient(end["to_floor"], 1.0) if end else "-",
-            plain(end["tokens_per_second"], 4) if end else "-", mib(row.get("saved_bytes")),
+            Text(row["label"]), *map(with_spread, taken), quotient(end["to_floor"], 1.0) if end else DASH,
+            plain(end["tokens_per_second"], 4) if end else DASH, mib(row.get("saved_bytes")),
             mib(row["peak_bytes"]) if row.get("peak_bytes") is not None else "n/a",
             style="bold" if name == "ours" else "",
         )  # fmt: skip
@@ -144,4 +146,4 @@ def _reasons(cases: list[dict[str, Any]]) -> list[Text]:
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
+    return DASH if share is None else f"{share:.0%}"

@@ -7,7 +7,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from lora_kernels.console import SplitTable
+from lora_kernels.console import DASH, SplitTable
 from lora_kernels.measure import timing
 
 __all__ = [
@@ -19,9 +19,9 @@ __all__ = [
 SPEEDUPS = "Speed of lora_kernels over the others (geometric mean; above 1 is faster)"
 _PASS_NAMES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 _OF_LEVEL = {("kernel", "forward"): "one launch", ("model", "both"): "training step"}
-_DASH = "-"
 _OF_HOST = "(host)"
-_UNSTEADY = 0.5  # of the median
+# A time is unsteady if its interquartile range exceeds this share of its median.
+_UNSTEADY = 0.5
 _SWEEP_RATIOS = ("ours / floor", "PEFT / ours", "saved: ours / PEFT")
 _SWEEP_COLUMNS = (
     "frozen",
@@ -39,7 +39,7 @@ _SWEEP_COLUMNS = (
 def mib(size: int | None) -> str:
     """Format bytes as MiB; small sizes keep two digits, so that they do not show as 0."""
     if size is None:
-        return _DASH
+        return DASH
     return f"{size / 2**20:.1f}" if size == 0 or size >= 10 * 2**20 else f"{size / 2**20:.2g}"
 
 
@@ -123,7 +123,7 @@ def case_table(case: dict[str, Any]) -> Group:
         columns += zip(("/ floor", "TFLOP/s", "of peak"), zip(*ratios, strict=True), strict=True)
         hosts = [row["seconds"].get(passes[-1], {}).get("host_median") for row in rows]
         if any(host is not None for host in hosts):
-            columns.append(("host us", [_DASH if host is None else f"{host * 1e6:.0f}" for host in hosts]))
+            columns.append(("host us", [DASH if host is None else f"{host * 1e6:.0f}" for host in hosts]))
     columns += [
         ("moved* MiB", [mib(_moved(row)) for row in rows]),
         ("saved MiB", [mib(row.get("saved_bytes")) for row in rows]),
@@ -167,7 +167,7 @@ def sweep_table(cases: list[dict[str, Any]]) -> Group:
         ours = median_ms(case, "ours", which)
         table.add_row(
             shape_words(case, "x", "+"), str(case["r"]), f"{case['p']:g}",
-            *(_DASH if value is None else f"{value:.3f}" for value in found.values()),
+            *(DASH if value is None else f"{value:.3f}" for value in found.values()),
             quotient(ours, found.get("frozen")), quotient(found.get("peft"), ours), _saved_beside_peft(case),
         )  # fmt: skip
         reasons |= dict.fromkeys(f"{r['label']}: {r['reason']}" for r in case["providers"].values() if r["reason"])
@@ -244,18 +244,18 @@ def host_bound_words(cases: list[dict[str, Any]]) -> str:
 def with_spread(taken: dict[str, Any] | None) -> str:
     """Format a median in milliseconds and half its interquartile range, marked if the time may be the host's."""
     if taken is None:
-        return _DASH
+        return DASH
     spread = (taken["q3"] - taken["q1"]) / 2 / taken["median"]
     return f"{taken['median'] * 1e3:.3f} ±{spread:.0%}" + (f" {_OF_HOST}" if timing.host_bound(taken) else "")
 
 
 def _ratios(taken: dict[str, Any] | None) -> list[str]:
     if taken is None:
-        return [_DASH] * 3
+        return [DASH] * 3
     return [
         quotient(taken["to_floor"], 1.0),
         plain(taken["flops_per_second"] / 1e12, 3),
-        _DASH if taken["of_peak"] is None else f"{taken['of_peak']:.0%}",
+        DASH if taken["of_peak"] is None else f"{taken['of_peak']:.0%}",
     ]
 
 
@@ -266,4 +266,4 @@ def plain(number: float, digits: int) -> str:
 
 def quotient(over: float | None, under: float | None) -> str:
     """Format one number over another, or a dash if either is missing."""
-    return _DASH if over is None or under is None else f"{over / under:.3f}"
+    return DASH if over is None or under is None else f"{over / under:.3f}"
