@@ -349,7 +349,9 @@ def _settle(
     (rows, width), _, dtype, _ = made_of[0]
     widths, shrunk = [thin.shape[1] for thin in thins], [b.shape[1] for b in bs if b is not None]
     if ready and (shrunk or activation):
-        raise ValueError("wgrad: ready must be False, because this launch makes ds, dg or du before it waits; pass ready=False.")
+        raise ValueError(
+            "wgrad: ready must be False, because this launch makes ds, dg or du before it waits; pass ready=False."
+        )
     strided = all(1 not in t.strides for t in made_of if t) or any(1 not in b.strides for b in bs if b)
     config = config or wgrad_config(
         rows, width, max(widths, default=1), dtype, bool(shrunk), _launch.shared_per_sm(device), len(widths),
