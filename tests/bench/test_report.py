@@ -64,7 +64,9 @@ def test_page_of_every_level(tmp_path):
 
 def test_pictures_come_and_go_with_the_page(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    where = ["--results", str(tmp_path / "results"), "--page", str(tmp_path / "page.md")]
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- gpu-status -->\nold\n<!-- /gpu-status -->\n")
+    where = ["--results", str(tmp_path / "results"), "--page", str(tmp_path / "page.md"), "--readme", str(readme)]
     put(tmp_path / "results" / "g", "kernels.json", GPU, **bench_file(sample_launch(), level="kernel"))
     put(tmp_path / "results" / "g", "weighed.json", GPU, **bench_file(sample_case()) | {"peaks": {}})  # nothing timed
     old, foreign = tmp_path / "img" / "bench-gone.png", tmp_path / "img" / "logo.png"
@@ -76,6 +78,7 @@ def test_pictures_come_and_go_with_the_page(tmp_path, monkeypatch, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert {file.name for file in old.parent.iterdir()} == {picture.name, "logo.png"}
     assert f"(img/{picture.name})" in (tmp_path / "page.md").read_text()
+    assert "Measured on GPU-1" in readme.read_text()
     monkeypatch.setattr(plot, "missing", lambda: "no matplotlib")  # as in CI: a check draws nothing
     assert report.main([*where, "--check"]) == 0
     assert report.main(where) == 2
@@ -146,7 +149,9 @@ def test_page_knows_no_rehearsal(tmp_path):
 
 
 def test_stale_page(tmp_path, capsys):
-    where = ["--results", str(tmp_path / "results"), "--page", str(tmp_path / "page.md")]
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- gpu-status -->\nold\n<!-- /gpu-status -->\n")
+    where = ["--results", str(tmp_path / "results"), "--page", str(tmp_path / "page.md"), "--readme", str(readme)]
     assert report.main([*where, "--check"]) == 1
     assert report.main(where) == 0
     assert report.main([*where, "--check"]) == 0
