@@ -14,6 +14,11 @@ BACKENDS = ["torch", "triton"]
 PROBABILITIES = [0.0, 0.3]
 NEEDED = [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
 M, K, N, R = 10, 12, 9, 3
+LAID_OUT = {
+    "contiguous": lambda rows, cols, device: torch.randn(rows, cols, device=device),
+    "sliced": lambda rows, cols, device: torch.randn(rows, cols + 4, device=device)[:, 2:-2],
+    "transposed": lambda rows, cols, device: torch.randn(cols, rows, device=device).t(),
+}
 
 
 def operands(device, dtype=torch.float32, adapters=None, batch=(2, 5)):
@@ -67,6 +72,26 @@ def test_the_fake_shapes_hold_for_every_form_of_the_large_products(form, device)
     with plan.forced("beta1" if form == "padded" else form):
         args = (y.detach(), *tensors[:4], s, keep, 2.0, "triton", torch.float32, torch.float32, [True] * 3)
         opcheck(autograd.linear.linear_backward, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
+
+
+@pytest.mark.parametrize(
+    ("of_x", "of_dy"), [("contiguous", "contiguous"), ("sliced", "transposed"), ("transposed", "sliced")]
+)
+@pytest.mark.parametrize("form", ["fused", "beta1", "padded", "joint", "torch"])
+def test_dA_and_dB_are_contiguous_as_the_fake_kernel_promises(form, of_x, of_dy, device):
+    backend = "torch" if form == "torch" else "triton"
+    _, weight, a, b, bias = operands(device)
+    x, dy = LAID_OUT[of_x](M, K, device), LAID_OUT[of_dy](M, N, device)
+    with plan.forced("fused" if form == "torch" else form):
+        _, s, keep = autograd.linear.linear_forward(x, weight, a, b, bias, None, 2.0, 0.0, backend)
+        args = dy, x, weight, a, b, s, keep, 2.0, backend, torch.float32, torch.float32, [True] * 3
+        real = autograd.linear.linear_backward(*args)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in args]
+        promised = autograd.linear.linear_backward(*fakes)
+    for name, found, fake in zip(("dx", "dA", "dB"), real, promised, strict=True):
+        assert (found.shape, found.stride(), found.dtype) == (fake.shape, fake.stride(), fake.dtype), name
+        assert fake.is_contiguous(), name
 
 
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=str)

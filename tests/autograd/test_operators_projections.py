@@ -5,9 +5,11 @@ import io
 
 import pytest
 import torch
+import torch.nn.functional as F
 from operator_samples import Watch, assert_same, fresh_compiler, taken  # noqa: F401  a fixture
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
@@ -130,6 +132,23 @@ def test_the_fake_shapes_hold_where_the_library_does_the_large_products(form, de
         with Watch():
             apart = outcome(model, model, x)
     assert_same(apart, outcome(model, model, x))
+
+
+@pytest.mark.parametrize("form", ["fused", "beta1", "torch"])
+def test_gradients_are_contiguous_as_the_fake_kernel_promises(form, device):
+    model = Attention(device, False, backend="torch" if form == "torch" else "triton")
+    with plan.forced("fused" if form == "torch" else form):
+        x, tensors, *rest = backward_of(model, activations(device))
+        # each dy is the only one of its tensors with three dims
+        args = x, [F.pad(t, (2, 2))[..., 2:-2] if t.dim() == 3 else t for t in tensors], *rest
+        assert sum(not t.is_contiguous() for t in args[1] if t.dim() == 3) == 3
+        real = autograd.projections.projections_backward(*args)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        promised = autograd.projections.projections_backward(*args)
+    found, fake = ([(g.shape, g.stride(), g.dtype) for g in each] for each in (real, promised))
+    assert found == fake
+    assert len(found) == 5
+    assert all(g.is_contiguous() for g in promised)
 
 
 @pytest.mark.parametrize(("p", "adapters"), [(False, torch.bfloat16), (True, torch.float32)], ids=str)

@@ -16,7 +16,6 @@ from lora_kernels.bench.providers.layer import PROVIDERS
 from lora_kernels.bench.show import levels as level_tables
 from lora_kernels.bench.show import plot, tables
 from lora_kernels.cli import bench
-from lora_kernels.measure.machine import write_json
 from lora_kernels.measure.presets import PRESETS, Shape
 
 
@@ -226,17 +225,6 @@ def test_plot(tmp_path):
         plot.plot(cases, "made on paper", str(tmp_path / "p.png"))
         assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
         (tmp_path / "p.png").unlink()
-
-
-def test_json_is_json_and_never_half(tmp_path):
-    file = tmp_path / "deep" / "x.json"
-    write_json(file, {"a": [math.inf, 1.5], "b": {"c": math.nan}})
-    read = json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(word))
-    assert read["a"] == ["inf", 1.5]
-    with pytest.raises(TypeError):
-        write_json(file, {"a": object()})
-    assert json.loads(file.read_text()) == read
-    assert [path.name for path in file.parent.iterdir()] == ["x.json"]
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,11 @@
 import dataclasses
 import importlib.util
 import math
-import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 from bench_samples import CPU, SHAPE, broken, printed, settings
 from oracles import philox
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import dropout, torch_backend
 from lora_kernels.bench.cases.layer import draw, run_case, saved_bytes
@@ -91,105 +88,6 @@ def test_a_shape_is_rows_in_out():
     for wrong in ("8192x4096", "1x2x3x4", "0x2x3", "axbxc", "-1x2x3", ""):
         with pytest.raises(ValueError, match="ROWSxINxOUT"):
             parse_shape(wrong)
-
-
-# --- timing
-
-
-def test_rounds_are_interleaved_and_begun_by_each_in_turn():
-    order = list(timing.schedule("abc", 4))
-    rounds = ["".join(name for i, name in order if i == which) for which in range(4)]
-    assert rounds == ["abc", "bca", "cab", "abc"]
-
-
-def test_backward_is_timed_without_its_forward():
-    log, timed = [], []
-    calls = {
-        name: timing.Calls(lambda n=name: log.append(f"{n}.f") or n, lambda y: log.append(f"{y}.b")) for name in "ab"
-    }
-
-    def measure(prepare, call):
-        state = prepare()
-        before = len(log)
-        call(state)
-        timed.append(log[before:])
-        return timing.Sample(float(len(timed)))
-
-    taken = timing.time_all(calls, timing.PASSES, 2, measure)
-    one = [["{}.f"], ["{}.b"], ["{}.f", "{}.b"]]
-    assert timed == [[step.format(name) for step in steps] for name in "abba" for steps in one]
-    assert log[:6] == ["a.f", "a.b"] * 3  # warm-up, before anything is timed
-    assert taken["b"]["forward"]["n"] == 2
-    assert taken["b"]["forward"]["median"] == (4 + 7) / 2
-
-
-def test_summary_is_median_and_quartiles():
-    taken = timing.summary([timing.Sample(s) for s in (5.0, 1.0, 2.0, 4.0, 100.0)])
-    assert (taken["q1"], taken["median"], taken["q3"], taken["min"], taken["max"]) == (2, 4, 5, 1, 100)
-    assert taken["host_median"] is taken["spin_median"] is None
-    one = timing.summary([timing.Sample(3.0, 0.5, 0.6)])
-    assert (one["median"], one["host_median"], one["spin_median"]) == (3, 0.5, 0.6)
-
-
-@pytest.mark.parametrize(("host", "spin", "bound"), [(0.9, 1.0, True), (0.7, 1.0, False), (None, None, False)])
-def test_a_call_that_the_host_takes_long_to_issue_is_told(host, spin, bound):
-    assert timing.host_bound(timing.summary([timing.Sample(2.0, host, spin)] * 3)) is bound
-
-
-def test_cpu_clock_times_the_call_alone(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    taken = timing.clock(CPU)(lambda: time.sleep(0.2), lambda _: time.sleep(0.01))
-    assert 0.01 <= taken.seconds < 0.15
-    assert taken.host is taken.spin is None
-
-
-def test_gpu_clock_reads_what_it_has_written_and_lets_the_host_ahead(monkeypatch):
-    """A GPU's caches, spin and events, by stand-ins: what is done in which order, and which events time what."""
-    done, stock = [], torch.empty
-
-    class Event:
-        def __init__(self, enable_timing):
-            self.at = None
-
-        def record(self):
-            self.at = len(done)
-            done.append("event")
-
-        def synchronize(self):
-            pass
-
-        def elapsed_time(self, other):
-            return 1000.0 * (other.at - self.at)
-
-    class Operators(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            done.append(func.__name__)
-            return func(*args, **(kwargs or {}))
-
-    monkeypatch.setattr(timing, "_FLUSH_BYTES", 64)
-    monkeypatch.setattr(torch, "empty", lambda *args, device: stock(*args))
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("spin"))
-    measure = timing.clock(SimpleNamespace(type="cuda"))
-    with Operators():
-        taken = measure(lambda: done.append("prepared"), lambda _: done.append("called"))
-    assert done[:3] == ["prepared", "zero_.default", "sum.IntList_out"]
-    assert done[3:] == ["event", "spin", "event", "called", "event"]
-    assert (taken.spin, taken.seconds) == (2.0, 2.0)
-    assert 0 <= taken.host < 1
-
-
-def test_one_thread_is_timed_by_its_own_clock(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-
-    def work(state):
-        time.sleep(0.2)  # what another process would take
-        until = time.thread_time() + 0.01
-        while time.thread_time() < until:
-            pass
-
-    assert 0.01 <= timing.clock(CPU)(lambda: None, work)[0] < 0.15
-    assert timing.cpu_timer() is time.thread_time
 
 
 # --- nothing wrong is timed

@@ -1,12 +1,11 @@
 """The other levels of the benchmark: single launches, a decoder layer, a small model; and buffers in turn."""
 
 import importlib.util
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
-from bench_samples import CPU, SHAPE, printed, sample_launch, sample_model, settings
+from bench_samples import SHAPE, printed, sample_launch, sample_model, settings
 
 from lora_kernels import torch_backend
 from lora_kernels.bench.cases import kernel as kernel_case
@@ -104,26 +103,7 @@ def test_a_packed_mask_unpacks_to_the_bool_one():
     assert kernel_case.unpacked(packed, 10).tolist() == [[True, *[False] * 6, True, True, False]]
 
 
-# --- buffers in turn, caches flushed
-
-
-def test_so_many_copies_that_none_is_in_a_cache_when_its_turn_comes():
-    assert [timing.copies_for(size) for size in (2**30, 2**28, 2**27, 3 * 2**26, 2**22, 1)] == [2, 2, 3, 3, 64, 64]
-
-
-def test_buffers_take_turns_across_providers_and_backward_stays_with_its_forward():
-    log, turn = [], itertools.count()
-    calls = [
-        timing.rotated(
-            [timing.Calls(lambda i=i: log.append(i) or i, lambda y, i=i: log.append((i, y))) for i in range(3)], turn
-        )
-        for _ in range(2)
-    ]
-    calls[0].whole()
-    first = calls[1].forward()
-    calls[0].whole()
-    calls[1].backward(first)
-    assert log == [0, (0, 0), 1, 2, (2, 2), (1, 1)]
+# --- buffers in turn
 
 
 @pytest.mark.slow
@@ -146,13 +126,6 @@ def test_rotated_providers_read_their_own_copies(monkeypatch):
     assert rows["ours"]["seconds"]["both"]["n"] == 2
     assert rows["peft_compiled"]["seconds"] == {}
     assert {case["copies"] for case in kernel_case.run_case(SHAPE, 4, 0.0, settings(cache="rotate"))} == {3}
-
-
-def test_a_flush_is_not_timed():
-    measure, done = timing.clock(CPU, flush=True), []
-    taken = min(measure(lambda: None, lambda _: done.append(1))[0] for _ in range(3))
-    assert taken < 0.005  # writing 256 MiB takes longer
-    assert len(done) == 3
 
 
 # --- models

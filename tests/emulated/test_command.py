@@ -15,7 +15,6 @@ from emulator import build
 ROOT = Path(__file__).parents[2]
 CASE = "layer fp16 72x96x80 r16 fp32 adapters p=0.1 fused"
 needs_compiler = pytest.mark.skipif(bool(build.missing()), reason=build.missing())
-slow_machines = pytest.mark.timeout(900)
 
 
 def verify(*options):
@@ -34,7 +33,6 @@ def checkout(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @needs_compiler
-@slow_machines
 def test_right_kernels_pass(tmp_path, capsys):
     assert verify("--dtype", "fp16", "--json", str(tmp_path / "verify.json")) == 0
     said = capsys.readouterr().out
@@ -48,7 +46,6 @@ def test_right_kernels_pass(tmp_path, capsys):
 
 @pytest.mark.slow
 @needs_compiler
-@slow_machines
 def test_wrong_kernels_fail(checkout, capsys):
     source = checkout / "lora_kernels" / "kernels" / "wgrad.py"
     text = source.read_text()

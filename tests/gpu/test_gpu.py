@@ -150,7 +150,9 @@ def test_cuda_graph_of_a_training_step(p, warm_ups):
     same = [all(map(torch.equal, results[0], other)) for other in results[1:]]
     assert all(same) if p == 0 else not any(same), "a replay must draw a new mask, and only with dropout"
     if p == 0:
-        assert torch.equal(results[0][0], layer(x)), "by notes that were taken in or before a capture"
+        assert torch.equal(results[0][0], layer(x)), (
+            "a plan that was made before or in a capture must serve the calls after it"
+        )
 
 
 def test_more_than_two_to_the_31_elements():

@@ -94,7 +94,7 @@ def test_a_launch_of_more_has_counters_of_its_own(zeros):
 
 
 def test_a_pass_within_a_pass_has_its_own(zeros):
-    """It may be noted, and notes have no place for what was made before them."""
+    """An inner pass has counters of its own, because the outer launches may overlap its launches."""
 
     def outer():
         before, (inner,), after = ask(1), _launch.run_pass(ask, 1), ask(1)

@@ -1,0 +1,90 @@
+"""`lora_linear` that adds to the gradients of adapters itself: the same sums, and only where autograd would add."""
+
+import pytest
+import torch
+
+from lora_kernels import LoRALinear, lora_linear
+from lora_kernels.verify import numerics
+from lora_kernels.verify.problems import make_problem
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(("dtype", "adapters"), [(torch.float32, None), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize("r", [4, 40])
+def test_adds_what_the_engine_would_add(backend, dtype, adapters, r, device):
+    problem = make_problem((50,), 24, 28, r, dtype, device, adapter_dtype=adapters)
+
+    def two_steps(accumulate):
+        a, b = (t.detach().clone().requires_grad_() for t in (problem.lora_A, problem.lora_B))
+        x = problem.x.detach().requires_grad_()
+        for step in range(3):
+            y = lora_linear(x, problem.weight, a, b, backend=backend, accumulate_grad=accumulate)
+            y.backward(problem.dy * (step + 1))
+        return a.grad, b.grad
+
+    for ours, theirs in zip(two_steps(True), two_steps(False), strict=True):
+        u = numerics.unit_roundoff(theirs.dtype)
+        torch.testing.assert_close(ours, theirs, rtol=4 * u, atol=8 * u * theirs.abs().max().item())
+
+
+def test_writes_into_the_gradient_that_is_there(device):
+    layer = LoRALinear(16, 24, r=4, device=device)
+    layer.accumulate_grad = True
+    torch.nn.init.ones_(layer.lora_B)
+    x = torch.randn(8, 16, device=device)
+    layer(x).sum().backward()
+    first = {name: (p.grad, p.grad.clone()) for name, p in layer.named_parameters() if p.requires_grad}
+    assert set(first) == {"lora_A", "lora_B"}
+    versions = {name: grad._version for name, (grad, _) in first.items()}
+    layer(x).sum().backward()
+    for name, (grad, before) in first.items():
+        assert getattr(layer, name).grad is grad
+        torch.testing.assert_close(grad, 2 * before)
+        assert grad._version > versions[name], "autograd must see that it was written"
+
+
+@pytest.mark.parametrize("kind", ["hook", "post-accumulate hook", "not a leaf"])
+def test_leaves_it_to_the_engine_where_more_is_to_be_done(kind, device):
+    x, w = torch.randn(8, 16, device=device), torch.randn(24, 16, device=device)
+    a, b = (
+        torch.randn(4, 16, device=device, requires_grad=True),
+        torch.randn(24, 4, device=device, requires_grad=True),
+    )
+    seen = []
+    if kind == "hook":
+        a.register_hook(lambda g: seen.append(g) or 3 * g)
+    if kind == "post-accumulate hook":
+        a.register_post_accumulate_grad_hook(lambda p: seen.append(p))
+    a.grad = torch.ones_like(a)
+    use = a * 1 if kind == "not a leaf" else a
+    lora_linear(x, w, use, b, accumulate_grad=True).sum().backward()
+    expected = (b.sum(0)[:, None] * x.sum(0)).detach() * (3 if kind == "hook" else 1) + 1
+    torch.testing.assert_close(a.grad, expected, rtol=1e-4, atol=1e-3)
+    assert len(seen) == ("hook" in kind)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True:UserWarning")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_adds_out_of_place_where_the_engine_does(backend, device):
+    """With create_graph=True, whose gradients may be differentiated again: what stood in .grad stays as it was."""
+    x, w = torch.randn(8, 16, device=device), torch.randn(24, 16, device=device)
+    a, b = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((4, 16), (24, 4)))
+    y = lora_linear(x, w, a, b, backend=backend, accumulate_grad=True).sum()
+    expected = torch.autograd.grad(y, (a, b), create_graph=True)
+    a.grad, b.grad = first = torch.ones_like(a), torch.ones_like(b)
+    y.backward(create_graph=True)
+    for t, gradient, before in zip((a, b), expected, first, strict=True):
+        assert torch.equal(before, torch.ones_like(t))
+        torch.testing.assert_close(t.grad, gradient + 1)
+        t.grad = None  # holds the graph, which holds t
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_gradient_that_overlaps_itself_is_refused_by_the_engine(backend, device):
+    x, w = torch.randn(8, 16, device=device), torch.randn(24, 16, device=device)
+    a, b = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((4, 16), (24, 4)))
+    a.grad = torch.zeros(1, 1, device=device).expand_as(a)
+    y = lora_linear(x, w, a, b, backend=backend, accumulate_grad=True)
+    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
+        y.sum().backward()
+    assert not a.grad.any()
