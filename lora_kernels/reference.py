@@ -27,7 +27,7 @@ from torch import Tensor
 from lora_kernels.dropout import PHILOX_ROUNDS, keep_scale, threshold
 
 __all__ = [
-    "LinearLayer",
+    "Layer",
     "activated",
     "dropped",
     "forward",
@@ -53,7 +53,7 @@ _ACTIVATIONS = {
 }
 
 
-class LinearLayer(Protocol):
+class Layer(Protocol):
     """A linear layer with or without an adapter, for example a `lora_kernels.Projection`.
 
     Attributes:
@@ -212,7 +212,7 @@ def activated(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
 
 
 def lora_mlp(
-    x: Tensor, gate: LinearLayer | None, up: LinearLayer, down: LinearLayer, *,
+    x: Tensor, gate: Layer | None, up: Layer, down: Layer, *,
     activation: str = "silu", seeds: Sequence[Tensor | int | None] = (None, None, None),
 ) -> Tensor:  # fmt: skip
     """Compute y = down(a(gate(x)) · up(x)), or down(a(up(x))) without a gate, the same as `lora_kernels.lora_mlp`.
@@ -232,7 +232,7 @@ def lora_mlp(
     return _layer(activated(before[0], before[1] if len(before) > 1 else None, activation), down, seeds[2])
 
 
-def _layer(x: Tensor, q: LinearLayer, seed: Tensor | int | None) -> Tensor:
+def _layer(x: Tensor, q: Layer, seed: Tensor | int | None) -> Tensor:
     pair: Any = None if q.lora_A is None else (q.lora_A, q.lora_B)
     return lora_projections(
         x, [q.weight], [pair], biases=[q.bias], scaling=q.scaling, dropout_p=q.dropout_p, seeds=[seed]

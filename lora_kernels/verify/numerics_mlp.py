@@ -37,7 +37,7 @@ from torch import Tensor
 
 from lora_kernels import reference
 from lora_kernels.measure.presets import MLP
-from lora_kernels.reference import LinearLayer
+from lora_kernels.reference import Layer
 from lora_kernels.verify import numerics
 from lora_kernels.verify.numerics import Finding, Problem
 
@@ -77,14 +77,14 @@ class MLPProblem:
     """
 
     x: Tensor
-    gate: LinearLayer | None
-    up: LinearLayer
-    down: LinearLayer
+    gate: Layer | None
+    up: Layer
+    down: Layer
     dy: Tensor
     activation: str = "silu"
     keeps: dict[str, Tensor] = field(default_factory=dict)
 
-    def layers(self) -> dict[str, LinearLayer]:
+    def layers(self) -> dict[str, Layer]:
         """Return the layers by name, in order; without gate if there is none."""
         return {name: q for name in MLP if (q := getattr(self, name)) is not None}
 
