@@ -86,7 +86,7 @@ def _add(
     register_flops({add_forward: _forward_flops, add_backward: _backward_flops})
     # `int` compiles the rank into a graph; all other sizes may vary.
     rank = int(lora_A.shape[0])
-    backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or base.numel() == 0, backend)
+    backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or base.numel() == 0, backend, "lora_add")
     noise = draw_noise(x, torch.empty(0, device=x.device), backend) if dropout_p > 0 else None
     lora_A, scaling = plain_scaling(lora_A, scaling)
     return add_forward(base, x, lora_A, lora_B, noise, scaling, dropout_p, backend)[0]

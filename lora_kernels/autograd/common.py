@@ -104,12 +104,16 @@ def plain_scaling(lora_A: Tensor, scaling: float) -> tuple[Tensor, float]:
     return lora_A, scaling
 
 
-def _differentiate_again(ctx: Context, *_: Tensor | None) -> None:
-    """Refuse a second differentiation, because the backward operators have no derivative."""
-    raise RuntimeError(
-        "lora_linear: trying to differentiate twice a function that was marked with @once_differentiable; "
-        "lora_kernels.reference.lora_linear differentiates any number of times."
-    )
+def _differentiates_once(call: str) -> Callable:
+    """Return an autograd formula that refuses, because the backward operators have no derivative."""
+
+    def refuse(ctx: Context, *_: Tensor | None) -> None:
+        raise RuntimeError(
+            f"{call}: trying to differentiate twice a function that was marked with @once_differentiable; "
+            f"lora_kernels.reference.{call} differentiates any number of times."
+        )
+
+    return refuse
 
 
 def backward_products(inner: int, cols: int, rank: int, need_x: bool, need_A: bool, need_B: bool) -> int:
@@ -158,7 +162,7 @@ def register(
     Args:
         library: The library that has the schemas.
         name: Name of the first operator, which a compiler traces through; the others are `name`_forward and
-            `name`_backward.
+            `name`_backward. The public call is lora_`name`.
         composed: Chooses a backend, draws noise and calls `name`_forward.
         forward: A pure function of its arguments.
         backward: The derivative of `forward`.
@@ -172,5 +176,6 @@ def register(
         library.impl(f"{name}_{half}", function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"lora_kernels::{name}_{half}", fake, lib=library)
     torch.library.register_autograd(f"lora_kernels::{name}_forward", differentiate, setup_context=save, lib=library)
-    torch.library.register_autograd(f"lora_kernels::{name}_backward", _differentiate_again, lib=library)
+    again = _differentiates_once(f"lora_{name}")
+    torch.library.register_autograd(f"lora_kernels::{name}_backward", again, lib=library)
     return [getattr(torch.ops.lora_kernels, name + half).default for half in ("", "_forward", "_backward")]

@@ -119,7 +119,8 @@ def _linear(
     register_flops({linear_forward: _forward_flops, linear_backward: _backward_flops})
     # `int` compiles the rank into a graph; all other sizes may vary.
     rank = int(lora_A.shape[0])
-    backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or weight.shape[0] == 0, backend)
+    empty = x.numel() == 0 or weight.shape[0] == 0
+    backend = plan.choose(x.device, x.dtype, rank, empty, backend, "lora_linear")
     noise = None
     if dropout_p > 0:
         noise = draw_noise(x, torch.empty(0, device=x.device), backend, dropout_shard)

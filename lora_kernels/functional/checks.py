@@ -188,7 +188,7 @@ def check_shard(dropout_shard: tuple[int, int]) -> None:
         )
 
 
-def check_sharded(dropout_p: float) -> None:
+def check_sharded(dropout_p: float, call: str = "lora_linear") -> None:
     """Refuse dropout on DTensors, because no layout says which ranks must draw the same mask.
 
     Raises:
@@ -196,7 +196,7 @@ def check_sharded(dropout_p: float) -> None:
     """
     if dropout_p != 0:
         raise ValueError(
-            f"lora_linear: dropout_p must be 0 for DTensors, got {dropout_p}. "
+            f"{call}: dropout_p must be 0 for DTensors, got {dropout_p}. "
             "Parallelize a LoRALinear by a style of lora_kernels.parallel, which knows which ranks share a mask."
         )
 

@@ -94,8 +94,9 @@ def _mlp(
         def composed(x: Tensor) -> Tensor:
             # `joined` returns at least one tensor, so that `gate` is never None.
             gate: Any
-            gate, up = (*joined(x, before, backend, added[:-1], adapters_fit[:-1]), None)[:2]
-            return alone(activated(gate, up, activation), down, backend, adapters_fit[-1], added[-1])
+            gate, up = (*joined("lora_mlp", x, before, backend, added[:-1], adapters_fit[:-1]), None)[:2]
+            h = activated(gate, up, activation)
+            return alone("lora_mlp", h, down, backend, adapters_fit[-1], added[-1])
 
         # Transforms do not support saved-tensor hooks, which `checkpoint` needs.
         again = recompute and torch.is_grad_enabled() and not transforming()

@@ -11,7 +11,7 @@ from lora_kernels import autograd, passes, plan, torch_backend
 from lora_kernels.autograd.common import autocasts
 from lora_kernels.constants import MAX_OUTPUTS
 from lora_kernels.functional import checks
-from lora_kernels.functional.gate import arrived, as_number, cast, transforming, watched
+from lora_kernels.functional.gate import arrived, as_number, cast, check_backend_runs, transforming, watched
 from lora_kernels.functional.linear import compute
 from lora_kernels.passes.layer import GIVEN, Adapted, Projection
 
@@ -111,7 +111,7 @@ def _checked(
     """Check each projection, then compute all."""
     checks.check_backend(call, backend, plan.BACKENDS)
     check_each(call, x, range(len(entries)), entries, adapters_fit, entries)
-    return joined(x, entries, backend, added, adapters_fit)
+    return joined(call, x, entries, backend, added, adapters_fit)
 
 
 def check_each(
@@ -138,11 +138,11 @@ def _named(call: str, layer: str | int) -> str:
 
 
 def joined(
-    x: Tensor, entries: list[Projection], backend: str, added: Sequence[bool], adapters_fit: list[bool]
+    call: str, x: Tensor, entries: list[Projection], backend: str, added: Sequence[bool], adapters_fit: list[bool]
 ) -> tuple[Tensor, ...]:
     """Compute together the projections that can share launches, and each other projection alone."""
     ys: dict[int, Tensor] = {}
-    chosen = _shared_backend(x, entries, backend)
+    chosen = _shared_backend(call, x, entries, backend)
     if chosen is not None:
         # Leave out adapters that add nothing: `alone` gives them gradients of 0.
         joining = [i for i, q in enumerate(entries) if q.lora_A is None or (q.lora_A.shape[0] and q.dropout_p < 1)]
@@ -150,10 +150,12 @@ def joined(
             places = joining[first : first + MAX_OUTPUTS]
             computed = _together(x, [entries[i] for i in places], chosen, [added[i] for i in places])
             ys.update(zip(places, computed, strict=True))
-    return tuple(ys[i] if i in ys else alone(x, q, backend, adapters_fit[i], added[i]) for i, q in enumerate(entries))
+    return tuple(
+        ys[i] if i in ys else alone(call, x, q, backend, adapters_fit[i], added[i]) for i, q in enumerate(entries)
+    )
 
 
-def _shared_backend(x: Tensor, entries: list[Projection], backend: str) -> str | None:
+def _shared_backend(call: str, x: Tensor, entries: list[Projection], backend: str) -> str | None:
     """Return the backend that computes projections in shared launches, or None to compute each alone.
 
     Under a compiler or a dispatch mode, return the requested backend, because the operators choose later, from the
@@ -163,9 +165,11 @@ def _shared_backend(x: Tensor, entries: list[Projection], backend: str) -> str |
     if len(entries) < 2 or not adapted or transforming() or checks.is_sharded(x):
         return None
     if watched():
-        return plan.overridden(backend)
+        backend = plan.overridden(backend)
+        check_backend_runs(call, x, [q.weight for q in entries], [q.lora_A for q in adapted], backend)
+        return backend
     widths, rank = [q.weight.shape[0] for q in entries], max(q.lora_A.shape[0] for q in adapted)
-    chosen = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or 0 in widths, backend, "lora_projections")
+    chosen = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or 0 in widths, backend, call)
     if chosen == "torch" and all(torch_backend.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted):
         return None
     return chosen
@@ -199,13 +203,13 @@ def arguments(entries: list[Projection]) -> tuple[list, ...]:
     return *tensors, [*map(as_number, scalings)], [*map(as_number, ps)]
 
 
-def alone(x: Tensor, q: Projection, backend: str, adapters_fit: bool, added: bool = False) -> Tensor:
+def alone(call: str, x: Tensor, q: Projection, backend: str, adapters_fit: bool, added: bool = False) -> Tensor:
     """Compute one projection alone."""
     if q.lora_A is None:
         return F.linear(x, q.weight, q.bias)
     how = q.scaling, q.dropout_p, backend, added, (0, 1)
     # A projection with an A has a B.
-    return compute(x, q.weight, q.lora_A, q.lora_B, q.bias, *how, adapters_fit)  # type: ignore[arg-type]
+    return compute(call, x, q.weight, q.lora_A, q.lora_B, q.bias, *how, adapters_fit)  # type: ignore[arg-type]
 
 
 def _no_adapter(weight: Tensor) -> tuple[Tensor, Tensor]:
