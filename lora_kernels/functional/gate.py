@@ -14,7 +14,7 @@ from lora_kernels.passes.layer import Projection
 
 __all__ = [
     "arrived", "as_autocast", "as_number", "base_only", "cast", "check_backend_runs", "nothing", "transforming",
-    "watched",
+    "watched", "without_autocast",
 ]  # fmt: skip
 
 
@@ -82,6 +82,11 @@ def as_autocast(
     if any(isinstance(t, Tensor) and not (t.is_floating_point() and t.itemsize <= 4) for t in (x, weight)):
         return x, weight, bias, False
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), True
+
+
+def without_autocast(device_type: str) -> torch.autocast:
+    """Return a context without autocast for a call whose operands are cast, because autocast would round fp32 sums."""
+    return torch.autocast(device_type, enabled=False)
 
 
 def cast(

@@ -15,6 +15,7 @@ from lora_kernels.functional.gate import (
     check_backend_runs,
     transforming,
     watched,
+    without_autocast,
 )  # fmt: skip
 
 __all__ = ["compute", "lora_linear"]
@@ -71,28 +72,30 @@ def lora_linear(
     """
     if type(x) is not Tensor:
         x = arrived(x)
-    how = scaling, dropout_p, backend, accumulate_grad, dropout_shard
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
-    if autocasts(device_type):
+    autocast, adapters_fit = autocasts(device_type), False
+    if autocast:
         x, weight, bias, adapters_fit = as_autocast(device_type, x, weight, bias)
-        # All operands are cast already, and autocast would round fp32 sums on the way.
-        with torch.autocast(device_type, enabled=False):
-            return compute("lora_linear", x, weight, lora_A, lora_B, bias, *how, adapters_fit)
-    return compute("lora_linear", x, weight, lora_A, lora_B, bias, *how, False)
+    checks.check_call(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    if type(accumulate_grad) is not bool:
+        checks.check_flag("lora_linear", "accumulate_grad", accumulate_grad)
+    # Autocast allows any dtype of the adapters.
+    if not adapters_fit:
+        checks.check_dtypes(x, weight, lora_A, lora_B, bias)
+    if dropout_shard != (0, 1):
+        checks.check_shard(dropout_shard)
+    how = scaling, dropout_p, backend, accumulate_grad, dropout_shard
+    if autocast:
+        with without_autocast(device_type):
+            return compute("lora_linear", x, weight, lora_A, lora_B, bias, *how)
+    return compute("lora_linear", x, weight, lora_A, lora_B, bias, *how)
 
 
 def compute(
     call: str, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float,
-    dropout_p: float, backend: str, accumulate_grad: bool, dropout_shard: tuple[int, int], adapters_fit: bool,
+    dropout_p: float, backend: str, accumulate_grad: bool, dropout_shard: tuple[int, int], chosen: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """Check, choose a backend, and call it; `adapters_fit` says that autocast allows any dtype of the adapters."""
-    checks.check_call(x, weight, lora_A, lora_B, bias, scaling, dropout_p, call)
-    if type(accumulate_grad) is not bool:
-        checks.check_flag(call, "accumulate_grad", accumulate_grad)
-    if not adapters_fit:
-        checks.check_dtypes(x, weight, lora_A, lora_B, bias, call)
-    if dropout_shard != (0, 1):
-        checks.check_shard(dropout_shard)
+    """Compute one layer of a checked call; choose a backend, unless the call has `chosen` one for all its layers."""
     if transforming():
         checks.check_transforms(backend, call)
         return reference.lora_linear(
@@ -114,17 +117,18 @@ def compute(
             x, weight, lora_A, lora_B, bias, as_number(scaling), as_number(dropout_p), backend, dropout_shard
         )
     scaling, dropout_p = float(scaling), float(dropout_p)
-    empty = x.numel() == 0 or weight.shape[0] == 0
-    backend = plan.choose(x.device, x.dtype, rank, empty or rank == 0, backend, call)
+    if chosen is None:
+        empty = x.numel() == 0 or weight.shape[0] == 0
+        chosen = plan.choose(x.device, x.dtype, rank, empty or rank == 0, backend, call)
     if adds_nothing:
         return base_only(x, weight, lora_A, lora_B, bias)
-    noise = draw_shard(x, backend, dropout_shard) if dropout_p > 0 and dropout_shard[1] > 1 else None
-    if backend == "torch" and not accumulate_grad and torch_backend.composes(x, weight, lora_A, lora_B):
+    noise = draw_shard(x, chosen, dropout_shard) if dropout_p > 0 and dropout_shard[1] > 1 else None
+    if chosen == "torch" and not accumulate_grad and torch_backend.composes(x, weight, lora_A, lora_B):
         return torch_backend.composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, noise)
     trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or weight.requires_grad
     if torch.is_grad_enabled() and (trained or (bias is not None and bias.requires_grad)):
-        settings = scaling, dropout_p, backend, accumulate_grad, noise
+        settings = scaling, dropout_p, chosen, accumulate_grad, noise
         y = autograd.linear.LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, settings)
     else:
-        y, _, _ = passes.linear.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, noise)
+        y, _, _ = passes.linear.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, chosen, noise)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
