@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from lora_kernels.passes.layer import kept
 
 __all__ = [
-    "Context", "autocast_off", "autocasts", "backward_products", "gradient", "gradients", "guarded", "plain_scaling",
-    "register", "register_flops", "save",
+    "Context", "autocast_off", "autocasts", "backward_products", "contiguous", "fake_gradients", "gradient",
+    "gradients", "guarded", "plain_scaling", "register", "register_flops", "save",
 ]  # fmt: skip
 
 
@@ -120,6 +120,27 @@ def backward_products(inner: int, cols: int, rank: int, need_x: bool, need_A: bo
     """Count the multiplications per row in a layer's backward: for dx, dA, dB, and ds if dx or dA is needed."""
     thin = rank * (inner * (need_x + need_A) + cols * (need_B + (need_x or need_A)))
     return inner * cols * need_x + thin
+
+
+def contiguous(
+    gradients: Sequence[Tensor | None], shape: Sequence[int]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return dx, dA and dB, of them those that are there, contiguous as `fake_gradients` promises, and dx in `shape`.
+
+    Some forms of the products return padded or transposed results.
+    """
+    dx, d_lora_A, d_lora_B = (None if g is None else g.contiguous() for g in gradients)
+    return None if dx is None else dx.view(shape), d_lora_A, d_lora_B
+
+
+def fake_gradients(dy, x, right, lora_B, s, dtype, dtype_A, dtype_B, needed):
+    """Return the needed ones of dx, dA and dB of one layer without values; `right` is a tensor with dx's features."""
+    need_x, need_A, need_B = needed
+    return (
+        dy.new_empty(*dy.shape[:-1], right.shape[1], dtype=dtype) if need_x else None,
+        dy.new_empty(lora_B.shape[1], x.shape[-1], dtype=dtype_A) if need_A else None,
+        dy.new_empty(dy.shape[-1], s.shape[1], dtype=dtype_B) if need_B else None,
+    )
 
 
 def register_flops(formulas: dict[Any, Callable[..., int]]) -> None:
