@@ -80,6 +80,17 @@ def plans():
 
 
 @pytest.fixture
+def fresh_plan():
+    """No choice of a backend is taken from another test, nor left to one."""
+    caches = (plan.backend._choose, plan.backend._environment_backend, plan.backend.triton_problem)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.fixture
 def computed(monkeypatch):
     """Names of the functions that computed patched PEFT layers, in order."""
     from lora_kernels.peft import layer

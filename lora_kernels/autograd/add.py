@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from lora_kernels import plan
-from lora_kernels.autograd.common import Context, autocast_off, guarded, plain_scaling, register, register_flops, save
+from lora_kernels.autograd.common import (
+    Context,
+    autocast_off,
+    contiguous,
+    fake_gradients,
+    guarded,
+    plain_scaling,
+    register,
+    register_flops,
+    save,
+)
 from lora_kernels.autograd.noise import draw_noise
 from lora_kernels.dropout import keep_scale
 from lora_kernels.passes import add as add_pass
@@ -86,7 +96,7 @@ def _add(
     register_flops({add_forward: _forward_flops, add_backward: _backward_flops})
     # `int` compiles the rank into a graph; all other sizes may vary.
     rank = int(lora_A.shape[0])
-    backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or base.numel() == 0, backend)
+    backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or base.numel() == 0, backend, "lora_add")
     noise = draw_noise(x, torch.empty(0, device=x.device), backend) if dropout_p > 0 else None
     lora_A, scaling = plain_scaling(lora_A, scaling)
     return add_forward(base, x, lora_A, lora_B, noise, scaling, dropout_p, backend)[0]
@@ -109,9 +119,7 @@ def _add_backward(
     shape = (*dy.shape[:-1], -1 if lora_A is None else lora_A.shape[1])
     dy, x = rows(dy.to(dtype)), None if x is None else rows(x)
     gradients = add_pass.backward(dy, x, lora_A, lora_B, s, keep, alpha, backend, (dtype_A, dtype_B), needed)
-    # `_fake_backward` promises contiguous results.
-    dx, d_lora_A, d_lora_B = (None if g is None else g.contiguous() for g in gradients)
-    return None if dx is None else dx.view(shape), d_lora_A, d_lora_B
+    return contiguous(gradients, shape)
 
 
 def _fake_forward(base, x, lora_A, lora_B, noise, scaling, dropout_p, backend):
@@ -121,12 +129,7 @@ def _fake_forward(base, x, lora_A, lora_B, noise, scaling, dropout_p, backend):
 
 
 def _fake_backward(dy, x, lora_A, lora_B, s, keep, alpha, backend, dtype, dtype_A, dtype_B, needed):
-    need_x, need_A, need_B = needed
-    return (
-        dy.new_empty(*dy.shape[:-1], lora_A.shape[1], dtype=dtype) if need_x else None,
-        dy.new_empty(lora_B.shape[1], x.shape[-1], dtype=dtype_A) if need_A else None,
-        dy.new_empty(dy.shape[-1], s.shape[1], dtype=dtype_B) if need_B else None,
-    )
+    return fake_gradients(dy, x, lora_A, lora_B, s, dtype, dtype_A, dtype_B, needed)
 
 
 def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from lora_kernels.passes.layer import kept
 
 __all__ = [
-    "Context", "autocast_off", "autocasts", "backward_products", "gradient", "gradients", "guarded", "plain_scaling",
-    "register", "register_flops", "save",
+    "Context", "autocast_off", "autocasts", "backward_products", "contiguous", "fake_gradients", "gradient",
+    "gradients", "guarded", "plain_scaling", "register", "register_flops", "save",
 ]  # fmt: skip
 
 
@@ -104,18 +104,43 @@ def plain_scaling(lora_A: Tensor, scaling: float) -> tuple[Tensor, float]:
     return lora_A, scaling
 
 
-def _differentiate_again(ctx: Context, *_: Tensor | None) -> None:
-    """Refuse a second differentiation, because the backward operators have no derivative."""
-    raise RuntimeError(
-        "lora_linear: trying to differentiate twice a function that was marked with @once_differentiable; "
-        "lora_kernels.reference.lora_linear differentiates any number of times."
-    )
+def _differentiates_once(call: str) -> Callable:
+    """Return an autograd formula that refuses, because the backward operators have no derivative."""
+
+    def refuse(ctx: Context, *_: Tensor | None) -> None:
+        raise RuntimeError(
+            f"{call}: trying to differentiate twice a function that was marked with @once_differentiable; "
+            f"lora_kernels.reference.{call} differentiates any number of times."
+        )
+
+    return refuse
 
 
 def backward_products(inner: int, cols: int, rank: int, need_x: bool, need_A: bool, need_B: bool) -> int:
     """Count the multiplications per row in a layer's backward: for dx, dA, dB, and ds if dx or dA is needed."""
     thin = rank * (inner * (need_x + need_A) + cols * (need_B + (need_x or need_A)))
     return inner * cols * need_x + thin
+
+
+def contiguous(
+    gradients: Sequence[Tensor | None], shape: Sequence[int]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return dx, dA and dB, of them those that are there, contiguous as `fake_gradients` promises, and dx in `shape`.
+
+    Some forms of the products return padded or transposed results.
+    """
+    dx, d_lora_A, d_lora_B = (None if g is None else g.contiguous() for g in gradients)
+    return None if dx is None else dx.view(shape), d_lora_A, d_lora_B
+
+
+def fake_gradients(dy, x, right, lora_B, s, dtype, dtype_A, dtype_B, needed):
+    """Return the needed ones of dx, dA and dB of one layer without values; `right` is a tensor with dx's features."""
+    need_x, need_A, need_B = needed
+    return (
+        dy.new_empty(*dy.shape[:-1], right.shape[1], dtype=dtype) if need_x else None,
+        dy.new_empty(lora_B.shape[1], x.shape[-1], dtype=dtype_A) if need_A else None,
+        dy.new_empty(dy.shape[-1], s.shape[1], dtype=dtype_B) if need_B else None,
+    )
 
 
 def register_flops(formulas: dict[Any, Callable[..., int]]) -> None:
@@ -158,7 +183,7 @@ def register(
     Args:
         library: The library that has the schemas.
         name: Name of the first operator, which a compiler traces through; the others are `name`_forward and
-            `name`_backward.
+            `name`_backward. The public call is lora_`name`.
         composed: Chooses a backend, draws noise and calls `name`_forward.
         forward: A pure function of its arguments.
         backward: The derivative of `forward`.
@@ -172,5 +197,6 @@ def register(
         library.impl(f"{name}_{half}", function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"lora_kernels::{name}_{half}", fake, lib=library)
     torch.library.register_autograd(f"lora_kernels::{name}_forward", differentiate, setup_context=save, lib=library)
-    torch.library.register_autograd(f"lora_kernels::{name}_backward", _differentiate_again, lib=library)
+    again = _differentiates_once(f"lora_{name}")
+    torch.library.register_autograd(f"lora_kernels::{name}_backward", again, lib=library)
     return [getattr(torch.ops.lora_kernels, name + half).default for half in ("", "_forward", "_backward")]

@@ -29,6 +29,8 @@ from lora_kernels.autograd.common import (
     Context,
     autocast_off,
     backward_products,
+    contiguous,
+    fake_gradients,
     gradient,
     guarded,
     plain_scaling,
@@ -119,7 +121,8 @@ def _linear(
     register_flops({linear_forward: _forward_flops, linear_backward: _backward_flops})
     # `int` compiles the rank into a graph; all other sizes may vary.
     rank = int(lora_A.shape[0])
-    backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or weight.shape[0] == 0, backend)
+    empty = x.numel() == 0 or weight.shape[0] == 0
+    backend = plan.choose(x.device, x.dtype, rank, empty, backend, "lora_linear")
     noise = None
     if dropout_p > 0:
         noise = draw_noise(x, torch.empty(0, device=x.device), backend, dropout_shard)
@@ -157,9 +160,7 @@ def _linear_backward(
     shape = (*dy.shape[:-1], -1 if weight is None else weight.shape[1])
     dy, x = rows(dy), None if x is None else rows(x)
     gradients = linear_pass.backward(dy, x, weight, lora_A, lora_B, s, keep, alpha, backend, (dtype_A, dtype_B), needed)
-    # Some forms of the products return padded or transposed results; `_fake_backward` promises contiguous ones.
-    dx, d_lora_A, d_lora_B = (None if g is None else g.contiguous() for g in gradients)
-    return None if dx is None else dx.view(shape), d_lora_A, d_lora_B
+    return contiguous(gradients, shape)
 
 
 def _fake_forward(x, weight, lora_A, lora_B, bias, noise, scaling, dropout_p, backend):
@@ -169,12 +170,7 @@ def _fake_forward(x, weight, lora_A, lora_B, bias, noise, scaling, dropout_p, ba
 
 
 def _fake_backward(dy, x, weight, lora_A, lora_B, s, keep, alpha, backend, dtype_A, dtype_B, needed):
-    need_x, need_A, need_B = needed
-    return (
-        dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_x else None,
-        dy.new_empty(lora_B.shape[1], x.shape[-1], dtype=dtype_A) if need_A else None,
-        dy.new_empty(dy.shape[-1], s.shape[1], dtype=dtype_B) if need_B else None,
-    )
+    return fake_gradients(dy, x, weight, lora_B, s, dy.dtype, dtype_A, dtype_B, needed)
 
 
 def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:

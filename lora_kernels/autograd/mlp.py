@@ -114,7 +114,8 @@ def _mlp(
 ) -> Tensor:  # fmt: skip
     """Compute y `[*, out]` from arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
     register_flops({mlp_forward: _forward_flops, mlp_backward: _backward_flops})
-    chosen, tensors, places, numbers = packing.prepared(x, weights, lora_As, lora_Bs, biases, scalings, backend)
+    given = x, weights, lora_As, lora_Bs, biases, scalings, backend
+    chosen, tensors, places, numbers = packing.prepared("lora_mlp", *given)
     # A placeholder with the shape of h but without its memory.
     h = x.new_empty(1).expand(*x.shape[:-1], weights[-1].shape[1])
     noise = packing.draw(x, chosen, lora_As[:-1], dropout_ps[:-1])

@@ -27,14 +27,14 @@ __all__ = [
 
 
 def prepared(
-    x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None], scalings: Sequence[float], backend: str,
+    call: str, x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor | None],
+    lora_Bs: Sequence[Tensor | None], biases: Sequence[Tensor | None], scalings: Sequence[float], backend: str,
 ) -> tuple[str, list[Tensor], list[int], list[float]]:  # fmt: skip
-    """Choose a backend for the layers of one call; pack their tensors; return scalings that are plain numbers."""
+    """Choose a backend for the layers of one `call`; pack their tensors; return scalings that are plain numbers."""
     # `int` compiles the rank into a graph; all other sizes may vary.
     rank = max((int(lora_A.shape[0]) for lora_A in lora_As if lora_A is not None), default=1)
     empty = x.numel() == 0 or any(weight.shape[0] == 0 for weight in weights)
-    backend = plan.choose(x.device, x.dtype, rank, empty, backend)
+    backend = plan.choose(x.device, x.dtype, rank, empty, backend, call)
     lora_As, numbers = list(lora_As), [1.0] * len(weights)
     for i, lora_A in enumerate(lora_As):
         if lora_A is not None:

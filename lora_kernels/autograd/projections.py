@@ -127,7 +127,8 @@ def _projections(
 ) -> list[Tensor]:  # fmt: skip
     """Compute each y `[*, outᵢ]` from arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
     register_flops({projections_forward: _forward_flops, projections_backward: _backward_flops})
-    backend, tensors, places, numbers = packing.prepared(x, weights, lora_As, lora_Bs, biases, scalings, backend)
+    given = x, weights, lora_As, lora_Bs, biases, scalings, backend
+    backend, tensors, places, numbers = packing.prepared("lora_projections", *given)
     noise = packing.draw(x, backend, lora_As, dropout_ps)
     return projections_forward(x, tensors, places, noise, numbers, dropout_ps, backend)[0]
 

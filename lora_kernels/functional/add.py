@@ -6,7 +6,7 @@ from torch import Tensor
 from lora_kernels import autograd, passes, plan, reference
 from lora_kernels.autograd.common import autocasts
 from lora_kernels.functional import checks
-from lora_kernels.functional.gate import arrived, as_number, nothing, transforming, watched
+from lora_kernels.functional.gate import arrived, as_number, nothing, transforming, watched, without_autocast
 
 __all__ = ["lora_add"]
 
@@ -37,23 +37,22 @@ def lora_add(
     """
     base, x = arrived(base), arrived(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
-    autocast = autocasts(device_type)
-    if autocast and isinstance(x, Tensor) and x.is_floating_point() and x.itemsize <= 4:
+    autocast = autocasts(device_type) and isinstance(x, Tensor) and x.is_floating_point() and x.itemsize <= 4
+    if autocast:
         x = x.to(torch.get_autocast_dtype(device_type))
-        # All operands are cast already, and autocast would round fp32 sums on the way.
-        with torch.autocast(device_type, enabled=False):
-            return _checked_add(base, x, lora_A, lora_B, scaling, dropout_p, backend, True)
-    return _checked_add(base, x, lora_A, lora_B, scaling, dropout_p, backend, False)
-
-
-def _checked_add(
-    base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str,
-    adapters_fit: bool,
-) -> Tensor:  # fmt: skip
-    """Check, choose a backend, and call it; `adapters_fit` says that autocast allows any dtype of the adapters."""
     checks.check_add(base, x, lora_A, lora_B, scaling, dropout_p)
-    if not adapters_fit:
+    # Autocast allows any dtype of the adapters.
+    if not autocast:
         checks.check_dtypes(x, x, lora_A, lora_B, None, call="lora_add")
+        return _add(base, x, lora_A, lora_B, scaling, dropout_p, backend)
+    with without_autocast(device_type):
+        return _add(base, x, lora_A, lora_B, scaling, dropout_p, backend)
+
+
+def _add(
+    base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str
+) -> Tensor:
+    """Choose a backend for a checked call, and call it."""
     if transforming():
         checks.check_transforms(backend, "lora_add")
         a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)

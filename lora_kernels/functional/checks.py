@@ -54,7 +54,8 @@ def check_call(
     device = x.device if isinstance(x, Tensor) else None
     for t in tensors:
         if type(t) not in _PLAIN or t.layout is not _STRIDED or t.dtype not in _SUPPORTED or t.device != device:
-            _check_tensors(dict(zip(_TENSORS, tensors, strict=False)), call)
+            sharded = all(map(is_sharded, tensors))
+            _check_tensors(dict(zip(_TENSORS, tensors, strict=False)), call, sharded)
             break
     # A nested tensor may have the layout of a plain one.
     if x.is_nested:
@@ -90,12 +91,15 @@ def check_call(
     _check_numbers(scaling, dropout_p, call)
 
 
-def _check_tensors(tensors: dict[str, Tensor], call: str) -> None:
-    """Check kinds, dtypes and devices of the tensors of one layer, x first, and name the first that does not fit."""
+def _check_tensors(tensors: dict[str, Tensor], call: str, sharded: bool = False) -> None:
+    """Check kinds, dtypes and devices of the tensors of one layer, and name the first that does not fit.
+
+    x is the first of the tensors. With `sharded` all are DTensors, and may be.
+    """
     x = tensors["x"]
     for name, t in tensors.items():
-        plain = type(t) in _PLAIN and t.layout is torch.strided
-        if not plain and not all(map(is_sharded, tensors.values())):
+        plain = type(t) in _PLAIN and t.layout is _STRIDED
+        if not plain and not sharded:
             _check_kind(name, t, call)
         if t.dtype not in _SUPPORTED:
             raise TypeError(
@@ -112,15 +116,11 @@ def check_add(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
         TypeError: A tensor is not plain and dense or has an unsupported dtype; `scaling` or `dropout_p` is no number.
         ValueError: A shape, a device, `scaling` or `dropout_p` does not fit.
     """
-    for name, t in (("base", base), ("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if type(t) not in _PLAIN or t.layout is not torch.strided:
-            _check_kind(name, t, "lora_add")
-        if t.dtype not in _SUPPORTED:
-            raise TypeError(
-                f"lora_add: {name} has dtype {t.dtype}; supported: bfloat16, float16, float32 (float64 on CPU)."
-            )
-        if t.device != x.device:
-            raise ValueError(f"lora_add: all tensors must be on one device; x is on {x.device}, {name} on {t.device}.")
+    device = x.device if isinstance(x, Tensor) else None
+    for t in (x, base, lora_A, lora_B):
+        if type(t) not in _PLAIN or t.layout is not _STRIDED or t.dtype not in _SUPPORTED or t.device != device:
+            _check_tensors({"x": x, "base": base, "lora_A": lora_A, "lora_B": lora_B}, "lora_add")
+            break
     if x.dim() == 0 or base.dim() == 0 or base.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"lora_add: base must be (…, out_features) with the leading dims of x, (…, in_features); "
@@ -188,7 +188,7 @@ def check_shard(dropout_shard: tuple[int, int]) -> None:
         )
 
 
-def check_sharded(dropout_p: float) -> None:
+def check_sharded(dropout_p: float, call: str = "lora_linear") -> None:
     """Refuse dropout on DTensors, because no layout says which ranks must draw the same mask.
 
     Raises:
@@ -196,7 +196,7 @@ def check_sharded(dropout_p: float) -> None:
     """
     if dropout_p != 0:
         raise ValueError(
-            f"lora_linear: dropout_p must be 0 for DTensors, got {dropout_p}. "
+            f"{call}: dropout_p must be 0 for DTensors, got {dropout_p}. "
             "Parallelize a LoRALinear by a style of lora_kernels.parallel, which knows which ranks share a mask."
         )
 

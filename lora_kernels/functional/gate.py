@@ -1,6 +1,6 @@
 """Helpers at the entry of each call: collectives, autocast, and the detection of transforms and dispatch modes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,9 +9,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
+from lora_kernels import plan
 from lora_kernels.passes.layer import Projection
 
-__all__ = ["arrived", "as_autocast", "as_number", "base_only", "cast", "nothing", "transforming", "watched"]
+__all__ = [
+    "arrived", "as_autocast", "as_number", "base_only", "cast", "check_backend_runs", "nothing", "transforming",
+    "watched", "without_autocast",
+]  # fmt: skip
 
 
 class _Wait(torch.autograd.Function):
@@ -45,6 +49,23 @@ def watched() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+def check_backend_runs(
+    call: str, x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor], backend: str
+) -> None:
+    """Check, under a dispatch mode, that the backend requested from an operator can run.
+
+    The operator chooses from the sizes that it sees, and raises the same errors, but it cannot name the call.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: As `plan.choose`.
+    """
+    # A compiler traces the operator's own choice.
+    if not torch.compiler.is_compiling():
+        rank = max(int(lora_A.shape[0]) for lora_A in lora_As)
+        empty = x.numel() == 0 or any(weight.shape[0] == 0 for weight in weights)
+        plan.choose(x.device, x.dtype, rank, empty, backend, call)
+
+
 def as_number(value: float) -> float:
     """Return a number that an operator accepts; a compiler's symbol stays a symbol."""
     return value if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) else float(value)
@@ -61,6 +82,11 @@ def as_autocast(
     if any(isinstance(t, Tensor) and not (t.is_floating_point() and t.itemsize <= 4) for t in (x, weight)):
         return x, weight, bias, False
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), True
+
+
+def without_autocast(device_type: str) -> torch.autocast:
+    """Return a context without autocast for a call whose operands are cast, because autocast would round fp32 sums."""
+    return torch.autocast(device_type, enabled=False)
 
 
 def cast(

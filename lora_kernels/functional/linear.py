@@ -7,7 +7,16 @@ from lora_kernels import autograd, passes, plan, reference, torch_backend
 from lora_kernels.autograd.common import autocasts
 from lora_kernels.autograd.noise import draw_shard
 from lora_kernels.functional import checks
-from lora_kernels.functional.gate import arrived, as_autocast, as_number, base_only, transforming, watched
+from lora_kernels.functional.gate import (
+    arrived,
+    as_autocast,
+    as_number,
+    base_only,
+    check_backend_runs,
+    transforming,
+    watched,
+    without_autocast,
+)  # fmt: skip
 
 __all__ = ["compute", "lora_linear"]
 
@@ -63,30 +72,32 @@ def lora_linear(
     """
     if type(x) is not Tensor:
         x = arrived(x)
-    how = scaling, dropout_p, backend, accumulate_grad, dropout_shard
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
-    if autocasts(device_type):
+    autocast, adapters_fit = autocasts(device_type), False
+    if autocast:
         x, weight, bias, adapters_fit = as_autocast(device_type, x, weight, bias)
-        # All operands are cast already, and autocast would round fp32 sums on the way.
-        with torch.autocast(device_type, enabled=False):
-            return compute(x, weight, lora_A, lora_B, bias, *how, adapters_fit)
-    return compute(x, weight, lora_A, lora_B, bias, *how, False)
-
-
-def compute(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
-    backend: str, accumulate_grad: bool, dropout_shard: tuple[int, int], adapters_fit: bool,
-) -> Tensor:  # fmt: skip
-    """Check, choose a backend, and call it; `adapters_fit` says that autocast allows any dtype of the adapters."""
     checks.check_call(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if type(accumulate_grad) is not bool:
         checks.check_flag("lora_linear", "accumulate_grad", accumulate_grad)
+    # Autocast allows any dtype of the adapters.
     if not adapters_fit:
         checks.check_dtypes(x, weight, lora_A, lora_B, bias)
     if dropout_shard != (0, 1):
         checks.check_shard(dropout_shard)
+    how = scaling, dropout_p, backend, accumulate_grad, dropout_shard
+    if autocast:
+        with without_autocast(device_type):
+            return compute("lora_linear", x, weight, lora_A, lora_B, bias, *how)
+    return compute("lora_linear", x, weight, lora_A, lora_B, bias, *how)
+
+
+def compute(
+    call: str, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float,
+    dropout_p: float, backend: str, accumulate_grad: bool, dropout_shard: tuple[int, int], chosen: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Compute one layer of a checked call; choose a backend, unless the call has `chosen` one for all its layers."""
     if transforming():
-        checks.check_transforms(backend)
+        checks.check_transforms(backend, call)
         return reference.lora_linear(
             x, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling=scaling, bias=bias, dropout_p=dropout_p
         )
@@ -94,28 +105,30 @@ def compute(
     adds_nothing = dropout_p == 1 or rank == 0
     sharded = type(x) is not Tensor and checks.is_sharded(x)
     if sharded:
-        checks.check_sharded(dropout_p)
+        checks.check_sharded(dropout_p, call)
         # This import registers the sharding rules, and waits until there are DTensors.
         from lora_kernels.autograd import sharding  # noqa: F401
     if sharded or watched():
         backend = plan.overridden(backend)
         if adds_nothing:
             return base_only(x, weight, lora_A, lora_B, bias)
+        check_backend_runs(call, x, [weight], [lora_A], backend)
         return autograd.linear.linear(
             x, weight, lora_A, lora_B, bias, as_number(scaling), as_number(dropout_p), backend, dropout_shard
         )
     scaling, dropout_p = float(scaling), float(dropout_p)
-    empty = x.numel() == 0 or weight.shape[0] == 0
-    backend = plan.choose(x.device, x.dtype, rank, empty or rank == 0, backend)
+    if chosen is None:
+        empty = x.numel() == 0 or weight.shape[0] == 0
+        chosen = plan.choose(x.device, x.dtype, rank, empty or rank == 0, backend, call)
     if adds_nothing:
         return base_only(x, weight, lora_A, lora_B, bias)
-    noise = draw_shard(x, backend, dropout_shard) if dropout_p > 0 and dropout_shard[1] > 1 else None
-    if backend == "torch" and not accumulate_grad and torch_backend.composes(x, weight, lora_A, lora_B):
+    noise = draw_shard(x, chosen, dropout_shard) if dropout_p > 0 and dropout_shard[1] > 1 else None
+    if chosen == "torch" and not accumulate_grad and torch_backend.composes(x, weight, lora_A, lora_B):
         return torch_backend.composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, noise)
     trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or weight.requires_grad
     if torch.is_grad_enabled() and (trained or (bias is not None and bias.requires_grad)):
-        settings = scaling, dropout_p, backend, accumulate_grad, noise
+        settings = scaling, dropout_p, chosen, accumulate_grad, noise
         y = autograd.linear.LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, settings)
     else:
-        y, _, _ = passes.linear.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, noise)
+        y, _, _ = passes.linear.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, chosen, noise)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

@@ -12,7 +12,7 @@ from lora_kernels import autograd, passes, plan, torch_backend
 from lora_kernels.activations import activated
 from lora_kernels.autograd.common import autocasts
 from lora_kernels.functional import checks
-from lora_kernels.functional.gate import arrived, cast, transforming, watched
+from lora_kernels.functional.gate import arrived, cast, transforming, watched, without_autocast
 from lora_kernels.functional.projections import alone, arguments, check_each, joined, with_floats
 from lora_kernels.passes.layer import GIVEN, Adapted, Projection
 
@@ -68,64 +68,67 @@ def lora_mlp(
         raise ValueError(f"lora_mlp: accumulate_grad is for {len(added)} layers and there are {len(layers)}.")
     x = arrived(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
-    if not autocasts(device_type):
-        return _mlp(x, layers, activation, recompute, backend, added, [False] * len(layers))
-    x, entries, fits = cast(device_type, x, layers.values())
-    # All operands are cast already, and autocast would round fp32 sums on the way.
-    with torch.autocast(device_type, enabled=False):
-        return _mlp(x, dict(zip(layers, entries, strict=True)), activation, recompute, backend, added, fits)
+    autocast, entries, adapters_fit = autocasts(device_type), list(layers.values()), [False] * len(layers)
+    if autocast:
+        x, entries, adapters_fit = cast(device_type, x, entries)
+    checks.check_backend("lora_mlp", backend, plan.BACKENDS)
+    check_each("lora_mlp", x, [*layers][:-1], entries[:-1], adapters_fit[:-1], entries)
+    shape = *x.shape[:-1], entries[0].weight.shape[0]
+    # A placeholder with the shape of h but without its memory.
+    h = x.new_empty_strided(shape, (0,) * len(shape))
+    check_each("lora_mlp", h, ["down"], entries[-1:], adapters_fit[-1:], entries)
+    if autocast:
+        with without_autocast(device_type):
+            return _mlp(x, entries, activation, recompute, backend, added)
+    return _mlp(x, entries, activation, recompute, backend, added)
 
 
 def _mlp(
-    x: Tensor, layers: dict[str, Projection], activation: str, recompute: bool, backend: str, added: Sequence[bool],
-    adapters_fit: list[bool],
-) -> Tensor:  # fmt: skip
-    """Check each layer; compute all layers in shared passes, or one after the other."""
-    checks.check_backend("lora_mlp", backend, plan.BACKENDS)
-    *before, down = layers.values()
-    check_each("lora_mlp", x, [*list(layers)[:-1]], before, adapters_fit[:-1], [*before, down])
-    shape = *x.shape[:-1], before[0].weight.shape[0]
-    # A placeholder with the shape of h but without its memory.
-    h = x.new_empty_strided(shape, (0,) * len(shape))
-    check_each("lora_mlp", h, ["down"], [down], adapters_fit[-1:], [*before, down])
-    chosen = _fused_backend(x, [*before, down], backend)
-    if chosen is None:
+    x: Tensor, entries: list[Projection], activation: str, recompute: bool, backend: str, added: Sequence[bool]
+) -> Tensor:
+    """Compute all layers of a checked call in shared passes, or one after the other."""
+    *before, down = entries
+    shared, chosen = _backends(x, entries, backend)
+    if shared is None:
 
         def composed(x: Tensor) -> Tensor:
-            # `joined` returns at least one tensor, so that `gate` is never None.
+            # There is at least one layer before the activation, so that `gate` is never None.
             gate: Any
-            gate, up = (*joined(x, before, backend, added[:-1], adapters_fit[:-1]), None)[:2]
-            return alone(activated(gate, up, activation), down, backend, adapters_fit[-1], added[-1])
+            outs = joined("lora_mlp", x, before, backend, added[:-1], chosen)
+            gate, up = (*outs, None)[:2]
+            return alone("lora_mlp", activated(gate, up, activation), down, backend, added[-1], chosen)
 
         # Transforms do not support saved-tensor hooks, which `checkpoint` needs.
         again = recompute and torch.is_grad_enabled() and not transforming()
         return checkpoint(composed, x, use_reentrant=False) if again else composed(x)
     if watched():
-        return autograd.mlp.mlp(x, *arguments([*before, down]), activation, recompute, chosen)
-    entries = list(map(with_floats, (*before, down)))
+        return autograd.mlp.mlp(x, *arguments(entries), activation, recompute, shared)
+    entries = list(map(with_floats, entries))
     tensors = list(itertools.chain.from_iterable(q[:GIVEN] for q in entries))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         numbers = tuple((q.scaling, q.dropout_p, into) for q, into in zip(entries, added, strict=True))
-        y = autograd.mlp.LoRAMLPFunction.apply(x, chosen, activation, recompute, numbers, *tensors)
+        y = autograd.mlp.LoRAMLPFunction.apply(x, shared, activation, recompute, numbers, *tensors)
     else:
-        y, *_ = passes.mlp.forward(x, entries[:-1], entries[-1], activation, chosen)
+        y, *_ = passes.mlp.forward(x, entries[:-1], entries[-1], activation, shared)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
-def _fused_backend(x: Tensor, entries: list[Projection], backend: str) -> str | None:
-    """Return the backend that computes an MLP in shared passes, or None to compute its layers one after the other.
+def _backends(x: Tensor, entries: list[Projection], backend: str) -> tuple[str | None, str | None]:
+    """Return the backend of the shared passes, None to compute layers one after the other, and that of small layers.
 
-    Under a compiler or a dispatch mode, return the requested backend, as `_shared_backend` does.
+    The second is None unless all layers are small calls; then layers one after the other choose their own. Under a
+    compiler or a dispatch mode, the first is the requested backend, because the operators choose later.
     """
     adapted: list[Adapted] = [q for q in entries if q.lora_A is not None]
     if not adapted or transforming() or checks.is_sharded(x):
-        return None
+        return None, None
     # An adapter that adds nothing gets gradients of 0 when its layer is computed alone.
     if any(q.dropout_p == 1 or not q.lora_A.shape[0] for q in adapted):
-        return None
+        return None, None
     empty = x.numel() == 0 or any(q.weight.numel() == 0 for q in entries)
     if watched():
-        return None if empty else plan.overridden(backend)
+        return None if empty else plan.overridden(backend), None
     chosen = plan.choose(x.device, x.dtype, max(q.lora_A.shape[0] for q in adapted), empty, backend, "lora_mlp")
-    small = chosen == "torch" and all(torch_backend.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted)
-    return None if small or empty else chosen
+    if chosen == "torch" and all(torch_backend.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted):
+        return None, chosen
+    return None if empty else chosen, None

@@ -11,7 +11,15 @@ from lora_kernels import autograd, passes, plan, torch_backend
 from lora_kernels.autograd.common import autocasts
 from lora_kernels.constants import MAX_OUTPUTS
 from lora_kernels.functional import checks
-from lora_kernels.functional.gate import arrived, as_number, cast, transforming, watched
+from lora_kernels.functional.gate import (
+    arrived,
+    as_number,
+    cast,
+    check_backend_runs,
+    transforming,
+    watched,
+    without_autocast,
+)
 from lora_kernels.functional.linear import compute
 from lora_kernels.passes.layer import GIVEN, Adapted, Projection
 
@@ -97,21 +105,15 @@ def project(
     """Cast for autocast, check, and compute each projection; `added` has `accumulate_grad` of each."""
     x = arrived(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
-    if not autocasts(device_type):
-        return _checked(call, x, entries, backend, added, [False] * len(entries))
-    x, entries, fits = cast(device_type, x, entries)
-    # All operands are cast already, and autocast would round fp32 sums on the way.
-    with torch.autocast(device_type, enabled=False):
-        return _checked(call, x, entries, backend, added, fits)
-
-
-def _checked(
-    call: str, x: Tensor, entries: list[Projection], backend: str, added: Sequence[bool], adapters_fit: list[bool]
-) -> tuple[Tensor, ...]:
-    """Check each projection, then compute all."""
+    autocast, adapters_fit = autocasts(device_type), [False] * len(entries)
+    if autocast:
+        x, entries, adapters_fit = cast(device_type, x, entries)
     checks.check_backend(call, backend, plan.BACKENDS)
     check_each(call, x, range(len(entries)), entries, adapters_fit, entries)
-    return joined(x, entries, backend, added, adapters_fit)
+    if autocast:
+        with without_autocast(device_type):
+            return joined(call, x, entries, backend, added)
+    return joined(call, x, entries, backend, added)
 
 
 def check_each(
@@ -138,37 +140,45 @@ def _named(call: str, layer: str | int) -> str:
 
 
 def joined(
-    x: Tensor, entries: list[Projection], backend: str, added: Sequence[bool], adapters_fit: list[bool]
+    call: str, x: Tensor, entries: list[Projection], backend: str, added: Sequence[bool], chosen: str | None = None
 ) -> tuple[Tensor, ...]:
-    """Compute together the projections that can share launches, and each other projection alone."""
+    """Compute together the checked projections that can share launches, and each other projection alone.
+
+    `chosen` is the backend that computes each alone, if the call has chosen so.
+    """
     ys: dict[int, Tensor] = {}
-    chosen = _shared_backend(x, entries, backend)
-    if chosen is not None:
+    shared = None
+    if chosen is None:
+        shared, chosen = _backends(call, x, entries, backend)
+    if shared is not None:
         # Leave out adapters that add nothing: `alone` gives them gradients of 0.
         joining = [i for i, q in enumerate(entries) if q.lora_A is None or (q.lora_A.shape[0] and q.dropout_p < 1)]
         for first in range(0, len(joining), MAX_OUTPUTS):
             places = joining[first : first + MAX_OUTPUTS]
-            computed = _together(x, [entries[i] for i in places], chosen, [added[i] for i in places])
+            computed = _together(x, [entries[i] for i in places], shared, [added[i] for i in places])
             ys.update(zip(places, computed, strict=True))
-    return tuple(ys[i] if i in ys else alone(x, q, backend, adapters_fit[i], added[i]) for i, q in enumerate(entries))
+    return tuple(
+        ys[i] if i in ys else alone(call, x, q, backend, added[i], chosen) for i, q in enumerate(entries)
+    )  # fmt: skip
 
 
-def _shared_backend(x: Tensor, entries: list[Projection], backend: str) -> str | None:
-    """Return the backend that computes projections in shared launches, or None to compute each alone.
+def _backends(call: str, x: Tensor, entries: list[Projection], backend: str) -> tuple[str | None, str | None]:
+    """Return the backend of the shared launches, None for no such launches, and that of projections computed alone.
 
-    Under a compiler or a dispatch mode, return the requested backend, because the operators choose later, from the
-    sizes that they see.
+    The second is None where each projection chooses: without a choice for all, and under a compiler or a dispatch mode.
+    There the first is the requested backend, because the operators choose later, from the sizes that they see.
     """
     adapted: list[Adapted] = [q for q in entries if q.lora_A is not None and q.lora_A.shape[0]]
     if len(entries) < 2 or not adapted or transforming() or checks.is_sharded(x):
-        return None
+        return None, None
     if watched():
-        return plan.overridden(backend)
+        backend = plan.overridden(backend)
+        check_backend_runs(call, x, [q.weight for q in entries], [q.lora_A for q in adapted], backend)
+        return backend, None
     widths, rank = [q.weight.shape[0] for q in entries], max(q.lora_A.shape[0] for q in adapted)
-    chosen = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or 0 in widths, backend, "lora_projections")
-    if chosen == "torch" and all(torch_backend.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted):
-        return None
-    return chosen
+    chosen = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or 0 in widths, backend, call)
+    small = chosen == "torch" and all(torch_backend.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted)
+    return None if small else chosen, chosen
 
 
 def _together(x: Tensor, entries: list[Projection], backend: str, added: list[bool]) -> list[Tensor]:
@@ -199,13 +209,15 @@ def arguments(entries: list[Projection]) -> tuple[list, ...]:
     return *tensors, [*map(as_number, scalings)], [*map(as_number, ps)]
 
 
-def alone(x: Tensor, q: Projection, backend: str, adapters_fit: bool, added: bool = False) -> Tensor:
-    """Compute one projection alone."""
+def alone(
+    call: str, x: Tensor, q: Projection, backend: str, added: bool = False, chosen: str | None = None
+) -> Tensor:  # fmt: skip
+    """Compute one checked projection alone, by the backend `chosen` for the whole call if there is one."""
     if q.lora_A is None:
         return F.linear(x, q.weight, q.bias)
-    how = q.scaling, q.dropout_p, backend, added, (0, 1)
+    how = q.scaling, q.dropout_p, backend, added, (0, 1), chosen
     # A projection with an A has a B.
-    return compute(x, q.weight, q.lora_A, q.lora_B, q.bias, *how, adapters_fit)  # type: ignore[arg-type]
+    return compute(call, x, q.weight, q.lora_A, q.lora_B, q.bias, *how)  # type: ignore[arg-type]
 
 
 def _no_adapter(weight: Tensor) -> tuple[Tensor, Tensor]:

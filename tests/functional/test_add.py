@@ -183,6 +183,7 @@ FAULTS = {
     ),
     "lora_B": (dict(lora_B=torch.zeros(5, 19)), ValueError, r"lora_B is \(5, 19\) but must be \(19, 5\): out_features"),
     "device": (dict(lora_B=torch.zeros(19, 5, device="meta")), ValueError, r"x is on cpu, lora_B on meta"),
+    "kind of x": (dict(x=[1.0]), TypeError, r"x must be a torch\.Tensor, got list"),
     "kind": (dict(base=[1.0]), TypeError, r"base must be a torch\.Tensor, got list"),
     "dtype": (dict(base=torch.zeros(5, 7, 19, dtype=torch.int32)), TypeError, r"base has dtype torch\.int32"),
     "mix": (dict(lora_A=torch.zeros(5, 33).half()), TypeError, r"x is float32 but lora_A is float16"),

@@ -1,12 +1,25 @@
 """Bad input: the fault's own words, before anything is computed or launched."""
 
+import contextlib
 import functools
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels import LoRALinear, LoRAMLP, LoRAQKV, Projection, lora_linear, lora_mlp, lora_qkv, plan
+from lora_kernels import (
+    LoRALinear,
+    LoRAMLP,
+    LoRAQKV,
+    Projection,
+    lora_linear,
+    lora_mlp,
+    lora_projections,
+    lora_qkv,
+    plan,
+)  # fmt: skip
+from lora_kernels.functional import checks, lora_add
 
 
 def tensors(**changes):
@@ -136,6 +149,66 @@ def test_19_meta_and_fake_tensors_give_shapes():
     with FakeTensorMode():
         y = LoRALinear(6, 5, r=2, lora_dropout=0.5)(torch.randn(2, 3, 6))
     assert y.shape == (2, 3, 5)
+
+
+def _of_each_call(backend):
+    """Each public call with an adapter, and calls that compute a layer alone."""
+    x, w, a, b = torch.randn(3, 6), torch.randn(6, 6), torch.randn(2, 6), torch.randn(6, 2)
+    layer = Projection(w, a, b)
+    return {
+        "lora_linear": lambda a=a: lora_linear(x, w, a, b, backend=backend),
+        "lora_add": lambda a=a: lora_add(x, x, a, b, backend=backend),
+        "lora_projections": lambda a=a: lora_projections(x, [w] * 2, [(a, b)] * 2, backend=backend),
+        "lora_projections of one": lambda a=a: lora_projections(x, [w], [(a, b)], backend=backend),
+        "lora_qkv": lambda a=a: lora_qkv(x, [w] * 3, [(a, b)] * 3, backend=backend),
+        "lora_mlp": lambda a=a: lora_mlp(x, layer._replace(lora_A=a), layer, layer, backend=backend),
+        "lora_mlp with a gate that drops all": lambda a=a: lora_mlp(
+            x, layer._replace(lora_A=a, dropout_p=1.0), layer, layer, backend=backend
+        ),
+        "lora_mlp with an adapter of down alone": lambda a=a: lora_mlp(
+            x, Projection(w), Projection(w), layer._replace(lora_A=a), backend=backend
+        ),
+    }
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, functools.partial(FlopCounterMode, display=False)])
+@pytest.mark.parametrize("case", _of_each_call("triton"))
+def test_a_backend_that_cannot_run_names_the_call_that_the_user_made(case, mode, fresh_plan, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match=f'^{case.split()[0]}: backend="triton" needs CUDA tensors'), mode():
+        _of_each_call("triton")[case]()
+
+
+@pytest.mark.parametrize("case", _of_each_call("auto"))
+def test_transforms_name_the_call_that_the_user_made(case):
+    def total(a):
+        y = _of_each_call("auto")[case](a)
+        return (y[0] if isinstance(y, tuple) else y).sum()
+
+    with pytest.raises(RuntimeError, match=rf"^{case.split()[0]} does not support torch\.func transforms"):
+        torch.func.grad(total)(torch.randn(2, 6))
+
+
+@pytest.mark.parametrize(
+    ("case", "reference"),
+    [
+        ("lora_linear", "lora_linear"), ("lora_add", "lora_add"), ("lora_projections", "lora_projections"),
+        ("lora_projections of one", "lora_linear"), ("lora_mlp", "lora_mlp"),
+    ],
+)  # fmt: skip
+def test_an_operator_differentiated_twice_names_the_reference(case, reference):
+    a = torch.randn(2, 6, requires_grad=True)
+    with FlopCounterMode(display=False):
+        y = _of_each_call("torch")[case](a)
+        y = (y[0] if isinstance(y, tuple) else y).square().sum()
+        (grad,) = torch.autograd.grad(y, a, create_graph=True)
+        with pytest.raises(RuntimeError, match=rf"^{reference}: .*lora_kernels\.reference\.{reference} differentiates"):
+            grad.sum().backward()
+
+
+def test_dropout_on_dtensors_names_the_call_that_the_user_made():
+    with pytest.raises(ValueError, match=r"^lora_qkv: dropout_p must be 0 for DTensors"):
+        checks.check_sharded(0.5, "lora_qkv")
 
 
 @pytest.mark.parametrize(

@@ -263,7 +263,7 @@ WRONG = {
     "rank": (
         dict(adapters=[None, (T(513, 4), T(8, 513)), None], backend="triton"),
         ValueError,
-        "lora_projections: rank 513 exceeds 512",
+        "lora_qkv: rank 513 exceeds 512",
     ),
 }  # fmt: skip
 

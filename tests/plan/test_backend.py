@@ -10,16 +10,6 @@ from lora_kernels import lora_linear, plan
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def fresh_plan():
-    caches = (plan.backend._choose, plan.backend._environment_backend, plan.backend.triton_problem)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
-
-
 def test_without_triton_one_line_is_logged(fresh_plan, monkeypatch, caplog):
     problem = "Triton not importable (No module named 'triton')"
     monkeypatch.setattr(plan.backend, "triton_problem", lambda: problem)
