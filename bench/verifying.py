@@ -1,7 +1,8 @@
 """Run `lora-kernels verify` of every dtype at once and merge the results: `python -m bench.verifying --json FILE`.
 
-Each dtype has a process of its own, because checking waits for the compiler and the host more than for the GPU. Other
-options are passed on to `verify`.
+Each dtype has a process of its own, because checking waits for the compiler and the host more than for the GPU. Each
+process writes its results so far every few cases, and the merged file is written anew each time. Other options are
+passed on to `verify`.
 """
 
 import argparse
@@ -45,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.verifying", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", required=True, type=Path, metavar="FILE", help="written anew as each dtype is done")
+    parser.add_argument(
+        "--json", required=True, type=Path, metavar="FILE", help="written anew every few cases of a dtype"
+    )
     args, options = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         files = {dtype: Path(folder) / f"{dtype}.json" for dtype in DTYPES}
@@ -61,13 +64,17 @@ def main(argv: list[str] | None = None) -> int:
             there = {dtype: json.loads(file.read_text()) for dtype, file in files.items() if file.exists()}
             write_json(args.json, merged(list(there.values()), [dtype for dtype in DTYPES if dtype not in there]))
 
-        ended = 0
+        written: list[int] | None = None
         try:
-            while ended < len(running):
-                time.sleep(0.1)
-                before, ended = ended, sum(process.poll() is not None for process in running.values())
-                if ended > before:
+            while True:
+                ended = all([process.poll() is not None for process in running.values()])
+                found = [file.stat().st_mtime_ns for file in files.values() if file.exists()]
+                if found != written:
                     write()
+                    written = found
+                if ended:
+                    break
+                time.sleep(0.1)
         except KeyboardInterrupt:
             until = time.monotonic() + _GRACE_S
             while time.monotonic() < until and any(process.poll() is None for process in running.values()):
