@@ -28,15 +28,19 @@ def merged(results: Sequence[dict[str, Any]], missing: Sequence[str]) -> dict[st
     """Merge the results of several dtypes into one.
 
     Args:
-        results: The results that `verify` wrote, one per dtype.
+        results: The results that `verify` wrote, one per dtype; with `--emulate` they name no device, seed or notes,
+            and say what was executed.
         missing: Dtypes for which `verify` wrote no result.
     """
-    counts = {name: sum(result[name] for result in results) for name in ("passed", "failed", "not_run")}
-    notes = dict.fromkeys(note for result in results for note in result["notes"])
+    same = {
+        name: results[0][name] for name in ("device", "emulated", "seed", "quick") if results and name in results[0]
+    }
+    counts = {name: sum(result.get(name, 0) for result in results) for name in ("passed", "failed", "not_run")}
+    lists = {name: [line for result in results for line in result.get(name, ())] for name in ("notes", "executed")}
     summary = [result["summary"] for result in results] + [f"{dtype}: no result" for dtype in missing]
     return {
-        "command": "verify", **{name: results[0][name] for name in ("device", "seed", "quick") if results},
-        "notes": list(notes), "summary": "\n".join(summary), **counts, "missing": list(missing),
+        "command": "verify", **same, **{name: list(dict.fromkeys(lines)) for name, lines in lists.items()},
+        "summary": "\n".join(summary), **counts, "missing": list(missing),
         "cases": [case for result in results for case in result["cases"]],
     }  # fmt: skip
 

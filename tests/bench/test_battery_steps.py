@@ -1,6 +1,8 @@
 """The battery's steps keep what they had found when they are cut, and do not disturb one another."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -126,3 +128,40 @@ def test_verify_writes_its_results_so_far(tmp_path):
     written = json.loads(file.read_text())
     assert written["not_run"] == 0
     assert written["passed"] == len(written["cases"]) > 10
+
+
+def test_results_of_the_emulator_are_merged_too():
+    """They have no device and no seed."""
+    one = {"command": "verify", "emulated": "sm_90", "quick": True, "summary": "a", "passed": 2, "failed": 1}
+    one |= {"cases": [{"name": "bf16"}], "executed": ["tiles"], "lacking": []}
+    found = verifying.merged([one, one | {"passed": 3, "cases": [{"name": "fp16"}]}], ["fp32"])
+    assert (found["emulated"], found["quick"]) == ("sm_90", True)
+    assert (found["passed"], found["failed"], found["not_run"]) == (5, 2, 0)
+    assert found["executed"] == ["tiles"]
+    assert [case["name"] for case in found["cases"]] == ["bf16", "fp16"]
+    assert not {"device", "seed"} & found.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is built by g++, and there is none")
+def test_a_rehearsal_of_a_first_run_executes_compiled_kernels(tmp_path):
+    """In a process of its own: this one has Triton's interpreter."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = ["-m", "bench.battery", "--first", "--rehearse", "--minutes", "30", "--out", str(tmp_path)]
+    ran = subprocess.run(
+        [sys.executable, *command, "--only", "warm_up", "races", "verify"],
+        cwd=ROOT, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert ran.returncode == 0, summary
+    assert {step["name"]: step["state"] for step in summary["steps"]} == {
+        "warm_up": "ok",
+        "verify": "ok",
+        "races": "ok",
+    }
+    verified, raced = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("verify", "races"))
+    assert (verified["emulated"], verified["failed"], verified["missing"]) == ("sm_90", 0, [])
+    assert verified["passed"] == len(verified["cases"]) > 10
+    assert any("wgrad" in line for line in verified["executed"])
+    assert (raced["emulated"], raced["complete"]) == ("sm_90", True)
+    assert not any(any(shape["wrong"].values()) or shape["problems"] for shape in raced["shapes"])
