@@ -9,8 +9,8 @@ The battery compiles all kernels in parallel, checks them, then measures times a
 first. Each result is written to its own file at once, and log.txt receives the output of every step as it is printed,
 so a run that is cut at any moment keeps its results so far. Steps that do not fit into the time are skipped, and
 summary.json lists them as skipped. Each step is a process of its own: a step that fails or hangs loses only its own
-results. `--rehearse` runs the same steps on a CPU with tiny shapes, with compiled kernels in the emulator of
-tests/emulator where possible, and gives no figures.
+results. `--rehearse` runs the same steps on a CPU with tiny shapes and gives no figures: `verify` and `races` execute
+compiled kernels in the emulator of tests/emulator, and no other step runs kernels.
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""Measure how long the host takes to issue a call, without a GPU: `python -m bench.host`.
+"""Measure how long the host takes to issue a call, without a GPU.
+
+    python -m bench.host --json FILE                                this tree
+    python -m bench.host --against CHECKOUT --parts --json FILE     this tree and another's, and the parts of a call
 
 Our bf16 layer runs for an imagined H200: all host code runs, ours and Triton's, down to a driver that launches nothing
 (`stub_driver.c`). The other rows are PyTorch's operators on 4 x 8 fp32 tensors of the CPU, which leave next to nothing
@@ -10,131 +13,159 @@ turn, by the CPU time of one thread.
 
 `bound` is the least time of a Python `autograd.Function` that allocates and saves as much as LoRA's and launches
 nothing.
+
+`--against` times the same rows with the `lora_kernels` of another checkout, in a process of its own and in the same
+rounds: each row is timed in both trees before the next row, and each round begins with the other tree. Rows that hold
+nothing of ours show by how much two processes differ.
 """
 
 import argparse
-import importlib.util
+import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
 
-from bench.report import host_table
-from bench.stub_driver import StubDriver, launching
-from lora_kernels import LoRALinear, LoRAQKV, plan
+from bench.host_calls import PARTS, PASSES
+from bench.host_tables import command, host_table, parts_table
+from bench.processes import ROOT
 from lora_kernels.console import on_stdout
-from lora_kernels.measure.machine import caption, machine, write_json
-from lora_kernels.measure.timing import Calls, Sample, cpu_timer, time_all
+from lora_kernels.measure.machine import caption, check_file, machine, write_json
+from lora_kernels.measure.timing import Sample, schedule, summary
 
-# sizes of the other rows, with next to nothing to compute
-ROWS, IN, OUT, R = 4, 8, 8, 4
-# read by descriptors, as most layers are; small, because a CPU maps memory anew for large tensors
-OURS = (64, 128, 128, 16)
-BATCH = 50  # calls between two clock readings
-PASSES = ("forward", "both")
+__all__ = ["Tree", "commit_of", "main", "measure"]
 
-
-class _Bound(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        s = x.new_empty(x.shape[0], lora_A.shape[0])
-        ctx.save_for_backward(x, weight, lora_A, lora_B, s)
-        return x.new_empty(x.shape[0], weight.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, _, lora_A, lora_B, s = ctx.saved_tensors
-        torch.empty_like(s)  # in place of ds
-        return torch.empty_like(x), None, torch.empty_like(lora_A), torch.empty_like(lora_B)
+# `lora_kernels` of the tree is imported before `bench` of this file's checkout takes the first place
+_BEGIN = "import sys, lora_kernels; sys.path.insert(0, sys.argv[1]); from bench import host_calls; "
+_BEGIN += "host_calls.serve(*sys.argv[2:])"
 
 
-def _calls(layer: Any, rows: int, inner: int, dtype: torch.dtype, parameters: list[Tensor]) -> Calls:
-    x = torch.randn(rows, inner, dtype=dtype, requires_grad=True)
-    ys, inputs = layer(x), [x, *parameters]
-    dys = tuple(map(torch.ones_like, ys)) if isinstance(ys, tuple) else torch.ones_like(ys)
-    return Calls(lambda: layer(x), lambda ys: torch.autograd.grad(ys, inputs, dys))
+class Tree:
+    """A process that times calls of a tree's layers, see `host_calls.serve`.
+
+    Attributes:
+        rows: The names of the rows.
+        parts: The names of the parts of a call, with `--parts`.
+    """
+
+    def __init__(self, path: Path, *options: str) -> None:
+        paths = filter(None, (str(path), os.environ.get("PYTHONPATH")))
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment |= {"PYTHONPATH": os.pathsep.join(paths), "LORA_KERNELS_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _BEGIN, str(ROOT), str(path), *options], cwd=path, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        began = self._answer()
+        self.rows, self.parts = began["rows"], began["parts"]
+
+    def _answer(self) -> Any:
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"bench.host: the process of a tree ended with {self._process.wait()}, see above.")
+        return json.loads(line)
+
+    def _ask(self, line: str) -> Any:
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def seconds(self, name: str, which: str) -> float:
+        """Time a pass of a row."""
+        return self._ask(f"{name}\t{which}")
+
+    def launches(self) -> int:
+        """End the process; return the number of launches that did not happen."""
+        count = self._ask("")
+        self.end()
+        return count
+
+    def end(self) -> None:
+        """End the process."""
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
 
 
-def _linear() -> Calls:
-    layer = nn.Linear(IN, OUT, bias=False).requires_grad_(False)
-    return _calls(layer, ROWS, IN, torch.float32, [])
+def measure(trees: list[Tree], rounds: int) -> list[dict[str, dict[str, Any]]]:
+    """Time a call of each row of each tree in seconds: name to pass to median and spread."""
+    samples = [{name: {which: [] for which in PASSES} for name in (*tree.rows, *tree.parts)} for tree in trees]
+    names = list(dict.fromkeys(name for of in samples for name in of))
+    for i, name in schedule(names, rounds):
+        for k in range(len(trees)):
+            turn = (i + k) % len(trees)
+            for which in PASSES if name in samples[turn] else ():
+                samples[turn][name][which].append(Sample(trees[turn].seconds(name, which)))
+    return [{name: {which: summary(of[name][which]) for which in PASSES} for name in of} for of in samples]
 
 
-def _bound() -> Calls:
-    weight, lora_A, lora_B = torch.randn(OUT, IN), nn.Parameter(torch.randn(R, IN)), nn.Parameter(torch.randn(OUT, R))
-    return _calls(lambda x: _Bound.apply(x, weight, lora_A, lora_B), ROWS, IN, torch.float32, [lora_A, lora_B])
+def commit_of(tree: Path) -> str:
+    """Return the commit of a checkout, and whether its `lora_kernels` has changes that are in no commit."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(tree), *words], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "lora_kernels")
+    return (git("rev-parse", "--short=7", "HEAD") or "no commit") + (" with changes" if changed else "")
 
 
-def _peft(count: int = 1) -> Calls:
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
-
-    layers = [
-        Linear(nn.Linear(IN, OUT, bias=False), "default", LoraConfig(), r=R, lora_alpha=R, init_lora_weights=True)
-        for _ in range(count)
-    ]
-    for layer in layers:
-        layer.base_layer.requires_grad_(False)
-    adapters = [own["default"].weight for layer in layers for own in (layer.lora_A, layer.lora_B)]
-    call = layers[0] if count == 1 else lambda x: tuple([layer(x) for layer in layers])
-    return _calls(call, ROWS, IN, torch.float32, adapters)
-
-
-def _ours(count: int = 1) -> Calls:
-    rows, inner, outer, r = OURS
-    bases = [nn.Linear(inner, outer, bias=False, dtype=torch.bfloat16) for _ in range(count)]
-    layer = (LoRALinear.from_linear if count == 1 else LoRAQKV.from_linears)(*bases, r=r, lora_alpha=r)
-    return _calls(layer, rows, inner, torch.bfloat16, [p for p in layer.parameters() if p.requires_grad])
+def _content(rounds: int, against: Path | None, parts: bool) -> tuple[dict[str, Any], int]:
+    """Measure; return the content of the JSON file, and how many launches of this tree did not happen."""
+    trees: list[Tree] = []
+    try:
+        trees.append(Tree(ROOT, *([PARTS] if parts else [])))
+        if against:
+            trees.append(Tree(against))
+        taken = measure(trees, rounds)
+        launches = trees[0].launches()
+    finally:
+        for tree in trees:
+            tree.end()
+    content = {"command": "host", "rounds": rounds, "rows": {name: taken[0][name] for name in trees[0].rows}}
+    if parts:
+        content["parts"] = {name: taken[0][name] for name in trees[0].parts}
+    if against:
+        content |= {"commit": commit_of(ROOT), "against": {"commit": commit_of(against), "rows": taken[1]}}
+    return content, launches
 
 
-def measure(rounds: int) -> dict[str, dict[str, Any]]:
-    """Time a call of each row in seconds: name to pass to median and spread."""
-    calls = {"nn.Linear": _linear(), "bound": _bound()}
-    for name, count in (("", 1), (", Q/K/V", 3)):
-        if importlib.util.find_spec("peft"):
-            calls[f"PEFT{name}"] = _peft(count)
-        calls[f"lora_kernels{name}"] = _ours(count)
-    now = cpu_timer()
-
-    def one(prepare: Any, call: Any) -> Sample:
-        state, began = prepare(), now()
-        for _ in range(BATCH):
-            call(state)
-        return Sample((now() - began) / BATCH)
-
-    return time_all(calls, PASSES, rounds, one)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the table of host times and, with --json, write it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=101, metavar="N", help="rounds (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write what was measured, with the machine, as JSON")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    os.environ["LORA_KERNELS_BACKEND"] = "triton"
-    # let CPU tensors through to the launchers
-    plan.backend.interpreting = lambda: True
-    driver = StubDriver()
-    with launching():
-        taken = measure(args.rounds)
-    made_on = machine()
-    heading, lines = host_table(taken)
-    table = Table(title=f"Host time of a call ({driver.count} launches that did not happen)")
+def _print(title: str, heading: list[str], lines: list[list[str]]) -> None:
+    table = Table(title=title)
     for word in heading:
         table.add_column(word, justify="right" if word else "left")
     for line in lines:
         table.add_row(*line)
-    console = on_stdout()
-    console.print(table)
-    console.print(caption(made_on))
+    on_stdout().print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables of host times and, with --json, write them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=101, metavar="N", help="rounds (default: %(default)s)")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="time the lora_kernels of this tree as well")
+    parser.add_argument("--parts", action="store_true", help="time the parts of a call of our layer as well")
+    parser.add_argument("--json", metavar="FILE", help="write what was measured, with the machine, as JSON")
+    args = parser.parse_args(argv)
+    # the processes of the trees have one thread as well, and the machine is described as theirs
+    torch.set_num_threads(1)
+    against = args.against and args.against.resolve()
+    if against and not (against / "lora_kernels" / "__init__.py").is_file():
+        parser.error(f"--against {args.against}: there is no lora_kernels")
     if args.json:
-        write_json(args.json, {"command": "host", "rounds": args.rounds, "rows": taken})
+        check_file("--json", args.json)
+    content, launches = _content(args.rounds, against, args.parts)
+    _print(f"Host time of a call ({launches} launches that did not happen)", *host_table(content))
+    if args.parts:
+        _print("Parts of a call of our layer", *parts_table(content))
+    on_stdout().print(caption(machine()), f"Again: {command(content)} --rounds {args.rounds}", sep="\n", soft_wrap=True)
+    if args.json:
+        write_json(args.json, content)
     return 0
 
 

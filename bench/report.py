@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.host_tables import host_table, host_words, parts_table, parts_words
 from lora_kernels.bench.show import plot
 from lora_kernels.bench.show.levels import KERNEL_HEADING, SHAPED, kernel_row, model_title, passes_of
 from lora_kernels.bench.show.tables import (
@@ -27,7 +28,7 @@ from lora_kernels.bench.show.tables import (
 from lora_kernels.measure.machine import caption
 from lora_kernels.measure.timing import host_bound
 
-__all__ = ["host_table", "main", "pictures", "render", "status", "with_status"]
+__all__ = ["main", "pictures", "render", "status", "with_status"]
 
 _BLOCKS = ("qkv", "mlp")
 _WORDS = {"layer": "Layers", "qkv": "Queries, keys and values", "mlp": "Gated MLP"}
@@ -181,29 +182,12 @@ def _variants(variants: dict[str, dict[str, Any]]) -> list[str]:
     return ["### variants", _table(["kernels", "p", "ours ms", "/ floor"], rows)]
 
 
-def host_table(rows: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Tabulate `bench.host`: microseconds of a call, and the ratio to a linear layer's; return heading and lines."""
-    passes = {"forward": "forward", "both": "forward + backward"}
-
-    def cells(row: dict[str, Any], which: str) -> tuple[str, str]:
-        median, q1, q3 = (row[which][name] * 1e6 for name in ("median", "q1", "q3"))
-        return f"{median:.0f} ({q1:.0f} to {q3:.0f})", f"{median / (rows['nn.Linear'][which]['median'] * 1e6):.1f}"
-
-    heading = ["", *(word for name in passes.values() for word in (f"{name}, µs", "to nn.Linear"))]
-    return heading, [[name, *(cell for which in passes for cell in cells(row, which))] for name, row in rows.items()]
-
-
 def _host(content: dict[str, Any]) -> list[str]:
-    return [
-        "### Host time of a call",
-        f"`python -m bench.host`, {content['rounds']} rounds in turn: what it takes a CPU to issue a call, with "
-        "the quartiles. Ours is a bf16 layer down to a driver that launches nothing; the others are PyTorch's fp32 "
-        "operators on tensors of the CPU so small that they compute next to nothing. On a GPU all take longer, by what "
-        "its driver and its allocator take. *bound* is an `autograd.Function` that allocates and saves as much as "
-        "LoRA's and launches nothing; *Q/K/V* are three layers of one x.",
-        _table(*host_table(content["rows"])),
-        caption(content["machine"]) + ".",
-    ]
+    """Tabulate `bench.host`: the rows, beside another tree's where there is one, and the parts of a call."""
+    parts = ["### Host time of a call", host_words(content), _table(*host_table(content))]
+    if "parts" in content:
+        parts += [parts_words(), _table(*parts_table(content))]
+    return [*parts, caption(content["machine"]) + "."]
 
 
 def _bench(stem: str, content: dict[str, Any]) -> list[str]:

@@ -22,12 +22,11 @@ import torch
 
 from bench import races
 from lora_kernels import plan
-from lora_kernels.cli import verify
 from lora_kernels.constants import DTYPES
 from lora_kernels.inspect import compiled
 from lora_kernels.inspect.kernel import Case
 from lora_kernels.measure import presets
-from lora_kernels.verify import block_matrix
+from lora_kernels.verify import block_matrix, layer_matrix
 from lora_kernels.verify.problems import run_problem
 
 __all__ = ["main", "work"]
@@ -44,7 +43,7 @@ def work(on_gpu: bool, quick: bool) -> list[Work]:
     checked = [
         (case, case.form)
         for dtype in dtypes
-        for matrix in (verify._matrix, block_matrix.matrix)
+        for matrix in (layer_matrix.matrix, block_matrix.matrix)
         for case in matrix("triton", dtype, on_gpu, quick)
     ]
     raced = [Case(*shape, p=0.1, bias=True) for shape in (races.SMALL if quick else races.LARGE)]
@@ -156,7 +155,7 @@ def _run(case: Any) -> None:
         problem = block_matrix._draw(case, DTYPES[case.dtype], "cpu", 0)
         block_matrix._run(problem, "triton", 0)
     else:
-        run_problem(verify.draw(case, torch.device("cpu"), 0), "triton", 0)
+        run_problem(layer_matrix.draw(case, torch.device("cpu"), 0), "triton", 0)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
@@ -31,14 +32,13 @@ from lora_kernels import plan
 from lora_kernels.console import DASH, on_stdout
 from lora_kernels.constants import DTYPES
 from lora_kernels.measure import machine
-from lora_kernels.verify import emulate, layer_matrix
+from lora_kernels.verify import emulate
 from lora_kernels.verify.matrix import AnyCase, Result, examine, matrix
 
-__all__ = ["add_arguments", "draw", "run"]
+__all__ = ["add_arguments", "run"]
 
-# `bench.warm_up` reads these two names here.
-_matrix, draw = layer_matrix.matrix, layer_matrix.draw
-
+# Cases between two writes of the results so far.
+_WRITE_EVERY = 10
 _LEGEND = """\
 rule 1, rule 2: the share of the limit that the worst output used; up to 1 passes.
 Blocks: r8/0/3 are ranks of their layers, 0 none; p is the largest; fp32 after a name is the adapters'."""
@@ -75,25 +75,31 @@ def run(args: argparse.Namespace) -> int:
         console.print(note, style="yellow")
     if not cases:
         return _refuse(console, "These options leave nothing to verify.")
+
+    def write(results: list[Result]) -> str:
+        """Write the results so far with --json, and return their summary."""
+        failed, summary = sum(not each.ok for each in results), _summary(cases, results, time.perf_counter() - start)
+        if args.json:
+            records = [asdict(case) | asdict(result) for case, result in zip(cases, results, strict=False)]
+            machine.write_json(
+                args.json,
+                dict(command="verify", device=str(device), seed=args.seed, quick=args.quick, notes=notes,
+                     summary=summary, passed=len(results) - failed, failed=failed,
+                     not_run=len(cases) - len(results), cases=records),
+            )  # fmt: skip
+        return summary
+
     threads = torch.get_num_threads()
     if device.type == "cpu":
         # the products are small: more threads hardly help, and on a busy machine they cost a lot
         torch.set_num_threads(1)
     try:
-        results, interrupted = _run_all(console, cases, device, args.seed, start + args.minutes * 60)
+        results, interrupted = _run_all(console, cases, device, args.seed, start + args.minutes * 60, write)
     finally:
         torch.set_num_threads(threads)
-    failed = sum(not result.ok for result in results)
-    summary = _summary(cases, results, time.perf_counter() - start)
-    console.print(summary, style="bold red" if failed else "bold green")
-    if args.json:
-        records = [asdict(case) | asdict(result) for case, result in zip(cases, results, strict=False)]
-        machine.write_json(
-            args.json,
-            dict(command="verify", device=str(device), seed=args.seed, quick=args.quick, notes=notes, summary=summary,
-                 passed=len(results) - failed, failed=failed, not_run=len(cases) - len(results), cases=records),
-        )  # fmt: skip
-    return 130 if interrupted else 1 if failed else 0
+    failed = not all(result.ok for result in results)
+    console.print(write(results), style="bold red" if failed else "bold green")
+    return 130 if interrupted else int(failed)
 
 
 def _refuse(console: Console, message: str) -> int:
@@ -141,9 +147,13 @@ def _kernels_problem(device: torch.device, dtype: str) -> str:
 
 
 def _run_all(
-    console: Console, cases: list[AnyCase], device: torch.device, seed: int, end: float
-) -> tuple[list[Result], bool]:
-    """Run cases until all are done, the time is up or Ctrl-C comes; return the results, and whether Ctrl-C came."""
+    console: Console, cases: list[AnyCase], device: torch.device, seed: int, end: float,
+    write: Callable[[list[Result]], Any],
+) -> tuple[list[Result], bool]:  # fmt: skip
+    """Run cases until all are done, the time is up or Ctrl-C comes; return the results, and whether Ctrl-C came.
+
+    `write` receives the results so far every few cases.
+    """
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
     )  # fmt: skip
@@ -167,6 +177,8 @@ def _run_all(
             results.append(result)
             _print_result(console, case, result)
             progress.advance(task)
+            if len(results) % _WRITE_EVERY == 0:
+                write(results)
     return results, False
 
 

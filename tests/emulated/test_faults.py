@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from emulator import build, judged, planted, slices
+from emulator import build, faults, judged, planted, slices
 
 COMMAND = Path(__file__).parents[1] / "emulator" / "faults.py"
 
@@ -45,6 +45,36 @@ def test_faults_are_noticed(plant):
     assert len(found) == len(kinds)
     assert all(any(noticed) for noticed in found.values()), found
     assert any("which may not be over" in noticed for noticed in found["grid: no wait"])
+
+
+def planted_faults(kind, arch, silent, noticed=0, proven=0):
+    def one(found, why):
+        return faults.Result(arch, "case", "kernel", kind, 1, "", found, why)
+
+    return [one("", judged.ORDERS[kind])] * silent + [one("wrong", "")] * noticed + [one("", "a proof")] * proven
+
+
+@pytest.mark.parametrize("kind", ["wgmma: no wait", "grid: no wait", "fence.proxy.async: none"])
+@pytest.mark.parametrize(("silent", "noticed", "proven", "blind"), [
+    (2, 0, 0, False), (3, 0, 0, True), (4, 0, 0, True), (8, 0, 0, True), (3, 1, 0, False), (3, 0, 1, False),
+])  # fmt: skip
+def test_a_kind_of_sm_90_that_is_never_noticed_fails(kind, silent, noticed, proven, blind):
+    """Of which four are planted unless asked for more."""
+    assert faults.unseen(planted_faults(kind, "sm_90", silent, noticed, proven)) == [kind] * blind
+
+
+def test_a_kind_of_both_architectures_is_judged_by_six():
+    kind = "cp.async: no commit"
+    found = planted_faults(kind, "sm_80", 4) + planted_faults(kind, "sm_90", 1)
+    assert faults.unseen(found) == []
+    assert faults.unseen(found + planted_faults(kind, "sm_90", 1)) == [kind]
+    assert faults.unseen(found + planted_faults(kind, "sm_90", 4, noticed=1)) == []
+
+
+def test_kinds_that_need_sm_90_are_those_of_its_instructions():
+    """None of them is a kind of an instruction that sm_80 has as well."""
+    with_sm_90 = {kind for kind in planted.KINDS if kind.startswith(faults.ON_SM_90)}
+    assert {kind.split(":")[0] for kind in with_sm_90} == {*faults.ON_SM_90} - {"fence.proxy"} | {"fence.proxy.async"}
 
 
 def program(*lines):
