@@ -75,8 +75,12 @@ def test_the_fake_shapes_hold_for_every_form_of_the_large_products(form, device)
 
 
 @pytest.mark.parametrize(
-    ("of_x", "of_dy"), [("contiguous", "contiguous"), ("sliced", "transposed"), ("transposed", "sliced")]
-)
+    ("of_x", "of_dy"),
+    [
+        ("contiguous", "contiguous"), pytest.param("sliced", "transposed", marks=pytest.mark.slow),
+        pytest.param("transposed", "sliced", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("form", ["fused", "beta1", "padded", "joint", "torch"])
 def test_dA_and_dB_are_contiguous_as_the_fake_kernel_promises(form, of_x, of_dy, device):
     backend = "torch" if form == "torch" else "triton"

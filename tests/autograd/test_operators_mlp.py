@@ -208,7 +208,7 @@ def test_flops_are_counted(recompute, device):
     assert counter.get_total_flops() == 2 * dense + 3 * low_in + 3 * low_out + repeated
 
 
-@again
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["kept", "recompute"])
 def test_one_graph_for_every_seed_scaling_and_batch(recompute, device):
     model = MLP(device, recompute=recompute)
     counter = CompileCounterWithBackend("aot_eager")

@@ -134,7 +134,9 @@ def test_the_fake_shapes_hold_where_the_library_does_the_large_products(form, de
     assert_same(apart, outcome(model, model, x))
 
 
-@pytest.mark.parametrize("form", ["fused", "beta1", "torch"])
+@pytest.mark.parametrize(
+    "form", ["fused", *(pytest.param(form, marks=pytest.mark.slow) for form in ("beta1", "torch"))]
+)
 def test_gradients_are_contiguous_as_the_fake_kernel_promises(form, device):
     model = Attention(device, False, backend="torch" if form == "torch" else "triton")
     with plan.forced("fused" if form == "torch" else form):
@@ -225,7 +227,7 @@ def test_flops_are_counted(backend, device):
     assert counter.get_total_flops() == 2 * dense + 3 * thin_in + 3 * thin_out
 
 
-@both
+@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.slow), "triton"])
 def test_one_graph_for_every_seed_scaling_and_batch(backend, device):
     model = Attention(device, backend=backend)
     counter = CompileCounterWithBackend("aot_eager")

@@ -35,7 +35,7 @@ def run(*options):
 
 # two halves of the table an architecture, for two workers; the limit is against hangs, as for slow tests
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("half", range(2))
+@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 def test_compiled_kernels_compute_right(arch, half):
     done = run("--quick", "--arch", arch, "--share", f"{half}/2")

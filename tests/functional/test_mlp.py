@@ -22,6 +22,7 @@ SHAPES = {  # what else than one tile of each
     "a row": dict(batch=(), ranks=(1, 2, 3)),
     "single numbers": dict(batch=(1, 1), sizes=(1, 1, 1), ranks=(1, 1, 1)),
 }
+FEW = ("ranks above 32 and 64", "many tiles", "a row")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -51,7 +52,9 @@ def test_16_bits(how, backend, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in SHAPES if name not in FEW)]
+)
 def test_shapes(shape, backend, device):
     assert_accurate(draw(**SHAPES[shape], device=device), backend)
 

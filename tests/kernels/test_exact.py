@@ -138,7 +138,7 @@ def test_wgrad_split_anyhow(rows_per_split, left, right, masked, device):
     assert torch.equal(g.cpu().long(), a.T @ (b * keep if masked else b))
 
 
-@pytest.mark.parametrize("rows_per_split", [16, pytest.param(48, marks=pytest.mark.slow), 96])
+@pytest.mark.parametrize("rows_per_split", [16, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (48, 96))])
 @pytest.mark.parametrize(("width", "r"), [(40, 5), (5, 16), (129, 1), (64, 17)])
 def test_shrink_and_wgrad_from_one_read(rows_per_split, width, r, device):
     generator = torch.Generator().manual_seed(0)

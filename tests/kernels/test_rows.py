@@ -32,7 +32,7 @@ def mask(rows, cols, device, seed=0):
     return keep.to(device), philox.packed(keep).to(device)
 
 
-@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("tma", [pytest.param(False, marks=pytest.mark.slow), True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_outputs_side_by_side(tile, tma, path_dtype, draw):
     draw = functools.partial(draw, dtype=path_dtype)

@@ -26,7 +26,7 @@ def check(launches, expected):
         assert {name: counted[name] for name in said} == said, moved.kernel
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("p", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 @pytest.mark.parametrize(
     ("m", "k", "n", "r", "dtype"),
     [

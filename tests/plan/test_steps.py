@@ -89,8 +89,12 @@ def test_a_planned_pass_gives_the_bits_of_the_launchers_alone(make, p, adapters,
 
 
 @pytest.mark.parametrize(
-    ("make", "form"), [*itertools.product(ALL, ("fused", "beta1")), *itertools.product((linear, mlp), FORMS[2:])]
-)
+    ("make", "form"),
+    [
+        *itertools.product(ALL, ("fused",)), *itertools.product((linear, mlp), FORMS[2:]),
+        *(pytest.param(make, "beta1", marks=pytest.mark.slow) for make in ALL),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("p", PS)
 def test_a_plan_takes_the_launches_that_would_be_settled(make, form, p, device, checked):
     with plan.forced(form):
