@@ -40,6 +40,7 @@ CASES = (
     Case(*_LAYER, 16, accumulate=True, place=3), Case(*_LAYER, 32, p=0.1, fp32_adapters=True, place=1),
     Case(*_LAYER, 9, p=0.1, place=0), Case(*_LAYER, 16, p=0.1, strided=True),
     Case(256, 512, 512, 16, others=_QKV, place=0), Case(256, 512, 512, 9, p=0.1, others=_QKV, place=0),
+    Case(256, 512, 512, 16, p=0.1, others=_QKV, mixed=True, place=0),
     Case(*_MLP, 16, activation="silu", place=0),
     Case(256, 256, 256, 16, "fp32", p=0.1), Case(256, 256, 256, 16, "fp32", p=0.1, tf32=True, place=0),
     Case(128, 128, 256, 16, "fp32", p=0.1, activation="silu"),
@@ -113,7 +114,7 @@ def _tile(one: Seen) -> str:
 
 def _formulas(case: Case, arch: str) -> list[traffic.Moved] | None:
     """The formula of each launch of a case, in order; None for what the formulas do not have."""
-    if case.strided or case.accumulate or case.tf32 or case.strategy != "fused" or case.fp32_adapters:
+    if case.strided or case.accumulate or case.tf32 or case.strategy != "fused" or case.fp32_adapters or case.mixed:
         return None
     dtype, gpu = DTYPES[case.dtype], GPUS[arch]
     tma = arch != "sm_80" and dtype.itemsize == 2
