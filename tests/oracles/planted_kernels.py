@@ -62,17 +62,17 @@ def strided_shrink():
 
 
 FAULTS = {
-    "a 32-bit product": ("sm_90", lambda: _narrow_kernel[(1,)](empty(9), empty(9), 3), Case(1, 1, 1, 1)),
+    "a 32-bit product": ("sm_90", lambda: _narrow_kernel[(1,)](empty(9), empty(9), 3), Case(1, 16, 16, 1)),
     "TF32": ("sm_90", lambda: _tf32_kernel[(1,)](*(empty(64, 64, dtype=torch.float32),) * 2, PRECISION="ieee"),
-             Case(1, 1, 1, 1, "fp32")),
-    "a wait": ("sm_90", lambda: waits(False, False), Case(1, 1, 1, 1)),
-    "a read before the wait": ("sm_90", lambda: waits(True, False), Case(1, 1, 1, 1)),
-    "a write before the wait": ("sm_90", lambda: waits(False, True), Case(1, 1, 1, 1)),
-    "few warps": ("sm_90", lambda: matmul(MatmulConfig(128, 256, 64, 8, 2, 4, 4)), Case(1, 1, 1, 1)),
-    "too many programs": ("sm_90", lambda: matmul(MatmulConfig(128, 256, 64, 8, 2, 8, 4, 2)), Case(1, 1, 1, 1)),
-    "narrow loads": ("sm_90", strided_shrink, Case(1, 1, 1, 1)),
-    "no pipeline": ("sm_80", lambda: matmul(MatmulConfig(64, 64, 32, 8, 1, 4, 1)), Case(1, 1, 1, 1)),
-    "none": ("sm_90", lambda: matmul(MatmulConfig(64, 128, 64, 8, 1, 4, 4)), Case(1, 1, 1, 1)),
+             Case(1, 16, 16, 1, "fp32")),
+    "a wait": ("sm_90", lambda: waits(False, False), Case(1, 16, 16, 1)),
+    "a read before the wait": ("sm_90", lambda: waits(True, False), Case(1, 16, 16, 1)),
+    "a write before the wait": ("sm_90", lambda: waits(False, True), Case(1, 16, 16, 1)),
+    "few warps": ("sm_90", lambda: matmul(MatmulConfig(128, 256, 64, 8, 2, 4, 4)), Case(1, 16, 16, 1)),
+    "too many programs": ("sm_90", lambda: matmul(MatmulConfig(128, 256, 64, 8, 2, 8, 4, 2)), Case(1, 16, 16, 1)),
+    "narrow loads": ("sm_90", strided_shrink, Case(1, 16, 16, 1)),
+    "no pipeline": ("sm_80", lambda: matmul(MatmulConfig(64, 64, 32, 8, 1, 4, 1)), Case(1, 16, 16, 1)),
+    "none": ("sm_90", lambda: matmul(MatmulConfig(64, 128, 64, 8, 1, 4, 4)), Case(1, 16, 16, 1)),
 }  # fmt: skip
 
 
