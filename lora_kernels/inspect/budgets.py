@@ -44,7 +44,7 @@ def broken(kernel: Kernel, gpu: Any) -> Iterator[str]:
     yield from _occupancy(kernel, gpu)
     if kernel.name == "matmul_expand":
         yield from _matmul(kernel)
-    elif kernel.case.dtype != "fp32" and not (kernel.case.strided or kernel.case.unaligned):
+    elif kernel.case.dtype != "fp32" and not kernel.case.by_element:
         yield from _streams(kernel)
 
 
@@ -120,7 +120,7 @@ def _matmul(kernel: Kernel) -> Iterator[str]:
         most = (_LOOPS[kernel.arch] + _SOURCE * max(constants["NUM_SOURCES"] - 2, 0)) * constants["BLOCK_K"] // 64
         if loop.instructions > most:
             yield f"has {loop.instructions} instructions in the K loop, more than {most}"
-    elif kernel.arch == "sm_80" and not (kernel.case.strided or kernel.case.unaligned) and not loop.async_copies:
+    elif kernel.arch == "sm_80" and not kernel.case.by_element and not loop.async_copies:
         yield "is not pipelined: no asynchronous copy in the K loop"
 
 

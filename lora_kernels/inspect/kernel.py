@@ -51,8 +51,13 @@ class Case:
 
     @property
     def unaligned(self) -> bool:
-        """Return whether rows of an operand start off a multiple of 16 elements, so Triton loads element by element."""
+        """Return whether rows of an operand start off a multiple of 16 elements."""
         return any(size % 16 for size in (self.k, self.n, *self.others))
+
+    @property
+    def by_element(self) -> bool:
+        """Return whether Triton loads an operand element by element."""
+        return self.strided or self.unaligned
 
     def __str__(self) -> str:
         words = _flag_words(self, "bias", "strided", "tf32", "accumulate", "fp32_adapters", "mixed")

@@ -1,7 +1,6 @@
 """Blocks in the benchmark: their arithmetic, their masks, and that no time is shown for a wrong result."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import warnings
@@ -143,8 +142,7 @@ def test_the_kernels_are_right_as_well(block, p, rule):
 
 @pytest.mark.parametrize("block", SHAPES)
 def test_peft_itself(block):
-    if importlib.util.find_spec("peft") is None:
-        pytest.skip("PEFT is not installed")
+    pytest.importorskip("peft")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages that PEFT imports
         case = block_case.run_case(block, SHAPES[block], 8, 0.1, settings(torch.bfloat16, only=("peft", "peft_fp32")))

@@ -158,8 +158,8 @@ def block(
     sources = (*widths, *(() if dropout else adapted))
     dx_crowded = dropout or (not tma and len(sources) > 2)
     dx_tile = _configs.matmul_config(m, sum(sources), k, dtype, tma, dx_crowded, num_sms, place=place)
-    s_tile = _configs.shrink_config(m, k, widest, dtype, dropout, k % 16 > 0, adapters=len(adapted))
-    g_tile = _configs.wgrad_config(m, k, widest, dtype, adapters=len(adapted), masked=dropout, unaligned=k % 16 > 0)
+    s_tile = _configs.shrink_config(m, k, widest, dtype, dropout, _by_element(k), adapters=len(adapted))
+    g_tile = _configs.wgrad_config(m, k, widest, dtype, adapters=len(adapted), masked=dropout, unaligned=_by_element(k))
     from_dys = [moved for n, r in zip(widths, ranks, strict=True) if r for moved in _from_dy(m, n, r, e, e, dtype)]
     return [
         shrink(m, k, adapted, e, masks, s_tile),
@@ -188,11 +188,11 @@ def mlp(
         return matmul_expand(m, cols, (inner, r), e, config, bias, masked)
 
     of_gate_and_up = block(m, k, [hidden] * len(before), before, dtype, dropout, num_sms, tma, bias, place)
-    s_tile = _configs.shrink_config(m, hidden, r, dtype, dropout, hidden % 16 > 0, activated=True)
+    s_tile = _configs.shrink_config(m, hidden, r, dtype, dropout, _by_element(hidden), activated=True)
     fused = [rank for rank in before if _configs.shrink_wgrad_pays(rank, activated=True)]
     tile = _configs.wgrad_config(
         m, hidden, max(ranks), dtype, bool(fused), adapters=len(ranks), masked=dropout, activated=True,
-        unaligned=hidden % 16 > 0,
+        unaligned=_by_element(hidden),
     )  # fmt: skip
     apart = [rank for rank in before if rank not in fused]
     return [
@@ -203,7 +203,7 @@ def mlp(
         expand(hidden, n, dropout, 0),
         wgrad(m, hidden, (r, *before), e, e, tile, dropout, fused, 2 + gated),
         *(
-            shrink(m, hidden, rank, e, 0, _configs.shrink_config(m, hidden, rank, dtype, False, hidden % 16 > 0))
+            shrink(m, hidden, rank, e, 0, _configs.shrink_config(m, hidden, rank, dtype, False, _by_element(hidden)))
             for rank in apart
         ),
         *of_gate_and_up[-2:],
@@ -223,24 +223,29 @@ def layer(
         return matmul_expand(m, cols, (inner, r), e, config, bias, masked)
 
     forward = [
-        shrink(m, k, r, e, dropout, _configs.shrink_config(m, k, r, dtype, dropout, k % 16 > 0)),
+        shrink(m, k, r, e, dropout, _configs.shrink_config(m, k, r, dtype, dropout, _by_element(k))),
         expand(n, k, False, bias),
     ]
     from_dy = _from_dy(m, n, r, e, e_g, dtype)
     return [*forward, *from_dy, expand(k, n, dropout, 0), _wgrad(m, k, r, e, e_g, dtype, dropout)]
 
 
+def _by_element(cols: int) -> bool:
+    """Return whether Triton loads rows of so many contiguous elements one by one: `kernels._launch.Facts.by_element`."""
+    return cols % 16 > 0
+
+
 def _from_dy(m: int, n: int, r: int, e: int, e_g: int, dtype: torch.dtype) -> list[Moved]:
     """List the launches of ds and dB: one read of dy at small ranks, two at larger ones."""
     if _configs.shrink_wgrad_pays(r):
         return [wgrad(m, n, r, e, e_g, _configs.wgrad_config(m, n, r, dtype, shrinks=True), shrinks=True)]
-    config = _configs.shrink_config(m, n, r, dtype, False, n % 16 > 0)
+    config = _configs.shrink_config(m, n, r, dtype, False, _by_element(n))
     return [shrink(m, n, r, e, False, config), _wgrad(m, n, r, e, e_g, dtype, False)]
 
 
 def _wgrad(m: int, features: int, r: int, e: int, e_g: int, dtype: torch.dtype, keep: bool) -> Moved:
     wide, thin = (features, r) if keep or features >= r else (r, features)
-    tile = _configs.wgrad_config(m, wide, thin, dtype, masked=keep, unaligned=wide % 16 > 0)
+    tile = _configs.wgrad_config(m, wide, thin, dtype, masked=keep, unaligned=_by_element(wide))
     return wgrad(m, wide, thin, e, e_g, tile, keep)
 
 
