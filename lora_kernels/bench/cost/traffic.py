@@ -231,7 +231,7 @@ def layer(
 
 
 def _by_element(cols: int) -> bool:
-    """Return whether Triton loads rows of so many contiguous elements one by one: `kernels._launch.Facts.by_element`."""
+    """Return whether Triton loads contiguous rows of so many columns by element: `kernels._launch.Facts.by_element`."""
     return cols % 16 > 0
 
 
