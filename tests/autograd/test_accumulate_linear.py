@@ -3,9 +3,21 @@
 import pytest
 import torch
 
-from lora_kernels import LoRALinear, lora_linear
+from lora_kernels import LoRALinear, LoRAMLP, LoRAQKV, lora_linear
 from lora_kernels.verify import numerics
 from lora_kernels.verify.problems import make_problem
+
+
+def linear():
+    return LoRALinear(16, 24, r=4)
+
+
+def qkv():
+    return LoRAQKV(16, 8, 8, r=4)
+
+
+def mlp():
+    return LoRAMLP(16, 24, r=4)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -41,6 +53,25 @@ def test_writes_into_the_gradient_that_is_there(device):
         assert getattr(layer, name).grad is grad
         torch.testing.assert_close(grad, 2 * before)
         assert grad._version > versions[name], "autograd must see that it was written"
+
+
+@pytest.mark.parametrize("make", [linear, qkv, mlp], ids=lambda make: make.__name__)
+def test_the_engine_gets_nothing_to_add(make, device):
+    """If it got the gradients, their sums would be right, and the copies that are to be saved would be there."""
+    block, x, given = make().to(device), torch.randn(8, 16, device=device), []
+    adapters = [p for name, p in block.named_parameters() if "lora_" in name]
+    for p in adapters:
+        torch.nn.init.normal_(p)
+        p.grad = torch.ones_like(p)
+        (node, _), *_ = p.expand_as(p).grad_fn.next_functions
+        node.register_prehook(lambda grads, node=node: given.append((node, grads[0])))
+    for layer in block.modules():
+        if isinstance(layer, LoRALinear):
+            layer.accumulate_grad = True
+    ys = block(x)
+    sum(y.sum() for y in (ys if isinstance(ys, tuple) else (ys,))).backward()
+    assert all((p.grad != 1).any() for p in adapters)
+    assert [grad for _, grad in given if grad is not None] == []
 
 
 @pytest.mark.parametrize("kind", ["hook", "post-accumulate hook", "not a leaf"])
