@@ -192,13 +192,14 @@ def late_stores(amdgcn: str) -> int:
     """Count the barriers before an atomic at which stores of a wave may still be in flight.
 
     The atomic waits for stores of its own wave alone. A reader that sees the atomic also sees the stores of the other
-    waves only if each wave has waited, by `s_waitcnt vmcnt(0)`, before the barrier in front of the atomic.
+    waves only if each wave has waited before the barrier in front of the atomic: by `s_waitcnt vmcnt(0)` on CDNA, by
+    `s_waitcnt_vscnt null, 0x0` on RDNA 3 and by `s_wait_storecnt 0x0` on RDNA 4.
     """
     late, waited, at_barrier = 0, True, True
     for line in map(str.strip, amdgcn.splitlines()):
         if re.match(r"(global|buffer|flat)_store", line):
             waited = False
-        elif re.match(r"s_waitcnt\b.*vmcnt\(0\)", line):
+        elif re.match(r"s_waitcnt\b.*vmcnt\(0\)|s_waitcnt_vscnt null, 0x0|s_wait_storecnt 0x0", line):
             waited = True
         elif line.startswith("s_barrier"):
             at_barrier = waited

@@ -53,7 +53,7 @@ class ImaginedGPU:
         """Return the target that Triton compiles for."""
         if self.capability:
             return GPUTarget("cuda", int(self.arch[3:]), 32)
-        return GPUTarget("hip", self.arch, 64)
+        return GPUTarget("hip", self.arch, 64 if self.arch.startswith("gfx9") else 32)
 
 
 # An A100, an H200, a B200 and an MI300X.

@@ -110,3 +110,13 @@ def test_planted_faults_are_found():
     assert planted["a read before the wait"]["dependent"] == "waits to write"
     assert planted["a write before the wait"]["dependent"] == "waits late"
     assert planted["none"] == {"broken": [], "dependent": "waits", "warnings": []}
+
+
+@pytest.mark.slow
+def test_each_wave_of_an_amd_gpu_waits_for_its_stores_before_it_is_counted():
+    done = run_compiled(ORACLES / "amd_barrier.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    late = json.loads(done.stdout)
+    assert {arch: counts["with"] for arch, counts in late.items()} == dict.fromkeys(late, 0)
+    # LLVM waits by itself on RDNA, and does not on CDNA: there the wait of `last_to_arrive` is what orders the stores.
+    assert {arch for arch, counts in late.items() if counts["without"]} == {"gfx942", "gfx950"}
