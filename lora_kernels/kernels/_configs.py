@@ -13,13 +13,14 @@ import torch
 from lora_kernels.constants import ONE_READ_RANK
 
 __all__ = [
-    "LEAST_SHARED", "SHARED", "MatmulConfig", "ShrinkConfig", "WgradConfig",
-    "descriptor_path", "matmul_config", "matmul_configs", "shrink_config", "shrink_wgrad_pays", "wgrad_config",
+    "LEAST_SHARED", "PROGRAMS", "SHARED", "TINY", "MatmulConfig", "ShrinkConfig",
+    "count_stages", "count_tiles", "descriptor_path", "fit", "matmul_config", "matmul_configs", "shrink_config",
+    "shrink_wgrad_pays", "split_sum",
 ]  # fmt: skip
 
-_TINY = 16
+TINY = 16
 # Split sums aim at this many programs. The number is the same for every GPU, so GPUs with equal tiles split sums alike.
-_PROGRAMS = 256
+PROGRAMS = 256
 # Up to this K, the write of the result dominates a product.
 _THIN = 128
 # Shared memory of a multiprocessor: an H100 and an MI300X.
@@ -49,18 +50,6 @@ class ShrinkConfig:
     block_k: int
     block_r: int
     k_per_split: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class WgradConfig:
-    """Tile of a program, which owns `block_c` wide columns by `block_r` thin ones and walks `rows_per_split` rows."""
-
-    block_m: int
-    block_c: int
-    block_r: int
-    rows_per_split: int
     num_warps: int
     num_stages: int
 
@@ -115,8 +104,8 @@ def matmul_config(
     best = min(shipped, key=lambda config: (_clocks(config, rows, cols, num_sms), _padded(config, rows, cols)))
     if not tma:
         # Fit the tile to y, because pointers pay for every lane; descriptors zero-fill outside of y at no cost.
-        block_m, block_n = _fit(rows, best.block_m), _fit(cols, best.block_n)
-        best = replace(best, block_m=block_m, block_n=block_n, subtiles=min(best.subtiles, block_n // _TINY))
+        block_m, block_n = fit(rows, best.block_m), fit(cols, best.block_n)
+        best = replace(best, block_m=block_m, block_n=block_n, subtiles=min(best.subtiles, block_n // TINY))
     if strided:
         # The addresses of many elements spill, unless steps are short and more warps share the addresses.
         block_k = min(best.block_k, 32) if best.block_n >= 64 else best.block_k
@@ -186,7 +175,7 @@ def _clocks(config: MatmulConfig, rows: int, cols: int, num_sms: int) -> float:
     instruction = max(n / 2, (64 * 32 + n * 32) / 128)
     products = max(1, m // 64) * 4 * instruction
     operands = (min(m, rows) + min(n, cols)) * 128 / 48
-    return -(-_tiles(rows, cols, m, n) // num_sms) * max(products, operands)
+    return -(-count_tiles(rows, cols, m, n) // num_sms) * max(products, operands)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -212,27 +201,28 @@ def shrink_config(
     # 64 rows of fp32 with dropout spill. 64 rows of 16 bits would be a wgmma of an x in registers where x is masked or
     # made by an activation. Some versions of ptxas overwrite these registers too early (docs/traps.md), and a
     # multiprocessor would hold two programs where it holds five of 32 rows.
-    block_m = _fit(rows, 32 if dtype.itemsize == 4 or dropout or activated else 64)
-    block_r = _fit(rank, 64 if adapters < 4 else 32)
+    block_m = fit(rows, 32 if dtype.itemsize == 4 or dropout or activated else 64)
+    block_r = fit(rank, 64 if adapters < 4 else 32)
     # A K step of 128 spills beside the mask and the addresses or sums; several adapters take a shorter step below.
     crowded = dropout and adapters == 1 and (strided or block_r == 64)
     half_k = 64 if crowded else 128
     # Three stages suffice for a crowded fp32 tile, because IEEE products take longer than any load.
     most_stages = 3 if crowded and dtype.itemsize == 4 else 4
-    block_k = _fit(inner, half_k if dtype.itemsize == 2 else 64 if block_r == 16 else 32)
+    block_k = fit(inner, half_k if dtype.itemsize == 2 else 64 if block_r == 16 else 32)
     of_x, of_a = dtype.itemsize, max(dtype.itemsize, adapter_itemsize)
     if adapters > 1:
         # The sums of many adapters, and rows of A before their cast to 16 bits, take registers.
         wide = adapters > 2 and block_r * of_a >= 128
         crowded = (dropout and strided) or (wide and (of_a > of_x or (dropout and of_x == 4)))
-        block_k = max(_TINY, block_k // (8 if crowded else 4 if dropout or wide else 2))
+        block_k = max(TINY, block_k // (8 if crowded else 4 if dropout or wide else 2))
     elif activated:
-        block_k = max(_TINY, block_k // 2)
-    k_per_split = _split(inner, block_k, _tiles(rows, rank, block_m, block_r))
+        block_k = max(TINY, block_k // 2)
+    k_per_split = split_sum(inner, block_k, count_tiles(rows, rank, block_m, block_r))
     # Leave room for two programs, because two programs hide the latency of each other's loads.
     room = shared // 2 if block_r <= 32 else shared
-    stages = _stages(most_stages, block_k * (block_m * (1 + activated) * of_x + block_r * adapters * of_a), room)
-    return ShrinkConfig(block_m, block_k, block_r, k_per_split, num_warps=4, num_stages=stages)
+    step = block_k * (block_m * (1 + activated) * of_x + block_r * adapters * of_a)
+    num_stages = count_stages(most_stages, step, room)
+    return ShrinkConfig(block_m, block_k, block_r, k_per_split, num_warps=4, num_stages=num_stages)
 
 
 def shrink_wgrad_pays(rank: int, activated: bool = False) -> bool:
@@ -244,111 +234,23 @@ def shrink_wgrad_pays(rank: int, activated: bool = False) -> bool:
     return rank <= (ONE_READ_RANK // 2 if activated else ONE_READ_RANK)
 
 
-@functools.lru_cache(maxsize=4096)
-def wgrad_config(
-    rows: int, wide: int, thin: int, dtype: torch.dtype, shrinks: bool = False, shared: int = SHARED,
-    adapters: int = 1, masked: bool = False, activated: bool = False, strided: bool = False, rounds: bool = False,
-    tf32: bool = False, num_sms: int = _PROGRAMS // 2, mixed: bool = False, unaligned: bool = False,
-) -> WgradConfig:  # fmt: skip
-    """Pick the tile for g `[wide, thin]` summed over `rows`, and the split of the sum.
-
-    Args:
-        rows: M.
-        wide: Columns of the wide operand.
-        thin: Columns of the thin operand, the most of several.
-        dtype: Dtype of the operands.
-        shrinks: Whether the launch computes ds as well; a program then owns more columns for fewer parts of ds.
-        shared: Bytes of shared memory of a multiprocessor.
-        adapters: Number of products; each has its own sum and, with a mask, its own masked tile, so columns are fewer.
-        masked: Whether a product has a mask.
-        activated: Whether an activation makes the wide operands from three others, each with a tile of its own.
-        strided: Whether no two elements of an operand are adjacent, so each element needs its own address.
-        rounds: Whether B is rounded from fp32; a program then holds B in fp32 for a while, in registers of more warps.
-        tf32: Whether fp32 products may use TF32.
-        num_sms: Multiprocessors of the device; with `activated` each runs one program at a time.
-        mixed: Whether some products have a mask and some have none.
-        unaligned: Whether the rows of a wide operand, whose columns are adjacent, start or end off a multiple of 16, so
-            each element is loaded alone.
-    """
-    single = dtype.itemsize == 4
-    small = shared < SHARED
-    if shrinks:
-        wide_tile = 128 if strided or (rounds and shared <= LEAST_SHARED) else 256
-    else:
-        wide_tile = 64 if adapters > 1 and (masked or adapters * _fit(thin, 64) > 64) else 128
-    # A masked tile is in registers. Some versions of ptxas overwrite the registers that a wgmma reads where mixed
-    # products read the tile unmasked as well, or where the tile is loaded element by element (docs/traps.md). 32
-    # columns are too few for a wgmma. Four wide masked tiles spill with more columns.
-    if not single and (mixed or (masked and (unaligned or (adapters > 3 and thin > 32)))):
-        wide_tile = 32
-    if activated:
-        # Take as many columns as the registers of three operands allow, for fewer parts of ds.
-        wide_tile = 128 if single or thin <= (32 if shared > LEAST_SHARED else 16) else 32 if masked else 64
-        # An operand that an activation makes is in registers, as a masked tile is.
-        wide_tile = 32 if unaligned and not single else wide_tile
-    # Keep fp32 tiles narrow: on sm_100, Triton 3.6 rounds 64 or more columns of masked fp32 to TF32, whatever
-    # `input_precision` says.
-    block_c = _fit(wide, wide_tile // 4 if single else wide_tile)
-    block_r = _fit(thin, 64)
-    # Masks, activated operands, the sums of many wide adapters, and addresses leave registers for fewer rows.
-    few = single or activated or (adapters > 2 and masked)
-    wide_sums = adapters > 2 and thin > (16 if masked and small else 32) and (small or not masked)
-    fewest = single if activated else wide_sums
-    addressed = strided and (single or (masked and adapters > 1 and shared <= LEAST_SHARED))
-    most_rows = (_TINY if fewest else 32 if few else 64) // (2 if addressed else 1)
-    # In TF32, a tile of 64 rows has half the bank conflicts in shared memory of a tile of 32 rows.
-    block_m = 64 if shrinks and tf32 and not activated else _fit(rows, most_rows)
-    tiles = _tiles(wide, thin, block_c, block_r)
-    if activated:
-        # Bytes of one split's parts over the bytes of g, u, dh, dg and du, which every launch moves.
-        part = 8 * thin * adapters / (5 * rows * dtype.itemsize)
-        rows_per_split = _whole_rounds(rows, block_m, tiles, num_sms, part)
-    else:
-        rows_per_split = _split(rows, block_m, tiles)
-    # Two stages suffice for narrow tiles, because many programs run at once; all fp32 tiles are narrow. Some narrow
-    # tiles spill with more stages.
-    alone = activated or adapters == 1
-    most = 3 if block_c > 64 and alone and (shrinks or not small) and not (activated and single) else 2
-    stages = _stages(most, block_m * (block_c * (3 if activated else 1) + block_r * adapters) * dtype.itemsize, shared)
-    if shrinks and not activated and rows <= block_m:
-        # One step needs no pipeline, and Triton's pipeline would be wrong on sm_90 (docs/traps.md).
-        stages = 1
-    warps = 8 if (rounds and block_r > 16) or (activated and (single or block_c >= 64)) else 4
-    return WgradConfig(block_m, block_c, block_r, rows_per_split, num_warps=warps, num_stages=stages)
-
-
-def _stages(most: int, size: int, room: int) -> int:
+def count_stages(most: int, size: int, room: int) -> int:
     """Return the stages of a pipeline with `size` bytes a stage: as many as fit in `room`, from two up to `most`."""
     return max(2, min(most, room // size))
 
 
 def _padded(config: MatmulConfig, rows: int, cols: int) -> int:
     """Return the number of elements that the tiles cover, inside y and outside."""
-    return _tiles(rows, cols, config.block_m, config.block_n) * config.block_m * config.block_n
+    return count_tiles(rows, cols, config.block_m, config.block_n) * config.block_m * config.block_n
 
 
-def _split(size: int, block: int, tiles: int) -> int:
-    """Return a program's share of a summed dimension, in whole blocks, so that `_PROGRAMS` programs are busy.
+def split_sum(size: int, block: int, tiles: int) -> int:
+    """Return a program's share of a summed dimension, in whole blocks, so that `PROGRAMS` programs are busy.
 
     A share has four blocks or more where the dimension has them, because a pipeline needs steps.
     """
-    share = max(-(-size // max(1, _PROGRAMS // tiles)), 4 * block)
+    share = max(-(-size // max(1, PROGRAMS // tiles)), 4 * block)
     return max(1, -(-min(share, size) // block)) * block
-
-
-def _whole_rounds(size: int, block: int, tiles: int, programs: int, part: float) -> int:
-    """Split as `_split` does, but so that the last round of `programs` long programs at once is nearly full.
-
-    With 112 tiles on 132 multiprocessors, one to six splits leave 15 % of the multiprocessors idle on average, and
-    seven splits leave 1 %. One more split costs the fraction `part` of the bytes that every launch moves.
-    """
-
-    def busy(splits: int) -> float:
-        return -(-tiles * splits // programs) * programs / (tiles * splits) * (1 + splits * part)
-
-    most = max(1, min(8, size // (4 * block)))
-    splits = min(range(1, most + 1), key=busy)
-    return max(1, -(-size // (splits * block))) * block
 
 
 def _square(config: MatmulConfig, num_sms: int) -> MatmulConfig:
@@ -361,10 +263,10 @@ def _square(config: MatmulConfig, num_sms: int) -> MatmulConfig:
     return replace(config, group_m=max(1, round(math.sqrt(programs * config.block_n / config.block_m))))
 
 
-def _fit(size: int, largest: int) -> int:
+def fit(size: int, largest: int) -> int:
     """Return the power of two that covers `size`, between 16 and `largest`."""
-    return max(_TINY, min(largest, 1 << max(size - 1, 0).bit_length()))
+    return max(TINY, min(largest, 1 << max(size - 1, 0).bit_length()))
 
 
-def _tiles(rows: int, cols: int, block_m: int, block_n: int) -> int:
+def count_tiles(rows: int, cols: int, block_m: int, block_n: int) -> int:
     return -(-rows // block_m) * -(-cols // block_n)

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels.kernels._configs import WgradConfig, shrink_wgrad_pays
+from lora_kernels.kernels._configs import shrink_wgrad_pays
 from lora_kernels.kernels._launch import Slot
+from lora_kernels.kernels._wgrad_config import WgradConfig
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.kernels.wgrad import Product, settle, wgrad
 

@@ -49,9 +49,9 @@ from torch import Tensor
 
 from lora_kernels.kernels import _launch
 from lora_kernels.kernels._activation import Activation, activation_gradient
-from lora_kernels.kernels._configs import WgradConfig, wgrad_config
 from lora_kernels.kernels._device import kept, last_to_arrive, load_kept, sum_of_parts
 from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, arrivals, facts, made, new_rows, precision
+from lora_kernels.kernels._wgrad_config import WgradCase, WgradConfig, wgrad_config
 
 __all__ = ["DGATE", "DUP", "H", "Product", "Settled", "settle", "wgrad", "wgrad_all"]
 
@@ -353,12 +353,14 @@ def _settle(
             "wgrad: ready must be False, because this launch makes ds, dg or du before it waits; pass ready=False."
         )
     strided = all(1 not in t.strides for t in made_of if t) or any(1 not in b.strides for b in bs if b)
-    config = config or wgrad_config(
-        rows, width, max(widths, default=1), dtype, bool(shrunk), _launch.shared_per_sm(device), len(widths),
-        any(keeps), activation is not None, strided, any(b.dtype != dtype for b in bs if b), precision == "tf32",
-        _launch.num_sms(device), any(keeps) and not all(keeps),
-        not strided and any(t.by_element() for t in made_of if t),
-    )  # fmt: skip
+    if config is None:
+        config = wgrad_config(WgradCase(
+            rows, width, max(widths, default=1), dtype, shrinks=bool(shrunk), adapters=len(widths), masked=any(keeps),
+            mixed=any(keeps) and not all(keeps), activated=activation is not None, strided=strided,
+            unaligned=not strided and any(t.by_element() for t in made_of if t),
+            rounds=any(b.dtype != dtype for b in bs if b), tf32=precision == "tf32",
+            shared=_launch.shared_per_sm(device), num_sms=_launch.num_sms(device),
+        ))  # fmt: skip
     splits = triton.cdiv(rows, config.rows_per_split)
     blocks = triton.cdiv(width, config.block_c)
     tiles = blocks * triton.cdiv(max(widths, default=1), config.block_r)

@@ -10,7 +10,8 @@ from oracles import exact, philox
 
 from lora_kernels import dropout, lora_linear
 from lora_kernels.kernels import matmul_expand, shrink, shrink_wgrad, wgrad
-from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
+from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig
+from lora_kernels.kernels._wgrad_config import WgradConfig
 from lora_kernels.verify import numerics
 from lora_kernels.verify.problems import make_problem, run_problem, with_mask
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels.kernels._configs import descriptor_path, shrink_config, wgrad_config
+from lora_kernels.kernels._configs import descriptor_path, shrink_config
 from lora_kernels.kernels._launch import facts, shared_per_sm
+from lora_kernels.kernels._wgrad_config import WgradCase, wgrad_config
 
 SHARED = (65_536, 102_400, 167_936, 233_472)  # of an MI300X, an RTX 4090, an A100 and an H100
 SHAPES = [(rows, width, rank) for rows in (1, 40, 8192) for width in (64, 4096) for rank in (4, 32, 64, 256)]
@@ -23,7 +24,7 @@ def test_pipelines_fit_the_shared_memory(dtype, shared):
             taken = (tile.num_stages - in_registers) * tile.block_k * (tile.block_m + tile.block_r) * dtype.itemsize
             assert taken * (2 if rank <= 32 else 1) <= shared
         for shrinks in (False, True)[: 1 + (rank <= 32)]:
-            tile = wgrad_config(rows, width, rank, dtype, shrinks, shared)
+            tile = wgrad_config(WgradCase(rows, width, rank, dtype, shrinks, shared=shared))
             taken = (tile.num_stages - in_registers) * tile.block_m * (tile.block_c + tile.block_r) * dtype.itemsize
             assert taken <= shared
 
@@ -32,8 +33,11 @@ def test_pipelines_fit_the_shared_memory(dtype, shared):
 def test_shared_memory_changes_stages_alone(dtype):
     stages = set()
     for rows, width, rank in SHAPES:
-        for pick in (shrink_config, wgrad_config):
-            tiles = [pick(rows, width, rank, dtype, shared=shared) for shared in SHARED]
+        shape = rows, width, rank, dtype
+        for tiles in (
+            [shrink_config(*shape, shared=shared) for shared in SHARED],
+            [wgrad_config(WgradCase(*shape, shared=shared)) for shared in SHARED],
+        ):
             assert len({replace(tile, num_stages=0) for tile in tiles}) == 1  # so every GPU adds up in the same order
             assert sorted(tile.num_stages for tile in tiles) == [tile.num_stages for tile in tiles]
             stages |= {tile.num_stages for tile in tiles}
@@ -63,14 +67,15 @@ def test_descriptors_where_their_tiles_fit(capability, dtype, tma):
 @pytest.mark.parametrize(("rows", "splits"), [(8192, 7), (512, 1), (16, 1)])
 def test_made_operands_fill_the_multiprocessors_round_by_round(rows, splits):
     """112 tiles leave a seventh of 132 multiprocessors idle, seven times as many next to none; few rows repay no parts."""
-    tile = wgrad_config(rows, 14336, 16, torch.bfloat16, shrinks=True, adapters=3, activated=True, num_sms=132)
+    case = WgradCase(rows, 14336, 16, torch.bfloat16, shrinks=True, adapters=3, activated=True, num_sms=132)
+    tile = wgrad_config(case)
     assert -(-rows // tile.rows_per_split) == splits
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_program_walks_rows_that_are_not_there(dtype):
     for rows in (1, 16, 17, 100, 1000):
-        tile = wgrad_config(rows, 4096, 16, dtype)
+        tile = wgrad_config(WgradCase(rows, 4096, 16, dtype))
         assert tile.rows_per_split < rows + tile.block_m
         assert shrink_config(rows, 100, 16, dtype).k_per_split <= 128
 
@@ -78,7 +83,7 @@ def test_no_program_walks_rows_that_are_not_there(dtype):
 @pytest.mark.parametrize("rows", [1, 16, 32, 33, 64, 65])
 def test_ds_and_dB_of_few_rows_are_no_pipeline(rows):
     """Of fewer than 64 rows ds takes its tile from registers and dB from shared memory: see docs/traps.md."""
-    tile = wgrad_config(rows, 4096, 16, torch.bfloat16, shrinks=True)
+    tile = wgrad_config(WgradCase(rows, 4096, 16, torch.bfloat16, shrinks=True))
     assert tile.num_stages == 1 if rows <= 64 else tile.block_m == 64 and tile.num_stages > 1
 
 
@@ -86,12 +91,11 @@ def test_ds_and_dB_of_few_rows_are_no_pipeline(rows):
 @pytest.mark.parametrize("rank", [4, 16, 64])
 def test_rows_off_16_elements_are_no_wgmma_from_registers(made, rank):
     """A masked or made tile is in registers, which ptxas may overwrite where it is loaded by element: docs/traps.md."""
-    aligned, unaligned = (
-        wgrad_config(8192, 4096, rank, torch.bfloat16, **made, unaligned=off) for off in (False, True)
-    )
+    case = WgradCase(8192, 4096, rank, torch.bfloat16, **made)
+    single = case._replace(dtype=torch.float32)
+    aligned, unaligned = wgrad_config(case), wgrad_config(case._replace(unaligned=True))
     assert unaligned.block_c == 32 <= aligned.block_c
-    single = wgrad_config(8192, 4096, rank, torch.float32, **made)
-    assert single == wgrad_config(8192, 4096, rank, torch.float32, **made, unaligned=True)
+    assert wgrad_config(single) == wgrad_config(single._replace(unaligned=True))
 
 
 def test_a_launch_knows_what_triton_loads_by_element():

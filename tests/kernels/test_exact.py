@@ -6,7 +6,8 @@ from oracles import exact, philox
 
 from lora_kernels import dropout, lora_linear
 from lora_kernels.kernels import matmul_expand, shrink, shrink_wgrad, wgrad
-from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
+from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig
+from lora_kernels.kernels._wgrad_config import WgradConfig
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SHAPES = [  # M, K, N, r: ones, primes, a tile and one more or less, ranks that are no power of two

@@ -7,7 +7,8 @@ import torch
 from oracles import philox
 
 from lora_kernels.kernels import matmul_expand_all, shrink_all, wgrad_all
-from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
+from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig
+from lora_kernels.kernels._wgrad_config import WgradConfig
 
 TILES = [
     MatmulConfig(16, 16, 16, 1, 1, 4, 2),

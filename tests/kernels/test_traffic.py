@@ -9,8 +9,9 @@ from lora_kernels.autograd.linear import LoRALinearFunction
 from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.bench.cost import traffic
 from lora_kernels.kernels import _configs, matmul_expand, shrink, shrink_wgrad, wgrad
-from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
+from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig
 from lora_kernels.kernels._launch import num_sms
+from lora_kernels.kernels._wgrad_config import WgradConfig
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter, which a GPU bypasses")
 

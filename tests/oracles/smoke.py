@@ -10,7 +10,8 @@ import torch
 
 from lora_kernels import Projection, dropout, lora_linear, lora_mlp, lora_projections, reference
 from lora_kernels.kernels import hybrid, matmul_expand, shrink, shrink_all, shrink_wgrad, wgrad, wgrad_all
-from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
+from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig
+from lora_kernels.kernels._wgrad_config import WgradConfig
 from oracles import exact, philox
 from oracles.memory import virtual
 

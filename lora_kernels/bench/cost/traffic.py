@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.kernels import _configs
-from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig, WgradConfig
+from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig
+from lora_kernels.kernels._wgrad_config import WgradCase, WgradConfig, wgrad_config
 
 __all__ = ["Moved", "block", "layer", "matmul_expand", "mlp", "outputs", "shrink", "wgrad"]
 
@@ -159,7 +160,9 @@ def block(
     dx_crowded = dropout or (not tma and len(sources) > 2)
     dx_tile = _configs.matmul_config(m, sum(sources), k, dtype, tma, dx_crowded, num_sms, place=place)
     s_tile = _configs.shrink_config(m, k, widest, dtype, dropout, _by_element(k), adapters=len(adapted))
-    g_tile = _configs.wgrad_config(m, k, widest, dtype, adapters=len(adapted), masked=dropout, unaligned=_by_element(k))
+    g_tile = wgrad_config(
+        WgradCase(m, k, widest, dtype, adapters=len(adapted), masked=dropout, unaligned=_by_element(k))
+    )
     from_dys = [moved for n, r in zip(widths, ranks, strict=True) if r for moved in _from_dy(m, n, r, e, e, dtype)]
     return [
         shrink(m, k, adapted, e, masks, s_tile),
@@ -190,10 +193,10 @@ def mlp(
     of_gate_and_up = block(m, k, [hidden] * len(before), before, dtype, dropout, num_sms, tma, bias, place)
     s_tile = _configs.shrink_config(m, hidden, r, dtype, dropout, _by_element(hidden), activated=True)
     fused = [rank for rank in before if _configs.shrink_wgrad_pays(rank, activated=True)]
-    tile = _configs.wgrad_config(
+    tile = wgrad_config(WgradCase(
         m, hidden, max(ranks), dtype, bool(fused), adapters=len(ranks), masked=dropout, activated=True,
         unaligned=_by_element(hidden),
-    )  # fmt: skip
+    ))  # fmt: skip
     apart = [rank for rank in before if rank not in fused]
     return [
         *of_gate_and_up[:2],
@@ -238,14 +241,14 @@ def _by_element(cols: int) -> bool:
 def _from_dy(m: int, n: int, r: int, e: int, e_g: int, dtype: torch.dtype) -> list[Moved]:
     """List the launches of ds and dB: one read of dy at small ranks, two at larger ones."""
     if _configs.shrink_wgrad_pays(r):
-        return [wgrad(m, n, r, e, e_g, _configs.wgrad_config(m, n, r, dtype, shrinks=True), shrinks=True)]
+        return [wgrad(m, n, r, e, e_g, wgrad_config(WgradCase(m, n, r, dtype, shrinks=True)), shrinks=True)]
     config = _configs.shrink_config(m, n, r, dtype, False, _by_element(n))
     return [shrink(m, n, r, e, False, config), _wgrad(m, n, r, e, e_g, dtype, False)]
 
 
 def _wgrad(m: int, features: int, r: int, e: int, e_g: int, dtype: torch.dtype, keep: bool) -> Moved:
     wide, thin = (features, r) if keep or features >= r else (r, features)
-    tile = _configs.wgrad_config(m, wide, thin, dtype, masked=keep, unaligned=_by_element(wide))
+    tile = wgrad_config(WgradCase(m, wide, thin, dtype, masked=keep, unaligned=_by_element(wide)))
     return wgrad(m, wide, thin, e, e_g, tile, keep)
 
 
