@@ -127,8 +127,9 @@ def serve(tree: str, *options: str) -> None:
     if found != Path(tree).resolve():
         raise RuntimeError(f"bench.host: lora_kernels of {found} was loaded in place of {tree}'s.")
     torch.set_num_threads(1)
-    # Let CPU tensors through to the launchers. `plan` was one module once.
-    getattr(plan, "backend", plan).interpreting = lambda: True  # type: ignore[attr-defined]
+    # Let CPU tensors through to the launchers. `plan` was one module once, and the function had another name.
+    backend = getattr(plan, "backend", plan)
+    backend.is_interpreting = backend.interpreting = lambda: True
     driver = StubDriver()
     with launching():
         rows, parts = _table(), dict[str, Any]()

@@ -210,7 +210,7 @@ def _forms() -> list[str]:
             ("dx, masked", model.Product(m, n, k, 16, 2, masked=True, backward=True)),
         ):
             alone = max(2 * m * k * n / gpu.flops, 2 * (m * k + k * n + m * n) / gpu.bandwidth)
-            times = {name: model.seconds(name, q, gpu._replace(slowdown=0)) for name in model.allowed(q)}
+            times = {name: model.seconds(name, q, gpu._replace(slowdown=0)) for name in model.allowed_strategies(q)}
             others = min(seconds for name, seconds in times.items() if name != "fused")
             cells = [f"{times[name] / alone:.3f}" if name in times else "-" for name in model.NAMES]
             ties = f"{100 * (others / times['fused'] - 1):.1f} %"

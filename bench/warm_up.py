@@ -117,7 +117,7 @@ def _begin(gpu: Any, launchers: bool) -> None:
         raise RuntimeError(problem)
     torch.set_num_threads(1)
     # let CPU tensors through to the launchers
-    plan.backend.interpreting = lambda: True
+    plan.backend.is_interpreting = lambda: True
     # skip the library's products: their results are not used, and on a CPU they would take longer than compiling
     torch.mm = lambda p, q: p.new_empty(p.shape[0], q.shape[1])
     torch.addmm = lambda base, p, q: p.new_empty(p.shape[0], q.shape[1])
@@ -132,7 +132,7 @@ def _compile(one: Work) -> tuple[str, set[str], str]:
     case, form = one
     launched: list[Any] = []
     try:
-        with imagine(*_Compiler.imagined) as launched, plan.forced(form):
+        with imagine(*_Compiler.imagined) as launched, plan.force_form(form):
             _run(case)
     # a case that cannot be compiled here will fail again, with its message, in the step that runs it
     except Exception as error:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "After", "Before", "activated", "gradients", "meant"]
+__all__ = ["ACTIVATIONS", "After", "Before", "activated", "gradients", "known_name"]
 
 
 class After(NamedTuple):
@@ -69,7 +69,7 @@ _OTHER_NAMES = {
 }  # fmt: skip
 
 
-def meant(activation: object) -> str:
+def known_name(activation: object) -> str:
     """Return the name in `ACTIVATIONS` of another name, a function or a module; "" if the activation is unknown."""
     # `approximate` is an attribute of nn.GELU, or an argument of a partial of F.gelu.
     approximate = getattr(activation, "approximate", "none")

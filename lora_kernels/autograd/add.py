@@ -20,7 +20,7 @@ from lora_kernels.autograd.common import (
     autocast_off,
     contiguous,
     fake_gradients,
-    guarded,
+    guard_backward,
     plain_scaling,
     register,
     register_flops,
@@ -60,7 +60,7 @@ class LoRAAddFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @guarded
+    @guard_backward
     def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in the dtype of its tensor."""
         with autocast_off(dy):

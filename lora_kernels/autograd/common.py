@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.passes.layer import kept
+from lora_kernels.passes.layer import tensors_to_save
 
 __all__ = [
     "Context", "autocast_off", "autocasts", "backward_products", "contiguous", "fake_gradients", "gradient",
-    "gradients", "guarded", "plain_scaling", "register", "register_flops", "save",
+    "gradients", "guard_backward", "plain_scaling", "register", "register_flops", "save",
 ]  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def gradients(adapters: Sequence[tuple[Tensor, Tensor] | None]) -> list[tuple[Te
     return found if len(set(places)) == len(places) else [(None, None)] * len(found)
 
 
-def guarded(backward: Callable) -> Callable:
+def guard_backward(backward: Callable) -> Callable:
     """Make a backward of a Function raise where it is differentiated, as `once_differentiable` does."""
     refuses = once_differentiable(backward)
 
@@ -168,7 +168,7 @@ def save(
 ) -> None:  # fmt: skip
     """Save the tensors that one layer's needed gradients take; `needs` has a flag for each of x, W, A and B."""
     need_x, need_weight, need_A, need_B = needs
-    saved = kept(weight, lora_A, lora_B, s, keep, need_x, need_A, need_B)
+    saved = tensors_to_save(weight, lora_A, lora_B, s, keep, need_x, need_A, need_B)
     ctx.save_for_backward(x if need_A or need_weight else None, *saved)
     ctx.alpha, ctx.backend = alpha, backend
     ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype

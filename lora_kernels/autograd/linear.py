@@ -32,7 +32,7 @@ from lora_kernels.autograd.common import (
     contiguous,
     fake_gradients,
     gradient,
-    guarded,
+    guard_backward,
     plain_scaling,
     register,
     register_flops,
@@ -94,7 +94,7 @@ class LoRALinearFunction(torch.autograd.Function):
             return _backward(ctx, into, dy)
 
 
-@guarded
+@guard_backward
 def _backward(
     ctx: Context, into: tuple[Tensor | None, Tensor | None], dy: Tensor
 ) -> tuple[Tensor | None, ...]:  # fmt: skip

@@ -22,7 +22,7 @@ from lora_kernels.autograd.common import (
     autocast_off,
     backward_products,
     gradients,
-    guarded,
+    guard_backward,
     register,
     register_flops,
 )
@@ -90,7 +90,7 @@ class LoRAMLPFunction(torch.autograd.Function):
             return _backward(ctx, into, dy)
 
 
-@guarded
+@guard_backward
 def _backward(
     ctx: Context, into: Sequence[tuple[Tensor | None, Tensor | None]], dy: Tensor
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
@@ -115,7 +115,7 @@ def _mlp(
     """Compute y `[*, out]` from arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
     register_flops({mlp_forward: _forward_flops, mlp_backward: _backward_flops})
     given = x, weights, lora_As, lora_Bs, biases, scalings, backend
-    chosen, tensors, places, numbers = packing.prepared("lora_mlp", *given)
+    chosen, tensors, places, numbers = packing.prepare("lora_mlp", *given)
     # A placeholder with the shape of h but without its memory.
     h = x.new_empty(1).expand(*x.shape[:-1], weights[-1].shape[1])
     noise = packing.draw(x, chosen, lora_As[:-1], dropout_ps[:-1])
@@ -222,7 +222,7 @@ def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Non
     layers, drawn = packing.entries(tensors, places, scalings, dropout_ps), iter(kept)
     # During forward, `needs_input_grad` has a flat entry for each tensor of a list.
     need_x, *flags = ctx.needs_input_grad[: 1 + len(tensors)]
-    needs, of = packing.needed(flags, places, len(layers)), packing.ranks(layers)
+    needs, of = packing.needs_by_layer(flags, places, len(layers)), packing.ranks(layers)
     shrunk = [*packing.columns(s, of[:-1], backend), *packing.columns(s_down, of[-1:], backend)]
     keeps = [next(drawn) if rank and q.dropout_p > 0 else None for q, rank in zip(layers, of, strict=True)]
     ctx.save_for_backward(*mlp_pass.to_save(x, layers, outs, shrunk, keeps, need_x, needs, recompute))
@@ -245,7 +245,7 @@ def _differentiate(ctx: Context, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
 def _gradients(ctx: Context, dy: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
     """Compute dx, and a gradient or None for each of the packed tensors."""
     need_x, flags = ctx.needs_input_grad[:2]
-    needs = [need for own in packing.needed(flags, ctx.places, len(ctx.alphas)) for need in own]
+    needs = [need for own in packing.needs_by_layer(flags, ctx.places, len(ctx.alphas)) for need in own]
     x, *saved = ctx.saved_tensors
     end = SAVED_WITH_BIAS * len(ctx.alphas)
     tensors, places = packing.pack([saved[:end]])

@@ -21,12 +21,12 @@ from lora_kernels.autograd.noise import draw_noise
 from lora_kernels.passes.layer import GIVEN, Projection, by_layer
 
 __all__ = [
-    "columns", "draw", "entries", "forward_flops", "gradients_of", "needed", "pack", "pitches", "prepared", "ranks",
-    "side_by_side", "unpack", "widest",
+    "columns", "draw", "entries", "forward_flops", "gradients_of", "needs_by_layer", "pack", "pitches", "prepare",
+    "ranks", "side_by_side", "unpack", "widest",
 ]  # fmt: skip
 
 
-def prepared(
+def prepare(
     call: str, x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor | None],
     lora_Bs: Sequence[Tensor | None], biases: Sequence[Tensor | None], scalings: Sequence[float], backend: str,
 ) -> tuple[str, list[Tensor], list[int], list[float]]:  # fmt: skip
@@ -71,7 +71,7 @@ def entries(
     return [Projection(*four, *numbers) for four, *numbers in zip(given, scalings, dropout_ps, strict=True)]
 
 
-def needed(flags: Sequence[bool], places: Sequence[int], count: int) -> list[list[bool]]:
+def needs_by_layer(flags: Sequence[bool], places: Sequence[int], count: int) -> list[list[bool]]:
     """Return for each layer which gradients of weight, lora_A, lora_B and bias are needed, False for a missing one."""
     return [list(map(bool, four)) for four in unpack(flags, places, count)]
 

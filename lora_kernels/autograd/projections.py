@@ -26,13 +26,13 @@ from lora_kernels.autograd.common import (
     autocast_off,
     backward_products,
     gradients,
-    guarded,
+    guard_backward,
     register,
     register_flops,
 )
 from lora_kernels.dropout import keep_scale
 from lora_kernels.passes import projections as projections_pass
-from lora_kernels.passes.layer import GIVEN, SAVED, Part, Projection, by_layer, kept, rows
+from lora_kernels.passes.layer import GIVEN, SAVED, Part, Projection, by_layer, rows, tensors_to_save
 
 __all__ = ["LoRAProjectionsFunction", "projections", "projections_backward", "projections_forward"]
 
@@ -75,7 +75,7 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         need_x, needs = ctx.needs_input_grad[0], by_layer(ctx.needs_input_grad[3:])
         saved = [x if any(need_weight or need_A for need_weight, need_A, _, _ in needs) else None]
         for q, s, keep, (_, need_A, need_B, _) in zip(projections, shrunk, keeps, needs, strict=True):
-            saved += kept(q.weight, q.lora_A, q.lora_B, s, keep, need_x, need_A, need_B)
+            saved += tensors_to_save(q.weight, q.lora_A, q.lora_B, s, keep, need_x, need_A, need_B)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.x_shape = backend, x.shape
@@ -97,7 +97,7 @@ class LoRAProjectionsFunction(torch.autograd.Function):
             return _backward(ctx, into, *dys)
 
 
-@guarded
+@guard_backward
 def _backward(
     ctx: Context, into: Sequence[tuple[Tensor | None, Tensor | None]], *dys: Any
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
@@ -128,7 +128,7 @@ def _projections(
     """Compute each y `[*, outᵢ]` from arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
     register_flops({projections_forward: _forward_flops, projections_backward: _backward_flops})
     given = x, weights, lora_As, lora_Bs, biases, scalings, backend
-    backend, tensors, places, numbers = packing.prepared("lora_projections", *given)
+    backend, tensors, places, numbers = packing.prepare("lora_projections", *given)
     noise = packing.draw(x, backend, lora_As, dropout_ps)
     return projections_forward(x, tensors, places, noise, numbers, dropout_ps, backend)[0]
 
@@ -207,13 +207,13 @@ def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Non
     _, s, keeps = output
     # During forward, `needs_input_grad` has a flat entry for each tensor of a list.
     need_x, *flags = ctx.needs_input_grad[: 1 + len(tensors)]
-    needs, drawn = packing.needed(flags, places, len(scalings)), iter(keeps)
+    needs, drawn = packing.needs_by_layer(flags, places, len(scalings)), iter(keeps)
     saved: list[Tensor | None] = []
     entries = packing.entries(tensors, places, scalings, dropout_ps)
     for q, (_, need_A, _, _) in zip(entries, needs, strict=True):
         keep = next(drawn) if q.lora_A is not None and q.dropout_p > 0 else None
         # One tensor has the s of all projections.
-        saved += kept(q.weight, q.lora_A, q.lora_B, None, keep, need_x, need_A, False)
+        saved += tensors_to_save(q.weight, q.lora_A, q.lora_B, None, keep, need_x, need_A, False)
     need_rows = any(need_weight or need_A for need_weight, need_A, _, _ in needs)
     ctx.save_for_backward(x if need_rows else None, s if any(need_B for _, _, need_B, _ in needs) else None, *saved)
     ctx.mark_non_differentiable(s)
@@ -236,7 +236,7 @@ def _gradients(ctx: Context, dys: Sequence[Tensor | None]) -> tuple[Tensor | Non
     """Compute dx, and a gradient or None for each of the four tensors of each projection."""
     x, s, *saved = ctx.saved_tensors
     need_x, flags = ctx.needs_input_grad[:2]
-    needs = packing.needed(flags, ctx.places, len(dys))
+    needs = packing.needs_by_layer(flags, ctx.places, len(dys))
     shrunk = [None] * len(dys) if s is None else packing.columns(s, ctx.ranks, ctx.backend)
     groups, alphas, need_As = [], [], []
     for i, (dy, own) in enumerate(zip(dys, by_layer(saved, SAVED), strict=True)):

@@ -125,7 +125,7 @@ def _tuned(device: torch.device, routes: dict[str, dict[str, str]]) -> str:
         return "nothing to tune: without the fused kernels every product has one form"
     gpu = torch.cuda.get_device_name(device)
     choices, file = tuned.in_use(gpu), _store_folder()
-    own = any(table.gpu == gpu and tuned.versions() in table.choices for _, table in tuned.stored())
+    own = any(table.gpu == gpu and tuned.versions() in table.choices for _, table in tuned.stored_tables())
     if not choices:
         return f"no choices measured for {gpu} with these versions; the rules choose. Next: lora-kernels tune"
     return f"{len(choices)} measured {'choice' if len(choices) == 1 else 'choices'} in use, " + (
@@ -158,7 +158,7 @@ def _variables() -> list[dict[str, str | None]]:
         dict(
             name="TRITON_INTERPRET",
             value=os.environ.get("TRITON_INTERPRET"),
-            effect=interpreted if plan.interpreting() else "kernels are compiled, not interpreted",
+            effect=interpreted if plan.is_interpreting() else "kernels are compiled, not interpreted",
         ),
         dict(
             name="TRITON_CACHE_DIR",

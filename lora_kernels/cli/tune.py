@@ -217,7 +217,7 @@ def _table(*headings: str, numbers: tuple[str, ...] = ()) -> Table:
 
 
 def _show(console: Console, args: argparse.Namespace) -> int:
-    files = list(tuned.stored())
+    files = list(tuned.stored_tables())
     for path, stored in files:
         for made_with, choices in stored.choices.items():
             used = "in use" if made_with == tuned.versions() else f"not in use: here is {tuned.versions()}"

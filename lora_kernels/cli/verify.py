@@ -126,7 +126,7 @@ def _select(args: argparse.Namespace, device: torch.device) -> tuple[list[AnyCas
 def _kernels_problem(device: torch.device, dtype: str) -> str:
     """Return why the kernels cannot be verified on a device in a dtype, or ""; on a CPU, turn the interpreter on."""
     if device.type == "cpu":
-        if not plan.interpreting() and "triton" in sys.modules:
+        if not plan.is_interpreting() and "triton" in sys.modules:
             return "Kernels skipped: Triton was imported without its interpreter; run this in a process of its own."
         if importlib.util.find_spec("triton") is None:
             return "Kernels skipped: Triton is not installed; the torch backend is what runs on this machine."

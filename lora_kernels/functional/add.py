@@ -6,7 +6,7 @@ from torch import Tensor
 from lora_kernels import autograd, passes, plan, reference
 from lora_kernels.autograd.common import autocasts
 from lora_kernels.functional import checks
-from lora_kernels.functional.gate import arrived, as_number, nothing, transforming, watched, without_autocast
+from lora_kernels.functional.gate import as_number, is_transforming, is_watched, nothing, wait_for, without_autocast
 
 __all__ = ["lora_add"]
 
@@ -35,7 +35,7 @@ def lora_add(
     Raises:
         TypeError, ValueError, RuntimeError: As `lora_linear`.
     """
-    base, x = arrived(base), arrived(x)
+    base, x = wait_for(base), wait_for(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     autocast = autocasts(device_type) and isinstance(x, Tensor) and x.is_floating_point() and x.itemsize <= 4
     if autocast:
@@ -53,7 +53,7 @@ def _add(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str
 ) -> Tensor:
     """Choose a backend for a checked call, and call it."""
-    if transforming():
+    if is_transforming():
         checks.check_transforms(backend, "lora_add")
         a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
         return reference.lora_add(base, x, a, b, scaling=scaling, dropout_p=dropout_p)
@@ -62,9 +62,9 @@ def _add(
         # Raise if `backend` is not a known name.
         plan.choose(x.device, x.dtype, rank, True, backend, "lora_add")
         return base + nothing(lora_A, lora_B).to(base.dtype)
-    if watched():
+    if is_watched():
         return autograd.add.add(
-            base, x, lora_A, lora_B, as_number(scaling), as_number(dropout_p), plan.overridden(backend)
+            base, x, lora_A, lora_B, as_number(scaling), as_number(dropout_p), plan.requested_backend(backend)
         )  # fmt: skip
     scaling, dropout_p = float(scaling), float(dropout_p)
     backend = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or base.numel() == 0, backend, "lora_add")

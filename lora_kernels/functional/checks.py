@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.activations import ACTIVATIONS, meant
+from lora_kernels.activations import ACTIVATIONS, known_name
 from lora_kernels.constants import DTYPES, HALF
 
 __all__ = [
@@ -75,12 +75,12 @@ def check_call(
     if lora_A.shape[1] != in_features:
         raise ValueError(
             f"{call}: lora_A is {_shape(lora_A)} but must be (r, {in_features}) to match x."
-            + (_swapped(lora_A, lora_B, in_features, out_features) or " Did you pass lora_A transposed?")
+            + (_swap_hint(lora_A, lora_B, in_features, out_features) or " Did you pass lora_A transposed?")
         )
     if lora_B.shape != (out_features, rank):
         raise ValueError(
             f"{call}: lora_B is {_shape(lora_B)} but must be ({out_features}, {rank}): out_features x rank."
-            + _swapped(lora_A, lora_B, in_features, out_features)
+            + _swap_hint(lora_A, lora_B, in_features, out_features)
         )
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(
@@ -129,12 +129,12 @@ def check_add(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
     if lora_A.dim() != 2 or lora_A.shape[1] != x.shape[-1]:
         raise ValueError(
             f"lora_add: lora_A is {_shape(lora_A)} but must be (r, {x.shape[-1]}) to match x."
-            + (_swapped(lora_A, lora_B, x.shape[-1], base.shape[-1]) or " Did you pass lora_A transposed?")
+            + (_swap_hint(lora_A, lora_B, x.shape[-1], base.shape[-1]) or " Did you pass lora_A transposed?")
         )
     if lora_B.shape != (base.shape[-1], lora_A.shape[0]):
         raise ValueError(
             f"lora_add: lora_B is {_shape(lora_B)} but must be ({base.shape[-1]}, {lora_A.shape[0]}): "
-            "out_features x rank." + _swapped(lora_A, lora_B, x.shape[-1], base.shape[-1])
+            "out_features x rank." + _swap_hint(lora_A, lora_B, x.shape[-1], base.shape[-1])
         )
     _check_numbers(scaling, dropout_p, "lora_add")
 
@@ -268,7 +268,7 @@ def check_activation(call: str, activation: object) -> None:
     """
     if isinstance(activation, str) and activation in ACTIVATIONS:
         return
-    known, name = ", ".join(ACTIVATIONS), meant(activation)
+    known, name = ", ".join(ACTIVATIONS), known_name(activation)
     hint = f' Use "{name}".' if name else ""
     if isinstance(activation, str):
         raise ValueError(f"{call}: activation={activation!r} is not one of: {known}.{hint}")
@@ -290,7 +290,7 @@ def check_mlp(layers: dict[str, Any], activation: str) -> None:
                 f"got {type(q).__name__}."
             )
         if not isinstance(q.weight, Tensor) or q.weight.dim() != 2:
-            raise TypeError(f"lora_mlp: {name}.weight must be a tensor with 2 dims, got {_described(q.weight)}.")
+            raise TypeError(f"lora_mlp: {name}.weight must be a tensor with 2 dims, got {_description(q.weight)}.")
         if (q.lora_A is None) != (q.lora_B is None):
             there, missing = ("lora_B", "lora_A") if q.lora_A is None else ("lora_A", "lora_B")
             raise ValueError(f"lora_mlp: {name} has {there} and no {missing}; give both, or neither for no adapter.")
@@ -358,7 +358,7 @@ def _check_kind(name: str, t: object, call: str = "lora_linear") -> None:
         )
 
 
-def _swapped(lora_A: Tensor, lora_B: Tensor, in_features: int, out_features: int) -> str:
+def _swap_hint(lora_A: Tensor, lora_B: Tensor, in_features: int, out_features: int) -> str:
     """Return a hint if misfit adapters would fit when exchanged, else an empty string."""
     fit = lora_B.shape[1:] == (in_features,) and lora_A.shape == (out_features, lora_B.shape[0])
     return " lora_A and lora_B seem to be swapped: exchanged, they would fit." if fit else ""
@@ -371,7 +371,7 @@ def _argument(part: str, layer: str | int | None) -> str:
     return f"{layer}.{part}" if isinstance(layer, str) else _IN_LISTS[part].format(layer)
 
 
-def _described(t: object) -> str:
+def _description(t: object) -> str:
     return f"shape {_shape(t)}" if isinstance(t, Tensor) else type(t).__name__
 
 

@@ -13,8 +13,8 @@ from lora_kernels import plan
 from lora_kernels.passes.layer import Projection
 
 __all__ = [
-    "arrived", "as_autocast", "as_number", "base_only", "cast", "check_backend_runs", "nothing", "transforming",
-    "watched", "without_autocast",
+    "as_autocast", "as_number", "base_only", "cast", "check_backend_runs", "is_transforming", "is_watched", "nothing",
+    "wait_for", "without_autocast",
 ]  # fmt: skip
 
 
@@ -31,17 +31,17 @@ class _Wait(torch.autograd.Function):
         return dt
 
 
-def arrived(t: Tensor) -> Tensor:
+def wait_for(t: Tensor) -> Tensor:
     """Wait for t if t is the pending result of a collective, as PyTorch's tensor-parallel styles return; return t."""
     return _Wait.apply(t) if type(t).__name__ == "AsyncCollectiveTensor" else t
 
 
-def transforming() -> bool:
+def is_transforming() -> bool:
     """Return whether a `torch.func` transform or forward-mode AD is active; only plain operators support them."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def watched() -> bool:
+def is_watched() -> bool:
     """Return whether a compiler or a dispatch mode has to see an operator.
 
     Otherwise the plain path serves the call, because it is tens of microseconds faster.

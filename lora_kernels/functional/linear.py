@@ -8,13 +8,13 @@ from lora_kernels.autograd.common import autocasts
 from lora_kernels.autograd.noise import draw_shard
 from lora_kernels.functional import checks
 from lora_kernels.functional.gate import (
-    arrived,
     as_autocast,
     as_number,
     base_only,
     check_backend_runs,
-    transforming,
-    watched,
+    is_transforming,
+    is_watched,
+    wait_for,
     without_autocast,
 )  # fmt: skip
 
@@ -71,7 +71,7 @@ def lora_linear(
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
     if type(x) is not Tensor:
-        x = arrived(x)
+        x = wait_for(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     autocast, adapters_fit = autocasts(device_type), False
     if autocast:
@@ -96,7 +96,7 @@ def compute(
     dropout_p: float, backend: str, accumulate_grad: bool, dropout_shard: tuple[int, int], chosen: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute one layer of a checked call; choose a backend, unless the call has `chosen` one for all its layers."""
-    if transforming():
+    if is_transforming():
         checks.check_transforms(backend, call)
         return reference.lora_linear(
             x, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling=scaling, bias=bias, dropout_p=dropout_p
@@ -108,8 +108,8 @@ def compute(
         checks.check_sharded(dropout_p, call)
         # This import registers the sharding rules, and waits until there are DTensors.
         from lora_kernels.autograd import sharding  # noqa: F401
-    if sharded or watched():
-        backend = plan.overridden(backend)
+    if sharded or is_watched():
+        backend = plan.requested_backend(backend)
         if adds_nothing:
             return base_only(x, weight, lora_A, lora_B, bias)
         check_backend_runs(call, x, [weight], [lora_A], backend)

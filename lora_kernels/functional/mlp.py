@@ -12,8 +12,8 @@ from lora_kernels import autograd, passes, plan, torch_backend
 from lora_kernels.activations import activated
 from lora_kernels.autograd.common import autocasts
 from lora_kernels.functional import checks
-from lora_kernels.functional.gate import arrived, cast, transforming, watched, without_autocast
-from lora_kernels.functional.projections import alone, arguments, check_each, joined, with_floats
+from lora_kernels.functional.gate import cast, is_transforming, is_watched, wait_for, without_autocast
+from lora_kernels.functional.projections import alone, arguments, check_each, project_jointly, with_floats
 from lora_kernels.passes.layer import GIVEN, Adapted, Projection
 
 __all__ = ["lora_mlp"]
@@ -66,7 +66,7 @@ def lora_mlp(
     added: Any = accumulate_grad if isinstance(accumulate_grad, (list, tuple)) else [accumulate_grad] * len(layers)
     if len(added) != len(layers):
         raise ValueError(f"lora_mlp: accumulate_grad is for {len(added)} layers and there are {len(layers)}.")
-    x = arrived(x)
+    x = wait_for(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     autocast, entries, adapters_fit = autocasts(device_type), list(layers.values()), [False] * len(layers)
     if autocast:
@@ -94,14 +94,14 @@ def _mlp(
         def composed(x: Tensor) -> Tensor:
             # There is at least one layer before the activation, so that `gate` is never None.
             gate: Any
-            outs = joined("lora_mlp", x, before, backend, added[:-1], chosen)
+            outs = project_jointly("lora_mlp", x, before, backend, added[:-1], chosen)
             gate, up = (*outs, None)[:2]
             return alone("lora_mlp", activated(gate, up, activation), down, backend, added[-1], chosen)
 
         # Transforms do not support saved-tensor hooks, which `checkpoint` needs.
-        again = recompute and torch.is_grad_enabled() and not transforming()
+        again = recompute and torch.is_grad_enabled() and not is_transforming()
         return checkpoint(composed, x, use_reentrant=False) if again else composed(x)
-    if watched():
+    if is_watched():
         return autograd.mlp.mlp(x, *arguments(entries), activation, recompute, shared)
     entries = list(map(with_floats, entries))
     tensors = list(itertools.chain.from_iterable(q[:GIVEN] for q in entries))
@@ -120,14 +120,14 @@ def _backends(x: Tensor, entries: list[Projection], backend: str) -> tuple[str |
     compiler or a dispatch mode, the first is the requested backend, because the operators choose later.
     """
     adapted: list[Adapted] = [q for q in entries if q.lora_A is not None]
-    if not adapted or transforming() or checks.is_sharded(x):
+    if not adapted or is_transforming() or checks.is_sharded(x):
         return None, None
     # An adapter that adds nothing gets gradients of 0 when its layer is computed alone.
     if any(q.dropout_p == 1 or not q.lora_A.shape[0] for q in adapted):
         return None, None
     empty = x.numel() == 0 or any(q.weight.numel() == 0 for q in entries)
-    if watched():
-        return None if empty else plan.overridden(backend), None
+    if is_watched():
+        return None if empty else plan.requested_backend(backend), None
     chosen = plan.choose(x.device, x.dtype, max(q.lora_A.shape[0] for q in adapted), empty, backend, "lora_mlp")
     if chosen == "torch" and all(torch_backend.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted):
         return None, chosen

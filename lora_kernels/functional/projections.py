@@ -12,18 +12,20 @@ from lora_kernels.autograd.common import autocasts
 from lora_kernels.constants import MAX_OUTPUTS
 from lora_kernels.functional import checks
 from lora_kernels.functional.gate import (
-    arrived,
     as_number,
     cast,
     check_backend_runs,
-    transforming,
-    watched,
+    is_transforming,
+    is_watched,
+    wait_for,
     without_autocast,
 )
 from lora_kernels.functional.linear import compute
 from lora_kernels.passes.layer import GIVEN, Adapted, Projection
 
-__all__ = ["alone", "arguments", "check_each", "joined", "lora_projections", "lora_qkv", "project", "with_floats"]
+__all__ = [
+    "alone", "arguments", "check_each", "lora_projections", "lora_qkv", "project", "project_jointly", "with_floats",
+]  # fmt: skip
 
 _QKV = ("q", "k", "v")
 
@@ -60,7 +62,7 @@ def lora_projections(
 
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
-    return _projected(
+    return _check_and_project(
         "lora_projections", x, weights, adapters, biases, scaling, dropout_p, backend, accumulate_grad=accumulate_grad
     )
 
@@ -75,13 +77,13 @@ def lora_qkv(
     With grouped-query attention Wk and Wv have fewer rows than Wq. Arguments, result and errors are those of
     `lora_projections`.
     """
-    # `_projected` has checked that there are three projections.
-    return _projected(  # type: ignore[return-value]
+    # `_check_and_project` has checked that there are three projections.
+    return _check_and_project(  # type: ignore[return-value]
         "lora_qkv", x, weights, adapters, biases, scaling, dropout_p, backend, 3, accumulate_grad
     )
 
 
-def _projected(
+def _check_and_project(
     call: str, x: Tensor, weights: Sequence[Tensor], adapters: Sequence[tuple[Tensor, Tensor] | None],
     biases: Sequence[Tensor | None] | None, scaling: float | Sequence[float], dropout_p: float | Sequence[float],
     backend: str, expected: int | None = None, accumulate_grad: bool | Sequence[bool] = False,
@@ -103,7 +105,7 @@ def project(
     call: str, x: Tensor, entries: list[Projection], backend: str, added: Sequence[bool]
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Cast for autocast, check, and compute each projection; `added` has `accumulate_grad` of each."""
-    x = arrived(x)
+    x = wait_for(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     autocast, adapters_fit = autocasts(device_type), [False] * len(entries)
     if autocast:
@@ -112,8 +114,8 @@ def project(
     check_each(call, x, range(len(entries)), entries, adapters_fit, entries)
     if autocast:
         with without_autocast(device_type):
-            return joined(call, x, entries, backend, added)
-    return joined(call, x, entries, backend, added)
+            return project_jointly(call, x, entries, backend, added)
+    return project_jointly(call, x, entries, backend, added)
 
 
 def check_each(
@@ -126,20 +128,20 @@ def check_each(
         lora_A: Any
         lora_B: Any
         lora_A, lora_B = _no_adapter(q.weight) if q.lora_A is q.lora_B is None else (q.lora_A, q.lora_B)
-        where = f"{call}: {_named(call, layer)}"
+        where = f"{call}: {_projection_name(call, layer)}"
         checks.check_call(x, q.weight, lora_A, lora_B, q.bias, q.scaling, q.dropout_p, where)
         if not fits:
             checks.check_dtypes(x, q.weight, lora_A, lora_B, q.bias, where, layer, together)
 
 
-def _named(call: str, layer: str | int) -> str:
+def _projection_name(call: str, layer: str | int) -> str:
     """Return the name of one projection in messages, where `layer` is a name or an index in the lists."""
     if isinstance(layer, str):
         return layer
     return _QKV[layer] if call == "lora_qkv" else f"projection {layer}"
 
 
-def joined(
+def project_jointly(
     call: str, x: Tensor, entries: list[Projection], backend: str, added: Sequence[bool], chosen: str | None = None
 ) -> tuple[Tensor, ...]:
     """Compute together the checked projections that can share launches, and each other projection alone.
@@ -169,10 +171,10 @@ def _backends(call: str, x: Tensor, entries: list[Projection], backend: str) -> 
     There the first is the requested backend, because the operators choose later, from the sizes that they see.
     """
     adapted: list[Adapted] = [q for q in entries if q.lora_A is not None and q.lora_A.shape[0]]
-    if len(entries) < 2 or not adapted or transforming() or checks.is_sharded(x):
+    if len(entries) < 2 or not adapted or is_transforming() or checks.is_sharded(x):
         return None, None
-    if watched():
-        backend = plan.overridden(backend)
+    if is_watched():
+        backend = plan.requested_backend(backend)
         check_backend_runs(call, x, [q.weight for q in entries], [q.lora_A for q in adapted], backend)
         return backend, None
     widths, rank = [q.weight.shape[0] for q in entries], max(q.lora_A.shape[0] for q in adapted)
@@ -183,7 +185,7 @@ def _backends(call: str, x: Tensor, entries: list[Projection], backend: str) -> 
 
 def _together(x: Tensor, entries: list[Projection], backend: str, added: list[bool]) -> list[Tensor]:
     """Compute several projections in the same launches, by a Function if a gradient may be needed."""
-    if watched():
+    if is_watched():
         return autograd.projections.projections(x, *arguments(entries), backend)
     entries = list(map(with_floats, entries))
     tensors = [t for q in entries for t in q[:GIVEN]]

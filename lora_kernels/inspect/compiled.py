@@ -76,7 +76,7 @@ CASES = (
 
 def problem() -> str:
     """Return why this process cannot compile kernels, or ""; also turn Triton's interpreter off before its import."""
-    if "triton" in sys.modules and plan.interpreting():
+    if "triton" in sys.modules and plan.is_interpreting():
         return "Triton was imported with its interpreter; run this in a process of its own."
     # Triton is imported later and reads TRITON_INTERPRET then.
     os.environ.pop("TRITON_INTERPRET", None)
@@ -96,7 +96,7 @@ def compile_case(case: Case, arch: str, seen: set[str]) -> list[Kernel]:
     precision = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     try:
-        with imagine(GPUS[arch]) as launched, plan.forced(case.strategy, case.place):
+        with imagine(GPUS[arch]) as launched, plan.force_form(case.strategy, case.place):
             ys = _forward(case)
             forward = len(launched)
             torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])

@@ -43,7 +43,7 @@ class _Block(nn.Module):
             setattr(self, name, child.requires_grad_(False) if plain else child)
 
     @classmethod
-    def _checked(cls, linears: Sequence[nn.Module], targets: Sequence[str], *numbers: Any) -> list[str]:
+    def _check_layers(cls, linears: Sequence[nn.Module], targets: Sequence[str], *numbers: Any) -> list[str]:
         """Refuse layers that the block cannot replace; return the names of the targets without an adapter."""
         cls._check_targets(targets)
         check_numbers(cls.__name__, *numbers)
@@ -179,7 +179,7 @@ class LoRAQKV(_Block):
             ValueError: A layer has hooks; the layers differ in in_features or device; `targets` is empty or has another
                 name; for a number, as `LoRALinear`.
         """
-        adapt = cls._checked((q, k, v), targets, r, lora_alpha, lora_dropout)
+        adapt = cls._check_layers((q, k, v), targets, r, lora_alpha, lora_dropout)
         if not q.in_features == k.in_features == v.in_features:
             raise ValueError(
                 f"LoRAQKV.from_linears: q, k and v must take the same number of features, got {q.in_features}, "
@@ -280,7 +280,7 @@ class LoRAMLP(_Block):
             ValueError: A layer has hooks; the shapes do not fit together, or the devices differ; `activation` is not a
                 known name; `targets` is empty or has another name; for a number, as `LoRALinear`.
         """
-        adapt = cls._checked((gate, up, down), targets, r, lora_alpha, lora_dropout)
+        adapt = cls._check_layers((gate, up, down), targets, r, lora_alpha, lora_dropout)
         if gate.in_features != up.in_features or not gate.out_features == up.out_features == down.in_features:
             shapes = ", ".join(f"{q.in_features} to {q.out_features}" for q in (gate, up, down))
             raise ValueError(

@@ -11,7 +11,7 @@ from lora_kernels.dropout import keep_scale
 
 __all__ = [
     "GIVEN", "SAVED", "SAVED_WITH_BIAS", "Adapted", "Kept", "Layer", "Part", "Projection", "as_dtype", "by_layer",
-    "kept", "readable", "rows",
+    "readable", "rows", "tensors_to_save",
 ]  # fmt: skip
 
 # Tensors given for each layer: weight, lora_A, lora_B and bias. A type checker can slice by a Final number.
@@ -47,7 +47,7 @@ class Projection(NamedTuple):
         """Return the factor on the accumulators of both shrinks."""
         return self.scaling * keep_scale(self.dropout_p)
 
-    def parted(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def tensors_and_values(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Return the tensors, and the values."""
         return self[:GIVEN], self[GIVEN:]
 
@@ -77,7 +77,7 @@ class Part(NamedTuple):
     dtypes: tuple[torch.dtype, torch.dtype]
     need_A: bool
 
-    def parted(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def tensors_and_values(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Return the tensors, and the values."""
         return self[:_OF_PART], self[_OF_PART:]
 
@@ -111,7 +111,7 @@ class Layer(NamedTuple):
     dtypes: tuple[torch.dtype, torch.dtype] | Any
     needs: Sequence[bool]
 
-    def parted(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def tensors_and_values(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Return the tensors, and the values."""
         return self[:_OF_LAYER], self[_OF_LAYER:]
 
@@ -129,7 +129,7 @@ def by_layer(flat: Sequence, each: int = GIVEN) -> list[Sequence]:
     return [flat[i : i + each] for i in range(0, len(flat), each)]
 
 
-def kept(
+def tensors_to_save(
     weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, s: Tensor | None, keep: Tensor | None,
     need_x: bool, need_A: bool, need_B: bool, again: bool = False,
 ) -> tuple[Kept, Kept, Kept, Kept, Kept]:  # fmt: skip

@@ -29,7 +29,7 @@ from torch import Tensor
 from lora_kernels import plan
 from lora_kernels.activations import After, Before
 from lora_kernels.passes import linear, projections
-from lora_kernels.passes.layer import GIVEN, Kept, Layer, Part, Projection, kept, readable, rows
+from lora_kernels.passes.layer import GIVEN, Kept, Layer, Part, Projection, readable, rows, tensors_to_save
 
 __all__ = ["differentiate", "forward", "reads_outs", "to_save"]
 
@@ -105,7 +105,7 @@ def _backward(
     dx = None
     if need_dh:
         after = After(ds, down.dtypes[0], down.keep, down.into_A) if need_A else None
-        asked = [_asked(q, need_x, dy.dtype) for q in before]
+        asked = [_request(q, need_x, dy.dtype) for q in before]
         wides, d_lora_A, made = ops.activation_wgrad(
             gate, up, dh, activation, after, *asked, slot=steps["dg, du"]
         )  # fmt: skip
@@ -171,7 +171,7 @@ def to_save(
         (need_weight, need_A, need_B, _), is_down = needs, i == len(layers) - 1
         into, made_again = need_dh if is_down else need_x, again and not is_down
         need_rows |= not is_down and (need_weight or need_A)
-        saved += kept(q.weight, q.lora_A, q.lora_B, s, keep, into, need_A, need_B, made_again)
+        saved += tensors_to_save(q.weight, q.lora_A, q.lora_B, s, keep, into, need_A, need_B, made_again)
         saved.append(q.bias if made_again else None)
     return [x if need_rows else None, *saved, *(outs if need_outs and not again else ())]
 
@@ -197,7 +197,7 @@ def _through_down(steps: plan.Steps, dy: Tensor, down: Layer, need_dh: bool) -> 
     return None if dh is None else dh.contiguous(), ds, d_lora_B
 
 
-def _asked(q: Layer, need_x: bool, dtype: torch.dtype) -> Before | None:
+def _request(q: Layer, need_x: bool, dtype: torch.dtype) -> Before | None:
     """Return the request for ds and dB of a layer before the activation, to be computed with its dy."""
     _, need_A, need_B, _ = q.needs
     if q.dtypes is None or not (need_x or need_A or need_B):

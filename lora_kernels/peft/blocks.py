@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_kernels.functional import lora_mlp, lora_projections
-from lora_kernels.functional.gate import watched
+from lora_kernels.functional.gate import is_watched
 from lora_kernels.passes.layer import Projection
 from lora_kernels.peft.layer import bare, projection
 from lora_kernels.peft.structure import ATTENTION, FixedModule, Structure, members
@@ -95,7 +95,7 @@ def _attention_forward(cls: type[nn.Module], stock: Callable[..., Any], backend:
 
     @functools.wraps(stock)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if watched():
+        if is_watched():
             return stock(self, *args, **kwargs)
         stand_in, call = object.__new__(stand_in_class), _Call(members(self, ATTENTION), backend)
         object.__setattr__(stand_in, "__dict__", self.__dict__)

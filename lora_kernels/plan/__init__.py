@@ -11,15 +11,15 @@ from lora_kernels.plan.backend import (
     automatic,
     choose,
     contractions,
-    interpreting,
-    overridden,
+    is_interpreting,
+    requested_backend,
     triton_problem,
 )  # fmt: skip
 from lora_kernels.plan.forms import (
     Expander,
     Form,
     expander,
-    forced,
+    force_form,
     form,
     fuses,
     rule,
@@ -29,6 +29,6 @@ from lora_kernels.plan.steps import Steps, forget, run
 
 __all__ = [
     "BACKENDS", "MAX_RANK", "Choice", "Expander", "Form", "Steps", "automatic", "choose", "contractions", "expander",
-    "forced", "forget", "form", "fuses", "interpreting", "overridden", "rule", "run", "stacks",
+    "force_form", "forget", "form", "fuses", "is_interpreting", "requested_backend", "rule", "run", "stacks",
     "triton_problem",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from lora_kernels.constants import DTYPES
 from lora_kernels.plan.interface import Contractions, Kernels
 
 __all__ = [
-    "BACKENDS", "MAX_RANK", "Choice", "automatic", "choose", "contractions", "interpreting", "overridden",
+    "BACKENDS", "MAX_RANK", "Choice", "automatic", "choose", "contractions", "is_interpreting", "requested_backend",
     "triton_problem",
 ]  # fmt: skip
 
@@ -59,17 +59,17 @@ def choose(
     """
     if requested == "torch" or (empty and requested in BACKENDS):
         return "torch"
-    return _choose(device, dtype, rank, overridden(requested), call).backend
+    return _choose(device, dtype, rank, requested_backend(requested), call).backend
 
 
-def overridden(backend: str) -> str:
+def requested_backend(backend: str) -> str:
     """Return the requested backend, or the value of LORA_KERNELS_BACKEND if "auto" was requested."""
     return _environment_backend() if backend == "auto" else backend
 
 
 # As torch.compiler.assume_constant_result, which would import the compiler. The returned string becomes part of a
 # compiled graph and of the graph's key in the disk cache.
-overridden._dynamo_marked_constant = True  # type: ignore[attr-defined]
+requested_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -80,7 +80,7 @@ def _choose(device: torch.device, dtype: torch.dtype, rank: int, requested: str,
     if requested == "auto" and choice.backend == "torch" and device.type == "cuda":
         _log.info('lora_kernels: %s; using backend="torch". Set LORA_KERNELS_BACKEND=torch to silence.', choice.reason)
     if requested == "triton" and choice.backend == "torch":
-        if device.type == "cpu" and not interpreting():
+        if device.type == "cpu" and not is_interpreting():
             raise RuntimeError(f'{call}: backend="triton" needs CUDA tensors (x is on cpu).')
         if rank > MAX_RANK:
             raise ValueError(f'{call}: rank {rank} exceeds {MAX_RANK}, the largest tuned; use backend="torch".')
@@ -102,7 +102,7 @@ def automatic(device: torch.device, dtype: torch.dtype, rank: int = 16) -> Choic
     problem = triton_problem()
     if problem:
         return Choice("torch", problem)
-    if interpreting():
+    if is_interpreting():
         return Choice("torch", "TRITON_INTERPRET=1 is set: kernels would run in the slow NumPy interpreter")
     if torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
@@ -135,7 +135,7 @@ def _triton_version() -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", importlib.import_module("triton").__version__)[:3]))
 
 
-def interpreting() -> bool:
+def is_interpreting() -> bool:
     """Return whether kernels run in Triton's interpreter on CPU tensors, for tests and `lora-kernels verify`."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 

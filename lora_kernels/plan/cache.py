@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["Busy", "directory", "locked", "names", "read", "remove", "replace"]
+__all__ = ["Busy", "directory", "hold_lock", "names", "read", "remove", "replace"]
 
 MOST_BYTES = 1 << 20
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -46,7 +46,7 @@ def read(folder: Path, name: str) -> bytes:
         OSError: The file cannot be read.
         ValueError: The file or the directory is not safe, or the file is too large; the message says what to do.
     """
-    with _opened(folder) as at, os.fdopen(_open(name, os.O_RDONLY | os.O_NONBLOCK, at, folder), "rb") as file:
+    with _open_directory(folder) as at, os.fdopen(_open(name, os.O_RDONLY | os.O_NONBLOCK, at, folder), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is not a plain file; remove it")
@@ -65,7 +65,7 @@ def replace(folder: Path, name: str, contents: bytes) -> None:
         ValueError: The directory is not safe.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _opened(folder) as at:
+    with _open_directory(folder) as at:
         partial = f".{name}.{secrets.token_hex(8)}"
         try:
             with os.fdopen(_open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, at, folder), "wb") as file:
@@ -82,7 +82,7 @@ def replace(folder: Path, name: str, contents: bytes) -> None:
 def names(folder: Path) -> list[str]:
     """List the names in the directory, sorted; none if the directory does not exist. Raises as `read` does."""
     try:
-        with _opened(folder) as at:
+        with _open_directory(folder) as at:
             return sorted(os.listdir(at))
     except FileNotFoundError:
         return []
@@ -90,7 +90,7 @@ def names(folder: Path) -> list[str]:
 
 def remove(folder: Path, name: str) -> None:
     """Remove a file. Raises as `read` does."""
-    with _opened(folder) as at:
+    with _open_directory(folder) as at:
         os.unlink(name, dir_fd=at)
 
 
@@ -99,7 +99,7 @@ _held_guard = threading.Lock()
 
 
 @contextlib.contextmanager
-def locked(folder: Path, name: str, wait: bool) -> Iterator[None]:
+def hold_lock(folder: Path, name: str, wait: bool) -> Iterator[None]:
     """Hold the lock file `name`, created if needed, against every other thread and process of this machine.
 
     Args:
@@ -121,7 +121,7 @@ def locked(folder: Path, name: str, wait: bool) -> Iterator[None]:
         raise Busy(f"a thread of this process ({os.getpid()}) is at it")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _opened(folder) as at, os.fdopen(_open(name, os.O_RDWR | os.O_CREAT, at, folder), "r+b") as file:
+        with _open_directory(folder) as at, os.fdopen(_open(name, os.O_RDWR | os.O_CREAT, at, folder), "r+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
@@ -137,7 +137,7 @@ def locked(folder: Path, name: str, wait: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[int]:
+def _open_directory(folder: Path) -> Iterator[int]:
     """Open the directory, check its owner, and yield its descriptor."""
     try:
         at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -15,7 +15,7 @@ from lora_kernels.plan import model, tuned
 from lora_kernels.plan.backend import contractions
 from lora_kernels.plan.model import Product
 
-__all__ = ["Expander", "Form", "expander", "forced", "forget", "form", "fuses", "override", "rule", "stacks"]
+__all__ = ["Expander", "Form", "expander", "force_form", "forget", "form", "fuses", "override", "rule", "stacks"]
 
 
 class Form(NamedTuple):
@@ -66,7 +66,7 @@ def expander(
         return Expander("library", ops.strategy("beta1"))
     product = Product(p.shape[0], inner, cols, rank, p.dtype.itemsize, masked, backward)
     chosen = _forced or form(p.device, p.dtype, product, ops.uses_tf32(p.dtype), sources, alone)
-    if alone and chosen.strategy not in model.allowed(product):
+    if alone and chosen.strategy not in model.allowed_strategies(product):
         chosen = Form("fused")
     elif not alone and chosen.strategy != "fused":
         chosen = Form("beta1")
@@ -118,7 +118,7 @@ def rule(
 
 
 @contextlib.contextmanager
-def forced(name: str, place: int | None = None) -> Iterator[None]:
+def force_form(name: str, place: int | None = None) -> Iterator[None]:
     """Force one form for every large product that allows it, and "fused" for the others; not thread-local.
 
     Callers use it to check, measure and inspect each form.
@@ -135,7 +135,7 @@ _forced: Form | None = None
 
 
 def override() -> Form | None:
-    """Return the form that `forced` has set, or None."""
+    """Return the form that `force_form` has set, or None."""
     return _forced
 
 

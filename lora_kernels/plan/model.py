@@ -20,7 +20,7 @@ import torch
 
 from lora_kernels.constants import ONE_READ_RANK
 
-__all__ = ["NAMES", "Limits", "Product", "allowed", "best", "best_of_several", "limits", "seconds", "stacks"]
+__all__ = ["NAMES", "Limits", "Product", "allowed_strategies", "best", "best_of_several", "limits", "seconds", "stacks"]
 
 NAMES = ("fused", "beta1", "padded", "joint")
 # Seconds between two launches: an assumption.
@@ -102,7 +102,7 @@ def _like(capability: tuple[int, int] | None) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def allowed(q: Product) -> tuple[str, ...]:
+def allowed_strategies(q: Product) -> tuple[str, ...]:
     """List the strategies that can compute a product: "padded" cannot mask, "joint" is for dx alone."""
     barred = {"padded": q.masked, "joint": not q.backward}
     return tuple(name for name in NAMES if not barred.get(name))
@@ -132,7 +132,7 @@ def seconds(name: str, q: Product, gpu: Limits) -> float:
 
 def best(q: Product, gpu: Limits) -> str:
     """Return the fastest strategy; a later one in `NAMES` must gain 1 %, because the times are estimates."""
-    times = {name: seconds(name, q, gpu) for name in allowed(q)}
+    times = {name: seconds(name, q, gpu) for name in allowed_strategies(q)}
     best = NAMES[0]
     for name, needed in times.items():
         if needed < 0.99 * times[best]:

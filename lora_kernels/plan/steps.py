@@ -88,7 +88,7 @@ def run(backend: str, pass_: Callable, settings: tuple[Hashable, ...], *tensors:
     if steps.negative is None:
         steps.negative = any(map(_is_negative, tensors))
     if steps.negative:
-        tensors = tuple(map(_resolved, tensors))
+        tensors = tuple(map(_resolve_negatives, tensors))
     return ops.run_pass(pass_, steps, *settings, *tensors)
 
 
@@ -122,14 +122,14 @@ def _kinds(values: Sequence[Any]) -> tuple[Hashable, ...]:
 def _members(value: Any) -> Hashable:
     """Return the kinds of the members of a tuple or list, or any other value itself.
 
-    A class of tuples may have a method `parted`, which tells its tensors from its values.
+    A class of tuples may have a method `tensors_and_values`, which tells its tensors from its values.
     """
     if not isinstance(value, (tuple, list)):
         return value
-    parted = getattr(value, "parted", None)
-    if parted is None:
+    parts = getattr(value, "tensors_and_values", None)
+    if parts is None:
         return _kinds(value)
-    tensors, values = parted()
+    tensors, values = parts()
     return _kinds(tensors), values
 
 
@@ -142,10 +142,10 @@ def _is_negative(value: Any) -> bool:
     )
 
 
-def _resolved(argument: Any) -> Any:
+def _resolve_negatives(argument: Any) -> Any:
     """Return an argument in which no tensor has PyTorch's negative bit set."""
     if isinstance(argument, Tensor):
         return argument.resolve_neg()
     if isinstance(argument, (tuple, list)):
-        return getattr(argument, "_make", type(argument))(map(_resolved, argument))
+        return getattr(argument, "_make", type(argument))(map(_resolve_negatives, argument))
     return argument

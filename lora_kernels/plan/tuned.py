@@ -34,7 +34,7 @@ from lora_kernels.plan import cache, model
 from lora_kernels.plan.model import Product
 
 __all__ = [
-    "TILES", "Busy", "Table", "bucket", "clear", "forget", "in_use", "key", "lookup", "save", "stored", "tuning",
+    "TILES", "Busy", "Table", "bucket", "clear", "forget", "in_use", "key", "lookup", "save", "stored_tables", "tuning",
     "versions", "where",
 ]  # fmt: skip
 
@@ -76,7 +76,7 @@ def lookup(device: torch.device, dtype: torch.dtype, product: Product, tf32: boo
         tf32: Whether fp32 products may use TF32.
     """
     found = in_use(torch.cuda.get_device_name(device)).get(key(dtype, product, tf32))
-    return found if found is None or found[0] in model.allowed(product) else None
+    return found if found is None or found[0] in model.allowed_strategies(product) else None
 
 
 def key(dtype: torch.dtype, product: Product, tf32: bool) -> str:
@@ -110,7 +110,7 @@ def in_use(gpu: str) -> Choices:
         with _lock:
             choices = _loaded.get(gpu)
             if choices is None:
-                choices = _loaded[gpu] = _shipped(gpu) | _current(_own(gpu), "your table")
+                choices = _loaded[gpu] = _shipped_choices(gpu) | _current(_own(gpu), "your table")
     return choices
 
 
@@ -124,7 +124,7 @@ def save(gpu: str, choices: Mapping[str, Choice]) -> bool:
     _check_choices(json.loads(text))
     try:
         folder, name = cache.directory(), _file_of(gpu)
-        with cache.locked(folder, "save.lock", wait=True):
+        with cache.hold_lock(folder, "save.lock", wait=True):
             tables = _own(gpu).choices
             merged = tables.pop(versions(), {})
             for k, choice in choices.items():
@@ -142,7 +142,7 @@ def save(gpu: str, choices: Mapping[str, Choice]) -> bool:
     return True
 
 
-def stored() -> Iterator[tuple[Path, Table]]:
+def stored_tables() -> Iterator[tuple[Path, Table]]:
     """Yield the user's tables, for every GPU and all versions, each with its file."""
     try:
         folder = cache.directory()
@@ -184,11 +184,11 @@ def forget() -> None:
 
 
 def tuning() -> contextlib.AbstractContextManager[None]:
-    """Return a context in which no other thread or process of this machine tunes. Raises as `cache.locked` does."""
-    return cache.locked(cache.directory(), "tune.lock", wait=False)
+    """Return a context in which no other thread or process of this machine tunes. Raises as `cache.hold_lock` does."""
+    return cache.hold_lock(cache.directory(), "tune.lock", wait=False)
 
 
-def _shipped(gpu: str) -> Choices:
+def _shipped_choices(gpu: str) -> Choices:
     file = resources.files("lora_kernels").joinpath("tables").joinpath(_file_of(gpu).removeprefix("tuned-"))
     if not file.is_file():
         return {}
@@ -269,7 +269,7 @@ def _check_choices(choices: Any) -> None:
         if not isinstance(choice, list) or len(choice) != 2 or choice[0] not in model.NAMES:
             raise ValueError(f"{k}: {choice!r:.80} is not a strategy ({', '.join(model.NAMES)}) and a place")
         name, place = choice
-        if name not in model.allowed(product):
+        if name not in model.allowed_strategies(product):
             raise ValueError(f"{k}: {name} cannot compute it")
         if place is not None and (name != "fused" or type(place) is not int or not 0 <= place < _MOST_PLACES):
             raise ValueError(f"{k}: {place!r:.40} is not the place of a tile, nor null")

@@ -125,7 +125,7 @@ def examine(case: LayerCase, device: torch.device, seed: int) -> tuple[list[Find
     problem = with_mask(draw(case, device, seed), case.backend, seed)
     operands = {name: getattr(problem, name) for name in _OPERANDS if getattr(problem, name) is not None}
     before = storages(operands)
-    with plan.forced(case.form):
+    with plan.force_form(case.form):
         actual, again = (run_problem(problem, case.backend, seed) for _ in range(2))
     after = storages(operands)
     messages = [f"{name} was written to" for name in before if not torch.equal(before[name], after[name])]

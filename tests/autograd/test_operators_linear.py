@@ -67,9 +67,9 @@ def test_opcheck_of_linear_backward(backend, needed, adapters, device):
 @pytest.mark.parametrize("form", ["beta1", "padded", "joint"])
 def test_the_fake_shapes_hold_for_every_form_of_the_large_products(form, device):
     tensors = [t.requires_grad_() for t in operands(device)]
-    with plan.forced("fused" if form == "joint" else form):
+    with plan.force_form("fused" if form == "joint" else form):
         y, s, keep = autograd.linear.linear_forward(*tensors, None, 2.0, 0.0, "triton")
-    with plan.forced("beta1" if form == "padded" else form):
+    with plan.force_form("beta1" if form == "padded" else form):
         args = (y.detach(), *tensors[:4], s, keep, 2.0, "triton", torch.float32, torch.float32, [True] * 3)
         opcheck(autograd.linear.linear_backward, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
 
@@ -86,7 +86,7 @@ def test_dA_and_dB_are_contiguous_as_the_fake_kernel_promises(form, of_x, of_dy,
     backend = "torch" if form == "torch" else "triton"
     _, weight, a, b, bias = operands(device)
     x, dy = LAID_OUT[of_x](M, K, device), LAID_OUT[of_dy](M, N, device)
-    with plan.forced("fused" if form == "torch" else form):
+    with plan.force_form("fused" if form == "torch" else form):
         _, s, keep = autograd.linear.linear_forward(x, weight, a, b, bias, None, 2.0, 0.0, backend)
         args = dy, x, weight, a, b, s, keep, 2.0, backend, torch.float32, torch.float32, [True] * 3
         real = autograd.linear.linear_backward(*args)

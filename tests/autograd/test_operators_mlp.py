@@ -112,7 +112,7 @@ def test_opcheck_of_its_backward(backend, needed, recompute, device):
 @pytest.mark.parametrize("form", ["beta1", "joint", "padded"])
 def test_the_fake_shapes_hold_where_the_library_does_the_large_products(form, device):
     model, x = MLP(device, False, backend="triton"), activations(device)
-    with plan.forced(form):
+    with plan.force_form(form):
         with Watch() as mode:
             model(x).backward(model.dy)
         for op in (autograd.mlp.mlp_forward, autograd.mlp.mlp_backward):

@@ -124,7 +124,7 @@ def test_opcheck_of_their_backward(backend, needed, device):
 @pytest.mark.parametrize("form", ["beta1", "joint", "padded"])
 def test_the_fake_shapes_hold_where_the_library_does_the_large_products(form, device):
     model, x = Attention(device, False, backend="triton"), activations(device)
-    with plan.forced(form):
+    with plan.force_form(form):
         forward = taken(autograd.projections.projections_forward, lambda: model(x))
         opcheck(autograd.projections.projections_forward, forward, test_utils=["test_schema", "test_faketensor"])
         args = backward_of(model, x)
@@ -139,7 +139,7 @@ def test_the_fake_shapes_hold_where_the_library_does_the_large_products(form, de
 )
 def test_gradients_are_contiguous_as_the_fake_kernel_promises(form, device):
     model = Attention(device, False, backend="torch" if form == "torch" else "triton")
-    with plan.forced("fused" if form == "torch" else form):
+    with plan.force_form("fused" if form == "torch" else form):
         x, tensors, *rest = backward_of(model, activations(device))
         # each dy is the only one of its tensors with three dims
         args = x, [F.pad(t, (2, 2))[..., 2:-2] if t.dim() == 3 else t for t in tensors], *rest

@@ -51,12 +51,12 @@ def precision_of_products(precision: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _placed(place: int | None) -> Iterator[None]:
     """Every form that is forced takes this place among the shipped tiles as well."""
-    forced = plan.forced
-    plan.forced = lambda name, _=None: forced(name, place)
+    forced = plan.force_form
+    plan.force_form = lambda name, _=None: forced(name, place)
     try:
         yield
     finally:
-        plan.forced = forced
+        plan.force_form = forced
 
 
 def layer(dtype, m, k, n, r, layout="contiguous", p=0.0, form="fused", place=None) -> Case:
@@ -69,7 +69,7 @@ def layer(dtype, m, k, n, r, layout="contiguous", p=0.0, form="fused", place=Non
         return "" if result.ok else result.message
 
     def launch() -> None:
-        with plan.forced(form, place):
+        with plan.force_form(form, place):
             run_problem(layer_matrix.draw(case, CPU, 0), "triton", 0)
 
     tile = "" if place is None else f" tile{place}"
@@ -81,7 +81,7 @@ def block(dtype, m, k, widths, ranks, ps, activation="", place=None, **more) -> 
     case = block_matrix.BlockCase("triton", dtype, m, k, widths, ranks, ps, activation, **more)
 
     def placed() -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if place is None else plan.forced("fused", place)
+        return contextlib.nullcontext() if place is None else plan.force_form("fused", place)
 
     def judge() -> str:
         with placed():

@@ -72,7 +72,7 @@ def count(emu: Emulator, arch: str, case: Case) -> Iterator[Counted]:
     emu.launches()
     plan.forget()
     tf32 = precision_of_products("tf32" if case.tf32 else "ieee")
-    with tf32, emu.running(), plan.forced(case.strategy, case.place), recorded() as seen:
+    with tf32, emu.running(), plan.force_form(case.strategy, case.place), recorded() as seen:
         ys = _forward(case)
         torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
     done, problems = emu.launches(), [line for line in emu.problems() if ": note: " not in line]

@@ -66,7 +66,7 @@ class Emulator:
         from lora_kernels.kernels import _imagined
 
         # lets CPU tensors through to the launchers
-        plan.backend.interpreting = lambda: True
+        plan.backend.is_interpreting = lambda: True
         at = _imagined.GPUS[arch]
         self.gpu = type(at)(arch, sms, at.shared, at.shared_per_sm, 7 if arch == "sm_80" else 8)
         self.set(arch=int(arch[3:]), sms=sms)

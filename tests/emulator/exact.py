@@ -88,7 +88,7 @@ def projections(
     def launched(x, ws, dys, adapters) -> tuple[list[Tensor], list[Tensor]]:
         tensors = [x[1], *(t for a, b in adapters for t in (a[1], b[1]))]
         leaves = [t.detach().requires_grad_() for t in tensors]
-        with plan.forced("fused", place), precision_of_products(precision):
+        with plan.force_form("fused", place), precision_of_products(precision):
             for _ in range(2 if accumulate else 1):
                 ys = step(leaves, [w for _, w in ws], [dy for _, dy in dys])
         return ys, leaves

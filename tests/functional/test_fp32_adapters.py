@@ -83,7 +83,7 @@ def seen(monkeypatch):
 
         monkeypatch.setattr(ops, name, spy)
     monkeypatch.setitem(hybrid._STRATEGIES, "fused", ops.matmul_expand_all)
-    with plan.forced("fused"):
+    with plan.force_form("fused"):
         yield found
 
 

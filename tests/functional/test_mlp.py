@@ -344,7 +344,7 @@ def test_recomputing_is_a_launch_more(log):
 @interpreted
 @pytest.mark.parametrize("form", ["beta1", "padded", "joint"])
 def test_hybrids(form):
-    with plan.forced(form):
+    with plan.force_form(form):
         assert_accurate(draw(ps=DROPOUTS, batch=(9,)), "triton", split=True)
 
 

@@ -164,7 +164,7 @@ def test_fp32_adapters_under_autocast_and_without(backend, device):
 def test_a_hybrid_shares_the_thin_products(log):
     """Where the library should do the large products, it adds them to the thin ones, which still share their launches."""
     block, problems = draw(GROUPED, torch.float32, "cpu")
-    with plan.forced("beta1"):
+    with plan.force_form("beta1"):
         own, dx = run(block, lambda: block.together("triton"))
     kernels = [launch.kernel for launch in log]
     assert kernels.count(SHRINK) == 1

@@ -74,7 +74,7 @@ def test_descriptors_and_pointers_give_the_same(rows, rank, dtype):
 def test_projections_of_real_shapes(form, widths, dtype, p):
     """Queries, keys and values; and four of odd sizes, one of them without an adapter."""
     case = tuple((n or 264, 16 if n else 0, p if n else 0.0) for n in widths)
-    with plan.forced(form):
+    with plan.force_form(form):
         assert_accurate(*draw(case, dtype, "cuda", batch=(2048,), k=1032), "triton", split=form != "fused")
 
 
@@ -84,7 +84,7 @@ def test_queries_keys_and_values_are_projections(dtype, r):
     case = ((1024, r, 0.1), (256, r, 0.1), (256, r, 0.1))
     block, problems = draw(case, dtype, "cuda", batch=(2, 300), k=1024)
     results = []
-    with plan.forced("fused"):
+    with plan.force_form("fused"):
         assert_accurate(block, problems, "triton")
         for call in (lora_qkv, lora_projections):
             torch.manual_seed(1)
@@ -108,7 +108,7 @@ MLPS = {  # rows, in, hidden, out; ranks
 @pytest.mark.parametrize("form", ["fused", "beta1"])
 def test_mlps_of_real_shapes(form, mlp, dtype, p):
     problem = draw_mlp(**MLPS[mlp], ps=(p,) * 3, dtype=dtype, device="cuda", biased=True)
-    with plan.forced(form):
+    with plan.force_form(form):
         assert_mlp_accurate(problem, "triton", split=form != "fused")
 
 
@@ -118,7 +118,7 @@ def test_activations(activation, gated):
     """And recomputing what backward takes gives the same bits."""
     how = dict(gated=gated, activation=activation, ps=(0.0, 0.0, 0.1), dtype=torch.bfloat16, device="cuda")
     problem = draw_mlp((16, 16, 16), batch=(512,), sizes=(256, 768, 256), **how)
-    with plan.forced("fused"):
+    with plan.force_form("fused"):
         assert_mlp_accurate(problem, "triton")
         kept, made_again = (run_mlp(problem, "triton", recompute) for recompute in (False, True))
     assert all(torch.equal(kept[name], t) for name, t in made_again.items())

@@ -49,7 +49,7 @@ def held(order, form):
 @pytest.mark.parametrize("form", ["fused", "beta1"])
 @pytest.mark.parametrize("ranks", RANKS)
 def test_of_an_mlp(ranks, form, order):
-    with plan.forced(form):
+    with plan.force_form(form):
         run(draw(RANKS[ranks], (0.3, 0.0, 0.3)), "triton", names=("dx", *ADAPTERS))
     held(order, form)
 
@@ -60,12 +60,12 @@ def test_of_projections(ranks, form, order):
     q = draw(RANKS[ranks])
     x, layers = q.x.requires_grad_(), (q.gate, q.up)
     adapters = [None if one.lora_A is None else (one.lora_A.requires_grad_(), one.lora_B) for one in layers]
-    with plan.forced(form):
+    with plan.force_form(form):
         ys = lora_projections(x, [one.weight for one in layers], adapters, backend="triton")
         torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
     held(order, form)
     order.clear()
-    with plan.forced(form):
+    with plan.force_form(form):
         ys = lora_projections(x.detach(), [one.weight for one in layers], adapters, backend="triton")
         torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
     held(order, "no dx")

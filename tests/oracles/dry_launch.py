@@ -52,7 +52,7 @@ def block(m, k, widths, ranks, dtype, p=0.0, bias=False, adapters=None):
 
 
 def main(part):
-    plan.backend.interpreting = lambda: True  # lets CPU tensors through to the launchers
+    plan.backend.is_interpreting = lambda: True  # lets CPU tensors through to the launchers
     PARTS[part]()
     names = sorted({each.kernel for each in driver.launched})
     print("dry launch:", len(driver.launched), "launches of", *names, "with", driver.encoded, "descriptors")
@@ -183,7 +183,7 @@ def projections():
 
 def forms():
     """The thin products alone."""
-    with launching(), plan.forced("beta1"):
+    with launching(), plan.force_form("beta1"):
         layer(512, 256, 384, 16, torch.bfloat16, bias=True)
         layer(512, 256, 384, 16, torch.bfloat16, p=0.1)
 

@@ -62,7 +62,7 @@ def test_the_same_sums_in_fewer_steps(adapters, of_dx, device, monkeypatch):
         for t in (*block.leaves(), *block.weights, *block.dys):
             t.copy_(torch.randint(-1, 2, t.shape, generator=generator))
     monkeypatch.setattr(model, "_STACKED", 0)
-    with plan.forced("fused"):
+    with plan.force_form("fused"):
         own, dx = run(block, lambda: block.together("triton"))
         monkeypatch.setattr(model, "stacks", lambda *_: False)
         plan.forget()
@@ -86,7 +86,7 @@ def test_only_where_ds_and_dB_come_together_and_nothing_is_dropped(device, monke
     dropped, _ = draw((*STACKED[:2], (16, 16, 0.5)), torch.float16, device)
     run(dropped, lambda: dropped.together("triton"))
     frozen, _ = draw(STACKED, torch.float16, device)
-    with plan.forced("beta1"):  # the thin products are a launch of their own, which writing its result takes
+    with plan.force_form("beta1"):  # the thin products are a launch of their own, which writing its result takes
         run(frozen, lambda: frozen.together("triton"))
     frozen.adapters[0][1].requires_grad_(False)
     torch.autograd.grad(frozen.together("triton"), frozen.x, frozen.dys)

@@ -32,7 +32,7 @@ def each_form(*probabilities):
 def take():
     """Take a form wherever it can be taken, as the plan would."""
     with contextlib.ExitStack() as stack:
-        yield lambda name: stack.enter_context(plan.forced(name))
+        yield lambda name: stack.enter_context(plan.force_form(name))
 
 
 def check(problem, seed=11):
@@ -131,7 +131,7 @@ def test_the_form_taken_is_the_one_that_runs(device, take, monkeypatch):
 
     problem = make_problem((20,), 24, 28, 4, torch.float32, device)
     for name in ("beta1", "padded"):
-        with plan.forced(name), pytest.raises(InterruptedError):
+        with plan.force_form(name), pytest.raises(InterruptedError):
             run_problem(problem, "triton", 0)
     assert called == ["beta1", "padded"]
 

@@ -63,7 +63,7 @@ def every_product():
 @pytest.mark.parametrize("slowdown", [0.0, 0.05, 0.3, 3.0])
 def test_only_what_can_compute_a_product_is_chosen(slowdown):
     for q in every_product():
-        allowed = model.allowed(q)
+        allowed = model.allowed_strategies(q)
         assert ("padded" in allowed) == (not q.masked)
         assert ("joint" in allowed) == q.backward
         assert model.best(q, H200._replace(slowdown=slowdown)) in allowed
@@ -91,7 +91,7 @@ def test_the_rank_of_one_read_is_the_kernels_own():
 @pytest.mark.parametrize("name", model.NAMES)
 def test_more_work_never_takes_less_time(name):
     for q in every_product():
-        if name not in model.allowed(q):
+        if name not in model.allowed_strategies(q):
             continue
         for field in ("rows", "inner", "cols"):
             more = q._replace(**{field: 2 * getattr(q, field)})

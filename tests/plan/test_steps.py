@@ -97,7 +97,7 @@ def test_a_planned_pass_gives_the_bits_of_the_launchers_alone(make, p, adapters,
 )  # fmt: skip
 @pytest.mark.parametrize("p", PS)
 def test_a_plan_takes_the_launches_that_would_be_settled(make, form, p, device, checked):
-    with plan.forced(form):
+    with plan.force_form(form):
         for seed in range(2):
             results(make, device, torch.float32, torch.float32, p, seed=seed)
     assert checked.compared >= 3
@@ -118,7 +118,7 @@ def test_parameters_in_one_buffer(form, device, checked):
         pairs = [tuple(t.detach().requires_grad_() for t in tensors[i : i + 2]) for i in (3, 5, 7)]
         layers = [Projection(w, *pair, None, 0.5, 0.3) for w, pair in zip(tensors, pairs, strict=False)]
         x = torch.randn(M, IN, device=device).requires_grad_()
-        with plan.forced(form):
+        with plan.force_form(form):
             y = lora_mlp(x, *layers, backend="triton", activation="relu2")
             ys = lora_qkv(x, [*tensors[:2], tensors[0][1:6]], [*pairs[:2], None], backend="triton")
             torch.autograd.grad([y, *ys], [x, *itertools.chain(*pairs)], [torch.ones_like(each) for each in (y, *ys)])
@@ -143,7 +143,7 @@ def test_gradients_are_added_to(device):
 def test_a_form_that_is_forced_is_taken(device):
     args = linear, device, torch.float32, torch.float32, 0.0
     plain = [results(*args, seed=i) for i in range(3)]
-    with plan.forced("beta1"):
+    with plan.force_form("beta1"):
         forced = [results(*args, seed=i) for i in range(2)]
         with torch.profiler.profile() as profile:
             forced.append(results(*args, seed=2))

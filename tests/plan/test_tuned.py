@@ -152,7 +152,7 @@ def test_choices_made_with_other_versions_are_kept_and_not_used(folder, monkeypa
     assert f"torch {torch.__version__}" in caplog.text
     tuned.save(GPU, {KEY: ("fused", 3)})
     assert ask() == ("fused", 3)
-    ((_, kept),) = tuned.stored()
+    ((_, kept),) = tuned.stored_tables()
     assert kept.choices["torch 0.1, triton 0.1, tiles 1"] == {KEY: ("fused", 2)}
 
 
@@ -162,7 +162,7 @@ def test_a_table_does_not_grow_without_end(folder):
     new = {f"bfloat16 forward {2**39}x{10**12 + i}x{10**12} r512": ("padded", None) for i in range(8000)}
     assert tuned.save(GPU, new)
     assert tuned.where(GPU).stat().st_size < cache.MOST_BYTES
-    ((_, kept),) = tuned.stored()
+    ((_, kept),) = tuned.stored_tables()
     assert {made_with: len(choices) for made_with, choices in kept.choices.items()} == {
         "torch 0.2": tuned._MOST_CHOICES - 8000, tuned.versions(): 8000,
     }  # fmt: skip
@@ -224,7 +224,7 @@ from lora_kernels.plan import tuned
 who, rounds = int(sys.argv[1]), int(sys.argv[2])
 for i in range(rounds):
     assert tuned.save("NVIDIA H200", {f"bfloat16 forward 1x{who}x{i + 1} r16": ("fused", who)})
-    assert next(tuned.stored())[1].choices
+    assert next(tuned.stored_tables())[1].choices
     print("saved" if i == 0 else "", end="\\n" if i == 0 else "", flush=True)
 """
 

@@ -53,7 +53,7 @@ class _Formed(Provider):
 
 
 def _forced(form: Form | None) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if form is None else plan.forced(*form)
+    return contextlib.nullcontext() if form is None else plan.force_form(*form)
 
 
 def products(shape: Shape, r: int, p: float, dtype: torch.dtype) -> dict[str, Product]:
@@ -78,7 +78,7 @@ def forms(device: torch.device, dtype: torch.dtype, q: Product) -> dict[Form, st
     ops, on_16_bytes = plan.contractions("triton"), (q.inner, q.cols) if q.backward else (q.inner,)
     tma = ops.describe_path(device, dtype)[0] == "tma" and all(size * q.element % 16 == 0 for size in on_16_bytes)
     tf32 = ops.uses_tf32(dtype)
-    every = {Form(name): name for name in model.allowed(q)}
+    every = {Form(name): name for name in model.allowed_strategies(q)}
     for place, tile in enumerate(matmul_configs(dtype, tma, q.masked, tf32)):
         size = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
         every[Form("fused", place)] = f"fused {size}, {tile.num_warps} warps, {tile.num_stages} stages"
