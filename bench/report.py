@@ -297,8 +297,8 @@ def main(argv: list[str] | None = None) -> int:
     was = args.readme.read_text(encoding="utf-8")
     readme = with_status(was, args.results)
     if not args.check:
-        if drawings and plot.missing():
-            print(f"bench.report: the page has pictures; {plot.missing()}", file=sys.stderr)
+        if drawings and plot.missing_requirement():
+            print(f"bench.report: the page has pictures; {plot.missing_requirement()}", file=sys.stderr)
             return 2
         for name, content in drawings.items():
             plot.plot(content["cases"], caption(content["machine"]), str(images / name))

@@ -70,7 +70,7 @@ class SplitTable(Table):
         def fits(columns: list[Column]) -> bool:
             return Measurement.get(console, unbounded, self._part(columns)).maximum <= width
 
-        columns = [_narrowed(console, unbounded, column) for column in self.columns]
+        columns = [_narrow_column(console, unbounded, column) for column in self.columns]
         names, begins = columns[: self._names], True
         shown = names
         for column in [*columns[self._names :], None]:
@@ -92,7 +92,7 @@ class SplitTable(Table):
         return Table(*(column.copy() for column in columns), **look)
 
 
-def _narrowed(console: Console, unbounded: ConsoleOptions, column: Column) -> Column:
+def _narrow_column(console: Console, unbounded: ConsoleOptions, column: Column) -> Column:
     """Return a column as narrow as its cells allow."""
     size = measure_renderables(console, unbounded, [column.header, *column.cells])
     return replace(column, width=size.maximum if column.no_wrap else size.minimum, no_wrap=False, overflow="fold")

@@ -21,7 +21,7 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philo
 import torch
 from torch import Tensor
 
-__all__ = ["PHILOX_ROUNDS", "draw_seed", "keep_scale", "resolved", "threshold"]
+__all__ = ["PHILOX_ROUNDS", "draw_seed", "drop_probability", "keep_scale", "threshold"]
 
 PHILOX_ROUNDS = 10
 _STEPS = 1 << 16
@@ -32,7 +32,7 @@ def threshold(p: float) -> int:
     return round(p * _STEPS) if p == 1 else min(round(p * _STEPS), _STEPS - 1)
 
 
-def resolved(p: float) -> float:
+def drop_probability(p: float) -> float:
     """Return the probability with which an element is dropped: `p` in steps of 1/65536, below 1 if `p` is."""
     return threshold(p) / _STEPS
 

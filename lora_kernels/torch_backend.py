@@ -10,7 +10,7 @@ more than the pass. Where PyTorch has no fast 16-bit product, that is on every x
 computed in fp32, tile by tile, and rounded once, because PyTorch's own 16-bit product is 5 to 60 times slower there.
 
 Small calls do not pay for a Function in Python, whose two halves cost as much as twenty small operators. Such calls are
-composed of operators that PyTorch differentiates itself: `composes` and `composed`.
+composed of operators that PyTorch differentiates itself: `composes` and `linear_by_operators`.
 """
 
 import functools
@@ -29,10 +29,10 @@ from lora_kernels.dropout import keep_scale, threshold
 __all__ = [
     "activate_shrink",
     "activation_wgrad",
-    "composed",
     "composes",
     "draw_mask",
     "draw_noise",
+    "linear_by_operators",
     "matmul_expand",
     "matmul_expand_all",
     "outputs",
@@ -48,7 +48,7 @@ __all__ = [
 _BLOCK = 1 << 17
 # Elements of a mask per draw.
 _DRAWN = 1 << 19
-# `composed` is faster up to this number of elements of x or y.
+# `linear_by_operators` is faster up to this number of elements of x or y.
 _SMALL = 1 << 16
 # Least rows of a block; with fewer rows, updates of the sum would take most of the time.
 _LEAST_ROWS = 64
@@ -99,7 +99,7 @@ def _words(numel: int, device: torch.device) -> Tensor:
 
 
 def composes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Return whether `composed` should serve a call: on a CPU, few elements, and one dtype with fast products."""
+    """Return whether `linear_by_operators` should serve a call: on a CPU, few elements, one dtype of fast products."""
     dtype = x.dtype
     return (
         x.numel() <= _SMALL
@@ -110,7 +110,7 @@ def composes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     )
 
 
-def composed(
+def linear_by_operators(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
     noise: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
@@ -161,8 +161,8 @@ def shrink_all(
     for x_m, *keeps_m in _blocks(x, *keeps):
         wide_m = _wide(x_m)
         for part, (right, alpha), keep_m in zip(parts, factors, keeps_m, strict=True):
-            part.append(_product(_dropped(wide_m, keep_m), right, alpha, x.dtype))
-    return list(map(_joined, parts)), keeps
+            part.append(_product(_drop(wide_m, keep_m), right, alpha, x.dtype))
+    return list(map(_concatenate, parts)), keeps
 
 
 def matmul_expand(
@@ -217,7 +217,7 @@ def wgrad(
     With `into`, add g to `into` and return None. Only the kernels, which may begin early, use `ready`.
     """
     (total,) = _totals(((left, out_dtype, keep),), right)
-    return _delivered(total, out_dtype, into)
+    return _deliver(total, out_dtype, into)
 
 
 def wgrad_all(
@@ -227,7 +227,7 @@ def wgrad_all(
     """Compute `wgrad` for several (left, dtype, keep) with one right operand, a block of `right` at a time."""
     into = into or (None,) * len(rows)
     totals = zip(_totals(rows, right), rows, into, strict=True)
-    return [_delivered(total, dtype, there) for total, (_, dtype, _), there in totals]
+    return [_deliver(total, dtype, there) for total, (_, dtype, _), there in totals]
 
 
 def _totals(rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor) -> list[Tensor]:
@@ -237,7 +237,7 @@ def _totals(rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Te
         wide_m = _wide(right_m)
         for i, dtype in enumerate(dtypes):
             left_m, keep_m = operands[i], operands[len(rows) + i]
-            totals[i] = _add_product(totals[i], _wide(left_m), _dropped(wide_m, keep_m), dtype)
+            totals[i] = _add_product(totals[i], _wide(left_m), _drop(wide_m, keep_m), dtype)
     return totals
 
 
@@ -255,7 +255,7 @@ def shrink_wgrad(
         dy_m, s_m = _wide(dy_m), _wide(s_m)
         parts.append(_product(dy_m, right, alpha, dy.dtype))
         total = _add_product(total, *((s_m, dy_m) if flipped else (dy_m, s_m)), out_dtype)
-    return _joined(parts), _delivered(total.t() if flipped else total, out_dtype, into)
+    return _concatenate(parts), _deliver(total.t() if flipped else total, out_dtype, into)
 
 
 def activate_shrink(
@@ -264,7 +264,7 @@ def activate_shrink(
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:  # fmt: skip
     """Compute h = a(gate) · up, `[M, K]`, and `shrink_all` of h."""
     blocks = [activated(gate_m, up_m, activation) for gate_m, up_m in _blocks(gate, up)]
-    h = _joined(blocks)
+    h = _concatenate(blocks)
     return h, *(shrink_all(h, rows, noise=noise) if rows else ([], []))
 
 
@@ -286,7 +286,7 @@ def activation_wgrad(
     for gate_m, up_m, dh_m, ds_m, keep_m, *rest in _blocks(gate, up, dh, ds, keep, *wides, *of_rows):
         h_m, made = gradients(gate_m, up_m, dh_m, activation)
         if ds_m is not None:
-            total = _add_product(total, _wide(ds_m), _dropped(_wide(h_m), keep_m), after.out_dtype)
+            total = _add_product(total, _wide(ds_m), _drop(_wide(h_m), keep_m), after.out_dtype)
         for i, (wide_m, one) in enumerate(zip(made, before, strict=True)):
             rest[i].copy_(wide_m)
             s_m, wide_m = rest[len(before) + i], _wide(wide_m)
@@ -296,14 +296,14 @@ def activation_wgrad(
                 parts[i].append(_product(wide_m, rights[i], one.alpha, gate.dtype))
     for result, own, one in zip(results, parts, before, strict=True):
         if own:
-            result[0] = _joined(own)
+            result[0] = _concatenate(own)
         if result[1] is not None:
-            result[1] = _delivered(result[1], one.out_dtype, one.into)
-    dA = None if total is None else _delivered(total, after.out_dtype, after.into)
+            result[1] = _deliver(result[1], one.out_dtype, one.into)
+    dA = None if total is None else _deliver(total, after.out_dtype, after.into)
     return wides, dA, [(ds, dB) for ds, dB in results]
 
 
-def _delivered(total: Tensor, out_dtype: torch.dtype, into: Tensor | None) -> Tensor | None:
+def _deliver(total: Tensor, out_dtype: torch.dtype, into: Tensor | None) -> Tensor | None:
     """Return a sum rounded to `out_dtype`, or add the unrounded sum to `into`."""
     if into is None:
         return total.to(out_dtype)
@@ -360,7 +360,7 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor, out_dtype: t
     return torch.mm(left.t(), right)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _concatenate(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -369,7 +369,7 @@ def _wide(t: Tensor) -> Tensor:
     return t.float() if t.dtype in HALF and t.device.type == "cpu" else t
 
 
-def _dropped(t: Tensor, keep: Tensor | None) -> Tensor:
+def _drop(t: Tensor, keep: Tensor | None) -> Tensor:
     return t if keep is None else t * keep
 
 

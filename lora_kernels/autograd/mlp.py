@@ -28,7 +28,7 @@ from lora_kernels.autograd.common import (
 )
 from lora_kernels.dropout import keep_scale
 from lora_kernels.passes import mlp as mlp_pass
-from lora_kernels.passes.layer import SAVED_WITH_BIAS, Layer, Projection, by_layer, rows
+from lora_kernels.passes.layer import SAVED_WITH_BIAS, Projection, SavedLayer, by_layer, rows
 
 __all__ = ["LoRAMLPFunction", "mlp", "mlp_backward", "mlp_forward"]
 
@@ -98,7 +98,7 @@ def _backward(
     x, *saved = ctx.saved_tensors
     end = SAVED_WITH_BIAS * len(ctx.numbers)
     layers = [
-        Layer(*own, *pair, *numbers)  # type: ignore[call-arg]
+        SavedLayer(*own, *pair, *numbers)  # type: ignore[call-arg]
         for own, pair, numbers in zip(by_layer(saved[:end], SAVED_WITH_BIAS), into, ctx.numbers, strict=True)
     ]
     dx, grads = mlp_pass.differentiate(
@@ -172,7 +172,7 @@ def _mlp_backward(
     layers = []
     for alpha, group, own in zip(alphas, groups, by_layer(needs), strict=True):
         dtypes = (dtype, dtype) if any(t is not None for t in group[1:4]) else None
-        layers.append(Layer(*group, None, None, alpha, dtypes, tuple(own)))  # type: ignore[call-arg]
+        layers.append(SavedLayer(*group, None, None, alpha, dtypes, tuple(own)))  # type: ignore[call-arg]
     flat = None if x is None else rows(x)
     dx, grads = mlp_pass.differentiate(rows(dy), flat, layers, outs, need_x, activation, backend)
     # `_fake_backward` promises contiguous results.

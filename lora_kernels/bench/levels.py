@@ -64,7 +64,7 @@ def subjects(
         models = ", ".join(name for name, one in presets.PRESETS.items() if one.model)
         option = "--block" if level in BLOCKS else "--level"
         raise ValueError(f"{option} {level} takes a --preset that is a model: {models}")
-    dims = presets.sized(dims, layers, batch, seq)
+    dims = presets.resize(dims, layers, batch, seq)
     if level in BLOCKS:
         shape = presets.block_shape(dims, level)
         return list(presets.with_rows((shape,), rows)) if rows else [shape]

@@ -241,10 +241,10 @@ def _settings(args: argparse.Namespace, chosen: set[str]) -> Settings:
     targets = tuple(args.target_modules or PROJECTIONS)
     if unknown := [name for name in targets if name.removesuffix("_proj") not in PROJECTIONS]:
         raise ValueError(f"--target-modules {' '.join(unknown)}: a model has {', '.join(PROJECTIONS)}")
-    if args.model and hosted.missing():
-        raise RuntimeError(f"--model {args.model} {hosted.missing()}")
-    if args.plot and plot.missing():
-        raise RuntimeError(plot.missing())
+    if args.model and hosted.missing_requirement():
+        raise RuntimeError(f"--model {args.model} {hosted.missing_requirement()}")
+    if args.plot and plot.missing_requirement():
+        raise RuntimeError(plot.missing_requirement())
     if args.plot:
         check_file("--plot", args.plot)
     rounds = args.rounds or (3 if args.quick else 30 if on_gpu else 10)

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made_on = machine.machine()
     routes = {name: _route(device, dtype) for name, dtype in _DTYPES.items()}
-    variables, measured = _variables(), _tuned(device, routes)
+    variables, measured = _variables(), _tuned_choices(device, routes)
     verdict, next_command, ok = _verdict(device, routes, made_on)
 
     console.print(_table("This machine", ("", ""), [*_hardware(made_on), ("tuned", measured)]))
@@ -119,7 +119,7 @@ def _route(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     return dict(backend=backend, path=path, reason=f"{reason}; {path_reason}")
 
 
-def _tuned(device: torch.device, routes: dict[str, dict[str, str]]) -> str:
+def _tuned_choices(device: torch.device, routes: dict[str, dict[str, str]]) -> str:
     """Say how many measured choices are in use on this GPU, and where they come from."""
     if device.type != "cuda" or all(route["backend"] != "triton" for route in routes.values()):
         return "nothing to tune: without the fused kernels every product has one form"

@@ -124,7 +124,7 @@ def compute(
         return base_only(x, weight, lora_A, lora_B, bias)
     noise = draw_shard(x, chosen, dropout_shard) if dropout_p > 0 and dropout_shard[1] > 1 else None
     if chosen == "torch" and not accumulate_grad and torch_backend.composes(x, weight, lora_A, lora_B):
-        return torch_backend.composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, noise)
+        return torch_backend.linear_by_operators(x, weight, lora_A, lora_B, bias, scaling, dropout_p, noise)
     trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or weight.requires_grad
     if torch.is_grad_enabled() and (trained or (bias is not None and bias.requires_grad)):
         settings = scaling, dropout_p, chosen, accumulate_grad, noise

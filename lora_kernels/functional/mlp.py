@@ -91,7 +91,7 @@ def _mlp(
     shared, chosen = _backends(x, entries, backend)
     if shared is None:
 
-        def composed(x: Tensor) -> Tensor:
+        def compose(x: Tensor) -> Tensor:
             # There is at least one layer before the activation, so that `gate` is never None.
             gate: Any
             outs = project_jointly("lora_mlp", x, before, backend, added[:-1], chosen)
@@ -100,7 +100,7 @@ def _mlp(
 
         # Transforms do not support saved-tensor hooks, which `checkpoint` needs.
         again = recompute and torch.is_grad_enabled() and not is_transforming()
-        return checkpoint(composed, x, use_reentrant=False) if again else composed(x)
+        return checkpoint(compose, x, use_reentrant=False) if again else compose(x)
     if is_watched():
         return autograd.mlp.mlp(x, *arguments(entries), activation, recompute, shared)
     entries = list(map(with_floats, entries))

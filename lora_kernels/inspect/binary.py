@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.inspect.hgmma import overwritten
+from lora_kernels.inspect.hgmma import find_overwrites
 from lora_kernels.inspect.pipeline import taken_both_ways
 
 __all__ = ["BinaryFacts", "Loop", "late_stores", "narrow_products", "read"]
@@ -87,7 +87,7 @@ class BinaryFacts:
     dependent: str = ""
     warnings: list[str] = field(default_factory=list)
     both_ways: list[str] = field(default_factory=list)
-    overwritten: list[str] = field(default_factory=list)
+    find_overwrites: list[str] = field(default_factory=list)
     late_stores: int = 0
 
 
@@ -136,7 +136,7 @@ def _nvidia(kernel: Any, narrow: list[str], shared_per_sm: int) -> BinaryFacts:
         dependent=_dependent(ptx),
         warnings=sorted(set(re.findall(r"\((C75\d\d)\)", said))),
         both_ways=taken_both_ways(kernel.asm["ttgir"]),
-        overwritten=overwritten(sass),
+        overwritten=find_overwrites(sass),
     )
 
 
@@ -164,16 +164,16 @@ def _amd(kernel: Any, narrow: list[str], shared_per_sm: int) -> BinaryFacts:
                 targets.append((labels[instruction[2]], len(names)))
             names.append(instruction[1])
 
-    def noted(what: str) -> int:
+    def figure(what: str) -> int:
         return int(re.search(rf"\.{what}:\s+(\d+)", kernel.asm["amdgcn"])[1])
 
-    registers, shared = noted("vgpr_count"), kernel.metadata.shared
+    registers, shared = figure("vgpr_count"), kernel.metadata.shared
     # Waves of four SIMDs with 512 registers a lane each.
     waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))
     return BinaryFacts(
         registers=registers,
         # Count memory alone. Scalars spilled to lanes of a vector register take no memory.
-        spills=noted("private_segment_fixed_size"),
+        spills=figure("private_segment_fixed_size"),
         shared=shared,
         per_sm=min(waves // kernel.metadata.num_warps, shared_per_sm // max(shared, 1)),
         mma=dict(Counter(name for name in names if name.startswith(_MMA))),

@@ -5,7 +5,7 @@ from typing import Any
 
 from lora_kernels.inspect.kernel import Kernel
 
-__all__ = ["broken"]
+__all__ = ["broken_budgets"]
 
 # Most instructions for 64 of K, with a margin. sm_90 needs 80 to 92. sm_100 needs 135 on Triton 3.6, because its tensor
 # cores have a memory of their own with explicit waits.
@@ -16,7 +16,7 @@ _SOURCE = 7
 _FAST_ROWS = 64
 
 
-def broken(kernel: Kernel, gpu: Any) -> Iterator[str]:
+def broken_budgets(kernel: Kernel, gpu: Any) -> Iterator[str]:
     """Name every budget that a kernel breaks.
 
     Args:

@@ -12,7 +12,7 @@ from lora_kernels import plan
 from lora_kernels.activations import ACTIVATIONS
 from lora_kernels.constants import DTYPES
 from lora_kernels.inspect.binary import read
-from lora_kernels.inspect.budgets import broken
+from lora_kernels.inspect.budgets import broken_budgets
 from lora_kernels.inspect.kernel import Case, Kernel
 
 __all__ = ["CASES", "QUICK", "compile_case", "describe", "problem"]
@@ -130,7 +130,7 @@ def describe(launch: Any, case: Case, arch: str, backward: bool = False) -> Kern
         compiled.metadata.num_warps, compiled.metadata.num_stages, launch.programs, compiled.hash,
         read(compiled, GPUS[arch].shared_per_sm),
     )  # fmt: skip
-    return replace(kernel, broken=tuple(broken(kernel, GPUS[arch])))
+    return replace(kernel, broken=tuple(broken_budgets(kernel, GPUS[arch])))
 
 
 def _forward(case: Case) -> tuple[torch.Tensor, ...]:

@@ -8,7 +8,7 @@ triton-lang/triton#11781 has numbers that were wrong on an H100, and NVIDIA's cu
 import re
 from typing import NamedTuple
 
-__all__ = ["overwritten"]
+__all__ = ["find_overwrites"]
 
 # An A of 64 rows is four registers a thread, whatever the dtype.
 _A = 4
@@ -33,7 +33,7 @@ class _Instruction(NamedTuple):
     label: str
 
 
-def overwritten(sass: str) -> list[str]:
+def find_overwrites(sass: str) -> list[str]:
     """Find the instructions that write a register of an A before the wait for its product.
 
     Args:
@@ -51,7 +51,7 @@ def overwritten(sass: str) -> list[str]:
         first = int(operands[1][1:])
         a = set(range(first, first + _A))
         for at in sorted(_in_flight(code, labels, start)):
-            if hit := a & _written(code[at].text):
+            if hit := a & _result_registers(code[at].text):
                 names = ", ".join(f"R{number}" for number in sorted(hit))
                 found.append(f"{code[at].text} writes {names} of {instruction.text}")
     return found
@@ -105,7 +105,7 @@ def _next(code: list[_Instruction], labels: dict[str, int], at: int) -> list[int
     return [at + 1]
 
 
-def _written(text: str) -> set[int]:
+def _result_registers(text: str) -> set[int]:
     """Return the registers that an instruction writes."""
     if _NO_RESULT.match(text):
         return set()

@@ -101,7 +101,7 @@ def matmul_config(
         # Many small programs run at once, because the write of y is most of the work.
         small = [config for config in shipped if config.block_m <= 64 and config.block_n <= 128]
         shipped = tuple(replace(config, num_stages=2, ctas_per_sm=2) for config in small)
-    best = min(shipped, key=lambda config: (_clocks(config, rows, cols, num_sms), _padded(config, rows, cols)))
+    best = min(shipped, key=lambda config: (_clocks(config, rows, cols, num_sms), _count_covered(config, rows, cols)))
     if not tma:
         # Fit the tile to y, because pointers pay for every lane; descriptors zero-fill outside of y at no cost.
         block_m, block_n = fit(rows, best.block_m), fit(cols, best.block_n)
@@ -239,7 +239,7 @@ def count_stages(most: int, size: int, room: int) -> int:
     return max(2, min(most, room // size))
 
 
-def _padded(config: MatmulConfig, rows: int, cols: int) -> int:
+def _count_covered(config: MatmulConfig, rows: int, cols: int) -> int:
     """Return the number of elements that the tiles cover, inside y and outside."""
     return count_tiles(rows, cols, config.block_m, config.block_n) * config.block_m * config.block_n
 

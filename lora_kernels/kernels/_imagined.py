@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 
 from lora_kernels.kernels import _launch
 
-__all__ = ["GPUS", "ImaginedGPU", "Launch", "imagine"]
+__all__ = ["GPUS", "DryLaunch", "ImaginedGPU", "imagine"]
 
 
 # Compare by identity, because every launch hashes the GPU as part of a key.
@@ -69,7 +69,7 @@ GPUS = {
 }
 
 
-class Launch(NamedTuple):
+class DryLaunch(NamedTuple):
     """A launch that did not happen: Triton's `CompiledKernel`, and the number of programs of the launch."""
 
     kernel: Any
@@ -77,7 +77,7 @@ class Launch(NamedTuple):
 
 
 @contextlib.contextmanager
-def imagine(gpu: ImaginedGPU, launcher: Callable[[Any, Any], Callable] | None = None) -> Iterator[list[Launch]]:
+def imagine(gpu: ImaginedGPU, launcher: Callable[[Any, Any], Callable] | None = None) -> Iterator[list[DryLaunch]]:
     """Launch on an imagined GPU; yield a list that receives every launch, in order.
 
     Args:
@@ -85,16 +85,16 @@ def imagine(gpu: ImaginedGPU, launcher: Callable[[Any, Any], Callable] | None = 
         launcher: Takes a kernel's source and metadata and returns a function to call at a launch; by default that
             function does nothing.
     """
-    launched: list[Launch] = []
+    launched: list[DryLaunch] = []
     run = triton.JITFunction.run
 
-    def recorded(self: triton.JITFunction, *args: object, grid: tuple[int, ...], **kwargs: object) -> object:
+    def run_and_record(self: triton.JITFunction, *args: object, grid: tuple[int, ...], **kwargs: object) -> object:
         kernel = run(self, *args, grid=grid, **kwargs)
-        launched.append(Launch(kernel, math.prod(grid)))
+        launched.append(DryLaunch(kernel, math.prod(grid)))
         return kernel
 
     triton.runtime.driver.set_active(_Driver(gpu, launcher or _no_launcher))
-    triton.JITFunction.run, _launch.imagined = recorded, gpu
+    triton.JITFunction.run, _launch.imagined = run_and_record, gpu
     try:
         yield launched
     finally:

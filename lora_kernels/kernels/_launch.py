@@ -19,8 +19,8 @@ from lora_kernels.kernels._configs import LEAST_SHARED, SHARED, descriptor_path
 
 __all__ = [
     "Facts", "Launch", "Slot", "allocator", "arrivals", "capability", "dependent_launch", "describe_path", "facts",
-    "launch_options", "made", "new_rows", "num_sms", "precision", "run_pass", "shared_per_sm", "state", "thin_pitch",
-    "thin_rows", "uses_tf32",
+    "launch_options", "new_facts", "new_rows", "num_sms", "precision", "run_pass", "shared_per_sm", "state",
+    "thin_pitch", "thin_rows", "uses_tf32",
 ]  # fmt: skip
 
 _runtime = triton.knobs.runtime
@@ -62,7 +62,7 @@ def facts(t: Tensor | None) -> Facts | None:
     return None if t is None else _tuple(Facts, (t.shape, t.stride(), t.dtype, not t.data_ptr() % 16))
 
 
-def made(shape: tuple[int, int], dtype: torch.dtype) -> Facts:
+def new_facts(shape: tuple[int, int], dtype: torch.dtype) -> Facts:
     """Return the facts of a matrix that `allocator` allocates."""
     return Facts(shape, (shape[1], 1), dtype, True)
 

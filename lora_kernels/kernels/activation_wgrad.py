@@ -15,7 +15,7 @@ from lora_kernels.kernels._activation import Activation
 from lora_kernels.kernels._configs import shrink_wgrad_pays
 from lora_kernels.kernels._launch import Slot
 from lora_kernels.kernels.shrink import shrink
-from lora_kernels.kernels.wgrad import DGATE, DUP, Product, settle
+from lora_kernels.kernels.wgrad import DGATE, DUP, ThinProduct, settle
 
 __all__ = ["activation_wgrad"]
 
@@ -47,11 +47,11 @@ def activation_wgrad(
     wides = [gate.new_empty(rows, width) for _ in before[1:]] + [dh if reused else gate.new_empty(rows, width)]
     products = []
     if after is not None:
-        products.append(Product(after.ds, after.out_dtype, True, after.keep, after.into))
+        products.append(ThinProduct(after.ds, after.out_dtype, True, after.keep, after.into))
     for one, which in zip(before, (DGATE, DUP), strict=False):
         if one is not None and one.s is not None:
             b = one.lora_B if shrink_wgrad_pays(one.s.shape[1], activated=True) else None
-            products.append(Product(one.s, one.out_dtype, False, None, one.into, b, None, one.alpha, which))
+            products.append(ThinProduct(one.s, one.out_dtype, False, None, one.into, b, None, one.alpha, which))
     a = Activation(activation, up, dh, wides[0], wides[1] if up is not None else None)
     settled = (slot and slot.settled) or settle(slot, gate, products, a)
     thins, _, _, keeps, intos, bs, dss, alphas, _ = zip(*products, strict=True) if products else _NO_PRODUCT

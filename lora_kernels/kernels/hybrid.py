@@ -26,7 +26,7 @@ from torch import Tensor
 from lora_kernels.kernels._launch import Slot
 from lora_kernels.kernels.matmul_expand import Masked, Output, matmul_expand, matmul_expand_all
 
-__all__ = ["beta1", "joint", "padded", "strategy"]
+__all__ = ["beta1", "joint", "padded_product", "strategy"]
 
 # Elements. Rows of a padded 16-bit operand stay on 16 bytes, because the library's fast kernels need that alignment.
 _ALIGN = 8
@@ -50,7 +50,7 @@ def beta1(
     return results
 
 
-def padded(
+def padded_product(
     outputs: Sequence[Output], masked: Sequence[Masked] = (), wide: int = 1, slot: Slot | None = None
 ) -> list[Tensor]:
     """Compute the result of `matmul_expand_all` for one output, in one product of operands laid side by side.
@@ -101,5 +101,5 @@ def strategy(name: str, place: int | None = None) -> Callable[..., Any]:
 
 
 _STRATEGIES: dict[str, Callable[..., Any]] = {
-    "fused": matmul_expand_all, "beta1": beta1, "padded": padded, "joint": joint,
+    "fused": matmul_expand_all, "beta1": beta1, "padded": padded_product, "joint": joint,
 }  # fmt: skip

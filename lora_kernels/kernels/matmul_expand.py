@@ -49,7 +49,7 @@ from lora_kernels.kernels import _launch
 from lora_kernels.kernels._configs import MatmulConfig, descriptor_path, matmul_config
 from lora_kernels.kernels._descriptors import Describe, keeps
 from lora_kernels.kernels._device import halves, kept, load_kept, tile_position
-from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, facts, made, precision
+from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, facts, new_facts, precision
 
 __all__ = ["matmul_expand", "matmul_expand_all"]
 
@@ -293,7 +293,7 @@ def _bias_per_output(biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     return tuple(there[0] if bias is None else bias.contiguous() for bias in biases)
 
 
-class _Settled(NamedTuple):
+class SettledExpand(NamedTuple):
     """A launch for tensors of one kind. A call allocates, describes and launches.
 
     Attributes:
@@ -336,7 +336,7 @@ def _settle(
     ps: tuple[Facts, ...], qs: tuple[Facts, ...], counts: tuple[int, ...], biases: tuple[Facts | None, ...],
     masked: tuple[tuple[Facts, Facts, Facts], ...], wide: int, device: torch.device, config: MatmulConfig | int | None,
     tma: bool | None, precision: str, imagined: object,
-) -> _Settled:  # fmt: skip
+) -> SettledExpand:  # fmt: skip
     sources, ends = tuple(zip(ps, qs, strict=True)), tuple(itertools.accumulate(counts))
     # Masks and biases are part of the cache key, because the kernel is compiled for their alignment.
     masked = tuple([(p, q) for p, q, _ in masked])
@@ -384,7 +384,7 @@ def _settle(
     absent = _NONE[len(sources) : MAX_SOURCES], _NONE[len(cols) : MAX_OUTPUTS]
     new_ys = [allocator((rows, n), dtype, device) for n in cols]
     if not tma:
-        return _Settled(launch, new_ys, absent, any(biases), tma, [], [], [])
+        return SettledExpand(launch, new_ys, absent, any(biases), tma, [], [], [])
     m, n, k = config.block_m, config.block_n, config.block_k
     lasting, store_block = keeps(device), (m, n // config.subtiles)
     ps = [Describe(p, (m, k), False, lasting) for p, _ in sources]
@@ -392,5 +392,5 @@ def _settle(
         Describe(q, (n, k), False, lasting) if q_rows_are_n else Describe(q.t(), (k, n), True, lasting)
         for _, q in sources
     ]
-    ys = [Describe(made((rows, n), dtype), store_block, False, lasting) for n in cols if store_tma]
-    return _Settled(launch, new_ys, absent, any(biases), tma, ps, qs, ys)
+    ys = [Describe(new_facts((rows, n), dtype), store_block, False, lasting) for n in cols if store_tma]
+    return SettledExpand(launch, new_ys, absent, any(biases), tma, ps, qs, ys)

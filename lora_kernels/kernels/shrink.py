@@ -167,7 +167,7 @@ def shrink(
     With `noise`, a seed from an earlier `draw_noise(x)`, the function draws nothing and is pure. A `slot` of a plan
     keeps the settled launch; all its calls must have tensors of one kind and the same `dropout_p`.
     """
-    settled = _settled(slot, x, (a,), (dropout_p,), config, noise)
+    settled = _settled_launch(slot, x, (a,), (dropout_p,), config, noise)
     (s,), (keep,) = settled(x, (a,), (alpha,), noise)
     return s, keep
 
@@ -189,7 +189,7 @@ def shrink_all(
         Each s `[M, Rᵢ]`, side by side in one buffer, and each packed mask `[M, ceil(K/32)]`, None without dropout.
     """
     operands, alphas, ps = zip(*rows, strict=True)
-    return _settled(slot, x, operands, ps, config, noise)(x, operands, alphas, noise)
+    return _settled_launch(slot, x, operands, ps, config, noise)(x, operands, alphas, noise)
 
 
 def activate_shrink(
@@ -212,11 +212,11 @@ def activate_shrink(
     """
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     operands, alphas, ps = zip(*rows, strict=True) if rows else ((), (), ())
-    settled = _settled(slot, gate, operands, ps, config, noise, activation, up)
+    settled = _settled_launch(slot, gate, operands, ps, config, noise, activation, up)
     return h, *settled(gate, operands, alphas, noise, up, h)
 
 
-class _Settled(NamedTuple):
+class SettledShrink(NamedTuple):
     """A launch for tensors of one kind. A call allocates and launches.
 
     Attributes:
@@ -270,10 +270,10 @@ def _new_mask(rows: int, inner: int, device: torch.device) -> Callable[[], Tenso
     return allocator((rows, inner // 32), torch.int32, device)
 
 
-def _settled(
+def _settled_launch(
     slot: Slot | None, x: Tensor, operands: tuple[Tensor, ...], ps: tuple[float, ...], config: ShrinkConfig | None,
     noise: Tensor | None, activation: str | None = None, up: Tensor | None = None,
-) -> _Settled:  # fmt: skip
+) -> SettledShrink:  # fmt: skip
     """Return the launch that the slot keeps, or settle one."""
     slot = slot or Slot()
     if slot.settled is not None:
@@ -286,7 +286,7 @@ def _settled(
 def _settle(
     x: Facts, up: Facts | None, noise: Facts | None, operands: tuple[Facts, ...], device: torch.device,
     ps: tuple[float, ...], precision: str, activation: str | None, config: ShrinkConfig | None, imagined: object,
-) -> _Settled:  # fmt: skip
+) -> SettledShrink:  # fmt: skip
     if max(ps, default=0) >= 1:
         raise ValueError(f"shrink: dropout_p must be below 1 but is {max(ps)}; nothing of x would be left to read.")
     (rows, inner), ranks, masks = x.shape, tuple(a.shape[0] for a in operands), sum(p > 0 for p in ps)
@@ -314,7 +314,7 @@ def _settle(
     )  # fmt: skip
     new_mask = _new_mask(rows, inner, device)
     new_parts = allocator((splits * rows * sum(ranks),), torch.float32, device) if splits > 1 and ranks else None
-    return _Settled(
+    return SettledShrink(
         launch, ranks, pitches, allocator((rows, sum(pitches)), x.dtype, device),
         tuple(new_mask if p > 0 else None for p in ps), masks, new_parts, blocks,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from lora_kernels.kernels._configs import shrink_wgrad_pays
 from lora_kernels.kernels._launch import Slot
 from lora_kernels.kernels._wgrad_config import WgradConfig
 from lora_kernels.kernels.shrink import shrink
-from lora_kernels.kernels.wgrad import Product, settle, wgrad
+from lora_kernels.kernels.wgrad import ThinProduct, settle, wgrad
 
 __all__ = ["shrink_wgrad", "stack"]
 
@@ -42,7 +42,7 @@ def shrink_wgrad(
                 of_ds, of_dB = (slot.part("ds"), slot.part("dB")) if slot else (None, None)
                 return shrink(dy, lora_B.t(), alpha, slot=of_ds)[0], wgrad(dy, s, out_dtype, into=into, slot=of_dB)
             raise ValueError(f"shrink_wgrad: ds is for ranks that one read of dy serves, and rank {s.shape[1]} is not.")
-        settled = settle(slot, dy, (Product(s, out_dtype, False, None, into, lora_B, ds),), config=config)
+        settled = settle(slot, dy, (ThinProduct(s, out_dtype, False, None, into, lora_B, ds),), config=config)
     (d_lora_B,), (ds,) = settled(dy, (s,), (None,), (into,), (lora_B,), (ds,), (alpha,))
     return ds, d_lora_B
 

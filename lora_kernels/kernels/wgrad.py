@@ -50,16 +50,16 @@ from torch import Tensor
 from lora_kernels.kernels import _launch
 from lora_kernels.kernels._activation import Activation, activation_gradient
 from lora_kernels.kernels._device import kept, last_to_arrive, load_kept, sum_of_parts
-from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, arrivals, facts, made, new_rows, precision
+from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, arrivals, facts, new_facts, new_rows, precision
 from lora_kernels.kernels._wgrad_config import WgradCase, WgradConfig, wgrad_config
 
-__all__ = ["DGATE", "DUP", "H", "Product", "Settled", "settle", "wgrad", "wgrad_all"]
+__all__ = ["DGATE", "DUP", "H", "SettledWgrad", "ThinProduct", "settle", "wgrad", "wgrad_all"]
 
 # The wide operands that an activation makes.
 H, DGATE, DUP = range(3)
 
 
-class Product(NamedTuple):
+class ThinProduct(NamedTuple):
     """One g = wideᵀ thin of a launch.
 
     Attributes:
@@ -258,7 +258,7 @@ def wgrad(
     right_is_wide = keep is not None or right.shape[1] >= left.shape[1]
     wide, thin = (right, left) if right_is_wide else (left, right)
     settled = (slot and slot.settled) or settle(
-        slot, wide, (Product(thin, out_dtype, right_is_wide, keep, into),), ready=ready, config=config
+        slot, wide, (ThinProduct(thin, out_dtype, right_is_wide, keep, into),), ready=ready, config=config
     )  # fmt: skip
     return settled(wide, (thin,), (keep,), (into,), (None,), (None,), (1.0,))[0][0]
 
@@ -281,12 +281,12 @@ def wgrad_all(
     nothing = (None,) * len(rows)
     intos, (lefts, dtypes, keeps) = tuple(into or nothing), zip(*rows, strict=True)
     settled = (slot and slot.settled) or settle(
-        slot, right, list(map(Product, lefts, dtypes, (True,) * len(rows), keeps, intos)), ready=ready, config=config
+        slot, right, [*map(ThinProduct, lefts, dtypes, (True,) * len(rows), keeps, intos)], ready=ready, config=config
     )  # fmt: skip
     return settled(right, lefts, keeps, intos, nothing, nothing, (1.0,) * len(rows))[0]
 
 
-class Settled(NamedTuple):
+class SettledWgrad(NamedTuple):
     """A launch for tensors of one kind. A call allocates and launches.
 
     Attributes:
@@ -324,9 +324,9 @@ class Settled(NamedTuple):
 
 
 def settle(
-    slot: Slot | None, wide: Tensor, products: Sequence[Product], activation: Activation = _NO_ACTIVATION,
+    slot: Slot | None, wide: Tensor, products: Sequence[ThinProduct], activation: Activation = _NO_ACTIVATION,
     ready: bool = False, config: WgradConfig | None = None,
-) -> Settled:  # fmt: skip
+) -> SettledWgrad:  # fmt: skip
     """Settle a launch for products of one wide operand, or of the operands that make it; keep the launch in the slot.
 
     `wide` is `[M, W]`; with `activation`, which stores dg and du on the way, it is the g of the formula, and there may
@@ -345,7 +345,7 @@ def _settle(
     bs: tuple[Facts | None, ...], dss: tuple[Facts | None, ...], keeps: tuple[Facts | None, ...],
     dtypes: tuple[torch.dtype, ...], turned: tuple[bool, ...], wides: tuple[int, ...], activation: str | None,
     device: torch.device, ready: bool, precision: str, config: WgradConfig | None, imagined: object,
-) -> Settled:  # fmt: skip
+) -> SettledWgrad:  # fmt: skip
     (rows, width), _, dtype, _ = made_of[0]
     widths, shrunk = [thin.shape[1] for thin in thins], [b.shape[1] for b in bs if b is not None]
     if ready and (shrunk or activation):
@@ -372,7 +372,7 @@ def _settle(
     gs = []
     for columns, into, g_dtype, flip in zip(widths, intos, dtypes, turned, strict=True):
         shape = (columns, width) if flip else (width, columns)
-        g = into or made(shape, g_dtype)
+        g = into or new_facts(shape, g_dtype)
         gs.append((None if into else allocator(shape, g_dtype, device), g.t() if flip else g))
     launch = Launch(
         _wgrad_kernel, (tiles, splits),
@@ -391,7 +391,7 @@ def _settle(
     )  # fmt: skip
     sizes = splits * width * sum(widths) if splits > 1 else 0, blocks * rows * sum(shrunk)
     new_parts = [allocator((size,), torch.float32, device) if size else None for size in sizes]
-    return Settled(launch, [new for new, _ in gs], new_dss, *new_parts, tiles + splits if any(sizes) else 0)
+    return SettledWgrad(launch, [new for new, _ in gs], new_dss, *new_parts, tiles + splits if any(sizes) else 0)
 
 
 def _strides(operands: Sequence[Facts | None]) -> tuple[tuple[int, ...] | None, ...]:

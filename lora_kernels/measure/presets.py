@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 __all__ = [
     "MLP", "MODELS", "PRESETS", "PROJECTIONS", "QKV", "Dims", "HostedDims", "Preset", "Shape", "block_shape",
-    "parse_shape", "sized", "with_rows", "with_tokens",
+    "parse_shape", "resize", "with_rows", "with_tokens",
 ]  # fmt: skip
 
 # The linear layers of each block, and of a decoder layer.
@@ -210,7 +210,7 @@ def with_tokens(dims: Dims, tokens: int) -> Dims:
     return replace(dims, batch=tokens // dims.seq)
 
 
-def sized(dims: Dims, layers: int | None, batch: int | None, seq: int | None) -> Dims:
+def resize(dims: Dims, layers: int | None, batch: int | None, seq: int | None) -> Dims:
     """Return the same model with another number of decoder layers, of sequences, or of tokens per sequence."""
     given = {"layers": layers, "batch": batch, "seq": seq}
     return replace(dims, **{name: value for name, value in given.items() if value is not None})

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "CACHES", "PASSES", "Calls", "Sample", "clock", "copies_for", "cpu_timer", "graphed", "host_bound",
-    "measure_peaks", "rotated", "schedule", "summary", "time_all",
+    "CACHES", "PASSES", "Calls", "Sample", "capture_graphs", "clock", "copies_for", "cpu_timer", "host_bound",
+    "measure_peaks", "rotate_copies", "schedule", "summary", "time_all",
 ]  # fmt: skip
 
 PASSES = ("forward", "backward", "both")
@@ -133,7 +133,7 @@ def copies_for(size: int) -> int:
     return min(_MOST_COPIES, 1 - (-_FLUSH_BYTES // max(size, 1)))
 
 
-def rotated(copies: Sequence[Calls], turn: Iterator[int]) -> Calls:
+def rotate_copies(copies: Sequence[Calls], turn: Iterator[int]) -> Calls:
     """Return calls that rotate over copies of the operands; a backward stays with its forward's copy.
 
     Args:
@@ -203,7 +203,7 @@ def host_bound(taken: dict[str, Any]) -> bool:
     return host is not None and spin is not None and host > _HOST_SHARE * spin
 
 
-def graphed(calls: Calls) -> Calls:
+def capture_graphs(calls: Calls) -> Calls:
     """Return calls that replay the same work from CUDA graphs: forward and backward, each captured once."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_kernels.dropout import keep_scale
 
 __all__ = [
-    "GIVEN", "SAVED", "SAVED_WITH_BIAS", "Adapted", "Kept", "Layer", "Part", "Projection", "as_dtype", "by_layer",
+    "GIVEN", "SAVED", "SAVED_WITH_BIAS", "Adapted", "Kept", "Part", "Projection", "SavedLayer", "as_dtype", "by_layer",
     "readable", "rows", "tensors_to_save",
 ]  # fmt: skip
 
@@ -57,7 +57,7 @@ class Part(NamedTuple):
 
     Attributes:
         dy: `[M, out]`.
-        weight: As in `Layer`; so are lora_A, lora_B, s and keep.
+        weight: As in `SavedLayer`; so are lora_A, lora_B, s and keep.
         into_A: A gradient to add dA to instead of returning it, or None.
         into_B: A gradient to add dB to, or None.
         alpha: scaling · keep_scale.
@@ -82,7 +82,7 @@ class Part(NamedTuple):
         return self[:_OF_PART], self[_OF_PART:]
 
 
-class Layer(NamedTuple):
+class SavedLayer(NamedTuple):
     """The tensors of one layer that backward needs.
 
     Attributes:
@@ -117,11 +117,11 @@ class Layer(NamedTuple):
 
 
 # Tensors saved for each layer: weight, lora_A, lora_B, s and keep. To compute outputs again also takes the bias.
-SAVED = Layer._fields.index("bias")
+SAVED = SavedLayer._fields.index("bias")
 SAVED_WITH_BIAS = SAVED + 1
 # The tensors of a part and of a layer come before alpha.
 _OF_PART = Part._fields.index("alpha")
-_OF_LAYER = Layer._fields.index("alpha")
+_OF_LAYER = SavedLayer._fields.index("alpha")
 
 
 def by_layer(flat: Sequence, each: int = GIVEN) -> list[Sequence]:

@@ -29,7 +29,7 @@ from torch import Tensor
 from lora_kernels import plan
 from lora_kernels.activations import After, Before
 from lora_kernels.passes import linear, projections
-from lora_kernels.passes.layer import GIVEN, Kept, Layer, Part, Projection, readable, rows, tensors_to_save
+from lora_kernels.passes.layer import GIVEN, Kept, Part, Projection, SavedLayer, readable, rows, tensors_to_save
 
 __all__ = ["differentiate", "forward", "reads_outs", "to_save"]
 
@@ -74,7 +74,7 @@ def _forward_pass(
 
 
 def _backward(
-    steps: plan.Steps, dy: Tensor, x: Kept, outs: Sequence[Tensor], layers: Sequence[Layer], need_x: bool,
+    steps: plan.Steps, dy: Tensor, x: Kept, outs: Sequence[Tensor], layers: Sequence[SavedLayer], need_x: bool,
     activation: str,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """Compute dx `[M, in]` if needed, and the needed gradients of weight, lora_A, lora_B and bias of each layer.
@@ -126,7 +126,8 @@ def _backward(
 
 
 def differentiate(
-    dy: Tensor, x: Kept, layers: Sequence[Layer], outs: Sequence[Tensor], need_x: bool, activation: str, backend: str
+    dy: Tensor, x: Kept, layers: Sequence[SavedLayer], outs: Sequence[Tensor], need_x: bool, activation: str,
+    backend: str,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """Compute dx `[M, in]` if needed, and the needed gradients of weight, lora_A, lora_B and bias of each layer.
 
@@ -145,7 +146,7 @@ def differentiate(
 
 
 def _differentiate_pass(
-    steps: plan.Steps, need_x: bool, activation: str, dy: Tensor, x: Kept, layers: Sequence[Layer],
+    steps: plan.Steps, need_x: bool, activation: str, dy: Tensor, x: Kept, layers: Sequence[SavedLayer],
     outs: Sequence[Tensor],
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     if not outs and reads_outs(need_x, [q.needs for q in layers]):
@@ -181,7 +182,7 @@ def reads_outs(need_x: bool, all_needs: Sequence[Sequence[bool]]) -> bool:
     return need_x or any(map(any, all_needs[:-1])) or any(all_needs[-1][:2])
 
 
-def _through_down(steps: plan.Steps, dy: Tensor, down: Layer, need_dh: bool) -> tuple[Kept, Kept, Tensor | None]:
+def _through_down(steps: plan.Steps, dy: Tensor, down: SavedLayer, need_dh: bool) -> tuple[Kept, Kept, Tensor | None]:
     """Compute dh, ds and dB of down from dy."""
     _, need_A, need_B, _ = down.needs
     if down.dtypes is None:  # no adapter
@@ -197,7 +198,7 @@ def _through_down(steps: plan.Steps, dy: Tensor, down: Layer, need_dh: bool) -> 
     return None if dh is None else dh.contiguous(), ds, d_lora_B
 
 
-def _request(q: Layer, need_x: bool, dtype: torch.dtype) -> Before | None:
+def _request(q: SavedLayer, need_x: bool, dtype: torch.dtype) -> Before | None:
     """Return the request for ds and dB of a layer before the activation, to be computed with its dy."""
     _, need_A, need_B, _ = q.needs
     if q.dtypes is None or not (need_x or need_A or need_B):

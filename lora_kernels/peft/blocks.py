@@ -26,7 +26,7 @@ from lora_kernels.passes.layer import Projection
 from lora_kernels.peft.layer import bare, projection
 from lora_kernels.peft.structure import ATTENTION, FixedModule, Structure, members
 
-__all__ = ["block_forward", "changed", "patched_structure"]
+__all__ = ["block_forward", "changed_part", "patched_structure"]
 
 
 def block_forward(
@@ -52,7 +52,7 @@ def patched_structure(forward: Callable[..., Any]) -> Structure | None:
     return getattr(forward, "_lora_kernels_structure", None)
 
 
-def changed(block: nn.Module, others: Sequence[tuple[str, Any]]) -> str:
+def changed_part(block: nn.Module, others: Sequence[tuple[str, Any]]) -> str:
     """Return the name of a part of an MLP that has changed or has hooks, or an empty string."""
     fields, modules = block.__dict__, block.__dict__["_modules"]
     for name, was in others:
@@ -79,7 +79,7 @@ def _together(layers: Sequence[nn.Module], x: Tensor) -> list[Projection] | None
 def _mlp_forward(stock: Callable[..., Any], found: Structure, backend: str) -> Callable[..., Any]:
     @functools.wraps(stock)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or changed(self, found.others):
+        if len(args) != 1 or kwargs or changed_part(self, found.others):
             return stock(self, *args, **kwargs)
         layers = _together(members(self, found.layers), args[0])
         if layers is None:

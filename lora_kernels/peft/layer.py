@@ -29,8 +29,8 @@ from lora_kernels.functional import lora_add, lora_linear
 from lora_kernels.passes.layer import Projection
 
 __all__ = [
-    "accelerated_forward", "bare", "dtypes_fit", "fusable", "is_plain_variant", "projection", "read", "stock_forward",
-    "traced",
+    "accelerated_forward", "bare", "dtypes_fit", "fusable", "is_plain_variant", "is_traced", "projection", "read",
+    "stock_forward",
 ]  # fmt: skip
 
 # A, B, scaling and dropout_p.
@@ -71,7 +71,7 @@ def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
         layer: A layer of one of the classes in `known`.
         x: The layer's input.
     """
-    if type(x) is not Tensor or traced():
+    if type(x) is not Tensor or is_traced():
         return None
     fields = layer.__dict__
     try:
@@ -111,7 +111,7 @@ def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
             if type(scaling) not in (Tensor, nn.Parameter) or scaling.dim():
                 return None
             # Scale on the device, because to read the number would wait for the GPU.
-            A, scaling = _scaled(A, scaling), 1.0
+            A, scaling = _scale_adapter(A, scaling), 1.0
         elif not -math.inf < scaling < math.inf:
             return None
         terms.append((A, B, scaling, dropout_p))
@@ -129,18 +129,18 @@ def projection(layer: nn.Module, x: Tensor) -> Projection | None:
     terms: list[Any] | None
     base, terms = layer, None
     if type(layer) is nn.Linear:
-        terms = [(None, None, 1.0, 0.0)] if type(x) is Tensor and not traced() else None
+        terms = [(None, None, 1.0, 0.0)] if type(x) is Tensor and not is_traced() else None
     elif stock_forward(type(layer).forward) is not type(layer).forward and bare(layer, type(layer)):
         base, terms = layer.__dict__["_modules"]["base_layer"], read(layer, x)
     if terms is not None and len(terms) > 1:
-        terms = _joined(terms)
+        terms = _join_terms(terms)
     if terms is None or len(terms) > 1 or not fusable(base, x):
         return None
     (A, B, scaling, dropout_p), own = terms[0], base.__dict__["_parameters"]
     return Projection(own["weight"], A, B, own["bias"], scaling, dropout_p)
 
 
-def traced() -> bool:
+def is_traced() -> bool:
     """Return whether a transform, a tracer or a global hook needs PyTorch's own operators, or every module's call."""
     return (
         torch._C._are_functorch_transforms_active()
@@ -195,7 +195,7 @@ def fusable(base: nn.Module, x: Tensor) -> bool:
 
 def _compute(base: nn.Module, x: Tensor, terms: list[Term], backend: str) -> Tensor:
     if len(terms) > 1:
-        terms = _joined(terms)
+        terms = _join_terms(terms)
     (A, B, scaling, dropout_p), *others = terms
     if fusable(base, x):
         own = base.__dict__["_parameters"]
@@ -208,19 +208,19 @@ def _compute(base: nn.Module, x: Tensor, terms: list[Term], backend: str) -> Ten
     return y
 
 
-def _joined(terms: list[Term]) -> list[Term]:
+def _join_terms(terms: list[Term]) -> list[Term]:
     """Join the terms without dropout: adapters side by side are one adapter whose rank is the sum of the ranks."""
     plain = [term for term in terms if not term[3]]
     if len(plain) < 2:
         return terms
     scaling = plain[0][2]
     if any(other != scaling for _, _, other, _ in plain):
-        plain = [(_scaled(A, other), B, 1.0, 0.0) for A, B, other, _ in plain]
+        plain = [(_scale_adapter(A, other), B, 1.0, 0.0) for A, B, other, _ in plain]
         scaling = 1.0
     whole = (torch.cat([A for A, *_ in plain]), torch.cat([B for _, B, *_ in plain], 1), scaling, 0.0)
     return [whole, *(term for term in terms if term[3])]
 
 
-def _scaled(lora_A: Tensor, scaling: Tensor | float) -> Tensor:
+def _scale_adapter(lora_A: Tensor, scaling: Tensor | float) -> Tensor:
     """Multiply A by its scaling; a 16-bit A in fp32, so that the product is rounded once."""
     return (lora_A.float() if lora_A.dtype in HALF else lora_A) * scaling

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_kernels.peft import known
 from lora_kernels.peft import layer as rules
-from lora_kernels.peft.blocks import changed, patched_structure
+from lora_kernels.peft.blocks import changed_part, patched_structure
 from lora_kernels.peft.structure import Structure, members, structure
 
 __all__ = ["BLOCK_FORMS", "FORMS", "BlockReport", "LayerReport", "Report", "explain", "report", "stock_reason"]
@@ -129,7 +129,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
 
     from lora_kernels.console import on_stdout
 
-    found = _observed(model, args, kwargs) if args or kwargs else report(model)
+    found = _observe(model, args, kwargs) if args or kwargs else report(model)
     console = on_stdout()
     if not found.layers:
         console.print("The model has no PEFT LoRA layers: get_peft_model(model, LoraConfig(...)) puts them in.")
@@ -223,7 +223,7 @@ def _adapter_reason(module: Any, name: str) -> str:
 def _call_reason(module: Any, x: Tensor | None) -> str:
     if rules._has_any_global_hook():
         return "a hook on all modules is registered"
-    if rules.traced():
+    if rules.is_traced():
         return "inside torch.func, forward-mode AD or torch.jit.trace"
     if x is None:
         return ""
@@ -286,7 +286,7 @@ def _block_reports(
             getattr(type(child), "_lora_kernels_alone", False) for child in members(module, block.layers)
         ):
             reason = "left alone: patch_peft was called with blocks=False"
-        if not reason and (part := changed(module, block.others)):
+        if not reason and (part := changed_part(module, block.others)):
             reason = f"{part} has a hook, or is not what it was when the model was patched"
         for own, child in zip(block.layers, members(module, block.layers), strict=True):
             if reason:
@@ -319,7 +319,7 @@ def _member_reason(own: str, layer: Any, found: LayerReport) -> str:
     return f"{own} has {len(active)} active adapters, and dropout" if len(active) > 1 and masks else ""
 
 
-def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
+def _observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
     """Call the model and inspect each layer as its forward begins, because its parameters are gathered then.
 
     Arguments that a hook adds to the call, for example PEFT's `adapter_names`, may come later, so these are inspected

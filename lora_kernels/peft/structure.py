@@ -97,7 +97,7 @@ def structure(module: nn.Module, forward: Callable[..., Any]) -> Structure | Non
     return None
 
 
-def _fixed(module: nn.Module) -> FixedModule:
+def _record_module(module: nn.Module) -> FixedModule:
     """Record the present state of a module beside the layers."""
     own = ((name, value) for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE)
     return FixedModule(type(module), tuple((name, value) for name, value in own if isinstance(value, _PLAIN)))
@@ -184,7 +184,7 @@ def _mlp(module: nn.Module, forward: Callable[..., Any], layers: tuple[str, ...]
     for name, value in values.items():
         if not (isinstance(value, _PLAIN) or callable(value)):
             return replace(other, reason=f"its forward reads {name}, which may change")
-    others = (*((name, _fixed(child)) for name, child in rest.items()), *values.items())
+    others = (*((name, _record_module(child)) for name, child in rest.items()), *values.items())
     return replace(other, reason="", activation=found.pop(), others=others)
 
 

@@ -148,19 +148,19 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
 
 
 def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module of a model by name, with modules and names as if nothing were wrapped; see `unwrapped`."""
-    model = unwrapped(model)
+    """Yield every module of a model by name, with modules and names as if nothing were wrapped; see `unwrap`."""
+    model = unwrap(model)
     yield prefix, model
     for own, child in model._modules.items():
         if child is not None:
             yield from named_modules(child, f"{prefix}.{own}".lstrip("."))
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
+def unwrap(module: nn.Module) -> nn.Module:
     """Return the module inside torch.compile, activation checkpointing, FSDP1, DataParallel and DDP wrappers."""
     names = _WRAPPED + ("module",) * isinstance(module, (DataParallel, DistributedDataParallel))
     inner = next((module._modules[name] for name in names if name in module._modules), None)
-    return module if inner is None else unwrapped(inner)
+    return module if inner is None else unwrap(inner)
 
 
 def select(
@@ -170,8 +170,8 @@ def select(
     """Return the names of the linear layers (`nn.Linear` or `LoRALinear`) that PEFT would target; see `swap_linear`."""
     linears = _linears(model)
     if isinstance(target_modules, str) and target_modules.lower() == _ALL_LINEAR:
-        embeddings = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
-        chosen = [n for n, module in linears.items() if embeddings is None or module is not unwrapped(embeddings)]
+        embeddings = getattr(unwrap(model), "get_output_embeddings", lambda: None)()
+        chosen = [n for n, module in linears.items() if embeddings is None or module is not unwrap(embeddings)]
     else:
         chosen = [name for name in linears if _matches(target_modules, name)]
     if exclude_modules:
@@ -218,7 +218,7 @@ def _check_targets(model: nn.Module, target_modules: object) -> None:
 
 def _no_match(model: nn.Module, what: str, *targets: object) -> str:
     """Return the message for `targets`, described by `what`, that match no linear layer."""
-    if isinstance(unwrapped(model), nn.Linear):
+    if isinstance(unwrap(model), nn.Linear):
         return "swap_linear: the model is a linear layer itself; use LoRALinear.from_linear(layer, r=...)."
     meant = any(re.sub("[-_ ]", "", str(target)).lower() == "alllinear" for target in targets)
     hint = f' For all of them pass target_modules="{_ALL_LINEAR}".' if meant else ""

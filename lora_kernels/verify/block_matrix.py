@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import dropout, reference, torch_backend
-from lora_kernels.dropout import resolved
+from lora_kernels.dropout import drop_probability
 from lora_kernels.functional import lora_mlp, lora_qkv
 from lora_kernels.measure.presets import MLP, QKV
 from lora_kernels.passes.layer import GIVEN, Projection
@@ -141,7 +141,7 @@ def _draw(case: BlockCase, dtype: torch.dtype, device: str, seed: int) -> BlockP
     sides = [(case.k, n) for n in case.widths] if not case.activation else [(case.k, hidden)] * 2 + [(hidden, case.k)]
     problems = [
         make_problem(
-            (case.m,), k, n, r, dtype, device, bias=case.bias, dropout_p=resolved(p), seed=seed + i,
+            (case.m,), k, n, r, dtype, device, bias=case.bias, dropout_p=drop_probability(p), seed=seed + i,
             adapter_dtype=torch.float32 if case.fp32_adapters else None,
         )
         for i, ((k, n), r, p) in enumerate(zip(sides, case.ranks, case.ps, strict=True))
@@ -182,7 +182,7 @@ def _run(problem: BlockProblem, backend: str, seed: int) -> dict[str, Tensor]:
 def _masks(problem: BlockProblem, backend: str, seed: int) -> dict[str, Tensor]:
     """Compute the masks by the backend's own rule: from the seeds in order (kernels) or by draws in order (torch)."""
     torch.manual_seed(seed)
-    dropping, (m, k) = {name: q for name, q in problem.adapted.items() if q.dropout_p}, problem.x.shape
+    dropping, (m, k) = {name: q for name, q in problem.adapted_layers.items() if q.dropout_p}, problem.x.shape
     if not dropping or backend == "torch":
         return {
             name: torch_backend.draw_mask(problem.x.shape, q.dropout_p, problem.x.device).bool()

@@ -44,7 +44,7 @@ class BlockProblem:
     activation: str = ""
 
     @property
-    def adapted(self) -> dict[str, Projection]:
+    def adapted_layers(self) -> dict[str, Projection]:
         """Return the layers with an adapter."""
         return {name: q for name, q in self.layers.items() if q.lora_A is not None}
 
@@ -56,17 +56,17 @@ class BlockProblem:
     @property
     def rank(self) -> int:
         """Return the largest rank, 0 without adapters."""
-        return max((q.lora_A.shape[0] for q in self.adapted.values()), default=0)
+        return max((q.lora_A.shape[0] for q in self.adapted_layers.values()), default=0)
 
     @property
-    def summed(self) -> int:
+    def terms_summed(self) -> int:
         """Return the n of rule 2 (see `numerics.terms`) for each output."""
         rows, weights = self.x.shape[0], [q.weight.shape for q in self.layers.values()]
         if self.activation:
             return numerics_mlp.terms(rows, *weights[-2:], self.rank)
         return rows + self.x.shape[1] + sum(n + 2 * self.rank for n, _ in weights)
 
-    def frozen(self) -> "BlockProblem":
+    def without_adapters(self) -> "BlockProblem":
         """Return the same block without adapters."""
         bare = {name: Projection(q.weight, bias=q.bias) for name, q in self.layers.items()}
         return replace(self, layers=bare)
@@ -91,7 +91,7 @@ def compose(problem: BlockProblem, x: Tensor, apply: Callable[[str, Tensor], Ten
 def leaves_of(problem: BlockProblem, cast: Callable[[Tensor], Tensor] = lambda t: t) -> dict[str, Tensor]:
     """Return the tensors that need gradients, by the gradient's name: x, and each adapter's A and B."""
     leaves = {"dx": problem.x}
-    for name, q in problem.adapted.items():
+    for name, q in problem.adapted_layers.items():
         leaves |= {f"dA {name}": q.lora_A, f"dB {name}": q.lora_B}
     return {name: cast(t.detach()).requires_grad_() for name, t in leaves.items()}
 

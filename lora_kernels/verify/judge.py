@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_kernels.dropout import resolved
+from lora_kernels.dropout import drop_probability
 from lora_kernels.verify import numerics
 from lora_kernels.verify.block_problems import BlockProblem, Keeps, check_projections, outputs
 from lora_kernels.verify.numerics import Finding, Problem
@@ -92,11 +92,11 @@ class Truth:
 def _exact_and_eager(problem: Problem | BlockProblem, keeps: Keeps) -> tuple[dict[str, Tensor], ...]:
     if isinstance(problem, BlockProblem):
         return tuple(outputs(problem, keeps, dtype) for dtype in (torch.float64, problem.x.dtype))
-    problem = _masked(problem, keeps)
+    problem = _with_mask(problem, keeps)
     return numerics.exact(problem), numerics.eager(problem)
 
 
-def _masked(problem: Problem, keeps: Keeps) -> Problem:
+def _with_mask(problem: Problem, keeps: Keeps) -> Problem:
     return replace(problem, keep=keeps[""]) if keeps else problem
 
 
@@ -105,7 +105,7 @@ def judge(provider: Provider, truth: Truth, seed: int = 1) -> Verdict:
     problem = provider.problem
     keeps = find_masks(problem, provider.leaves, lambda dys: run_once(provider, dys, seed)["dx"])
     for name, keep in keeps.items():
-        reason = wrong_share(keep, resolved(problem.layers[name].dropout_p))
+        reason = wrong_share(keep, drop_probability(problem.layers[name].dropout_p))
         if reason:
             return Verdict(f"{name}: {reason}" if name else reason, float("inf"), "share of elements kept")
     poison(*problem.dys, *provider.leaves.values())
@@ -113,7 +113,7 @@ def judge(provider: Provider, truth: Truth, seed: int = 1) -> Verdict:
     # a block has many outputs, and a mistake in one layer is seen in most of them
     most = 3 if isinstance(problem, BlockProblem) else None
     if provider.rounding is Rounding.OWN or problem.activation:
-        findings = check_rms(actual, *truth.of(problem, keeps), problem.x.dtype, problem.summed)
+        findings = check_rms(actual, *truth.of(problem, keeps), problem.x.dtype, problem.terms_summed)
         return Verdict.of(findings, BY_RMS, most)
     findings = _check(actual, problem, keeps, split=provider.rounding is Rounding.OPERATORS)
     return Verdict.of(findings, "numerics rules 1 and 2", most)
@@ -123,7 +123,7 @@ def _check(actual: dict[str, Tensor], problem: Problem | BlockProblem, keeps: Ke
     """Hold the outputs of a layer or of projections to rules 1 and 2."""
     if isinstance(problem, BlockProblem):
         return check_projections(actual, problem, keeps, split)
-    problem = _masked(problem, keeps)
+    problem = _with_mask(problem, keeps)
     return numerics.check(actual, problem, numerics.eager(problem), split)
 
 
@@ -207,7 +207,7 @@ def _of_projection(problem: Problem | BlockProblem, name: str, run: Run) -> Tens
     alone = tuple(
         dy if other == name else torch.zeros_like(dy) for other, dy in zip(problem.layers, problem.dys, strict=True)
     )
-    with _changed(weights, lambda t: t.zero_()):
+    with _change(weights, lambda t: t.zero_()):
         # one layer is quick to run, so its mask is always seen twice
         return _nonzero(run, alone, _FEW if isinstance(problem, BlockProblem) else 0)
 
@@ -217,14 +217,14 @@ def _of_input(problem: BlockProblem, leaves: dict[str, Tensor], name: str, run: 
     pair = [problem.layers[gate].weight, problem.layers[up].weight]
     quiet = _present(leaves, (up if name == gate else gate,))
     keep = torch.zeros_like(problem.x, dtype=torch.bool)
-    with _changed(quiet, lambda t: t.zero_()), _changed([leaves["dx"]], lambda t: t.abs_().add_(0.5)):
+    with _change(quiet, lambda t: t.zero_()), _change([leaves["dx"]], lambda t: t.abs_().add_(0.5)):
         for column in (0, problem.x.shape[1] - 1):
 
             def one_column(t: Tensor, column: int = column) -> None:
                 t.zero_()
                 t[:, column] = 1
 
-            with _changed(pair, one_column):
+            with _change(pair, one_column):
                 seen = _nonzero(run, problem.dys)
             # the weights, not the mask, decide this column; the other iteration shows its mask
             seen[:, column] = False
@@ -237,8 +237,8 @@ def _of_down(problem: BlockProblem, leaves: dict[str, Tensor], run: Run) -> Tens
     (hidden, k), blocks = gate.weight.shape, []
     quiet = _present(leaves, list(problem.layers)[:2])
     with (
-        _changed([down.weight, *quiet], lambda t: t.zero_()),
-        _changed([leaves["dx"]], lambda t: t.abs_().add_(0.5)),
+        _change([down.weight, *quiet], lambda t: t.zero_()),
+        _change([leaves["dx"]], lambda t: t.abs_().add_(0.5)),
     ):
         for first in range(0, hidden, k):
             width = min(k, hidden - first)
@@ -247,7 +247,7 @@ def _of_down(problem: BlockProblem, leaves: dict[str, Tensor], run: Run) -> Tens
                 t.zero_()
                 t[first : first + width, :width].fill_diagonal_(1)
 
-            with _changed([gate.weight, up.weight], unit):
+            with _change([gate.weight, up.weight], unit):
                 blocks.append(_nonzero(run, problem.dys)[:, :width])
     return torch.cat(blocks, 1)
 
@@ -268,7 +268,7 @@ def _nonzero(run: Run, dys: tuple[Tensor, ...], few: int = _FEW) -> Tensor:
 
 
 @contextlib.contextmanager
-def _changed(tensors: list[Tensor], change: Callable[[Tensor], object]) -> Iterator[None]:
+def _change(tensors: list[Tensor], change: Callable[[Tensor], object]) -> Iterator[None]:
     """Change tensors in place, and restore them on exit."""
     tensors = [t.detach() for t in tensors]
     kept = [t.clone() for t in tensors]

@@ -15,8 +15,8 @@ inputs. `bounds` computes, before anything runs, how far each element may be fro
     E_dB = g(M)|dy|ᵀ|s| + |dy|ᵀE_s
     E_dbias = g(M) Σ|dy|
 
-Where x or dy carry errors e_x or e_dy of their own (`propagated`), |x| above becomes |x| + e_x, e_x is added to each
-g(·)|x|, and |ds|ᵀe_x_d to E_dA. The same holds for dy.
+Where x or dy carry errors e_x or e_dy of their own (`propagate_errors`), |x| above becomes |x| + e_x, e_x is added to
+each g(·)|x|, and |ds|ᵀe_x_d to E_dA. The same holds for dy.
 
 Where several projections of one x share a dx, E_dx is the sum of their E_dx, with g of the length of the whole sum.
 
@@ -50,9 +50,9 @@ from torch import Tensor
 from lora_kernels import reference
 
 __all__ = [
-    "RULE_2_INHERITED", "RULE_2_SIZE", "SLACK", "Finding", "Problem", "allowed", "allowed_rms", "bounds", "check",
-    "check_shared_dx", "compare", "eager", "exact", "propagated", "rms", "rounded", "shared_dx", "terms",
-    "unit_roundoff",
+    "RULE_2_INHERITED", "RULE_2_SIZE", "SLACK", "Finding", "Problem", "allowed_error", "allowed_rms", "bounds", "check",
+    "check_shared_dx", "compare", "eager", "error_after_rounding", "exact", "propagate_errors", "rms", "shared_dx",
+    "terms", "unit_roundoff",
 ]  # fmt: skip
 
 _UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
@@ -108,7 +108,7 @@ class Problem:
         return {"": self}
 
     @property
-    def summed(self) -> dict[str, int]:
+    def terms_summed(self) -> dict[str, int]:
         """Return the n of rule 2 (see `terms`) for each output."""
         return terms(self)
 
@@ -160,24 +160,24 @@ def bounds(problem: Problem, split: bool = False) -> dict[str, Tensor]:
             for dx, which adds u(max(|x Wᵀ|, |s Bᵀ + bias|) + E) and u(|dy W| + |D(ds A)| + E). D(x) may be rounded
             as well; kernels never round D(x), because dropout's factor multiplies their accumulators.
     """
-    e, truth = propagated(_as(problem, torch.float64), problem.x.dtype, split=split), exact(problem)
+    e, truth = propagate_errors(_as(problem, torch.float64), problem.x.dtype, split=split), exact(problem)
     return {
-        name: allowed(e[name].reshape(truth[name].shape), truth[name], out_dtype)
+        name: allowed_error(e[name].reshape(truth[name].shape), truth[name], out_dtype)
         for name, out_dtype in problem.output_dtypes().items()
     }
 
 
-def allowed(error: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
+def allowed_error(error: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
     """Return rule 1's limit of an output whose error is `error` before the output is rounded to `dtype`."""
-    return SLACK * rounded(error, truth, dtype)
+    return SLACK * error_after_rounding(error, truth, dtype)
 
 
-def rounded(error: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
+def error_after_rounding(error: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the error of a number after rounding to `dtype`, given its error before."""
     return error + _UNIT[dtype] * (truth.abs() + error) + _ETA[dtype]
 
 
-def propagated(
+def propagate_errors(
     q: Problem, dtype: torch.dtype, *, e_x: Tensor | float = 0.0, e_dy: Tensor | float = 0.0, inner: int | None = None,
     split: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
@@ -286,7 +286,7 @@ def check_shared_dx(
     error = shared_dx([_as(q, torch.float64) for q in problems], dtype, split=split).reshape(truth.shape)
     beside = None if baselines is None else functools.reduce(operator.add, baselines)
     enough, summed = actual.numel() >= RULE_2_SIZE, sum(terms(q)["dx"] for q in problems)
-    return compare("dx", actual, truth, allowed(error, truth, dtype), dtype, beside, enough, summed)
+    return compare("dx", actual, truth, allowed_error(error, truth, dtype), dtype, beside, enough, summed)
 
 
 def shared_dx(
@@ -294,11 +294,11 @@ def shared_dx(
 ) -> Tensor:
     """Compute E of the dx of several projections of one x, in float64, as a matrix.
 
-    See `propagated` and `check_shared_dx`.
+    See `propagate_errors` and `check_shared_dx`.
     """
     inner = sum(q.weight.shape[0] + q.lora_A.shape[0] for q in problems)
     each = zip(problems, e_dys or [0.0] * len(problems), strict=True)
-    error = sum(propagated(q, dtype, e_dy=e_dy, inner=inner)["dx"] for q, e_dy in each)
+    error = sum(propagate_errors(q, dtype, e_dy=e_dy, inner=inner)["dx"] for q, e_dy in each)
     if split:
         roundings, parts = 2 * (2 * len(problems) - 1), sum(_parts(q)["dx"] for q in problems)
         error = error + roundings * (_UNIT[dtype] * (parts + error) + _ETA[dtype])

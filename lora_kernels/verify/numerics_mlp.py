@@ -1,7 +1,7 @@
 """The error rules of a gated MLP: those of `numerics`, with the errors of each layer propagated to the next.
 
-A `MLPProblem` is one call of `lora_mlp` and one upstream gradient. `numerics.propagated` gives E of an output from the
-errors of its layer's x and dy below, each element rounded once to the dtype (`numerics.rounded`):
+A `MLPProblem` is one call of `lora_mlp` and one upstream gradient. `numerics.propagate_errors` gives E of an output
+from the errors of its layer's x and dy below, each element rounded once to the dtype (`numerics.error_after_rounding`):
 
     e_g, e_u     E_y of gate and up
     e_a          min(|a'(g)| e_g + ½ L₂ e_g², L₁ e_g) + 8 u_acc (|g| + |a(g)|)       a(g) in fp32
@@ -198,25 +198,25 @@ def _limits(
     *before, down = layers.values()
     outs = [reference.forward(q.x, q.weight, q.lora_A, q.lora_B, q.bias, *_low_rank(q)) for q in before]
     made = [
-        (t, numerics.rounded(numerics.propagated(q, dtype, split=split)["y"], t, dtype))
+        (t, numerics.error_after_rounding(numerics.propagate_errors(q, dtype, split=split)["y"], t, dtype))
         for t, q in zip(outs, before, strict=True)
     ]
     value, slope = _activation(*made[0], problem.activation, dtype)
     # empty without a gate
     up = made[1:]
     h, e_h = _product(value, *up)
-    of_down = numerics.propagated(down, dtype, e_x=numerics.rounded(e_h, h, dtype), split=split)
+    of_down = numerics.propagate_errors(down, dtype, e_x=numerics.error_after_rounding(e_h, h, dtype), split=split)
     dh = reference.grad_x(down.dy, down.weight, down.lora_A, down.lora_B, *_low_rank(down))
-    back = dh, numerics.rounded(of_down["dx"], dh, dtype)
+    back = dh, numerics.error_after_rounding(of_down["dx"], dh, dtype)
     e_dys = [
-        numerics.rounded(_product(back, *factors)[1], q.dy, dtype)
+        numerics.error_after_rounding(_product(back, *factors)[1], q.dy, dtype)
         for q, factors in zip(before, ([slope, *up], [value]), strict=False)
     ]
     errors = {"y": of_down["y"], "dx": numerics.shared_dx(before, dtype, e_dys, split)}
-    each = [*(numerics.propagated(q, dtype, e_dy=e_dy) for q, e_dy in zip(before, e_dys, strict=True)), of_down]
+    each = [*(numerics.propagate_errors(q, dtype, e_dy=e_dy) for q, e_dy in zip(before, e_dys, strict=True)), of_down]
     errors |= {f"{name}.{key}": t for name, own in zip(layers, each, strict=True) for key, t in own.items()}
     return {
-        name: numerics.allowed(errors[name].reshape(truth[name].shape), truth[name], out_dtype)
+        name: numerics.allowed_error(errors[name].reshape(truth[name].shape), truth[name], out_dtype)
         for name, out_dtype in problem.output_dtypes().items()
     }
 

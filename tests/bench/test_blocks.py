@@ -231,7 +231,7 @@ def test_other_masks_than_those_that_were_found_are_an_error():
     other = dataclasses.replace(provider, forward=draws_others)
     actual = judge.run_once(other, problem.dys, 1)
     truth = [outputs(problem, masks, dtype) for dtype in (torch.float64, torch.float32)]
-    assert not all(finding.ok for finding in judge.check_rms(actual, *truth, torch.float32, problem.summed))
+    assert not all(finding.ok for finding in judge.check_rms(actual, *truth, torch.float32, problem.terms_summed))
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_peers_may_be_twice_as_far_off_as_pytorch(times, ok):
     problem = draw(SHAPE, 4, 0.0, settings())
     exact, by_pytorch = judge.Truth().of(problem, {})
     actual = {name: exact[name] + times * (by_pytorch[name].double() - exact[name]) for name in exact}
-    findings = judge.check_rms(actual, exact, by_pytorch, problem.x.dtype, problem.summed)
+    findings = judge.check_rms(actual, exact, by_pytorch, problem.x.dtype, problem.terms_summed)
     verdict = judge.Verdict.of(findings, judge.BY_RMS)
     assert verdict.ok == ok
     assert (verdict.worst <= 1) == ok
@@ -208,7 +208,7 @@ def test_the_split_graph_stands_beside_kernels_alone():
 
 def test_a_mask_is_packed_little_end_first():
     keep = torch.rand(5, 70) < 0.5
-    assert torch.equal(providers._packed(keep), philox.packed(keep))
+    assert torch.equal(providers._pack_mask(keep), philox.packed(keep))
 
 
 def test_the_mask_is_read_off_the_provider():

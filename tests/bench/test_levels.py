@@ -100,7 +100,7 @@ def test_an_element_may_be_off_by_its_sum_and_its_roundings(ulps, fused, ok):
 
 def test_a_packed_mask_unpacks_to_the_bool_one():
     packed = torch.tensor([[0b110000001]], dtype=torch.int32)
-    assert kernel_case.unpacked(packed, 10).tolist() == [[True, *[False] * 6, True, True, False]]
+    assert kernel_case.unpack_mask(packed, 10).tolist() == [[True, *[False] * 6, True, True, False]]
 
 
 # --- buffers in turn
@@ -179,12 +179,12 @@ BREAKS = {
 @pytest.mark.parametrize("breaks", BREAKS)
 def test_no_time_for_a_wrong_model(breaks, monkeypatch):
     def adapted(base, form, *args):
-        model, held = llama.adapted(base, form, *args)
+        model, held = llama.copy_with_adapters(base, form, *args)
         if form == "ours":
             breaks(model, held)
         return model, held
 
-    monkeypatch.setattr(model_case, "adapted", adapted)
+    monkeypatch.setattr(model_case, "copy_with_adapters", adapted)
     case = model_case.run_case(TINY, 4, 0.1, settings(only=("frozen", "ours", "peft")))
     row = case["providers"]["ours"]
     assert row["seconds"] == {}
@@ -243,7 +243,7 @@ def test_attention_is_causal_and_knows_distances():
     q, k = torch.randn(2, 1, TINY.head_dim, dtype=torch.float64)
 
     def score(i, j):
-        q_i, k_j = (llama._turned(t, layer.cos[n], layer.sin[n]) for t, n in ((q, i), (k, j)))
+        q_i, k_j = (llama._rotate(t, layer.cos[n], layer.sin[n]) for t, n in ((q, i), (k, j)))
         return (q_i * k_j).sum()
 
     assert torch.allclose(score(5, 3), score(20, 18), rtol=1e-6)

@@ -89,13 +89,13 @@ def break_dropout(model):
 )
 def test_no_time_for_a_wrong_patch(breaks, said, monkeypatch, capsys):
     def adapted(base, form, *args):
-        model, held = llama.adapted(base, form, *args)
+        model, held = llama.copy_with_adapters(base, form, *args)
         if form == "patched":
             breaks(model)
         return model, held
 
     monkeypatch.setitem(MODELS, "tiny", SMALL)
-    monkeypatch.setattr(model_case, "adapted", adapted)
+    monkeypatch.setattr(model_case, "copy_with_adapters", adapted)
     assert bench.run(arguments("--model", "tiny", "--r", 4, "--p", 0.2, "--pass", "both")) == 1
     shown = capsys.readouterr().out
     assert "patched PEFT fp32 [torch]: wrong result, not timed: " in shown
@@ -151,7 +151,7 @@ def test_without_peft_it_says_what_to_install(capsys):
 )
 def test_what_a_model_does_not_have_is_refused(argv, message, capsys, monkeypatch):
     monkeypatch.setattr(bench, "_run_all", lambda *_: pytest.fail("it was measured first"))
-    monkeypatch.setattr(bench.hosted, "missing", lambda: "")
+    monkeypatch.setattr(bench.hosted, "missing_requirement", lambda: "")
     assert bench.run(arguments(*argv)) == 2
     assert message in capsys.readouterr().err
 

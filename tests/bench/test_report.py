@@ -79,7 +79,7 @@ def test_pictures_come_and_go_with_the_page(tmp_path, monkeypatch, capsys):
     assert {file.name for file in old.parent.iterdir()} == {picture.name, "logo.png"}
     assert f"(img/{picture.name})" in (tmp_path / "page.md").read_text()
     assert "Measured on GPU-1" in readme.read_text()
-    monkeypatch.setattr(plot, "missing", lambda: "no matplotlib")  # as in CI: a check draws nothing
+    monkeypatch.setattr(plot, "missing_requirement", lambda: "no matplotlib")  # as in CI: a check draws nothing
     assert report.main([*where, "--check"]) == 0
     assert report.main(where) == 2
     assert "no matplotlib" in capsys.readouterr().err

@@ -68,10 +68,10 @@ def test_doctor_says_whether_measured_choices_are_in_use(monkeypatch, tmp_path):
     cuda, fused = torch.device("cuda"), {"bf16": {"backend": "triton"}}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     tuned.forget()
-    assert "without the fused kernels" in doctor._tuned(cuda, {"bf16": {"backend": "torch"}})
-    assert "no choices measured for A GPU with these versions" in doctor._tuned(cuda, fused)
+    assert "without the fused kernels" in doctor._tuned_choices(cuda, {"bf16": {"backend": "torch"}})
+    assert "no choices measured for A GPU with these versions" in doctor._tuned_choices(cuda, fused)
     tuned.save("A GPU", {"bfloat16 forward 1x2x3 r16": ("fused", 0)})
-    assert doctor._tuned(cuda, fused) == f"1 measured choice in use, kept in {tmp_path / 'kept'}"
+    assert doctor._tuned_choices(cuda, fused) == f"1 measured choice in use, kept in {tmp_path / 'kept'}"
     assert cli.main(["doctor", "--json", str(tmp_path / "d.json")]) == 0
     effects = {v["name"]: v["effect"] for v in json.loads((tmp_path / "d.json").read_text())["environment"]}
     assert effects["LORA_KERNELS_CACHE"] == f"what `lora-kernels tune` measures is kept in {tmp_path / 'kept'}"

@@ -9,7 +9,7 @@ import pytest
 from lora_kernels import cli
 from lora_kernels.cli import inspect
 from lora_kernels.inspect.binary import BinaryFacts, Loop, late_stores
-from lora_kernels.inspect.budgets import broken
+from lora_kernels.inspect.budgets import broken_budgets
 from lora_kernels.inspect.compiled import CASES, QUICK
 from lora_kernels.inspect.kernel import Case, Kernel
 from lora_kernels.inspect.stored import budget_file, regressions, renew
@@ -116,12 +116,12 @@ BAD = [
 
 @pytest.mark.parametrize("good", GOOD, ids=str)
 def test_a_good_kernel_breaks_nothing(good):
-    assert not list(broken(good, GPU))
+    assert not list(broken_budgets(good, GPU))
 
 
 @pytest.mark.parametrize(("bad", "finding"), BAD, ids=[finding for _, finding in BAD])
 def test_every_budget_can_be_broken(bad, finding):
-    assert any(finding in words for words in broken(bad, GPU)), list(broken(bad, GPU))
+    assert any(finding in words for words in broken_budgets(bad, GPU)), list(broken_budgets(bad, GPU))
 
 
 STORE, WAIT, BARRIER, COUNT = (
@@ -183,7 +183,7 @@ def test_renewal_replaces_an_architecture_and_keeps_the_others(tmp_path):
 @pytest.mark.parametrize("flags", SEVERAL)
 def test_kernels_of_several_projections_go_by_names_of_their_own(flags):
     assert SEVERAL[flags].flags == flags
-    assert list(broken(SEVERAL[flags], GPU)) == []
+    assert list(broken_budgets(SEVERAL[flags], GPU)) == []
 
 
 def test_several_projections_are_among_the_cases():

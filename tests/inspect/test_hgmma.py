@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_kernels.inspect.hgmma import overwritten
+from lora_kernels.inspect.hgmma import find_overwrites
 
 _PRODUCT = "HGMMA.64x16x16.F32.BF16 R24, R40, gdesc[UR20].tnspB, R24"
 _WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
@@ -35,7 +35,7 @@ def listing(*lines):
     ],
 )
 def test_what_is_written_before_the_wait_is_found(between, hit):
-    found = overwritten(listing(f"{_PRODUCT}, gsb0", between, _WAIT, "MOV R40, R1", "EXIT"))
+    found = find_overwrites(listing(f"{_PRODUCT}, gsb0", between, _WAIT, "MOV R40, R1", "EXIT"))
     assert [line.split(" of ")[0].split(" writes ")[1] for line in found] == [hit] * bool(hit)
 
 
@@ -44,21 +44,21 @@ def test_a_group_ends_at_its_last_product_and_a_wait_may_leave_younger_groups():
     younger = "HGMMA.64x16x16.F32.BF16 R64, R72, gdesc[UR20], R64, gsb0"
     partly = "WARPGROUP.DEPBAR.LE gsb0, 0x1"
     # the wait leaves one group on its way: the only one
-    assert overwritten(listing(first, second, partly, "MOV R48, R1", _WAIT, "EXIT"))
+    assert find_overwrites(listing(first, second, partly, "MOV R48, R1", _WAIT, "EXIT"))
     # and here the younger one
-    assert not overwritten(listing(first, second, younger, partly, "MOV R48, R1", "MOV R41, R1", _WAIT, "EXIT"))
-    assert overwritten(listing(first, second, younger, partly, "MOV R73, R1", _WAIT, "EXIT"))
+    assert not find_overwrites(listing(first, second, younger, partly, "MOV R48, R1", "MOV R41, R1", _WAIT, "EXIT"))
+    assert find_overwrites(listing(first, second, younger, partly, "MOV R73, R1", _WAIT, "EXIT"))
 
 
 def test_branches_are_followed_both_ways():
     loop = [".L_x_0:", "LDSM.16.M88.4 R40, [R6]", f"{_PRODUCT}, gsb0", "@P3 BRA `(.L_x_0)", _WAIT, "EXIT"]
-    assert len(overwritten(listing(*loop))) == 1
+    assert len(find_overwrites(listing(*loop))) == 1
     waited = [".L_x_0:", _WAIT, *loop[1:]]
-    assert not overwritten(listing(*waited))
+    assert not find_overwrites(listing(*waited))
     skipped = [f"{_PRODUCT}, gsb0", "BRA `(.L_x_1)", "MOV R40, R1", ".L_x_1:", _WAIT, "EXIT"]
-    assert not overwritten(listing(*skipped))
+    assert not find_overwrites(listing(*skipped))
 
 
 def test_products_from_shared_memory_have_no_registers_to_keep():
     product = "HGMMA.64x16x16.F32.BF16 R24, gdesc[UR20].tnspB, R24, gsb0"
-    assert not overwritten(listing(product, "MOV R40, R1", _WAIT, "EXIT"))
+    assert not find_overwrites(listing(product, "MOV R40, R1", _WAIT, "EXIT"))

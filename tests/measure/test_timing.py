@@ -156,7 +156,7 @@ def test_so_many_copies_that_none_is_in_a_cache_when_its_turn_comes():
 def test_buffers_take_turns_across_providers_and_backward_stays_with_its_forward():
     log, turn = [], itertools.count()
     calls = [
-        timing.rotated(
+        timing.rotate_copies(
             [timing.Calls(lambda i=i: log.append(i) or i, lambda y, i=i: log.append((i, y))) for i in range(3)], turn
         )
         for _ in range(2)

@@ -139,7 +139,7 @@ def test_the_form_taken_is_the_one_that_runs(device, take, monkeypatch):
 def test_a_padded_product_cannot_mask(device):
     x, w = torch.ones(4, 8, device=device), torch.ones(8, 8, device=device)
     with pytest.raises(ValueError, match="there must be no mask"):
-        hybrid.padded([([(x, w)], None)], [(x, w, torch.zeros(4, 1, dtype=torch.int32, device=device))])
+        hybrid.padded_product([([(x, w)], None)], [(x, w, torch.zeros(4, 1, dtype=torch.int32, device=device))])
 
 
 @pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])

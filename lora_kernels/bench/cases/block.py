@@ -12,7 +12,7 @@ from lora_kernels.bench.cases.layer import SCALING, Settings, saved_bytes
 from lora_kernels.bench.cost import block as block_cost
 from lora_kernels.bench.cost.block import BlockSize
 from lora_kernels.bench.providers import block as block_providers
-from lora_kernels.dropout import resolved
+from lora_kernels.dropout import drop_probability
 from lora_kernels.measure.presets import MLP, QKV, Shape
 from lora_kernels.passes.layer import Projection
 from lora_kernels.verify import judge
@@ -33,7 +33,7 @@ def draw(block: str, shape: Shape, r: int, p: float, settings: Settings) -> Bloc
 
     def layer(k: int, n: int) -> Projection:
         weight, a = normal(n, k, scale=k**-0.5), normal(r, k, scale=k**-0.5)
-        return Projection(weight, a, normal(n, r, scale=r**-0.5), None, SCALING, resolved(p))
+        return Projection(weight, a, normal(n, r, scale=r**-0.5), None, SCALING, drop_probability(p))
 
     m, k, n = shape.m, shape.k, shape.n
     if block == "mlp":
@@ -91,7 +91,7 @@ def run_case(
 def cost_of(problem: BlockProblem, r: int) -> BlockSize:
     """Return the sizes of a block's layers for `cost.block`, with adapters of rank `r`."""
     (m, k), element = problem.x.shape, problem.x.element_size()
-    first, adapted = next(iter(problem.layers.values())), problem.adapted
+    first, adapted = next(iter(problem.layers.values())), problem.adapted_layers
     adapter = next(iter(adapted.values())).lora_A.element_size() if adapted else 0
     if problem.activation:
         return block_cost.mlp(m, k, first.weight.shape[0], r, element, adapter)
@@ -116,7 +116,7 @@ def admit(
     """
 
     def cost(provider: Provider) -> block_cost.Cost | None:
-        dropout = any(q.dropout_p for q in provider.problem.adapted.values())
+        dropout = any(q.dropout_p for q in provider.problem.adapted_layers.values())
         return block_cost.COSTS[provider.cost](cost_of(provider.problem, r), dropout) if provider.cost else None
 
     return layer_case.examine(

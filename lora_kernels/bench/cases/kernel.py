@@ -91,7 +91,7 @@ def launches(problem: Problem, backend: str, seed: int = 2) -> dict[str, TimedLa
     s, ds = (torch.randn(m, r, generator=generator, device=x.device).to(x.dtype) for _ in range(2))
     alpha = problem.scaling * keep_scale(p)
     keep = ops.shrink(x, a, alpha, p)[1]
-    mask = None if keep is None else unpacked(keep, k)
+    mask = None if keep is None else unpack_mask(keep, k)
     # a chain of operators has stored the masked x by now
     x_kept = x if mask is None else x * mask
 
@@ -106,7 +106,7 @@ def launches(problem: Problem, backend: str, seed: int = 2) -> dict[str, TimedLa
         return (dx.addmm_(ds, a) if mask is None else dx.addcmul_(ds @ a, mask),)
 
     def shrunk(out: tuple[Tensor, ...]) -> list[Sum]:
-        x_d = x if len(out) == 1 or out[1] is None else x * unpacked(out[1], k)
+        x_d = x if len(out) == 1 or out[1] is None else x * unpack_mask(out[1], k)
         return [Sum(((x_d, a.t()),), alpha)]
 
     cost = layer_cost.COSTS["triton"](layer_cost.Size(m, k, n, r, x.element_size()), p > 0)
@@ -114,7 +114,7 @@ def launches(problem: Problem, backend: str, seed: int = 2) -> dict[str, TimedLa
     return {
         "s": TimedLaunch(
             "shrink", {"ours": lambda: ops.shrink(x, a, alpha, p), "operators": shrink_by_operators},
-            shrunk, 2 * m * k * r, cost.forward[0], (s,), mask=lambda out: unpacked(out[1], k),
+            shrunk, 2 * m * k * r, cost.forward[0], (s,), mask=lambda out: unpack_mask(out[1], k),
         ),
         "y": TimedLaunch(
             "matmul_expand",
@@ -150,7 +150,7 @@ def launches(problem: Problem, backend: str, seed: int = 2) -> dict[str, TimedLa
     }  # fmt: skip
 
 
-def unpacked(keep: Tensor, cols: int) -> Tensor:
+def unpack_mask(keep: Tensor, cols: int) -> Tensor:
     """Convert a mask of either backend to bool `[M, cols]`."""
     # The mask of the torch backend has one byte per element, 0 or 1.
     if keep.dtype != torch.int32:

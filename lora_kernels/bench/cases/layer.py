@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kernels import plan
 from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.bench.providers import layer as providers
-from lora_kernels.dropout import resolved
+from lora_kernels.dropout import drop_probability
 from lora_kernels.measure import timing
 from lora_kernels.measure.presets import PROJECTIONS, Shape
 from lora_kernels.verify import judge
@@ -90,7 +90,7 @@ def draw(shape: Shape, r: int, p: float, settings: Settings) -> Problem:
         lora_B=normal(shape.n, r, scale=r**-0.5),
         dy=normal(shape.m, shape.n),
         scaling=SCALING,
-        dropout_p=resolved(p),
+        dropout_p=drop_probability(p),
     )
 
 
@@ -182,8 +182,8 @@ def clone(problem: Problem) -> Problem:
 def ready(copies: list[timing.Calls], settings: Settings, turn: Iterator[int]) -> timing.Calls:
     """Return the calls to time: as CUDA graphs if the settings ask for them, and taking turns over several copies."""
     if settings.cuda_graph:
-        copies = [timing.graphed(calls) for calls in copies]
-    return timing.rotated(copies, turn) if len(copies) > 1 else copies[0]
+        copies = [timing.capture_graphs(calls) for calls in copies]
+    return timing.rotate_copies(copies, turn) if len(copies) > 1 else copies[0]
 
 
 def admit(
@@ -285,10 +285,10 @@ def compare(
             taken["to_floor"] = taken["median"] / floor[which]["median"] if floor else None
             taken["flops_per_second"] = work[which] / taken["median"]
             taken["of_peak"] = taken["flops_per_second"] / peak if peak else None
-            taken["model_bytes_per_second"] = _moved(row, which) / taken["median"] if "model" in row else None
+            taken["model_bytes_per_second"] = _moved_bytes(row, which) / taken["median"] if "model" in row else None
 
 
-def _moved(row: dict[str, Any], which: str) -> int:
+def _moved_bytes(row: dict[str, Any], which: str) -> int:
     forward, backward = row["model"]["forward_bytes"], row["model"]["backward_bytes"]
     return {"forward": forward, "backward": backward, "both": forward + backward}[which]
 

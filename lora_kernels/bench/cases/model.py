@@ -26,8 +26,8 @@ from lora_kernels import plan
 from lora_kernels.bench.cases.layer import SCALING, Settings, examine, forget_compiled, held_bytes, run_all
 from lora_kernels.bench.providers.hosted import HostedModel
 from lora_kernels.bench.providers.layer import short
-from lora_kernels.bench.providers.llama import Adapters, LanguageModel, Stack, adapted, draw_adapters
-from lora_kernels.dropout import resolved
+from lora_kernels.bench.providers.llama import Adapters, LanguageModel, Stack, copy_with_adapters, draw_adapters
+from lora_kernels.dropout import drop_probability
 from lora_kernels.measure.presets import Dims, HostedDims
 from lora_kernels.verify.judge import BY_RMS, Verdict, check_rms
 from lora_kernels.verify.numerics import rms
@@ -76,7 +76,7 @@ class Bench:
 
     def __init__(self, dims: Dims, r: int, p: float, settings: Settings, whole: bool) -> None:
         torch.manual_seed(0)
-        self.dims, self.p, self.settings, self.whole = dims, resolved(p), settings, whole
+        self.dims, self.p, self.settings, self.whole = dims, drop_probability(p), settings, whole
         with settings.device:
             if isinstance(dims, HostedDims):
                 base: nn.Module = HostedModel(dims, settings.dtype)
@@ -108,9 +108,9 @@ class Bench:
         else:
             label = f"PEFT {words}"
         try:
-            model, held = adapted(self.base, form, self.adapters, dtype, SCALING, self.p)
+            model, held = copy_with_adapters(self.base, form, self.adapters, dtype, SCALING, self.p)
         except ImportError:
-            model, held = adapted(self.base, "arithmetic", self.adapters, dtype, SCALING, self.p)
+            model, held = copy_with_adapters(self.base, "arithmetic", self.adapters, dtype, SCALING, self.p)
             label = f"PEFT arithmetic {words}"
         if name.endswith("_compiled"):
             return self._trial(f"{label}, compiled", model, held, torch.compile(model, dynamic=False))
@@ -134,7 +134,7 @@ class Bench:
             dtype = narrow if not wide else torch.float32 if narrow.itemsize == 2 else torch.float64
             base = copy.deepcopy(self.base).to(dtype) if wide else self.base
             form = "arithmetic" if adapters else "frozen"
-            model, held = adapted(base, form, self.adapters, dtype, SCALING, self.p)
+            model, held = copy_with_adapters(base, form, self.adapters, dtype, SCALING, self.p)
             self._references[key] = self._trial("", model.train(training), held, model, dtype).outputs()
         return self._references[key]
 
@@ -215,11 +215,11 @@ def run_case(
 def _admit(name: str, bench: Bench) -> tuple[dict[str, Any], Trial | None]:
     """Return a provider's row, and its trial if it may be timed."""
 
-    def saved(trial: Trial) -> int:
+    def held(trial: Trial) -> int:
         given = (*bench.base.parameters(), *bench.base.buffers(), *trial.leaves.values())
         return held_bytes(trial.forward, given)
 
-    return examine(name, lambda: bench.trial(name), lambda trial: check(trial, bench), saved, bench.settings)
+    return examine(name, lambda: bench.trial(name), lambda trial: check(trial, bench), held, bench.settings)
 
 
 def check(trial: Trial, bench: Bench) -> Verdict:

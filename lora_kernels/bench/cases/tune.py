@@ -38,7 +38,7 @@ class _Formed(Provider):
     @classmethod
     def of(cls, provider: Provider, taken: dict[str, Form]) -> "_Formed":
         def forward() -> Tensor:
-            with _forced(taken.get("forward")):
+            with _force(taken.get("forward")):
                 return provider.forward()
 
         given = {f.name: getattr(provider, f.name) for f in fields(Provider)}
@@ -48,11 +48,11 @@ class _Formed(Provider):
 
     def backward(self, ys: Tensor, dys: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
         """Compute the gradients of the leaves as `Provider.backward` does, in the given form."""
-        with _forced(self.taken.get("backward")):
+        with _force(self.taken.get("backward")):
             return super().backward(ys, dys)
 
 
-def _forced(form: Form | None) -> contextlib.AbstractContextManager[None]:
+def _force(form: Form | None) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if form is None else plan.force_form(*form)
 
 

@@ -122,7 +122,7 @@ def flops(m: int, k: int, n: int, r: int) -> tuple[int, int]:
     return base + low_rank, base + 2 * low_rank
 
 
-def _frozen(z: Size, dropout: bool) -> Cost:
+def _frozen_layer(z: Size, dropout: bool) -> Cost:
     return Cost((z.base,), (z.base,), (z.base, z.base))
 
 
@@ -246,5 +246,5 @@ def floor(z: Size) -> Cost:
 
 
 COSTS: dict[str, Callable[[Size, bool], Cost]] = {
-    "frozen": _frozen, "peft": _peft, "addmm": _addmm, "split": _split, "triton": _kernels, "torch": _operators,
+    "frozen": _frozen_layer, "peft": _peft, "addmm": _addmm, "split": _split, "triton": _kernels, "torch": _operators,
 }  # fmt: skip

@@ -31,8 +31,8 @@ def names_for(dtype: torch.dtype, compiled: bool) -> list[str]:
     return names if dtype.itemsize == 2 else [name for name in names if "fp32" not in name]
 
 
-def _frozen(problem: BlockProblem, backend: str) -> Provider:
-    problem = problem.frozen()
+def _frozen_block(problem: BlockProblem, backend: str) -> Provider:
+    problem = problem.without_adapters()
     leaves = leaves_of(problem)
 
     def forward() -> tuple[Tensor, ...]:
@@ -66,14 +66,14 @@ def _ours(problem: BlockProblem, backend: str) -> Provider:
     def mlp() -> tuple[Tensor, ...]:
         return (lora_mlp(leaves["dx"], *layers.values(), activation=problem.activation, backend=chosen),)
 
-    fused = _fused(problem, chosen)
+    fused = _is_fused(problem, chosen)
     return Provider(
         f"lora_kernels {_tag(problem, chosen)}", problem, mlp if problem.activation else qkv, leaves,
         Rounding.KERNELS if fused else Rounding.OPERATORS, "ours" if fused else "",
     )  # fmt: skip
 
 
-def _fused(problem: BlockProblem, backend: str) -> bool:
+def _is_fused(problem: BlockProblem, backend: str) -> bool:
     """Check that every large product shares one accumulator with its low-rank part."""
     x, rank = problem.x, problem.rank
     masked = any(q.dropout_p for q in problem.layers.values())
@@ -111,7 +111,7 @@ def _peft(problem: BlockProblem, backend: str) -> Provider:
     """Build PEFT's own layers through PEFT; without PEFT installed, build its arithmetic."""
     leaves, dtype = leaves_of(problem), next(iter(problem.layers.values())).lora_A.dtype
     try:
-        model, words = _injected(problem, leaves), "PEFT"
+        model, words = _build_peft_module(problem, leaves), "PEFT"
     except ImportError:
         model, words = None, "PEFT arithmetic"
 
@@ -141,7 +141,7 @@ def _addmm(problem: BlockProblem, backend: str) -> Provider:
     )
 
 
-def _injected(problem: BlockProblem, leaves: dict[str, Tensor]) -> nn.Module:
+def _build_peft_module(problem: BlockProblem, leaves: dict[str, Tensor]) -> nn.Module:
     """Build a module with one PEFT layer for each layer of the block; its adapters become the leaves."""
     peft = importlib.import_module("peft")
     model = nn.Module()
@@ -168,7 +168,7 @@ def _fp32(problem: BlockProblem) -> BlockProblem:
 
 
 PROVIDERS: dict[str, Callable[[BlockProblem, str], Provider]] = {
-    "frozen": _frozen,
+    "frozen": _frozen_block,
     "ours": _ours,
     "ours_fp32": lambda problem, backend: _ours(_fp32(problem), backend),
     "per_layer": _per_layer,

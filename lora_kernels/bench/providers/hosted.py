@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_kernels.measure.presets import HostedDims
 
-__all__ = ["HostedModel", "missing"]
+__all__ = ["HostedModel", "missing_requirement"]
 
 
 class HostedModel(nn.Module):
@@ -52,7 +52,7 @@ class HostedModel(nn.Module):
         return self.llama(inputs_embeds=x, use_cache=False).logits
 
 
-def missing() -> str:
+def missing_requirement() -> str:
     """Return why this machine cannot build the model, or ""."""
     for package in ("transformers", "peft"):
         try:

@@ -53,7 +53,7 @@ def fp32_adapters(problem: Problem) -> Problem:
     return replace(problem, lora_A=problem.lora_A.float(), lora_B=problem.lora_B.float())
 
 
-def _frozen(problem: Problem, backend: str) -> Provider:
+def _frozen_layer(problem: Problem, backend: str) -> Provider:
     leaves = leaves_of(problem, "dx")
     problem = replace(problem, lora_B=torch.zeros_like(problem.lora_B), dropout_p=0.0)
     return Provider(
@@ -201,12 +201,12 @@ class _SplitGraph(torch.autograd.Function):
         if keep is not None:
             # dropout's scale 1 / (1 - p), applied to the smallest operand
             lora_A = lora_A / (1 - ctx.p)
-            keep = _packed(keep) if ctx.backend == "triton" else keep
+            keep = _pack_mask(keep) if ctx.backend == "triton" else keep
         dx = ops.matmul_expand([(dy, weight.t()), (ds, lora_A.t())], keep=keep)
         return dx, None, d_lora_A, d_lora_B, None, None, None, None
 
 
-def _packed(keep: Tensor) -> Tensor:
+def _pack_mask(keep: Tensor) -> Tensor:
     """Pack a bool mask `[M, K]` into `[M, ceil(K/32)]` words, bit i of a word for the i-th of its 32 elements."""
     words = F.pad(keep, (0, -keep.shape[1] % 32)).view(torch.int64)
     return (_compiled_gather() if keep.is_cuda else _gather_bits)(words).view(torch.int32)
@@ -228,7 +228,7 @@ def _split(problem: Problem, backend: str) -> Provider:
     if chosen == "triton" and problem.dropout_p:
         # compile here and now, not in the thread of the first backward
         with torch.no_grad():
-            _packed(torch.ones_like(problem.x, dtype=torch.bool))
+            _pack_mask(torch.ones_like(problem.x, dtype=torch.bool))
 
     def forward() -> Tensor:
         x, a, b = leaves.values()
@@ -258,7 +258,7 @@ def variants(ours: Build, peft: Build) -> dict[str, Build]:
 
 
 PROVIDERS: dict[str, Build] = {
-    "frozen": _frozen,
+    "frozen": _frozen_layer,
     **variants(_ours, _peft),
     "addmm": _addmm,
     "split": _split,

@@ -22,7 +22,7 @@ from lora_kernels.modules.linear import LoRALinear
 from lora_kernels.passes.layer import Projection
 from lora_kernels.peft import patch_peft
 
-__all__ = ["Adapters", "LanguageModel", "Stack", "adapted", "draw_adapters", "projections"]
+__all__ = ["Adapters", "LanguageModel", "Stack", "copy_with_adapters", "draw_adapters", "projections"]
 
 # Name of a projection to its A and B.
 Adapters = dict[str, tuple[Tensor, Tensor]]
@@ -40,7 +40,7 @@ class GroupedAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Mix information across positions, `[batch, seq, hidden]`."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.project(x))
-        q, k = _turned(q, cos, sin), _turned(k, cos, sin)
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o(mixed.transpose(1, 2).flatten(-2))
 
@@ -75,7 +75,7 @@ def _projection(layer: nn.Module) -> Projection:
     return Projection(layer.weight, layer.lora_A, layer.lora_B, None, layer.scaling, p)
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Encode positions by rotating pairs of features half a head apart (RoPE, arXiv:2104.09864)."""
     left, right = x.chunk(2, -1)
     return x * cos + torch.cat((-right, left), -1) * sin
@@ -161,7 +161,7 @@ class PeftArithmetic(nn.Module):
         return (y + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling).to(y.dtype)
 
 
-def adapted(
+def copy_with_adapters(
     base: nn.Module, form: str, adapters: Adapters, dtype: torch.dtype, scaling: float, p: float
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """Copy the model with adapters; the copy shares every frozen tensor of `base`.

@@ -10,10 +10,10 @@ from typing import Any
 
 from lora_kernels.bench.show.tables import labels_of, last_pass, median_ms, pass_name, shape_words
 
-__all__ = ["missing", "plot"]
+__all__ = ["missing_requirement", "plot"]
 
 
-def missing() -> str:
+def missing_requirement() -> str:
     """Return why no plot can be drawn, or ""."""
     if importlib.util.find_spec("matplotlib") is None:
         return "pictures need matplotlib: pip install 'matplotlib>=3.8'"

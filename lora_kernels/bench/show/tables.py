@@ -125,7 +125,7 @@ def case_table(case: dict[str, Any]) -> Group:
         if any(host is not None for host in hosts):
             columns.append(("host us", [DASH if host is None else f"{host * 1e6:.0f}" for host in hosts]))
     columns += [
-        ("moved* MiB", [mib(_moved(row)) for row in rows]),
+        ("moved* MiB", [mib(_moved_bytes(row)) for row in rows]),
         ("saved MiB", [mib(row.get("saved_bytes")) for row in rows]),
         ("peak MiB", [mib(row["peak_bytes"]) if row.get("peak_bytes") is not None else "n/a" for row in rows]),
     ]
@@ -148,7 +148,7 @@ def case_table(case: dict[str, Any]) -> Group:
     return Group(table, Text(note, style="dim"), *reasons)
 
 
-def _moved(row: dict[str, Any]) -> int | None:
+def _moved_bytes(row: dict[str, Any]) -> int | None:
     return row["model"]["forward_bytes"] + row["model"]["backward_bytes"] if "model" in row else None
 
 
