@@ -87,7 +87,7 @@ class BinaryFacts:
     dependent: str = ""
     warnings: list[str] = field(default_factory=list)
     both_ways: list[str] = field(default_factory=list)
-    find_overwrites: list[str] = field(default_factory=list)
+    overwritten: list[str] = field(default_factory=list)
     late_stores: int = 0
 
 
