@@ -59,7 +59,7 @@ _TILE = 1024, 1 << 20
 def draw_mask(shape: torch.Size, dropout_p: float, device: torch.device, noise: Tensor | None = None) -> Tensor:
     """Draw a dropout mask, uint8, 1 where kept, or compute the mask from `noise` if given.
 
-    An element is kept with probability 1 - resolved(p), like in the kernels' mask. One 64-bit draw decides
+    An element is kept with probability 1 - drop_probability(p), like in the kernels' mask. One 64-bit draw decides
     four elements. On a CPU this is several times faster than `bernoulli_` with one draw per element, and a product with
     bytes is several times faster than with bools.
     """
