@@ -1,38 +1,43 @@
 """The forward of a block whose layers belong together: one call of `lora_projections` or of `lora_mlp`.
 
     MLP         the forward is two or three layers and an activation: `lora_mlp` computes all of it
-    attention   the block's own forward runs, with a stand-in for the block as `self`. The stand-in equals the block
-                except for q_proj, k_proj and v_proj: the first one that forward calls computes all three results, and
-                each result is returned once
+    attention   the block's own forward runs. While it does, `self.q_proj`, `self.k_proj` and `self.v_proj` are
+                stand-ins for the layers: the first one that forward calls computes all three results, and each result
+                is returned once. From then on the block has its layers again
 
-The stand-in shares the block's `__dict__`, so forward reads and writes the block's attributes. A slot of the stand-in
-holds the projections of one call, and each call creates a stand-in. So concurrent calls, calls that end by an exception
-and calls repeated by checkpointing do not affect each other, and no result outlives its call.
+So whatever the forward hands its `self` to (attention functions, caches, hooks) gets the model's own module. The
+stand-ins belong to one call of one thread. So concurrent calls, calls that end by an exception and calls repeated by
+checkpointing do not affect each other, and no result outlives its call.
 
-`layer.projection` decides at each call whether the layers can be computed together. If one cannot, the block's own
+Each call begins with the question whether the class still has the forward that was recognised; if not, the forward in
+force runs. `layer.projection` then decides whether the layers can be computed together. If one cannot, the block's own
 forward calls the layers one by one. An attention block also does so under a compiler or a dispatch mode, because
-torch.compile cannot trace the stand-in.
+torch.compile cannot trace the stand-ins.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_kernels.functional import lora_mlp, lora_projections
 from lora_kernels.functional.gate import is_watched
 from lora_kernels.passes.layer import Projection
 from lora_kernels.peft.layer import bare, projection
-from lora_kernels.peft.structure import ATTENTION, FixedModule, Structure, members
+from lora_kernels.peft.structure import ATTENTION, FixedMember, FixedModule, Structure, members
 
-__all__ = ["block_forward", "changed_part", "patched_structure"]
+__all__ = ["block_forward", "block_members", "changed_part", "patched_structure"]
 
 
 def block_forward(
     cls: type[nn.Module], stock: Callable[..., Any], found: Structure, backend: str
 ) -> Callable[..., Any]:
-    """Make a forward that computes the layers of a block together if possible, and otherwise calls `stock`.
+    """Make a forward that computes the layers of a block together if possible, and otherwise calls the one in force.
+
+    The class of the block must have the members of `block_members`.
 
     Args:
         cls: The block's class.
@@ -40,11 +45,21 @@ def block_forward(
         found: The result of `structure` for the block, with an empty reason.
         backend: Backend for `lora_projections` and `lora_mlp`.
     """
-    forward: Any = (
-        _attention_forward(cls, stock, backend) if found.kind == "attention" else _mlp_forward(stock, found, backend)
-    )
-    forward._lora_kernels_stock, forward._lora_kernels_structure = stock, found
+    together: Any = _attention_forward if found.kind == "attention" else _mlp_forward
+    compute = together(stock, found, backend)
+
+    @functools.wraps(stock)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        current = cls.forward
+        return (compute if current is stock else current)(self, *args, **kwargs)
+
+    forward._lora_kernels_structure = found  # type: ignore[attr-defined]
     return forward
+
+
+def block_members(found: Structure) -> dict[str, property]:
+    """Return the members of a patched block's class that hand out the stand-ins of a call."""
+    return {name: _stand_in_of(name) for name in found.layers if found.kind == "attention"}
 
 
 def patched_structure(forward: Callable[..., Any]) -> Structure | None:
@@ -57,10 +72,12 @@ def changed_part(block: nn.Module, others: Sequence[tuple[str, Any]]) -> str:
     fields, modules = block.__dict__, block.__dict__["_modules"]
     for name, was in others:
         module = modules.get(name)
-        if module is None:
-            same = fields.get(name) is was
-        else:
+        if module is not None:
             same = isinstance(was, FixedModule) and bare(module, was.kind) and was.still(module)
+        elif isinstance(was, FixedMember):
+            same = name not in fields and getattr(type(block), name, None) is was.value
+        else:
+            same = fields.get(name) is was
         if not same:
             return name
     return ""
@@ -77,7 +94,6 @@ def _together(layers: Sequence[nn.Module], x: Tensor) -> list[Projection] | None
 
 
 def _mlp_forward(stock: Callable[..., Any], found: Structure, backend: str) -> Callable[..., Any]:
-    @functools.wraps(stock)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or changed_part(self, found.others):
             return stock(self, *args, **kwargs)
@@ -90,35 +106,42 @@ def _mlp_forward(stock: Callable[..., Any], found: Structure, backend: str) -> C
     return forward
 
 
-def _attention_forward(cls: type[nn.Module], stock: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    stand_in_class = _stand_in_class(cls)
-
-    @functools.wraps(stock)
+def _attention_forward(stock: Callable[..., Any], found: Structure, backend: str) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_watched():
             return stock(self, *args, **kwargs)
-        stand_in, call = object.__new__(stand_in_class), _Call(members(self, ATTENTION), backend)
-        object.__setattr__(stand_in, "__dict__", self.__dict__)
-        object.__setattr__(stand_in, "_lora_kernels_call", call)
+        calls, call = _running.calls, _Call(self, backend)
+        calls.append(call)
         try:
-            return stock(stand_in, *args, **kwargs)
+            return stock(self, *args, **kwargs)
         finally:
+            calls.pop()
             call.close()
 
     return forward
 
 
+class _Running(threading.local):
+    """The calls of attention blocks that this thread is in, the innermost last."""
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+
+
+_running = _Running()
+
+
 class _Call:
     """One call of an attention block: its projections of one x, from the first to the last that forward calls."""
 
-    __slots__ = ("_backend", "_layers", "_ready", "_version", "_x")
+    __slots__ = ("_backend", "_ready", "_version", "_x", "block")
     # None before the first projection; the `_Call` itself when closed.
     _x: Any
     _version: int | None
     _ready: dict[str, Tensor]
 
-    def __init__(self, layers: Sequence[nn.Module], backend: str) -> None:
-        self._layers, self._backend = dict(zip(ATTENTION, layers, strict=True)), backend
+    def __init__(self, block: nn.Module, backend: str) -> None:
+        self.block, self._backend = block, backend
         self._x, self._version, self._ready = None, None, {}
 
     def close(self) -> None:
@@ -126,12 +149,18 @@ class _Call:
         self._x, self._ready = self, {}
 
     def layer(self, name: str) -> nn.Module:
-        return self._layers[name]
+        """Return the block's layer of a name."""
+        return self.block.__dict__["_modules"][name]
+
+    def waits_for(self, name: str) -> bool:
+        """Return whether a call of a layer would get a joint result."""
+        return self._x is None or name in self._ready
 
     def project(self, name: str, x: Tensor) -> Tensor:
+        """Return the result of a layer: the joint one, or that of the layer's own call."""
         if self._x is None:
             self._x, self._version = x, _version(x)
-            projections = _together(list(self._layers.values()), x)
+            projections = _together(members(self.block, ATTENTION), x)
             if projections is not None:
                 weights, adapters = [q.weight for q in projections], [_adapter(q) for q in projections]
                 ys = lora_projections(
@@ -141,7 +170,7 @@ class _Call:
                 self._ready = dict(zip(ATTENTION, ys, strict=True))
         same = x is self._x and _version(x) == self._version
         y = self._ready.pop(name, None) if same else None
-        return self._layers[name](x) if y is None else y
+        return self.layer(name)(x) if y is None else y
 
 
 class _Layer:
@@ -167,14 +196,22 @@ class _Layer:
         return getattr(self._call.layer(self._name), name)
 
 
-def _stand_in_class(cls: type[nn.Module]) -> type[nn.Module]:
-    body = {name: property(functools.partial(_looked_up, name)) for name in ATTENTION}
-    body |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls.__name__, (cls,), body | {"__slots__": ("_lora_kernels_call",)})
+def _stand_in_of(name: str) -> property:
+    """Return a property that is a layer of a block, or the layer's stand-in during a call of the block."""
 
+    def look_up(block: nn.Module) -> Any:
+        # A compiler cannot trace the state of a thread, and calls the layers one by one.
+        if not torch.compiler.is_compiling():
+            calls = _running.calls
+            if calls and calls[-1].block is block and calls[-1].waits_for(name):
+                return _Layer(name, calls[-1])
+        try:
+            return block.__dict__["_modules"][name]
+        except KeyError:
+            # nn.Module then says what is missing.
+            raise AttributeError(name) from None
 
-def _looked_up(name: str, stand_in: Any) -> _Layer:
-    return _Layer(name, stand_in._lora_kernels_call)
+    return property(look_up)
 
 
 def _adapter(q: Projection) -> tuple[Tensor, Tensor] | None:

@@ -3,14 +3,13 @@
 import functools
 import importlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from lora_kernels import plan
 from lora_kernels.functional import checks
-from lora_kernels.peft.layer import stock_forward
+from lora_kernels.peft.forwards import is_defined_by, stock_forward
 
 __all__ = [
     "check_backend", "check_model", "check_not_peft", "classes", "is_supported", "lora_layer", "multihead_attention",
@@ -48,8 +47,9 @@ def classes() -> tuple[type[nn.Module], ...]:
 
 
 def is_supported(cls: type) -> bool:
-    """Return whether a class has the forward of a known class, its own or inherited."""
-    return any(_forward(cls) is _forward(other) for other in classes())
+    """Return whether a class has the forward that PEFT defines for a known class, its own or inherited."""
+    forward = stock_forward(cls.forward)  # type: ignore[attr-defined]
+    return any(is_defined_by(forward, other) for other in classes())
 
 
 def check_model(call: str, model: nn.Module) -> None:
@@ -86,10 +86,6 @@ def check_backend(call: str, backend: str) -> None:
         ValueError: `backend` is not a known name.
     """
     checks.check_backend(call, backend, plan.BACKENDS)
-
-
-def _forward(cls: Any) -> Callable[..., Any]:
-    return stock_forward(cls.forward)
 
 
 def _peft(module: str, required: bool = True) -> Any:

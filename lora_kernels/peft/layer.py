@@ -27,10 +27,10 @@ from lora_kernels.autograd.common import autocasts
 from lora_kernels.constants import HALF
 from lora_kernels.functional import lora_add, lora_linear
 from lora_kernels.passes.layer import Projection
+from lora_kernels.peft.forwards import has_own_forward, is_in_force
 
 __all__ = [
     "accelerated_forward", "bare", "dtypes_fit", "fusable", "is_plain_variant", "is_traced", "projection", "read",
-    "stock_forward",
 ]  # fmt: skip
 
 # A, B, scaling and dropout_p.
@@ -40,28 +40,27 @@ Term = tuple[Tensor, Tensor, float, float]
 _PLAIN_VARIANTS = ("MiCALinearVariant",)
 
 
-def accelerated_forward(stock: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+def accelerated_forward(
+    stock: Callable[..., Tensor], backend: str, instead: Callable[[Any], Callable[..., Tensor] | None]
+) -> Any:
     """Make a forward that takes the fused path if possible, and otherwise calls `stock`.
 
     Args:
         stock: The forward of a PEFT layer class.
         backend: Backend for `lora_linear`.
+        instead: Takes this forward, at each call, and returns one to call in its place, or None.
     """
 
     @functools.wraps(stock)
     def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if (other := instead(forward)) is not None:
+            return other(self, x, *args, **kwargs)
         terms = None if args or kwargs else read(self, x)
         if terms is None:
             return stock(self, x, *args, **kwargs)
         return _compute(self.__dict__["_modules"]["base_layer"], x, terms, backend)
 
-    forward._lora_kernels_stock = stock  # type: ignore[attr-defined]
     return forward
-
-
-def stock_forward(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return PEFT's own forward behind an accelerated one; return any other forward as it is."""
-    return getattr(forward, "_lora_kernels_stock", forward)
 
 
 def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
@@ -130,7 +129,7 @@ def projection(layer: nn.Module, x: Tensor) -> Projection | None:
     base, terms = layer, None
     if type(layer) is nn.Linear:
         terms = [(None, None, 1.0, 0.0)] if type(x) is Tensor and not is_traced() else None
-    elif stock_forward(type(layer).forward) is not type(layer).forward and bare(layer, type(layer)):
+    elif is_in_force(type(layer).forward) and bare(layer, type(layer)):
         base, terms = layer.__dict__["_modules"]["base_layer"], read(layer, x)
     if terms is not None and len(terms) > 1:
         terms = _join_terms(terms)
@@ -153,6 +152,8 @@ def is_traced() -> bool:
 def bare(module: nn.Module, kind: type) -> bool:
     """Return whether a module is exactly of a class, and has no hooks or replaced forward that need a call.
 
+    The class, too, must have its own forward, if it is nn.Linear, nn.Dropout or nn.Identity.
+
     Parametrised and fully sharded modules have a class of their own; accelerate replaces `forward` on the instance.
     """
     fields = module.__dict__
@@ -160,7 +161,7 @@ def bare(module: nn.Module, kind: type) -> bool:
         fields["_forward_hooks"] or fields["_forward_pre_hooks"]
         or fields["_backward_hooks"] or fields["_backward_pre_hooks"]
         or "forward" in fields
-    )  # fmt: skip
+    ) and has_own_forward(kind)  # fmt: skip
 
 
 def is_plain_variant(variant: Any) -> bool:

@@ -10,14 +10,15 @@ import contextlib
 import copy
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
 from lora_kernels.peft import known
-from lora_kernels.peft.blocks import block_forward
-from lora_kernels.peft.layer import accelerated_forward, stock_forward
+from lora_kernels.peft.blocks import block_forward, block_members
+from lora_kernels.peft.forwards import is_defined_by, mark, replacement, stock_forward
+from lora_kernels.peft.layer import accelerated_forward
 from lora_kernels.peft.reasons import Report, report
 from lora_kernels.peft.structure import Structure, members, structure
 
@@ -63,12 +64,12 @@ def patch_peft(model: nn.Module, backend: str = "auto", blocks: bool = True) -> 
     for layer in layers:
         cls = _stock_class(type(layer))
         if cls is not None and known.is_supported(cls):
-            _give_class(layer, _patched_class(cls, backend, alone=not blocks))
+            _give_class(layer, _patched_class(cls, stock_forward(cls.forward), backend, alone=not blocks))
     for block in (module for module in model.modules() if not isinstance(module, known.lora_layer())):
         cls = _stock_class(type(block))
         found = structure(block, cls.forward) if blocks and cls is not None else None
         if found and not found.reason and any(isinstance(m, known.lora_layer()) for m in members(block, found.layers)):
-            _give_class(block, _patched_class(cls, backend, found))
+            _give_class(block, _patched_class(cls, cls.forward, backend, found))
         elif cls is not None and cls is not type(block):
             _give_class(block, cls)
     return report(model)
@@ -103,8 +104,14 @@ def unpatch_peft(model: nn.Module) -> int:
     return count
 
 
+# The forward of ours that is set on each class and at work; others may have wrapped it.
+_at_work: dict[type, Any] = {}
+
+
 def accelerate(on: bool = True, backend: str = "auto") -> None:
     """Accelerate all present and future PEFT LoRA layers by a change of PEFT's classes themselves; or undo the change.
+
+    A forward that another library has set on a class stays, and so does one that is set later.
 
     Args:
         on: False to give the classes their own forward back. Models patched by `patch_peft` stay patched.
@@ -115,16 +122,21 @@ def accelerate(on: bool = True, backend: str = "auto") -> None:
         ValueError: `backend` is unknown.
     """
     known.check_backend("accelerate", backend)
-    for cls in known.classes():
-        # Subclasses that inherit the forward follow.
-        if "forward" in vars(cls):
-            stock = stock_forward(cls.forward)
-            cls.forward = accelerated_forward(stock, backend) if on else stock
+    for cls in _classes_with_forward():
+        stock = stock_forward(cls.forward)
+        if not on:
+            _at_work.pop(cls, None)
+            cls.forward = stock
+        elif is_defined_by(stock, cls):
+            # Subclasses that inherit the forward follow.
+            cls.forward = _at_work[cls] = _forward_of_class(cls, stock, backend)
 
 
 @contextlib.contextmanager
 def accelerated(backend: str = "auto") -> Iterator[None]:
     """Accelerate all PEFT models, also those built later, inside a `with` block.
+
+    A forward that another library sets on a class inside the block stays after its end.
 
     Args:
         backend: As in `lora_linear`.
@@ -133,13 +145,31 @@ def accelerated(backend: str = "auto") -> Iterator[None]:
         ImportError: PEFT is not installed.
         ValueError: `backend` is unknown.
     """
-    before = {cls: cls.forward for cls in known.classes() if "forward" in vars(cls)}
+    before = {cls: (cls.forward, _at_work.get(cls)) for cls in _classes_with_forward()}
     accelerate(True, backend)
     try:
         yield
     finally:
-        for cls, forward in before.items():
-            cls.forward = forward
+        for cls, (forward, ours) in before.items():
+            _at_work.pop(cls, None)
+            if ours is not None:
+                _at_work[cls] = ours
+            if stock_forward(cls.forward) is stock_forward(forward):
+                cls.forward = forward
+
+
+def _classes_with_forward() -> list[Any]:
+    """Return the known classes that define a forward."""
+    return [cls for cls in known.classes() if "forward" in vars(cls)]
+
+
+def _forward_of_class(cls: type, stock: Callable[..., Any], backend: str) -> Any:
+    """Make a forward that is set on the class itself, and calls `stock` where it is not at work any more."""
+
+    def ended(forward: Any) -> Callable[..., Any] | None:
+        return None if _at_work.get(cls) is forward else stock
+
+    return mark(accelerated_forward(stock, backend, ended), stock, None)
 
 
 class _Patched:
@@ -160,17 +190,19 @@ class _Patched:
 
 @functools.cache
 def _patched_class(
-    cls: type[nn.Module], backend: str, block: Structure | None = None, alone: bool = False
+    cls: type[nn.Module], stock: Callable[..., Any], backend: str, block: Structure | None = None, alone: bool = False
 ) -> type[nn.Module]:
-    stock = stock_forward(cls.forward)
+    """Return the subclass of a class whose forward, now, is `stock`."""
+    own = block_forward(cls, stock, block, backend) if block else accelerated_forward(stock, backend, replacement)
     body = {
-        "forward": block_forward(cls, stock, block, backend) if block else accelerated_forward(stock, backend),
+        "forward": mark(own, stock, cls),
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "_lora_kernels_class": cls,
         # For the report: `patch_peft` was told to leave the layer's block alone.
         "_lora_kernels_alone": alone,
+        **(block_members(block) if block else {}),
     }
     return type(cls.__name__, (_Patched, cls), body)
 

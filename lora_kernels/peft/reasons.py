@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from lora_kernels.peft import known
 from lora_kernels.peft import layer as rules
 from lora_kernels.peft.blocks import changed_part, patched_structure
+from lora_kernels.peft.forwards import describe, has_own_forward, replacement, stock_forward
 from lora_kernels.peft.structure import Structure, members, structure
 
 __all__ = ["BLOCK_FORMS", "FORMS", "BlockReport", "LayerReport", "Report", "explain", "report", "stock_reason"]
@@ -162,9 +163,12 @@ def stock_reason(module: nn.Module, x: Tensor | None = None) -> str:
 
 def _class_reason(module: nn.Module) -> str:
     cls = type(module)
-    if not known.is_supported(cls):
-        return f"lora.{cls.__name__} computes something else than x Wᵀ + scaling B A dropout(x)"
-    return _forward_reason(module)
+    if known.is_supported(cls):
+        return _forward_reason(module)
+    kind = next((kind for kind in known.classes() if kind in cls.__mro__ and not known.is_supported(kind)), None)
+    if kind is not None:
+        return f"the forward of lora.{kind.__name__} was replaced by {describe(kind.forward)}"
+    return f"lora.{cls.__name__} computes something else than x Wᵀ + scaling B A dropout(x)"
 
 
 def _forward_reason(module: nn.Module) -> str:
@@ -174,8 +178,9 @@ def _forward_reason(module: nn.Module) -> str:
     methods = (vars(module).get(name) for name in ("forward", "_old_forward"))
     own = next((m.__func__ for m in methods if inspect.ismethod(m) and m.__self__ is module), None)
     forward = own if "forward" in vars(module) else cls.forward
-    if forward is not None and rules.stock_forward(forward) is not forward:
-        return ""
+    if forward is not None and stock_forward(forward) is not forward:
+        other = replacement(forward)
+        return f"the forward of its class was replaced by {describe(other)}" if other else ""
     if forward is cls.forward:
         return _UNPATCHED
     return "its forward is replaced on the instance (X-LoRA, or a hook from before)"
@@ -257,6 +262,8 @@ def _not_bare(module: nn.Module, kinds: tuple[type, ...]) -> str:
         return f"is a {type(module).__name__}, not a plain nn.{kinds[-1].__name__}"
     if "forward" in vars(module):
         return "has its forward replaced on the instance"
+    if not has_own_forward(type(module)):
+        return f"has a forward that was replaced on nn.{type(module).__name__} by {describe(type(module).forward)}"
     return "" if rules.bare(module, type(module)) else "has a hook"
 
 
@@ -303,7 +310,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Structure]]:
     """Yield the blocks that hold LoRA layers: name, module, and the structure when patched, or else the present one."""
     for name, module in model.named_modules():
         forward = type(module).forward
-        block = patched_structure(forward) or structure(module, rules.stock_forward(forward))
+        block = patched_structure(forward) or structure(module, stock_forward(forward))
         if block and any(isinstance(child, known.lora_layer()) for child in members(module, block.layers)):
             yield name, module, block
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lora_kernels.activations import ACTIVATIONS, activated
 
-__all__ = ["ATTENTION", "FixedModule", "Structure", "members", "structure"]
+__all__ = ["ATTENTION", "FixedMember", "FixedModule", "Structure", "members", "structure"]
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 # The layers of an MLP, the last layer last, and the computation.
@@ -47,15 +47,22 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class FixedModule(NamedTuple):
-    """The class and constants that a module beside the layers must keep; the module may get further attributes."""
+    """What a module beside the layers must keep: class, the class's forward, constants. It may get more attributes."""
 
     kind: type[nn.Module]
+    forward: Callable[..., Any]
     constants: tuple[tuple[str, Any], ...]
 
     def still(self, module: nn.Module) -> bool:
-        """Return whether a module of that class still has the same constants."""
+        """Return whether a module of that class still has the same forward and constants."""
         fields = module.__dict__
-        return all(fields.get(name) == value for name, value in self.constants)
+        return self.kind.forward is self.forward and all(fields.get(name) == value for name, value in self.constants)
+
+
+class FixedMember(NamedTuple):
+    """A member of the block's class, for example a method, that the class must keep."""
+
+    value: Any
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,8 @@ class Structure:
         layers: Names of the layers that belong together, in the order of their computation.
         reason: Why the layers have to be called one by one; "" if they need not be.
         activation: The activation of an MLP, in the words of `lora_mlp`.
-        others: Everything else in an MLP: each name with a `FixedModule` for a module, or with the value itself, or
-            with None if the attribute does not exist.
+        others: Everything else in an MLP: each name with a `FixedModule` for a module, with a `FixedMember` for a
+            member of the class, with the value itself, or with None if the attribute does not exist.
     """
 
     kind: str
@@ -100,7 +107,8 @@ def structure(module: nn.Module, forward: Callable[..., Any]) -> Structure | Non
 def _record_module(module: nn.Module) -> FixedModule:
     """Record the present state of a module beside the layers."""
     own = ((name, value) for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE)
-    return FixedModule(type(module), tuple((name, value) for name, value in own if isinstance(value, _PLAIN)))
+    constants = tuple((name, value) for name, value in own if isinstance(value, _PLAIN))
+    return FixedModule(type(module), type(module).forward, constants)
 
 
 def members(module: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
@@ -180,10 +188,14 @@ def _mlp(module: nn.Module, forward: Callable[..., Any], layers: tuple[str, ...]
         return other
     read |= {name for name, f in fields.items() if callable(f) and name[0] != "_" and name != "forward"}
     read -= {*layers, *rest, *_OF_EVERY_MODULE, "__dict__"}
-    values = {name: fields.get(name) for name in sorted(read)}
-    for name, value in values.items():
-        if not (isinstance(value, _PLAIN) or callable(value)):
+    kind, values = type(module), dict[str, Any]()
+    for name in sorted(read):
+        of_class = name not in fields and hasattr(kind, name) and not hasattr(nn.Module, name)
+        value = getattr(kind, name) if of_class else fields.get(name)
+        # The forward was run, so what a property reads is among the names.
+        if not (isinstance(value, (*_PLAIN, property)) or callable(value)):
             return replace(other, reason=f"its forward reads {name}, which may change")
+        values[name] = FixedMember(value) if of_class else value
     others = (*((name, _record_module(child)) for name, child in rest.items()), *values.items())
     return replace(other, reason="", activation=found.pop(), others=others)
 

@@ -1,5 +1,6 @@
 """One call of a patched block: what it holds, for how long, and whom it gives way to."""
 
+import collections
 import copy
 import gc
 import threading
@@ -7,12 +8,13 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from block_samples import WIDTH, Attention, Gated, block
+from block_samples import SIZES, WIDTH, Attention, Gated, adapted, block, ids
 
 from lora_kernels import patch_peft
 from lora_kernels.peft import blocks
@@ -125,21 +127,98 @@ def test_an_exception_leaves_nothing_behind(watched_outputs):
     assert torch.equal(model(x), expected)
 
 
-def test_a_stand_in_that_is_kept_is_the_block(watched_outputs):
+def test_a_forward_gets_the_block_itself(watched_outputs):
     kept = []
     model, one = block(Between())
     patch_peft(model)
     one.happens = kept.append
     x = torch.randn(3, WIDTH)
     model(x)
-    (stand_in,) = kept
-    assert stand_in is not one
-    assert isinstance(stand_in, Between)
-    assert type(stand_in).__name__ == "Between"
-    assert stand_in.q_proj.scaling == one.q_proj.scaling
-    assert list(stand_in.modules())[1:] == list(one.modules())[1:]
-    torch.testing.assert_close(stand_in.k_proj(x), one.k_proj(x))
+    (seen,) = kept
+    assert seen is one
+    torch.testing.assert_close(seen.k_proj(x), one.k_proj(x))
     assert len(watched_outputs) == 3, "after its call each layer is called"
+
+
+def test_by_the_end_of_the_three_calls_the_block_has_its_layers(joined):
+    """An attention function that is handed the module finds what it would find in the unpatched model."""
+    model, one = block(Attention())
+    patch_peft(model)
+    layers, seen = dict(one.named_children()), []
+
+    def mixed(q, k, v):
+        seen.extend(getattr(one, name) for name in layers)
+        return torch.cat((q, k, v), -1)
+
+    model(torch.randn(3, WIDTH), mixed)
+    assert joined == ["lora_projections"]
+    assert all(a is b for a, b in zip(seen, layers.values(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_functions_that_keep_something_by_module(joined):
+    """Caches by identity, by equality and by weak reference, as functions of transformers' AttentionInterface have."""
+    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": 2}, attn_implementation="eager")
+    stock = adapted(LlamaForCausalLM(config))
+    calls, weakly, ids_seen = collections.Counter(), weakref.WeakKeyDictionary(), set()
+
+    def counting(module, *args, **kwargs):
+        calls[module] += 1
+        weakly[module] = weakly.get(module, 0) + 1
+        ids_seen.add(id(module))
+        module.counted = calls[module]
+        return eager_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register("counting", counting)
+    patched = copy.deepcopy(stock)
+    assert patch_peft(patched).count("joined") == 4
+    patched.set_attn_implementation("counting")
+    for _ in range(5):
+        patched(input_ids=ids())
+        gc.collect()
+    modules = [m for m in patched.modules() if hasattr(m, "q_proj")]
+    assert len(joined) == 20
+    assert {*calls} == {*modules}
+    assert [calls[m] for m in modules] == [weakly[m] for m in modules] == [m.counted for m in modules] == [5, 5]
+    assert ids_seen == {*map(id, modules)}
+
+
+def test_a_layer_is_taken_out_and_put_in(joined):
+    """The members of a patched class do not stand in the way of nn.Module's own attributes."""
+    model, one = block(Attention())
+    patch_peft(model)
+    x, old = torch.randn(3, WIDTH), one.q_proj
+    expected = model(x)
+    del one.q_proj
+    assert not hasattr(one, "q_proj")
+    with pytest.raises(AttributeError, match="has no attribute 'q_proj'"):
+        one.q_proj  # noqa: B018 the read is the test
+    one.add_module("q_proj", old)
+    assert one.q_proj is old
+    torch.testing.assert_close(model(x), expected)
+    one.q_proj = nn.Linear(WIDTH, WIDTH)
+    assert one.q_proj is not old
+    model(x)
+    assert len(joined) == 3
+
+
+def test_a_block_within_a_block(joined):
+    """Of the calls that a thread is in, the innermost one has its stand-ins; the outer one goes on after it."""
+    model, outer = block(Between())
+    inner_model, inner = block(Attention())
+    for one in (model, inner_model):
+        patch_peft(one)
+    x, seen = torch.randn(3, WIDTH), []
+    expected, expected_inner = model(x), inner_model(x)
+    joined.clear()
+
+    outer.happens = lambda part: seen.append(inner(x))
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(seen[0], expected_inner)
+    assert joined == ["lora_projections"] * 2
 
 
 def test_what_a_forward_writes_is_written_to_the_block(joined):

@@ -1,0 +1,326 @@
+"""Forwards of classes that others have replaced: patched models compute what is in force, and the report says so."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+import peft.tuners.lora as lora
+from block_samples import WIDTH, Attention, Block, Gated, adapted, block
+from peft_samples import IN, tiny
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+
+from lora_kernels import patch_peft, unpatch_peft
+from lora_kernels.peft import accelerate, accelerated, explain
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*config.*:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def own_forwards():
+    """What a test replaces is put back, also where the test fails."""
+    kinds = (nn.Linear, nn.Dropout, nn.Identity, nn.SiLU, lora.Linear, LlamaAttention, LlamaMLP, Attention, Gated)
+    before = {kind: kind.forward for kind in kinds}
+    yield
+    for kind, forward in before.items():
+        kind.forward = forward
+
+
+def twice(forward):
+    def foreign(self, *args, **kwargs):
+        return 2 * forward(self, *args, **kwargs)
+
+    return foreign
+
+
+def same(model, stock, x):
+    """Equal to the last bit, with gradients."""
+    results = []
+    for one in (model, stock):
+        one.zero_grad()
+        torch.manual_seed(0)
+        given = x.clone().requires_grad_()
+        y = one(given)
+        y.backward(torch.ones_like(y))
+        results.append([y, given.grad, *(p.grad for p in one.parameters() if p.grad is not None)])
+    ours, theirs = results
+    assert len(ours) == len(theirs) > 3
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+PARTS = [Attention, Gated]
+
+
+def part_and_x(part):
+    return block(part()), torch.randn(3, WIDTH)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("earlier", [False, True], ids=["first of its class", "after another model"])
+def test_a_block_whose_class_was_given_a_forward_before_the_patch(part, earlier, joined):
+    if earlier:
+        model, _ = block(part())
+        patch_peft(model)
+
+    def other(self, x, *more):
+        return self.q_proj(x) * 3 if part is Attention else self.down_proj(torch.tanh(self.up_proj(x)))
+
+    part.forward = other
+    (model, _), x = part_and_x(part)
+    patched = copy.deepcopy(model)
+    report = patch_peft(patched)
+    same(unpatched_blocks(patched), model, x)
+    assert not joined
+    assert [one.form for one in report.blocks] == ["per layer"]
+    assert "forward" in report.blocks[0].reason or "it is not" in report.blocks[0].reason
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_forward_that_can_be_joined_is_the_one_in_force(part, joined):
+    """The class was patched for an earlier model, whose forward was another."""
+    earlier, _ = block(part())
+    patch_peft(earlier)
+
+    def attention(self, x):
+        q, k = self.q_proj(x), self.k_proj(x)
+        v = self.v_proj(x)
+        return 3 * torch.cat((q, k, v), -1)
+
+    def mlp(self, x):
+        return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
+
+    part.forward = attention if part is Attention else mlp
+    (model, _), x = part_and_x(part)
+    patched = copy.deepcopy(model)
+    assert patch_peft(patched).count("joined") == 1
+    joined.clear()
+    torch.testing.assert_close(patched(x), model(x))
+    assert len(joined) == 1
+    # The earlier model's class has another forward than it was patched for.
+    stock = copy.deepcopy(earlier)
+    unpatch_peft(stock)
+    torch.testing.assert_close(earlier(x), stock(x))
+    assert len(joined) == 1
+
+
+def unpatched_blocks(model):
+    """Only the blocks are looked at: layers computed alone are those of PEFT."""
+    for module in model.modules():
+        if isinstance(module, lora.Linear):
+            module.__class__ = lora.Linear
+    return model
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_block_whose_class_is_given_a_forward_after_the_patch(part, joined):
+    (model, _), x = part_and_x(part)
+    patched = copy.deepcopy(model)
+    assert patch_peft(patched).count("joined") == 1
+    patched(x)
+    assert joined
+    part.forward = twice(part.forward)
+    patched(x)
+    joined.clear()
+    same(unpatched_blocks(patched), model, x)
+    assert not joined
+    (found,) = explain(patched, x).blocks
+    assert found.form == "per layer"
+    assert "foreign" in found.reason
+
+
+@pytest.mark.parametrize("kind", [LlamaAttention, LlamaMLP])
+def test_classes_of_transformers(kind, joined):
+    """As LongLoRA, llm-foundry and Unsloth do it."""
+    from block_samples import ids, maker
+
+    stock = maker("Llama")
+    patched = copy.deepcopy(stock)
+    patch_peft(patched)
+    own = kind.forward
+
+    def other(self, *args, **kwargs):
+        result = own(self, *args, **kwargs)
+        return (result[0] * 0.5, *result[1:]) if isinstance(result, tuple) else result * 0.5
+
+    kind.forward = other
+    again = copy.deepcopy(stock)
+    report = patch_peft(again)
+    expected = stock(input_ids=ids()).logits
+    joined.clear()
+    for model in (patched, again):
+        torch.testing.assert_close(model(input_ids=ids()).logits, expected, rtol=1e-4, atol=1e-5)
+    if kind is LlamaMLP:
+        assert "lora_mlp" not in joined
+        assert [one.form for one in report.blocks if one.kind == "mlp"] == ["per layer"]
+
+
+@pytest.mark.parametrize("when", ["before the patch", "after the patch"])
+@pytest.mark.parametrize("kind", [lora.Linear, nn.Linear, nn.Dropout])
+def test_a_layer_whose_class_has_another_forward(kind, when, computed):
+    stock = tiny(lora_dropout=0.5)
+    patched, x = copy.deepcopy(stock), torch.randn(5, IN)
+    own = kind.forward
+
+    def foreign(self, x):
+        return own(self, x) * 0.5 if kind is not nn.Dropout else x * 0.25
+
+    if when == "before the patch":
+        kind.forward = foreign
+    patch_peft(patched)
+    kind.forward = foreign
+    same(patched, stock, x)
+    assert not computed
+    (found,) = explain(patched, x).layers
+    assert found.form == "stock"
+    assert "forward" in found.reason
+    assert "foreign" in found.reason
+    assert str(found) == str(next(iter(explain(patched).layers)))
+
+
+def test_an_activation_whose_class_is_given_another_forward(joined):
+    model, _ = block(Gated())
+    patched, x = copy.deepcopy(model), torch.randn(3, WIDTH)
+    patch_peft(patched)
+    nn.SiLU.forward = lambda self, t: torch.tanh(t)
+    same(unpatched_blocks(patched), model, x)
+    assert not joined
+    (found,) = explain(patched, x).blocks
+    assert found.form == "per layer"
+    assert "act_fn" in found.reason
+
+
+class Methodical(Gated):
+    """An MLP with its activation in a method."""
+
+    def act(self, t):
+        return F.silu(t)
+
+    def forward(self, x):
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_a_method_of_an_mlp_is_replaced(joined):
+    model, _ = block(Methodical())
+    patched, x = copy.deepcopy(model), torch.randn(3, WIDTH)
+    assert patch_peft(patched).count("joined") == 1
+    own = Methodical.act
+    try:
+        Methodical.act = lambda self, t: torch.tanh(t)
+        same(unpatched_blocks(patched), model, x)
+        assert not joined
+    finally:
+        Methodical.act = own
+    patch_peft(patched)
+    patched(x)
+    assert joined == ["lora_mlp"]
+
+
+def test_what_is_in_force_again_is_computed_together_again(joined):
+    (model, _), x = part_and_x(Gated)
+    patch_peft(model)
+    own = Gated.forward
+    Gated.forward = twice(own)
+    model(x)
+    Gated.forward = own
+    model(x)
+    assert joined == ["lora_mlp"]
+
+
+def test_accelerated_leaves_a_foreign_forward_in_force(computed):
+    model, x = tiny(), torch.randn(5, IN)
+    lora.Linear.forward = twice(lora.Linear.forward)
+    expected = model(x)
+    with accelerated():
+        assert torch.equal(model(x), expected)
+        (found,) = explain(model).layers
+        assert found.form == "stock"
+        assert "foreign" in found.reason
+    assert not computed
+
+
+@pytest.mark.parametrize("how", ["wrapped", "replaced"])
+def test_a_forward_set_inside_accelerated_stays(how, computed):
+    model, x = tiny(), torch.randn(5, IN)
+    stock = lora.Linear.forward
+    single = model(x)
+    with accelerated():
+        lora.Linear.forward = theirs = twice(lora.Linear.forward if how == "wrapped" else stock)
+        torch.testing.assert_close(model(x), 2 * single)
+        assert bool(computed) == (how == "wrapped")
+    computed.clear()
+    assert lora.Linear.forward is theirs
+    assert torch.equal(model(x), 2 * single)
+    assert not computed, "accelerated() has ended"
+
+
+def test_accelerate_off_ends_it_under_a_forward_set_since(computed):
+    model, x = tiny(), torch.randn(5, IN)
+    single = model(x)
+    accelerate()
+    lora.Linear.forward = twice(lora.Linear.forward)
+    model(x)
+    assert computed
+    computed.clear()
+    accelerate(False)
+    assert torch.equal(model(x), 2 * single)
+    assert not computed
+
+
+def test_accelerated_inside_accelerated(computed):
+    model, x = tiny(), torch.randn(5, IN)
+    with accelerated():
+        with accelerated():
+            model(x)
+        model(x)
+        assert len(computed) == 2
+    model(x)
+    assert len(computed) == 2
+
+
+def test_a_patched_model_under_accelerated_is_patched(computed):
+    model, x = tiny(), torch.randn(5, IN)
+    patch_peft(model)
+    with accelerated():
+        model(x)
+    model(x)
+    assert len(computed) == 2
+    assert unpatch_peft(model) == 1
+
+
+def test_subclasses_of_others_follow_their_own_forward(computed):
+    class Theirs(lora.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model, x = tiny(), torch.randn(5, IN)
+    layer = model.base_model.model.lin
+    single = model(x)
+    layer.__class__ = Theirs
+    report = patch_peft(model)
+    assert report.count("stock") == 1
+    assert torch.equal(model(x), 2 * single)
+    assert not computed
+
+
+def test_a_block_of_two_models_each_with_its_forward(joined):
+    """The class is patched once for each forward that is in force."""
+    own = Attention.forward
+    first = adapted(Block(Attention()))
+    patch_peft(first)
+    Attention.forward = twice(own)
+    second = adapted(Block(Attention()))
+    report = patch_peft(second)
+    x = torch.randn(3, WIDTH)
+    joined.clear()
+    second(x)
+    first(x)
+    assert bool(joined) == (report.blocks[0].form == "joined")
+    Attention.forward = own
+    joined.clear()
+    first(x)
+    assert joined == ["lora_projections"]
