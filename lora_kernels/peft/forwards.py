@@ -10,8 +10,15 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["describe", "has_own_forward", "is_defined_by", "is_in_force", "mark", "replacement", "stock_forward"]
+__all__ = [
+    "describe", "is_defined_by", "is_in_force", "mark", "parts_are_own", "replaced_part", "replacement",
+    "stock_forward",
+]  # fmt: skip
 
+
+_PARTS: tuple[Any, ...] = (nn.Linear, nn.Dropout, nn.Identity)
+# The forwards that torch.nn defines for the parts, once they have been seen in force.
+_own: tuple[Any, ...] = (None, None, None)
 
 
 def mark(forward: Any, stock: Callable[..., Any], cls: type | None) -> Any:
@@ -61,25 +68,25 @@ def is_defined_by(forward: Any, cls: type) -> bool:
     )
 
 
-def has_own_forward(kind: Any) -> bool:
-    """Return whether a class of torch.nn that is a part of LoRA layers has its own forward; True for other classes."""
-    forward = kind.forward
-    # Every call of a layer asks for four classes.
-    if _OWN.get(kind, forward) is forward:
-        return True
-    if not is_defined_by(forward, kind):
-        return False
-    _OWN[kind] = forward
-    return True
+def parts_are_own() -> bool:
+    """Return whether nn.Linear, nn.Dropout and nn.Identity, the parts of LoRA layers, have their own forwards."""
+    # Every call of a layer asks, so the usual answer takes three comparisons.
+    linear, dropout, identity = _own
+    return (
+        nn.Linear.forward is linear and nn.Dropout.forward is dropout and nn.Identity.forward is identity
+    ) or replaced_part() is None  # fmt: skip
+
+
+def replaced_part() -> type[nn.Module] | None:
+    """Return a class of torch.nn that is a part of LoRA layers and has a forward that others set on it, or None."""
+    global _own
+    replaced = next((kind for kind in _PARTS if not is_defined_by(kind.forward, kind)), None)
+    if replaced is None:
+        _own = tuple(kind.forward for kind in _PARTS)
+    return replaced
 
 
 def describe(forward: Any) -> str:
     """Return the words for a forward that others have set."""
     module, name = getattr(forward, "__module__", ""), getattr(forward, "__qualname__", type(forward).__name__)
     return f"{module}.{name}" if module else name
-
-
-# The forwards that torch.nn defines for the parts of a LoRA layer; None where another one is in force at first.
-_OWN: dict[type, Callable[..., Any] | None] = {
-    kind: kind.forward if is_defined_by(kind.forward, kind) else None for kind in (nn.Linear, nn.Dropout, nn.Identity)
-}

@@ -23,19 +23,21 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from lora_kernels.autograd.common import autocasts
+from lora_kernels.autograd.common import autocast_off, autocasts
 from lora_kernels.constants import HALF
 from lora_kernels.functional import lora_add, lora_linear
 from lora_kernels.passes.layer import Projection
-from lora_kernels.peft.forwards import has_own_forward, is_in_force
+from lora_kernels.peft.forwards import is_in_force, parts_are_own
 
 __all__ = [
-    "accelerated_forward", "bare", "dtypes_fit", "fusable", "is_plain_variant", "is_traced", "projection", "read",
+    "accelerated_forward", "bare", "dtypes_fit", "fusable", "is_dense", "is_plain_variant", "is_traced", "projection",
+    "read",
 ]  # fmt: skip
 
 # A, B, scaling and dropout_p.
 Term = tuple[Tensor, Tensor, float, float]
 
+_STRIDED = torch.strided
 # With B frozen, MiCA computes the same as plain LoRA.
 _PLAIN_VARIANTS = ("MiCALinearVariant",)
 
@@ -70,7 +72,7 @@ def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
         layer: A layer of one of the classes in `known`.
         x: The layer's input.
     """
-    if type(x) is not Tensor or is_traced():
+    if not is_dense(x) or is_traced() or not parts_are_own():
         return None
     fields = layer.__dict__
     try:
@@ -102,6 +104,8 @@ def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
         A, B = own_A.get("weight"), own_B.get("weight")
         if type(A) is not nn.Parameter or type(B) is not nn.Parameter:
             return None
+        if A.layout is not _STRIDED or B.layout is not _STRIDED:
+            return None
         if own_A.get("bias") is not None or own_B.get("bias") is not None or not dtypes_fit(x, A, B):
             return None
         if not casting and A.dtype is not x.dtype:
@@ -128,7 +132,7 @@ def projection(layer: nn.Module, x: Tensor) -> Projection | None:
     terms: list[Any] | None
     base, terms = layer, None
     if type(layer) is nn.Linear:
-        terms = [(None, None, 1.0, 0.0)] if type(x) is Tensor and not is_traced() else None
+        terms = [(None, None, 1.0, 0.0)] if is_dense(x) and parts_are_own() and not is_traced() else None
     elif is_in_force(type(layer).forward) and bare(layer, type(layer)):
         base, terms = layer.__dict__["_modules"]["base_layer"], read(layer, x)
     if terms is not None and len(terms) > 1:
@@ -137,6 +141,11 @@ def projection(layer: nn.Module, x: Tensor) -> Projection | None:
         return None
     (A, B, scaling, dropout_p), own = terms[0], base.__dict__["_parameters"]
     return Projection(own["weight"], A, B, own["bias"], scaling, dropout_p)
+
+
+def is_dense(x: Any) -> bool:
+    """Return whether x is a plain tensor in strided memory, neither sparse nor nested."""
+    return type(x) is Tensor and x.layout is _STRIDED and not x.is_nested
 
 
 def is_traced() -> bool:
@@ -152,8 +161,6 @@ def is_traced() -> bool:
 def bare(module: nn.Module, kind: type) -> bool:
     """Return whether a module is exactly of a class, and has no hooks or replaced forward that need a call.
 
-    The class, too, must have its own forward, if it is nn.Linear, nn.Dropout or nn.Identity.
-
     Parametrised and fully sharded modules have a class of their own; accelerate replaces `forward` on the instance.
     """
     fields = module.__dict__
@@ -161,7 +168,7 @@ def bare(module: nn.Module, kind: type) -> bool:
         fields["_forward_hooks"] or fields["_forward_pre_hooks"]
         or fields["_backward_hooks"] or fields["_backward_pre_hooks"]
         or "forward" in fields
-    ) and has_own_forward(kind)  # fmt: skip
+    )  # fmt: skip
 
 
 def is_plain_variant(variant: Any) -> bool:
@@ -189,7 +196,11 @@ def fusable(base: nn.Module, x: Tensor) -> bool:
     if "weight" not in own or "bias" not in own:
         return False
     for t in (own["weight"], own["bias"]):
-        if t is not None and (type(t) is not nn.Parameter or not (t.dtype is x.dtype or autocasts(x.device.type))):
+        if t is None:
+            continue
+        if type(t) is not nn.Parameter or t.layout is not _STRIDED:
+            return False
+        if not (t.dtype is x.dtype or autocasts(x.device.type)):
             return False
     return True
 
@@ -218,8 +229,10 @@ def _join_terms(terms: list[Term]) -> list[Term]:
     if any(other != scaling for _, _, other, _ in plain):
         plain = [(_scale_adapter(A, other), B, 1.0, 0.0) for A, B, other, _ in plain]
         scaling = 1.0
-    whole = (torch.cat([A for A, *_ in plain]), torch.cat([B for _, B, *_ in plain], 1), scaling, 0.0)
-    return [whole, *(term for term in terms if term[3])]
+    # Autocast to one half of the floats refuses to join tensors of the other half.
+    with autocast_off(plain[0][0]):
+        lora_A, lora_B = torch.cat([A for A, *_ in plain]), torch.cat([B for _, B, *_ in plain], 1)
+    return [(lora_A, lora_B, scaling, 0.0), *(term for term in terms if term[3])]
 
 
 def _scale_adapter(lora_A: Tensor, scaling: Tensor | float) -> Tensor:

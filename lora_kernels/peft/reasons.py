@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from lora_kernels.peft import known
 from lora_kernels.peft import layer as rules
 from lora_kernels.peft.blocks import changed_part, patched_structure
-from lora_kernels.peft.forwards import describe, has_own_forward, replacement, stock_forward
+from lora_kernels.peft.forwards import describe, replaced_part, replacement, stock_forward
 from lora_kernels.peft.structure import Structure, members, structure
 
 __all__ = ["BLOCK_FORMS", "FORMS", "BlockReport", "LayerReport", "Report", "explain", "report", "stock_reason"]
@@ -214,6 +214,8 @@ def _adapter_reason(module: Any, name: str) -> str:
         if type(own.get("weight")) is not nn.Parameter:
             kind = type(getattr(getattr(module, part)[name], "weight", None)).__name__
             return f"{part}.{name}.weight is a {kind}" + _SHARDED * (kind == "DTensor")
+        if own["weight"].layout is not torch.strided:
+            return f"{part}.{name}.weight has layout {own['weight'].layout}"
         if own.get("bias") is not None:
             return f"lora_bias=True: {part}.{name} has a bias"
     if isinstance(scaling, Tensor) and scaling.dim():
@@ -226,6 +228,8 @@ def _adapter_reason(module: Any, name: str) -> str:
 
 
 def _call_reason(module: Any, x: Tensor | None) -> str:
+    if part := replaced_part():
+        return f"the forward of nn.{part.__name__} was replaced by {describe(part.forward)}"
     if rules._has_any_global_hook():
         return "a hook on all modules is registered"
     if rules.is_traced():
@@ -234,6 +238,8 @@ def _call_reason(module: Any, x: Tensor | None) -> str:
         return ""
     if type(x) is not Tensor:
         return f"x is a {type(x).__name__}"
+    if not rules.is_dense(x):
+        return "x is a nested tensor" if x.is_nested else f"x has layout {x.layout}"
     for name in module.active_adapters:
         if name not in module.lora_A:
             continue
@@ -254,6 +260,9 @@ def _base_reason(base: Any, x: Tensor | None, name: str = "the base layer") -> s
     kinds = {type(t).__name__ for t in (base.weight, base.bias) if t is not None and type(t) is not nn.Parameter}
     if kinds:
         return f"{name}'s weight is a {', '.join(sorted(kinds))}"
+    layouts = {str(t.layout) for t in (base.weight, base.bias) if t is not None and t.layout is not torch.strided}
+    if layouts:
+        return f"{name}'s weight has layout {', '.join(sorted(layouts))}"
     return f"x is {_name(like)}, {name}'s weight {_name(base.weight)}"
 
 
@@ -262,8 +271,6 @@ def _not_bare(module: nn.Module, kinds: tuple[type, ...]) -> str:
         return f"is a {type(module).__name__}, not a plain nn.{kinds[-1].__name__}"
     if "forward" in vars(module):
         return "has its forward replaced on the instance"
-    if not has_own_forward(type(module)):
-        return f"has a forward that was replaced on nn.{type(module).__name__} by {describe(type(module).forward)}"
     return "" if rules.bare(module, type(module)) else "has a hook"
 
 
