@@ -162,7 +162,7 @@ def stock_reason(module: nn.Module, x: Tensor | None = None) -> str:
 
 
 def _class_reason(module: nn.Module) -> str:
-    cls = type(module)
+    cls: type = vars(type(module)).get("_lora_kernels_class", type(module))
     if known.is_supported(cls):
         return _forward_reason(module)
     kind = next((kind for kind in known.classes() if kind in cls.__mro__ and not known.is_supported(kind)), None)
@@ -182,7 +182,8 @@ def _forward_reason(module: nn.Module) -> str:
         other = replacement(forward)
         return f"the forward of its class was replaced by {describe(other)}" if other else ""
     if forward is cls.forward:
-        return _UNPATCHED
+        set_on_ours = "_lora_kernels_class" in vars(cls)
+        return f"the forward of its class was replaced by {describe(forward)}" if set_on_ours else _UNPATCHED
     return "its forward is replaced on the instance (X-LoRA, or a hook from before)"
 
 

@@ -182,6 +182,21 @@ def test_a_layer_whose_class_has_another_forward(kind, when, computed):
     assert str(found) == str(next(iter(explain(patched).layers)))
 
 
+def test_a_forward_set_on_the_class_that_a_patched_layer_has(computed):
+    model, x = tiny(r=5), torch.randn(5, IN)
+    patch_peft(model)
+    kind = type(model.base_model.model.lin)
+    single, own = model(x), kind.forward
+    kind.forward = twice(own)
+    try:
+        torch.testing.assert_close(model(x), 2 * single)
+        (found,) = explain(model).layers
+        assert found.form == "stock"
+        assert "foreign" in found.reason
+    finally:
+        kind.forward = own
+
+
 def test_an_activation_whose_class_is_given_another_forward(joined):
     model, _ = block(Gated())
     patched, x = copy.deepcopy(model), torch.randn(3, WIDTH)
