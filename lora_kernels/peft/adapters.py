@@ -13,7 +13,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +22,15 @@ from torch import Tensor, nn
 
 from lora_kernels.modules.linear import LoRALinear
 from lora_kernels.peft import known
+from lora_kernels.peft.config import check_config
 from lora_kernels.peft.swap import lora_layers, named_modules, pattern_value, select, swap_named
 
 __all__ = ["load_adapter", "save_adapter"]
 
 _PREFIX, _CONFIG, _TENSORS = "base_model.model.", "adapter_config.json", "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
-# Other initialisations change the base weight.
-_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
-_BEYOND = (
-    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias",
-    "modules_to_save", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
-    "use_qalora", "velora_config",
-)  # fmt: skip
-
-# For each number: the field, the field of exceptions, the test of a value, and the words for the test.
-_NUMBERS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
-    ("r", "rank_pattern", lambda n: type(n) is int and n > 0, "an integer of at least 1"),
-    ("lora_alpha", "alpha_pattern", lambda n: type(n) in (int, float) and math.isfinite(n), "a finite number"),
-    ("lora_dropout", "", lambda n: type(n) in (int, float) and 0 <= n <= 1, "a number in [0, 1]"),
-)
+# A key of a PEFT model's state dict has the adapter's name before its last part.
+_NAMED = re.compile(r"(.+\.lora_[AB])\.([^.]+)\.weight")
 
 
 def save_adapter(
@@ -114,17 +103,28 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
         model, config["target_modules"], config.get("exclude_modules"),
         config.get("layers_to_transform"), config.get("layers_pattern"),
     )  # fmt: skip
+    if not names:
+        raise ValueError(
+            f"load_adapter: target_modules={config['target_modules']!r} of {folder / _CONFIG} matches no linear layer "
+            f"of {type(model).__name__}."
+        )
     _check_keys(folder, names, tensors)
     shapes = {name: _shapes(config, name, modules[name]) for name in names}
     for name, expected in shapes.items():
         for part, shape in expected.items():
-            _check_shape(_key(name, part), tensors[_key(name, part)], shape)
+            _check_tensor(_key(name, part), tensors[_key(name, part)], shape)
     for name, layer in present.items():
         if layer.merged:
             raise RuntimeError(f"LoRALinear {name} is merged; call unmerge() before loading.")
         _check_plain("load_adapter", name, layer)
     rslora = bool(config.get("use_rslora"))
     ranks = {name: shape["lora_A"][0] for name, shape in shapes.items()}
+    for name, rank in ranks.items():
+        if (said := pattern_value(config.get("rank_pattern"), name, config["r"])) != rank:
+            raise ValueError(
+                f"load_adapter: {folder / _CONFIG} gives {name} the rank {said}, and {_TENSORS} has adapters of rank "
+                f"{rank}; the scaling goes by that number. Set r or rank_pattern right."
+            )
     alphas = {name: pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]) for name in names}
     scalings = {name: alpha / _root(ranks[name], rslora) for name, alpha in alphas.items()}
     _check_shared(modules, names, tensors, scalings)
@@ -156,6 +156,11 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for pickle in sorted(folder.glob("adapter_model.*")):
             if pickle.suffix in _PICKLES:
                 raise ValueError(_pickle_text(pickle))
+        if shards := sorted(each.name for each in folder.glob("adapter_model-*.safetensors")):
+            raise FileNotFoundError(
+                f"load_adapter: there is no {path}, but {_some(shards)}. PEFT keeps an adapter in one file: join the "
+                "shards' tensors with safetensors.torch.load_file and save_file."
+            )
         raise FileNotFoundError(f"load_adapter: there is no {path}.")
     if not (folder / _CONFIG).is_file():
         raise FileNotFoundError(f"load_adapter: there is no {folder / _CONFIG}.")
@@ -163,7 +168,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"load_adapter: {folder / _CONFIG} is not JSON: {error}.") from error
-    _check_config(folder / _CONFIG, config)
+    check_config(folder / _CONFIG, config)
     try:
         return load_file(path), config
     except SafetensorError as error:
@@ -177,46 +182,23 @@ def _pickle_text(path: Path) -> str:
     )
 
 
-def _check_config(path: Path, config: Any) -> None:
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"load_adapter: {path} has peft_type {kind!r}; LoRALinear computes 'LORA'.")
-    for field in ("r", "lora_alpha", "target_modules"):
-        if config.get(field) is None:
-            raise ValueError(f"load_adapter: {path} has no {field!r}.")
-    for field, exceptions, fits, words in _NUMBERS:
-        pattern = config.get(exceptions) or {}
-        if not isinstance(pattern, dict):
-            raise ValueError(f"load_adapter: {path} has {exceptions}={pattern!r}; it must be an object.")
-        values = {field: config.get(field, 0)} | {f"{exceptions}[{key!r}]": value for key, value in pattern.items()}
-        for where, value in values.items():
-            if not fits(value):
-                raise ValueError(f"load_adapter: {path} has {where}={value!r}; it must be {words}.")
-    for field in _BEYOND:
-        if config.get(field):
-            raise ValueError(
-                f"load_adapter: {path} has {field}={config[field]!r}, which is more than LoRALinear computes. "
-                "Load it with PEFT and call lora_kernels.patch_peft."
-            )
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"load_adapter: {path} has bias={config['bias']!r}; LoRALinear keeps the base's bias frozen.")
-    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
-        raise ValueError(
-            f"load_adapter: {path} has init_lora_weights={config['init_lora_weights']!r}, which changes the base "
-            "weights as well. Save it from PEFT with path_initial_model_for_weight_conversion."
-        )
-
-
 def _check_keys(folder: Path, names: list[str], tensors: Mapping[str, Tensor]) -> None:
     where = folder / _TENSORS
     for key in tensors:
         if not key.startswith(_PREFIX):
             raise ValueError(f"load_adapter: {where}: {key} does not begin with {_PREFIX!r}, as PEFT's keys do.")
+        if named := _NAMED.fullmatch(key):
+            raise ValueError(
+                f"load_adapter: {where} has {key}; expected {named[1]}.weight, as PEFT's files leave out an adapter's "
+                f"name ({named[2]!r}). These are keys of a PEFT model's state_dict(): save it by its save_pretrained()."
+            )
     expected = {_key(name, part) for name in names for part in ("lora_A", "lora_B")}
-    if missing := sorted(expected - tensors.keys()):
+    missing, surplus = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
+    if surplus:
+        also = f"; expected {_some(missing)}, which it lacks" if missing else ""
+        raise ValueError(f"load_adapter: {where} has {_some(surplus)}, for which the model has no LoRA layer{also}.")
+    if missing:
         raise ValueError(f"load_adapter: {where} lacks {_some(missing)}, for which the model has a layer.")
-    if surplus := sorted(tensors.keys() - expected):
-        raise ValueError(f"load_adapter: {where} has {_some(surplus)}, for which the model has no LoRA layer.")
 
 
 def _shapes(config: dict[str, Any], name: str, layer: Any) -> dict[str, tuple[int, int]]:
@@ -247,7 +229,12 @@ def _check_shared(
             raise ValueError(f"load_adapter: {twin} and {name} are one layer of the model and two in the file.")
 
 
-def _check_shape(key: str, t: Tensor, shape: tuple[int, int]) -> None:
+def _check_tensor(key: str, t: Tensor, shape: tuple[int, int]) -> None:
+    if not t.is_floating_point():
+        raise ValueError(
+            f"load_adapter: {key} is {t.dtype} in the file; adapters are floating-point numbers, and nothing says what "
+            "these stand for. Save them unquantised."
+        )
     if t.shape == shape:
         return
     at = 0 if ".lora_A." in key else 1

@@ -180,9 +180,13 @@ def select(
         return chosen
     wanted = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-    # As in PEFT, take the first number after one of these names; without patterns, after a name inside another module.
-    places = rf"(?:^|.*?\.)(?:{'|'.join(patterns)})\.(\d+)\." if patterns else r".*?\.[^.]*\.(\d+)\."
-    return [name for name in chosen if (found := re.match(places, name)) and int(found[1]) in wanted]
+    # As in PEFT, take the first number after the first of these names that is there; without patterns, after a name
+    # inside another module. A layer that is targeted by its full name is taken whatever its number is.
+    places = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns or ()] or [r".*?\.[^.]*\.(\d+)\."]
+    numbers = {
+        name: next((int(found[1]) for place in places if (found := re.match(place, name))), None) for name in chosen
+    }
+    return [name for name in chosen if name in target_modules or numbers[name] in wanted]
 
 
 def pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
