@@ -1,6 +1,7 @@
 """Save and load the adapters of models made of `LoRALinear`, in PEFT's own file formats only.
 
     folder/adapter_model.safetensors    base_model.model.<layer>.lora_A.weight [r, in], ….lora_B.weight [out, r]
+                                        base_model.model.<module>.<part>, of modules that are trained whole
     folder/adapter_config.json          the fields of PEFT's `LoraConfig`
 
 `PeftModel.from_pretrained(model, folder)` reads files that `save_adapter` writes, and `load_adapter` reads files that
@@ -10,6 +11,7 @@ configuration beyond the computation of `LoRALinear`, and refuses pickle, becaus
 
 import json
 import math
+import os
 import re
 import warnings
 from collections import Counter
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.modules.linear import LoRALinear
-from lora_kernels.peft import known
+from lora_kernels.peft import known, trained
 from lora_kernels.peft.config import check_config
 from lora_kernels.peft.swap import lora_layers, named_modules, pattern_value, select, swap_named
 
@@ -36,21 +38,27 @@ _NAMED = re.compile(r"(.+\.lora_[AB])\.([^.]+)\.weight")
 def save_adapter(
     model: nn.Module, folder: str | Path, *, base_model_name_or_path: str | None = None, task_type: str | None = None
 ) -> None:
-    """Write the adapters of a model's `LoRALinear` layers as PEFT does; create `folder` if needed.
+    """Write the adapters of a model's `LoRALinear` layers as PEFT does, and what else was trained; create `folder`.
+
+    A module that `swap_linear(modules_to_save=...)` trains, that `load_adapter` read, or that has a parameter of its
+    own which requires grad, is written whole, as PEFT's `modules_to_save`. Where PEFT takes its name for other modules,
+    too, these are written with the numbers that they have. Files are written at last, whole or not at all.
 
     Args:
         model: The model. The model and its parts may be wrapped by `torch.compile`, activation checkpointing,
             DataParallel or DDP.
         folder: The folder to write to; its files are overwritten.
         base_model_name_or_path: The base model's, for PEFT's `AutoPeftModel`.
-        task_type: As in PEFT, for example "CAUSAL_LM".
+        task_type: As in PEFT, for example "CAUSAL_LM". For "SEQ_CLS" and "TOKEN_CLS" PEFT needs modules named
+            `classifier` and `score` in the file, for "QUESTION_ANS" `qa_outputs`; they are written, trained or not.
 
     Raises:
-        ValueError: The model has no `LoRALinear` layers, or a layer's weight or bias is trained and would be lost.
-        TypeError: An adapter is not a plain tensor; gather the adapter first.
+        ValueError: The model has no `LoRALinear` layers, or modules that PEFT has wrapped; or a parameter is trained
+            that PEFT's files cannot hold: a layer's weight or bias, the model's own, or one of a module with adapters
+            in it. The message names the parameter.
+        TypeError: What would be written is not a plain tensor; gather it first.
     """
-    from safetensors.torch import save_file
-
+    known.check_no_wrapper("save_adapter", model)
     layers = _layers(model, "save_adapter")
     tensors = {}
     for name, layer in layers.items():
@@ -63,20 +71,35 @@ def save_adapter(
         _check_plain("save_adapter", name, layer)
         for part in ("lora_A", "lora_B"):
             tensors[_key(name, part)] = getattr(layer, part).detach().cpu().clone(memory_format=torch.contiguous_format)
-    config = _config(model, layers) | {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    modules = dict(named_modules(model))
+    named = trained.find_trained(modules, task_type)
+    whole = trained.matching(modules, named)
+    trained.check_whole("save_adapter", f"modules_to_save={named!r}", modules, whole)
+    state = {key: t for name in whole for key, t in trained.read_state(modules, name).items()}
+    for key, t in state.items():
+        trained.check_plain("save_adapter", key, t)
+        tensors[_PREFIX + key] = t.detach().cpu().clone(memory_format=torch.contiguous_format)
+    held = {id(t) for t in state.values()} | {id(t) for layer in layers.values() for t in (layer.lora_A, layer.lora_B)}
+    lost = next((name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held), None)
+    if lost is not None:
+        raise ValueError(f"save_adapter: {lost} is trained, and no module has it under its name; freeze or gather it.")
+    base = None if base_model_name_or_path is None else str(base_model_name_or_path)
+    config = _config(model, modules, layers, named) | {"base_model_name_or_path": base, "task_type": task_type}
+    _write(Path(folder), tensors, config)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
-    """Read adapters from PEFT's files into a model's `LoRALinear` layers.
+    """Read adapters from PEFT's files into a model's `LoRALinear` layers, and modules that were trained whole.
 
     A model without `LoRALinear` layers gets them first, from the configuration. The adapters of new layers have the
     weight's dtype, or float32 over a float16 or bfloat16 weight, unless the file's adapters have that 16-bit dtype as
     well. The scaling is the file's; `lora_dropout` is the model's, or, for new layers, the file's. If anything does not
     fit, nothing is changed.
+
+    What PEFT's `modules_to_save` has in the file is read into the model's modules, in the model's dtype, and
+    `save_adapter` writes it again. Beside new layers these modules require grad, and one that shares a tensor with
+    another module gets a copy of its own, as with `swap_linear(modules_to_save=...)`. Embeddings that PEFT saved
+    because they were resized are read as well.
 
     Args:
         model: The model. The model and its parts may be wrapped by `torch.compile`, activation checkpointing,
@@ -91,24 +114,32 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
         NotADirectoryError: `folder` is a file.
         ValueError: The model has PEFT LoRA layers, the file is a pickle, the configuration goes beyond plain LoRA, or a
             number in the configuration is not valid. Or a key is missing, superfluous, without PEFT's prefix or of
-            another shape; the message names the key.
-        TypeError: An adapter, or a weight that would get one, is not a plain tensor.
+            another shape; the message names the key. Or tensors that are one in the model differ in the file.
+        TypeError: An adapter, a weight that would get one, or a tensor of a module to save is not a plain tensor.
         RuntimeError: A layer is merged.
     """
     known.check_not_peft("load_adapter", model)
     folder = Path(folder)
     tensors, config = _read(folder)
     modules, present = dict(named_modules(model)), dict(lora_layers(model))
-    names = list(present) or select(
-        model, config["target_modules"], config.get("exclude_modules"),
-        config.get("layers_to_transform"), config.get("layers_pattern"),
-    )  # fmt: skip
+    to_save = config.get("modules_to_save") or []
+    names = list(present) or [
+        name for name in select(
+            model, config["target_modules"], config.get("exclude_modules"),
+            config.get("layers_to_transform"), config.get("layers_pattern"),
+        ) if not trained.is_left_to_modules(name, to_save)
+    ]  # fmt: skip
     if not names:
         raise ValueError(
             f"load_adapter: target_modules={config['target_modules']!r} of {folder / _CONFIG} matches no linear layer "
             f"of {type(model).__name__}."
         )
-    _check_keys(folder, names, tensors)
+    file = {key.removeprefix(_PREFIX): t for key, t in tensors.items()}
+    saved = trained.matching(modules, to_save)
+    whole = list(dict.fromkeys([*saved, *trained.list_kept(modules), *trained.find_embeddings(modules, file)]))
+    trained.check_whole("load_adapter", f"modules_to_save={to_save!r}", modules, whole, names)
+    _check_keys(folder, names, tensors, [key for name in whole for key in trained.read_state(modules, name)])
+    trained.check_values(modules, whole, () if present else saved, file)
     shapes = {name: _shapes(config, name, modules[name]) for name in names}
     for name, expected in shapes.items():
         for part, shape in expected.items():
@@ -129,7 +160,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     scalings = {name: alpha / _root(ranks[name], rslora) for name, alpha in alphas.items()}
     _check_shared(modules, names, tensors, scalings)
     if not present:
-        swap_named(model, ranks, dict.fromkeys(names, 1.0), config.get("lora_dropout", 0.0), False, True)
+        swap_named(model, ranks, dict.fromkeys(names, 1.0), config.get("lora_dropout", 0.0), False, True, saved)
     for name, layer in lora_layers(model):
         layer.lora_alpha, layer.use_rslora, layer.scaling = alphas[name], rslora, scalings[name]
         for part in ("lora_A", "lora_B"):
@@ -138,7 +169,30 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
                 parameter.data = torch.empty_like(parameter, dtype=t.dtype)
             with torch.no_grad():
                 parameter.copy_(t)
+    modules = dict(named_modules(model))
+    for name in whole:
+        trained.keep(modules[name])
+        for key, t in trained.read_state(modules, name).items():
+            with torch.no_grad():
+                t.copy_(file[key])
     return names
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write both files beside those of the same names, and put them in their places when both are written."""
+    from safetensors.torch import save_file
+
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {name: folder / f"{name}.{os.getpid()}.tmp" for name in (_TENSORS, _CONFIG)}
+    try:
+        save_file(tensors, written[_TENSORS], metadata={"format": "pt"})
+        written[_CONFIG].write_text(text, encoding="utf-8")
+        for name, path in written.items():
+            path.replace(folder / name)
+    finally:
+        for path in written.values():
+            path.unlink(missing_ok=True)
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -182,7 +236,7 @@ def _pickle_text(path: Path) -> str:
     )
 
 
-def _check_keys(folder: Path, names: list[str], tensors: Mapping[str, Tensor]) -> None:
+def _check_keys(folder: Path, names: list[str], tensors: Mapping[str, Tensor], whole: list[str]) -> None:
     where = folder / _TENSORS
     for key in tensors:
         if not key.startswith(_PREFIX):
@@ -193,6 +247,7 @@ def _check_keys(folder: Path, names: list[str], tensors: Mapping[str, Tensor]) -
                 f"name ({named[2]!r}). These are keys of a PEFT model's state_dict(): save it by its save_pretrained()."
             )
     expected = {_key(name, part) for name in names for part in ("lora_A", "lora_B")}
+    expected |= {_PREFIX + key for key in whole}
     missing, surplus = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
     if surplus:
         also = f"; expected {_some(missing)}, which it lacks" if missing else ""
@@ -246,7 +301,9 @@ def _check_tensor(key: str, t: Tensor, shape: tuple[int, int]) -> None:
     raise ValueError(f"load_adapter: {key} is {tuple(t.shape)} in the file, the layer needs {shape}.")
 
 
-def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
+def _config(
+    model: nn.Module, modules: Mapping[str, nn.Module], layers: dict[str, LoRALinear], whole: list[str]
+) -> dict[str, Any]:
     ranks = {name: layer.r for name, layer in layers.items()}
     usual = all(layer.use_rslora for layer in layers.values())
     found = {rule: {name: _alpha(layer, rule) for name, layer in layers.items()} for rule in (usual, not usual)}
@@ -265,11 +322,11 @@ def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "peft_type": "LORA", "r": r, "lora_alpha": alpha, "use_rslora": rslora,
-        "lora_dropout": dropouts.most_common(1)[0][0], "target_modules": _targets(model, list(layers)),
+        "lora_dropout": dropouts.most_common(1)[0][0], "target_modules": _targets(modules, list(layers)),
         "rank_pattern": {_exactly(name): value for name, value in ranks.items() if value != r},
         "alpha_pattern": {_exactly(name): value for name, value in alphas.items() if value != alpha},
-        "bias": "none", "fan_in_fan_out": False, "use_dora": False, "lora_bias": False, "modules_to_save": None,
-        "init_lora_weights": True, "inference_mode": True,
+        "bias": "none", "fan_in_fan_out": False, "use_dora": False, "lora_bias": False,
+        "modules_to_save": whole or None, "init_lora_weights": True, "inference_mode": True,
     }  # fmt: skip
 
 
@@ -288,10 +345,10 @@ def _root(r: int, rslora: bool) -> float:
     return math.sqrt(r) if rslora else r
 
 
-def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
-    """Return the last parts of the names if these select exactly the named layers; else an expression that does."""
+def _targets(modules: Mapping[str, nn.Module], names: list[str]) -> list[str] | str:
+    """Return the last parts of the names if these name no other module; else an expression for the full names."""
     ends = sorted({name.rpartition(".")[2] for name in names})
-    if set(select(model, ends)) == set(names):
+    if {name for name in modules if name.rpartition(".")[2] in ends} == set(names):
         return ends
     return "|".join(map(re.escape, names))
 

@@ -6,6 +6,7 @@ if there is one, is asked for the default.
 
 import dataclasses
 import functools
+import importlib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ _WITHOUT_EFFECT = (
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 _BEYOND = (
     "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "fan_in_fan_out", "kasa_config",
-    "layer_replication", "lora_bias", "megatron_config", "modules_to_save", "monteclora_config", "target_parameters",
+    "layer_replication", "lora_bias", "megatron_config", "monteclora_config", "target_parameters",
     "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
 )  # fmt: skip
 
@@ -49,11 +50,13 @@ _SELECTORS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "exclude_modules": (lambda v: isinstance(v, str) or _are_names(v), "a list of names or a regular expression"),
     "layers_to_transform": (lambda v: type(v) is int or _are_numbers(v), "an integer or a list of integers"),
     "layers_pattern": (lambda v: isinstance(v, str) or _are_names(v), "a name or a list of names"),
+    "modules_to_save": (_are_names, "a list of names"),
     "use_rslora": (lambda v: type(v) is bool, "true or false"),
 }
 # What PEFT puts around each expression; a list of target_modules or of exclude_modules is one of names.
 _EXPRESSIONS = {
     "target_modules": "", "exclude_modules": "", "layers_pattern": r"(?:^|.*?\.){}\.(\d+)\.",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
     **dict.fromkeys(_PATTERNS, r"(.*\.)?({})$"),
 }  # fmt: skip
 _READ = {*_SELECTORS, *_PATTERNS, *(field for field, *_ in _NUMBERS), "bias", "init_lora_weights"}
@@ -142,7 +145,7 @@ def _check_unknown(path: Path, config: Mapping[str, Any]) -> None:
 def _peft_defaults() -> Mapping[str, Any]:
     """Return the default of each field of the installed PEFT's `LoraConfig`; nothing if PEFT is not installed."""
     try:
-        from peft import LoraConfig
+        LoraConfig = importlib.import_module("peft").LoraConfig
     except ImportError:
         return {}
     return {
