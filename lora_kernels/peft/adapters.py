@@ -56,7 +56,8 @@ def save_adapter(
         ValueError: The model has no `LoRALinear` layers, or modules that PEFT has wrapped; or a parameter is trained
             that PEFT's files cannot hold: a layer's weight or bias, the model's own, or one of a module with adapters
             in it. The message names the parameter.
-        TypeError: What would be written is not a plain tensor; gather it first.
+        NotADirectoryError: `folder` is a file.
+        TypeError: What would be written is not a plain tensor, or is on the meta device; gather it first.
     """
     known.check_no_wrapper("save_adapter", model)
     layers = _layers(model, "save_adapter")
@@ -115,7 +116,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
         ValueError: The model has PEFT LoRA layers, the file is a pickle, the configuration goes beyond plain LoRA, or a
             number in the configuration is not valid. Or a key is missing, superfluous, without PEFT's prefix or of
             another shape; the message names the key. Or tensors that are one in the model differ in the file.
-        TypeError: An adapter, a weight that would get one, or a tensor of a module to save is not a plain tensor.
+        TypeError: An adapter, a weight that would get one, or a tensor of a module to save is not a plain tensor, or is
+            on the meta device.
         RuntimeError: A layer is merged.
     """
     known.check_not_peft("load_adapter", model)
@@ -148,6 +150,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
         if layer.merged:
             raise RuntimeError(f"LoRALinear {name} is merged; call unmerge() before loading.")
         _check_plain("load_adapter", name, layer)
+    for name in [] if present else names:
+        if modules[name].weight.is_meta:
+            trained.check_plain("load_adapter", f"{name}.weight", modules[name].weight)
     rslora = bool(config.get("use_rslora"))
     ranks = {name: shape["lora_A"][0] for name, shape in shapes.items()}
     for name, rank in ranks.items():
@@ -183,6 +188,8 @@ def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> 
     from safetensors.torch import save_file
 
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"save_adapter: {folder} is a file; pass a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     written = {name: folder / f"{name}.{os.getpid()}.tmp" for name in (_TENSORS, _CONFIG)}
     try:
@@ -271,6 +278,7 @@ def _check_plain(call: str, name: str, layer: LoRALinear) -> None:
             raise TypeError(
                 f"{call}: {name}.{part} is a {type(t).__name__} of shape {shape}; gather it into a plain tensor."
             )
+        trained.check_plain(call, f"{name}.{part}", t)
 
 
 def _check_shared(

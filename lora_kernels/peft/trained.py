@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_kernels.modules.linear import LoRALinear
 
 __all__ = [
-    "check_names", "check_values", "check_whole", "find_classifier", "find_embeddings", "find_trained",
+    "check_names", "check_plain", "check_values", "check_whole", "find_classifier", "find_embeddings", "find_trained",
     "is_left_to_modules", "keep", "list_kept", "matching", "read_state", "shared_with", "train",
 ]  # fmt: skip
 
@@ -226,14 +226,16 @@ def check_values(
                 )
 
 
-def check_plain(call: str, key: str, t: object) -> None:
+def check_plain(call: str, key: str, t: Any) -> None:
     """Refuse part of a state that cannot be written to a file or read from it.
 
     Raises:
-        TypeError: `t` is not a plain tensor.
+        TypeError: `t` is not a plain tensor, or has no numbers.
     """
     if type(t) not in (Tensor, nn.Parameter):
         raise TypeError(f"{call}: {key} is a {type(t).__name__}, not a plain tensor; gather it, or freeze its module.")
+    if t.is_meta:
+        raise TypeError(f"{call}: {key} is on the meta device and has no numbers; load the model's own first.")
 
 
 def _places(modules: _Modules) -> dict[int, list[str]]:

@@ -411,6 +411,27 @@ def test_a_module_that_peft_has_wrapped_is_named(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_model_without_numbers_is_neither_read_nor_written(tmp_path):
+    save_adapter(ours(["lm_head"]), tmp_path)
+    for names in (None, ["lm_head"]):
+        with torch.device("meta"):
+            bare, standing = Net(), ours(names)
+        for call, name in (
+            (lambda: load_adapter(bare, tmp_path), r"(lm_head|q_proj)\.weight"),  # noqa: B023
+            (lambda: load_adapter(standing, tmp_path), r"(lm_head\.weight|q_proj\.lora_A)"),  # noqa: B023
+            (lambda: save_adapter(standing, tmp_path / "new"), r"q_proj\.lora_A"),  # noqa: B023
+        ):
+            with pytest.raises(TypeError, match=rf"{name} is on the meta device and has no numbers"):
+                call()
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_path_of_a_file_is_not_a_folder_s(tmp_path):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(NotADirectoryError, match=r"save_adapter: .*file is a file; pass a folder"):
+        save_adapter(ours(None), tmp_path / "file")
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     model = ours(["lm_head"])
     save_adapter(model, tmp_path)
