@@ -1,6 +1,7 @@
 """Save and load the adapters of models made of `LoRALinear`, in PEFT's own file formats only.
 
     folder/adapter_model.safetensors    base_model.model.<layer>.lora_A.weight [r, in], ….lora_B.weight [out, r]
+                                        base_model.model.<module>.<part>, of modules that are trained whole
     folder/adapter_config.json          the fields of PEFT's `LoraConfig`
 
 `PeftModel.from_pretrained(model, folder)` reads files that `save_adapter` writes, and `load_adapter` reads files that
@@ -10,10 +11,11 @@ configuration beyond the computation of `LoRALinear`, and refuses pickle, becaus
 
 import json
 import math
+import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +23,43 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.modules.linear import LoRALinear
-from lora_kernels.peft import known
+from lora_kernels.peft import known, trained
+from lora_kernels.peft.config import check_config
 from lora_kernels.peft.swap import lora_layers, named_modules, pattern_value, select, swap_named
 
 __all__ = ["load_adapter", "save_adapter"]
 
 _PREFIX, _CONFIG, _TENSORS = "base_model.model.", "adapter_config.json", "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
-# Other initialisations change the base weight.
-_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
-_BEYOND = (
-    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias",
-    "modules_to_save", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
-    "use_qalora", "velora_config",
-)  # fmt: skip
-
-# For each number: the field, the field of exceptions, the test of a value, and the words for the test.
-_NUMBERS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
-    ("r", "rank_pattern", lambda n: type(n) is int and n > 0, "an integer of at least 1"),
-    ("lora_alpha", "alpha_pattern", lambda n: type(n) in (int, float) and math.isfinite(n), "a finite number"),
-    ("lora_dropout", "", lambda n: type(n) in (int, float) and 0 <= n <= 1, "a number in [0, 1]"),
-)
+# A key of a PEFT model's state dict has the adapter's name before its last part.
+_NAMED = re.compile(r"(.+\.lora_[AB])\.([^.]+)\.weight")
 
 
 def save_adapter(
     model: nn.Module, folder: str | Path, *, base_model_name_or_path: str | None = None, task_type: str | None = None
 ) -> None:
-    """Write the adapters of a model's `LoRALinear` layers as PEFT does; create `folder` if needed.
+    """Write the adapters of a model's `LoRALinear` layers as PEFT does, and what else was trained; create `folder`.
+
+    A module that `swap_linear(modules_to_save=...)` trains, that `load_adapter` read, or that has a parameter of its
+    own which requires grad, is written whole, as PEFT's `modules_to_save`. Where PEFT takes its name for other modules,
+    too, these are written with the numbers that they have. Files are written at last, whole or not at all.
 
     Args:
         model: The model. The model and its parts may be wrapped by `torch.compile`, activation checkpointing,
             DataParallel or DDP.
         folder: The folder to write to; its files are overwritten.
         base_model_name_or_path: The base model's, for PEFT's `AutoPeftModel`.
-        task_type: As in PEFT, for example "CAUSAL_LM".
+        task_type: As in PEFT, for example "CAUSAL_LM". For "SEQ_CLS" and "TOKEN_CLS" PEFT needs modules named
+            `classifier` and `score` in the file, for "QUESTION_ANS" `qa_outputs`; they are written, trained or not.
 
     Raises:
-        ValueError: The model has no `LoRALinear` layers, or a layer's weight or bias is trained and would be lost.
-        TypeError: An adapter is not a plain tensor; gather the adapter first.
+        ValueError: The model has no `LoRALinear` layers, or modules that PEFT has wrapped; or a parameter is trained
+            that PEFT's files cannot hold: a layer's weight or bias, the model's own, or one of a module with adapters
+            in it. The message names the parameter.
+        NotADirectoryError: `folder` is a file.
+        TypeError: What would be written is not a plain tensor, or is on the meta device; gather it first.
     """
-    from safetensors.torch import save_file
-
+    known.check_no_wrapper("save_adapter", model)
     layers = _layers(model, "save_adapter")
     tensors = {}
     for name, layer in layers.items():
@@ -74,20 +72,35 @@ def save_adapter(
         _check_plain("save_adapter", name, layer)
         for part in ("lora_A", "lora_B"):
             tensors[_key(name, part)] = getattr(layer, part).detach().cpu().clone(memory_format=torch.contiguous_format)
-    config = _config(model, layers) | {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    modules = dict(named_modules(model))
+    named = trained.find_trained(modules, task_type)
+    whole = trained.matching(modules, named)
+    trained.check_whole("save_adapter", f"modules_to_save={named!r}", modules, whole)
+    state = {key: t for name in whole for key, t in trained.read_state(modules, name).items()}
+    for key, t in state.items():
+        trained.check_plain("save_adapter", key, t)
+        tensors[_PREFIX + key] = t.detach().cpu().clone(memory_format=torch.contiguous_format)
+    held = {id(t) for t in state.values()} | {id(t) for layer in layers.values() for t in (layer.lora_A, layer.lora_B)}
+    lost = next((name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held), None)
+    if lost is not None:
+        raise ValueError(f"save_adapter: {lost} is trained, and no module has it under its name; freeze or gather it.")
+    base = None if base_model_name_or_path is None else str(base_model_name_or_path)
+    config = _config(model, modules, layers, named) | {"base_model_name_or_path": base, "task_type": task_type}
+    _write(Path(folder), tensors, config)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
-    """Read adapters from PEFT's files into a model's `LoRALinear` layers.
+    """Read adapters from PEFT's files into a model's `LoRALinear` layers, and modules that were trained whole.
 
     A model without `LoRALinear` layers gets them first, from the configuration. The adapters of new layers have the
     weight's dtype, or float32 over a float16 or bfloat16 weight, unless the file's adapters have that 16-bit dtype as
     well. The scaling is the file's; `lora_dropout` is the model's, or, for new layers, the file's. If anything does not
     fit, nothing is changed.
+
+    What PEFT's `modules_to_save` has in the file is read into the model's modules, in the model's dtype, and
+    `save_adapter` writes it again. Beside new layers these modules require grad, and one that shares a tensor with
+    another module gets a copy of its own, as with `swap_linear(modules_to_save=...)`. Embeddings that PEFT saved
+    because they were resized are read as well.
 
     Args:
         model: The model. The model and its parts may be wrapped by `torch.compile`, activation checkpointing,
@@ -102,34 +115,57 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
         NotADirectoryError: `folder` is a file.
         ValueError: The model has PEFT LoRA layers, the file is a pickle, the configuration goes beyond plain LoRA, or a
             number in the configuration is not valid. Or a key is missing, superfluous, without PEFT's prefix or of
-            another shape; the message names the key.
-        TypeError: An adapter, or a weight that would get one, is not a plain tensor.
+            another shape; the message names the key. Or tensors that are one in the model differ in the file.
+        TypeError: An adapter, a weight that would get one, or a tensor of a module to save is not a plain tensor, or is
+            on the meta device.
         RuntimeError: A layer is merged.
     """
     known.check_not_peft("load_adapter", model)
     folder = Path(folder)
     tensors, config = _read(folder)
     modules, present = dict(named_modules(model)), dict(lora_layers(model))
-    names = list(present) or select(
-        model, config["target_modules"], config.get("exclude_modules"),
-        config.get("layers_to_transform"), config.get("layers_pattern"),
-    )  # fmt: skip
-    _check_keys(folder, names, tensors)
+    to_save = config.get("modules_to_save") or []
+    names = list(present) or [
+        name for name in select(
+            model, config["target_modules"], config.get("exclude_modules"),
+            config.get("layers_to_transform"), config.get("layers_pattern"),
+        ) if not trained.is_left_to_modules(name, to_save)
+    ]  # fmt: skip
+    if not names:
+        raise ValueError(
+            f"load_adapter: target_modules={config['target_modules']!r} of {folder / _CONFIG} matches no linear layer "
+            f"of {type(model).__name__}."
+        )
+    file = {key.removeprefix(_PREFIX): t for key, t in tensors.items()}
+    saved = trained.matching(modules, to_save)
+    whole = list(dict.fromkeys([*saved, *trained.list_kept(modules), *trained.find_embeddings(modules, file)]))
+    trained.check_whole("load_adapter", f"modules_to_save={to_save!r}", modules, whole, names)
+    _check_keys(folder, names, tensors, [key for name in whole for key in trained.read_state(modules, name)])
+    trained.check_values(modules, whole, () if present else saved, file)
     shapes = {name: _shapes(config, name, modules[name]) for name in names}
     for name, expected in shapes.items():
         for part, shape in expected.items():
-            _check_shape(_key(name, part), tensors[_key(name, part)], shape)
+            _check_tensor(_key(name, part), tensors[_key(name, part)], shape)
     for name, layer in present.items():
         if layer.merged:
             raise RuntimeError(f"LoRALinear {name} is merged; call unmerge() before loading.")
         _check_plain("load_adapter", name, layer)
+    for name in [] if present else names:
+        if modules[name].weight.is_meta:
+            trained.check_plain("load_adapter", f"{name}.weight", modules[name].weight)
     rslora = bool(config.get("use_rslora"))
     ranks = {name: shape["lora_A"][0] for name, shape in shapes.items()}
+    for name, rank in ranks.items():
+        if (said := pattern_value(config.get("rank_pattern"), name, config["r"])) != rank:
+            raise ValueError(
+                f"load_adapter: {folder / _CONFIG} gives {name} the rank {said}, and {_TENSORS} has adapters of rank "
+                f"{rank}; the scaling goes by that number. Set r or rank_pattern right."
+            )
     alphas = {name: pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]) for name in names}
     scalings = {name: alpha / _root(ranks[name], rslora) for name, alpha in alphas.items()}
     _check_shared(modules, names, tensors, scalings)
     if not present:
-        swap_named(model, ranks, dict.fromkeys(names, 1.0), config.get("lora_dropout", 0.0), False, True)
+        swap_named(model, ranks, dict.fromkeys(names, 1.0), config.get("lora_dropout", 0.0), False, True, saved)
     for name, layer in lora_layers(model):
         layer.lora_alpha, layer.use_rslora, layer.scaling = alphas[name], rslora, scalings[name]
         for part in ("lora_A", "lora_B"):
@@ -138,7 +174,32 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
                 parameter.data = torch.empty_like(parameter, dtype=t.dtype)
             with torch.no_grad():
                 parameter.copy_(t)
+    modules = dict(named_modules(model))
+    for name in whole:
+        trained.keep(modules[name])
+        for key, t in trained.read_state(modules, name).items():
+            with torch.no_grad():
+                t.copy_(file[key])
     return names
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write both files beside those of the same names, and put them in their places when both are written."""
+    from safetensors.torch import save_file
+
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"save_adapter: {folder} is a file; pass a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {name: folder / f"{name}.{os.getpid()}.tmp" for name in (_TENSORS, _CONFIG)}
+    try:
+        save_file(tensors, written[_TENSORS], metadata={"format": "pt"})
+        written[_CONFIG].write_text(text, encoding="utf-8")
+        for name, path in written.items():
+            path.replace(folder / name)
+    finally:
+        for path in written.values():
+            path.unlink(missing_ok=True)
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -156,6 +217,11 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for pickle in sorted(folder.glob("adapter_model.*")):
             if pickle.suffix in _PICKLES:
                 raise ValueError(_pickle_text(pickle))
+        if shards := sorted(each.name for each in folder.glob("adapter_model-*.safetensors")):
+            raise FileNotFoundError(
+                f"load_adapter: there is no {path}, but {_some(shards)}. PEFT keeps an adapter in one file: join the "
+                "shards' tensors with safetensors.torch.load_file and save_file."
+            )
         raise FileNotFoundError(f"load_adapter: there is no {path}.")
     if not (folder / _CONFIG).is_file():
         raise FileNotFoundError(f"load_adapter: there is no {folder / _CONFIG}.")
@@ -163,7 +229,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"load_adapter: {folder / _CONFIG} is not JSON: {error}.") from error
-    _check_config(folder / _CONFIG, config)
+    check_config(folder / _CONFIG, config)
     try:
         return load_file(path), config
     except SafetensorError as error:
@@ -177,46 +243,24 @@ def _pickle_text(path: Path) -> str:
     )
 
 
-def _check_config(path: Path, config: Any) -> None:
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"load_adapter: {path} has peft_type {kind!r}; LoRALinear computes 'LORA'.")
-    for field in ("r", "lora_alpha", "target_modules"):
-        if config.get(field) is None:
-            raise ValueError(f"load_adapter: {path} has no {field!r}.")
-    for field, exceptions, fits, words in _NUMBERS:
-        pattern = config.get(exceptions) or {}
-        if not isinstance(pattern, dict):
-            raise ValueError(f"load_adapter: {path} has {exceptions}={pattern!r}; it must be an object.")
-        values = {field: config.get(field, 0)} | {f"{exceptions}[{key!r}]": value for key, value in pattern.items()}
-        for where, value in values.items():
-            if not fits(value):
-                raise ValueError(f"load_adapter: {path} has {where}={value!r}; it must be {words}.")
-    for field in _BEYOND:
-        if config.get(field):
-            raise ValueError(
-                f"load_adapter: {path} has {field}={config[field]!r}, which is more than LoRALinear computes. "
-                "Load it with PEFT and call lora_kernels.patch_peft."
-            )
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"load_adapter: {path} has bias={config['bias']!r}; LoRALinear keeps the base's bias frozen.")
-    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
-        raise ValueError(
-            f"load_adapter: {path} has init_lora_weights={config['init_lora_weights']!r}, which changes the base "
-            "weights as well. Save it from PEFT with path_initial_model_for_weight_conversion."
-        )
-
-
-def _check_keys(folder: Path, names: list[str], tensors: Mapping[str, Tensor]) -> None:
+def _check_keys(folder: Path, names: list[str], tensors: Mapping[str, Tensor], whole: list[str]) -> None:
     where = folder / _TENSORS
     for key in tensors:
         if not key.startswith(_PREFIX):
             raise ValueError(f"load_adapter: {where}: {key} does not begin with {_PREFIX!r}, as PEFT's keys do.")
+        if named := _NAMED.fullmatch(key):
+            raise ValueError(
+                f"load_adapter: {where} has {key}; expected {named[1]}.weight, as PEFT's files leave out an adapter's "
+                f"name ({named[2]!r}). These are keys of a PEFT model's state_dict(): save it by its save_pretrained()."
+            )
     expected = {_key(name, part) for name in names for part in ("lora_A", "lora_B")}
-    if missing := sorted(expected - tensors.keys()):
+    expected |= {_PREFIX + key for key in whole}
+    missing, surplus = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
+    if surplus:
+        also = f"; expected {_some(missing)}, which it lacks" if missing else ""
+        raise ValueError(f"load_adapter: {where} has {_some(surplus)}, for which the model has no LoRA layer{also}.")
+    if missing:
         raise ValueError(f"load_adapter: {where} lacks {_some(missing)}, for which the model has a layer.")
-    if surplus := sorted(tensors.keys() - expected):
-        raise ValueError(f"load_adapter: {where} has {_some(surplus)}, for which the model has no LoRA layer.")
 
 
 def _shapes(config: dict[str, Any], name: str, layer: Any) -> dict[str, tuple[int, int]]:
@@ -234,6 +278,7 @@ def _check_plain(call: str, name: str, layer: LoRALinear) -> None:
             raise TypeError(
                 f"{call}: {name}.{part} is a {type(t).__name__} of shape {shape}; gather it into a plain tensor."
             )
+        trained.check_plain(call, f"{name}.{part}", t)
 
 
 def _check_shared(
@@ -247,7 +292,12 @@ def _check_shared(
             raise ValueError(f"load_adapter: {twin} and {name} are one layer of the model and two in the file.")
 
 
-def _check_shape(key: str, t: Tensor, shape: tuple[int, int]) -> None:
+def _check_tensor(key: str, t: Tensor, shape: tuple[int, int]) -> None:
+    if not t.is_floating_point():
+        raise ValueError(
+            f"load_adapter: {key} is {t.dtype} in the file; adapters are floating-point numbers, and nothing says what "
+            "these stand for. Save them unquantised."
+        )
     if t.shape == shape:
         return
     at = 0 if ".lora_A." in key else 1
@@ -259,7 +309,9 @@ def _check_shape(key: str, t: Tensor, shape: tuple[int, int]) -> None:
     raise ValueError(f"load_adapter: {key} is {tuple(t.shape)} in the file, the layer needs {shape}.")
 
 
-def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
+def _config(
+    model: nn.Module, modules: Mapping[str, nn.Module], layers: dict[str, LoRALinear], whole: list[str]
+) -> dict[str, Any]:
     ranks = {name: layer.r for name, layer in layers.items()}
     usual = all(layer.use_rslora for layer in layers.values())
     found = {rule: {name: _alpha(layer, rule) for name, layer in layers.items()} for rule in (usual, not usual)}
@@ -278,11 +330,11 @@ def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "peft_type": "LORA", "r": r, "lora_alpha": alpha, "use_rslora": rslora,
-        "lora_dropout": dropouts.most_common(1)[0][0], "target_modules": _targets(model, list(layers)),
+        "lora_dropout": dropouts.most_common(1)[0][0], "target_modules": _targets(modules, list(layers)),
         "rank_pattern": {_exactly(name): value for name, value in ranks.items() if value != r},
         "alpha_pattern": {_exactly(name): value for name, value in alphas.items() if value != alpha},
-        "bias": "none", "fan_in_fan_out": False, "use_dora": False, "lora_bias": False, "modules_to_save": None,
-        "init_lora_weights": True, "inference_mode": True,
+        "bias": "none", "fan_in_fan_out": False, "use_dora": False, "lora_bias": False,
+        "modules_to_save": whole or None, "init_lora_weights": True, "inference_mode": True,
     }  # fmt: skip
 
 
@@ -301,10 +353,10 @@ def _root(r: int, rslora: bool) -> float:
     return math.sqrt(r) if rslora else r
 
 
-def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
-    """Return the last parts of the names if these select exactly the named layers; else an expression that does."""
+def _targets(modules: Mapping[str, nn.Module], names: list[str]) -> list[str] | str:
+    """Return the last parts of the names if these name no other module; else an expression for the full names."""
     ends = sorted({name.rpartition(".")[2] for name in names})
-    if set(select(model, ends)) == set(names):
+    if {name for name in modules if name.rpartition(".")[2] in ends} == set(names):
         return ends
     return "|".join(map(re.escape, names))
 

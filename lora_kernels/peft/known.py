@@ -12,7 +12,8 @@ from lora_kernels.functional import checks
 from lora_kernels.peft.forwards import is_defined_by, stock_forward
 
 __all__ = [
-    "check_backend", "check_model", "check_not_peft", "classes", "is_supported", "lora_layer", "multihead_attention",
+    "check_backend", "check_model", "check_no_wrapper", "check_not_peft", "classes", "is_supported", "lora_layer",
+    "multihead_attention",
 ]  # fmt: skip
 
 # From the source of PEFT 0.19 to 0.21. These classes differ (cast, clone, when the sum is rounded) by at most one
@@ -66,7 +67,7 @@ def check_not_peft(call: str, model: nn.Module) -> None:
     """Refuse a model with PEFT's LoRA layers, because their parts are linear layers as well; do not import PEFT.
 
     Raises:
-        ValueError: The model has a PEFT LoRA layer; the message names the layer.
+        ValueError: The model has a PEFT LoRA layer, or a module that PEFT has wrapped; the message names it.
     """
     # If PEFT is not imported yet, no model has its layers.
     module = sys.modules.get("peft.tuners.lora.layer")
@@ -77,6 +78,23 @@ def check_not_peft(call: str, model: nn.Module) -> None:
             f"{call}: the model has PEFT LoRA layers ({name or 'it is one'}), in whose parts no others are put. "
             "To make those fast as they are: lora_kernels.patch_peft(model)."
         )
+    check_no_wrapper(call, model)
+
+
+def check_no_wrapper(call: str, model: nn.Module) -> None:
+    """Refuse a model with modules that PEFT has wrapped to train them; do not import PEFT.
+
+    Raises:
+        ValueError: A module is wrapped, for `modules_to_save` or `trainable_token_indices`; the message names it.
+    """
+    module = sys.modules.get("peft.utils.other")
+    kind = getattr(module, "AuxiliaryTrainingWrapper", ())
+    for name, wrapper in model.named_modules():
+        if isinstance(wrapper, kind):
+            raise ValueError(
+                f"{call}: {name or 'the model'} is a {type(wrapper).__name__} of PEFT's, which holds a module twice. "
+                "Put the module that is trained in its place; swap_linear(..., modules_to_save=[...]) trains it."
+            )
 
 
 def check_backend(call: str, backend: str) -> None:

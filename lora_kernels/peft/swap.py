@@ -1,6 +1,8 @@
 """Put `LoRALinear` layers into a model, and remove them again, in PEFT's words."""
 
+import copy
 import re
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from lora_kernels.constants import HALF
 from lora_kernels.functional.checks import is_sharded
 from lora_kernels.modules.linear import LoRALinear, check_base
-from lora_kernels.peft import known
+from lora_kernels.peft import known, trained
 
 __all__ = [
     "lora_layers", "merge_and_unload", "named_modules", "pattern_value", "select", "swap_linear", "swap_named",
@@ -25,6 +27,7 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 def swap_linear(
     model: nn.Module, target_modules: str | Collection[str], r: int = 8, lora_alpha: float = 8, *,
     lora_dropout: float = 0.0, exclude_modules: str | Collection[str] | None = None,
+    modules_to_save: Collection[str] | None = None,
     rank_pattern: Mapping[str, int] | None = None, alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False, autocast_adapter_dtype: bool = True,
 ) -> list[str]:  # fmt: skip
@@ -33,13 +36,19 @@ def swap_linear(
     The arguments have the same meaning as in PEFT's `LoraConfig`; weights are shared, not copied.
 
     Args:
-        model: The model. Its parameters stop requiring grad, except for existing adapters; new adapters require grad.
+        model: The model. Its parameters stop requiring grad, except for existing adapters and modules that an earlier
+            call trains; new adapters and `modules_to_save` require grad.
         target_modules: Names, each for the layers with that name or with a name that ends in "." and that name; or a
-            regular expression for full names; or "all-linear" for every linear layer except the output embeddings.
+            regular expression for full names; or "all-linear" for every linear layer except the output embeddings or,
+            in a transformers model without these, its `score`, `classifier` or `qa_outputs`, which is fresh in most
+            cases and joins `modules_to_save`, as in PEFT with a `task_type`.
         r: Rank.
         lora_alpha: Numerator of the scaling.
         lora_dropout: Drop probability of the adapters' input in training.
         exclude_modules: Names or a regular expression of layers to leave alone.
+        modules_to_save: Names of modules to train whole, without adapters in them; `save_adapter` writes them as well.
+            As in PEFT, a name stands for every module whose full name ends in it ("head" for `lm_head`, too), and a
+            module that shares a tensor with one outside of it gets a copy of its own; a warning says so.
         rank_pattern: Ranks that differ from `r`, by name or regular expression of the end of a name.
         alpha_pattern: Values that differ from `lora_alpha`, in the same way.
         use_rslora: Scale by 1/√r instead of 1/r.
@@ -50,29 +59,37 @@ def swap_linear(
         The names of the layers that were swapped.
 
     Raises:
-        TypeError: `target_modules` are not names, a targeted layer is not exactly an `nn.Linear`, its weight is
-            sharded, or a number argument is not a number.
+        TypeError: `target_modules` or `modules_to_save` are not names, a targeted layer is not exactly an `nn.Linear`,
+            its weight is sharded, a module to save is not called or not of floating-point numbers, or a number argument
+            is not a number.
         ValueError: The model has PEFT LoRA layers or is a linear layer itself, nothing is targeted, a name matches no
-            layer, a targeted layer has hooks or is wrapped itself, or a number is out of range.
+            layer, a targeted layer has hooks or is wrapped itself, a module to save has adapters in it, or a number is
+            out of range.
     """
     known.check_not_peft("swap_linear", model)
     _check_targets(model, target_modules)
-    names = select(model, target_modules, exclude_modules)
+    modules, whole = dict(named_modules(model)), [] if modules_to_save is None else modules_to_save
+    trained.check_names("swap_linear", modules, whole)
+    whole = [*whole, *(trained.find_classifier(modules) if _is_all_linear(target_modules) else ())]
+    names = [n for n in select(model, target_modules, exclude_modules) if not trained.is_left_to_modules(n, whole)]
     if not names:
         raise ValueError(_no_match(model, f"target_modules={target_modules!r}", target_modules))
+    found = trained.matching(modules, whole)
+    for what, taken in ((f"modules_to_save={whole!r}", found), ("an earlier call", trained.list_kept(modules))):
+        trained.check_whole("swap_linear", what, modules, taken, names)
     swap_named(
         model, {name: pattern_value(rank_pattern, name, r) for name in names},
         {name: pattern_value(alpha_pattern, name, lora_alpha) for name in names},
-        lora_dropout, use_rslora, autocast_adapter_dtype,
+        lora_dropout, use_rslora, autocast_adapter_dtype, found,
     )  # fmt: skip
     return names
 
 
 def swap_named(
     model: nn.Module, ranks: Mapping[str, int], alphas: Mapping[str, float],
-    lora_dropout: float, use_rslora: bool, autocast_adapter_dtype: bool,
+    lora_dropout: float, use_rslora: bool, autocast_adapter_dtype: bool, whole: Collection[str] = (),
 ) -> None:  # fmt: skip
-    """Swap the layers with exactly these names as `swap_linear` does, each with its rank and its alpha.
+    """Swap the layers with exactly these names as `swap_linear` does, each with its rank and its alpha; train `whole`.
 
     Raises:
         TypeError: A layer is not exactly an `nn.Linear`, its weight is sharded, or a number argument is not a number.
@@ -90,7 +107,17 @@ def swap_named(
                 f"swap_linear: {name}.weight is a DTensor, and nothing would gather or reduce adapters beside it. "
                 "Put the adapters in first and shard the model after that."
             )
+    shared = {name: tied for name in whole if (tied := trained.shared_with(modules, name))}
+    _check_places("swap_linear", modules, shared)
+    copies = {name: copy.deepcopy(modules[name]) for name in shared}
+    if shared:
+        pairs = ", ".join(f"{key} is {other}" for tied in shared.values() for key, other in tied.items())
+        warnings.warn(
+            f"swap_linear: {pairs} as well. Trained is a copy of {', '.join(shared)}, as in PEFT, tied no longer.",
+            stacklevel=3,
+        )
     standing = {id(t) for _, layer in lora_layers(model) for t in (layer.lora_A, layer.lora_B)}
+    standing |= {id(p) for name in trained.list_kept(modules) for p in modules[name].parameters()}
     for p in model.parameters():
         if id(p) not in standing:
             p.requires_grad_(False)
@@ -103,6 +130,10 @@ def swap_named(
             dtype = torch.float32 if wide else None
             made[id(linear)] = LoRALinear.from_linear(linear, r, alphas[name], lora_dropout, use_rslora, dtype)
         _replace(modules, name, made[id(linear)])
+    for name in whole:
+        if name in copies:
+            _replace(modules, name, copies[name])
+        trained.train(copies.get(name, modules[name]))
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
@@ -169,7 +200,7 @@ def select(
 ) -> list[str]:  # fmt: skip
     """Return the names of the linear layers (`nn.Linear` or `LoRALinear`) that PEFT would target; see `swap_linear`."""
     linears = _linears(model)
-    if isinstance(target_modules, str) and target_modules.lower() == _ALL_LINEAR:
+    if _is_all_linear(target_modules):
         embeddings = getattr(unwrap(model), "get_output_embeddings", lambda: None)()
         chosen = [n for n, module in linears.items() if embeddings is None or module is not unwrap(embeddings)]
     else:
@@ -180,14 +211,22 @@ def select(
         return chosen
     wanted = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-    # As in PEFT, take the first number after one of these names; without patterns, after a name inside another module.
-    places = rf"(?:^|.*?\.)(?:{'|'.join(patterns)})\.(\d+)\." if patterns else r".*?\.[^.]*\.(\d+)\."
-    return [name for name in chosen if (found := re.match(places, name)) and int(found[1]) in wanted]
+    # As in PEFT, take the first number after the first of these names that is there; without patterns, after a name
+    # inside another module. A layer that is targeted by its full name is taken whatever its number is.
+    places = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns or ()] or [r".*?\.[^.]*\.(\d+)\."]
+    numbers = {
+        name: next((int(found[1]) for place in places if (found := re.match(place, name))), None) for name in chosen
+    }
+    return [name for name in chosen if name in target_modules or numbers[name] in wanted]
 
 
 def pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """Return the value of the first key that matches the end of a name after a dot, as in PEFT; else the default."""
     return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _is_all_linear(target_modules: object) -> bool:
+    return isinstance(target_modules, str) and target_modules.lower() == _ALL_LINEAR
 
 
 def _matches(target: str | Collection[str], name: str) -> bool:

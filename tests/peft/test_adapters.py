@@ -263,7 +263,7 @@ CONFIGS = {
     "no rank": (dict(r=None), "has no 'r'"),
     "DoRA": (dict(use_dora=True), "has use_dora=True, which is more than LoRALinear computes. Load it with PEFT"),
     "lora_bias": (dict(lora_bias=True), "has lora_bias=True"),
-    "modules_to_save": (dict(modules_to_save=["head"]), "has modules_to_save=['head']"),
+    "modules_to_save": (dict(modules_to_save="head"), "has modules_to_save='head'; it must be a list of names"),
     "bias": (dict(bias="all"), "has bias='all'; LoRALinear keeps the base's bias frozen"),
     "PiSSA": (dict(init_lora_weights="pissa"), "has init_lora_weights='pissa', which changes the base"),
 }
