@@ -10,12 +10,13 @@ import contextlib
 import copy
 import functools
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from lora_kernels.peft import known
+from lora_kernels.peft import known, readers
 from lora_kernels.peft.blocks import block_forward
 from lora_kernels.peft.layer import accelerated_forward, stock_forward
 from lora_kernels.peft.reasons import Report, report
@@ -35,6 +36,10 @@ def patch_peft(model: nn.Module, backend: str = "auto", blocks: bool = True) -> 
 
     Q, K and V of an attention block share one call of `lora_projections`, and an MLP is one call of `lora_mlp`, if the
     block's forward computes exactly that. The names of the blocks' classes do not matter.
+
+    An `nn.TransformerEncoderLayer` with LoRA layers inside calls these layers in eval mode as well: its fast path,
+    which reads their weights and passes the adapters by, is off until `unpatch_peft`. A `UserWarning` names the layers
+    whose weights their module reads by its source, without a call, because an adapter has no effect there.
 
     Args:
         model: A `PeftModel`, or any module that holds PEFT's LoRA layers.
@@ -71,6 +76,14 @@ def patch_peft(model: nn.Module, backend: str = "auto", blocks: bool = True) -> 
             _give_class(block, _patched_class(cls, backend, found))
         elif cls is not None and cls is not type(block):
             _give_class(block, cls)
+    readers.call_adapted(model, _is_lora)
+    names = {name: module for name, module in model.named_modules() if isinstance(module, known.lora_layer())}
+    if lost := readers.without_effect(names, readers.peft_readings(model)):
+        warnings.warn(
+            f"patch_peft: {lost}, in stock PEFT as here. Leave these layers out with "
+            "LoraConfig(exclude_modules=...), or target an nn.MultiheadAttention itself.",
+            stacklevel=2,
+        )
     return report(model)
 
 
@@ -100,6 +113,7 @@ def unpatch_peft(model: nn.Module) -> int:
             )
         _give_class(module, stock)
         count += isinstance(module, known.lora_layer())
+    readers.allow_fast_path(model)
     return count
 
 
@@ -140,6 +154,10 @@ def accelerated(backend: str = "auto") -> Iterator[None]:
     finally:
         for cls, forward in before.items():
             cls.forward = forward
+
+
+def _is_lora(module: nn.Module) -> bool:
+    return isinstance(module, known.lora_layer())
 
 
 class _Patched:

@@ -1,17 +1,18 @@
 """Put `LoRALinear` layers into a model, and remove them again, in PEFT's words."""
 
 import re
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lora_kernels.constants import HALF
 from lora_kernels.functional.checks import is_sharded
 from lora_kernels.modules.linear import LoRALinear, check_base
-from lora_kernels.peft import known
+from lora_kernels.peft import known, readers
 
 __all__ = [
     "lora_layers", "merge_and_unload", "named_modules", "pattern_value", "select", "swap_linear", "swap_named",
@@ -27,10 +28,16 @@ def swap_linear(
     lora_dropout: float = 0.0, exclude_modules: str | Collection[str] | None = None,
     rank_pattern: Mapping[str, int] | None = None, alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False, autocast_adapter_dtype: bool = True,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
 ) -> list[str]:  # fmt: skip
     """Freeze a model and replace each targeted linear layer with a `LoRALinear`, in place.
 
     The arguments have the same meaning as in PEFT's `LoraConfig`; weights are shared, not copied.
+
+    An adapter has an effect only where its layer is called. A `UserWarning` names the layers whose weights their module
+    reads by its source, without a call (`nn.MultiheadAttention` and `out_proj`, Mamba and `dt_proj`); "all-linear"
+    leaves out those that are never called. An `nn.TransformerEncoderLayer` with a `LoRALinear` inside calls it in eval
+    mode as well: its fast path is off until `merge_and_unload`.
 
     Args:
         model: The model. Its parameters stop requiring grad, except for existing adapters; new adapters require grad.
@@ -45,13 +52,16 @@ def swap_linear(
         use_rslora: Scale by 1/√r instead of 1/r.
         autocast_adapter_dtype: Whether adapters over a float16 or bfloat16 weight are float32, as in PEFT; otherwise
             adapters have the weight's dtype.
+        example_inputs: Arguments of one call of the model: a tensor, a sequence of positional arguments, or a mapping
+            of keyword arguments. The model is called once before it is changed, without gradients, and a `UserWarning`
+            names the targeted layers that this call does not call.
 
     Returns:
         The names of the layers that were swapped.
 
     Raises:
         TypeError: `target_modules` are not names, a targeted layer is not exactly an `nn.Linear`, its weight is
-            sharded, or a number argument is not a number.
+            sharded, `example_inputs` are not arguments, or a number argument is not a number.
         ValueError: The model has PEFT LoRA layers or is a linear layer itself, nothing is targeted, a name matches no
             layer, a targeted layer has hooks or is wrapped itself, or a number is out of range.
     """
@@ -60,19 +70,34 @@ def swap_linear(
     names = select(model, target_modules, exclude_modules)
     if not names:
         raise ValueError(_no_match(model, f"target_modules={target_modules!r}", target_modules))
+    layers = {name: module for name, module in named_modules(model) if name in names}
+    called = None if example_inputs is None else _called(model, layers, example_inputs)
+    left_out: dict[str, nn.Module] = {}
+    if _is_all_linear(target_modules):
+        read = readers.readings(unwrap(model), layers.values())
+        never = {key for key, reading in read.items() if not reading.also_called}
+        left_out = {name: one for name, one in layers.items() if id(one) in never and name not in (called or ())}
+        names = [name for name in names if name not in left_out]
+        if not names:
+            raise ValueError(f"swap_linear: {readers.without_effect(left_out, read)}. There is no other linear layer.")
     swap_named(
         model, {name: pattern_value(rank_pattern, name, r) for name in names},
         {name: pattern_value(alpha_pattern, name, lora_alpha) for name in names},
-        lora_dropout, use_rslora, autocast_adapter_dtype,
+        lora_dropout, use_rslora, autocast_adapter_dtype, called,
     )  # fmt: skip
+    if left_out:
+        text = "; ".join(f"{', '.join(group)}: {reading}" for reading, group in readers.grouped(left_out, read).items())
+        warnings.warn(f'swap_linear: "{_ALL_LINEAR}" leaves out {text}.', stacklevel=2)
     return names
 
 
 def swap_named(
     model: nn.Module, ranks: Mapping[str, int], alphas: Mapping[str, float],
-    lora_dropout: float, use_rslora: bool, autocast_adapter_dtype: bool,
+    lora_dropout: float, use_rslora: bool, autocast_adapter_dtype: bool, called: Collection[str] | None = None,
 ) -> None:  # fmt: skip
     """Swap the layers with exactly these names as `swap_linear` does, each with its rank and its alpha.
+
+    `called` has the names of the layers that a call of the model calls, None if no call was observed.
 
     Raises:
         TypeError: A layer is not exactly an `nn.Linear`, its weight is sharded, or a number argument is not a number.
@@ -80,11 +105,16 @@ def swap_named(
     """
     modules: dict[str, Any] = dict(named_modules(model))
     _check_places("swap_linear", modules, ranks)
+    targets = {name: modules[name] for name in ranks}
+    read = readers.readings(unwrap(model), targets.values())
     for name, r in ranks.items():
         linear = modules[name]
         # Refuse wrong numbers before anything is changed.
         LoRALinear(1, 1, r, alphas[name], lora_dropout, device="meta")
-        check_base(linear, f"swap_linear: {name}", f"; leave it out with exclude_modules=[{name!r}]")
+        way_out = f"; leave it out with exclude_modules=[{name!r}]"
+        if id(linear) in read:
+            way_out = f". {read[id(linear)]}, so an adapter would have no effect{way_out}"
+        check_base(linear, f"swap_linear: {name}", way_out)
         if is_sharded(linear.weight):
             raise TypeError(
                 f"swap_linear: {name}.weight is a DTensor, and nothing would gather or reduce adapters beside it. "
@@ -103,6 +133,13 @@ def swap_named(
             dtype = torch.float32 if wide else None
             made[id(linear)] = LoRALinear.from_linear(linear, r, alphas[name], lora_dropout, use_rslora, dtype)
         _replace(modules, name, made[id(linear)])
+    readers.call_adapted(model, _is_lora)
+    lost = readers.without_effect(targets, read, called or ())
+    silent = [name for name in targets if called is not None and name not in called and id(targets[name]) not in read]
+    if silent:
+        lost = f"{lost}; " * bool(lost) + f"with example_inputs the model does not call {', '.join(silent)}"
+    if lost:
+        warnings.warn(f"swap_linear: {lost}. Leave them out with exclude_modules.", stacklevel=3)
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
@@ -139,6 +176,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         if not name:
             return made[id(layer)]
         _replace(modules, name, made[id(layer)])
+    readers.allow_fast_path(model, _is_lora)
     return model
 
 
@@ -169,7 +207,7 @@ def select(
 ) -> list[str]:  # fmt: skip
     """Return the names of the linear layers (`nn.Linear` or `LoRALinear`) that PEFT would target; see `swap_linear`."""
     linears = _linears(model)
-    if isinstance(target_modules, str) and target_modules.lower() == _ALL_LINEAR:
+    if _is_all_linear(target_modules):
         embeddings = getattr(unwrap(model), "get_output_embeddings", lambda: None)()
         chosen = [n for n, module in linears.items() if embeddings is None or module is not unwrap(embeddings)]
     else:
@@ -188,6 +226,29 @@ def select(
 def pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """Return the value of the first key that matches the end of a name after a dot, as in PEFT; else the default."""
     return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _is_all_linear(target_modules: object) -> bool:
+    return isinstance(target_modules, str) and target_modules.lower() == _ALL_LINEAR
+
+
+def _is_lora(module: nn.Module) -> bool:
+    return isinstance(module, LoRALinear)
+
+
+def _called(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: object) -> set[str]:
+    """Call the model with `example_inputs` and return the names of the layers that are called."""
+    if isinstance(example_inputs, Mapping):
+        args, kwargs = (), example_inputs
+    elif isinstance(example_inputs, (Tensor, list, tuple)):
+        args, kwargs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs), {}
+    else:
+        raise TypeError(
+            "swap_linear: example_inputs must be a tensor, a tuple of positional arguments or a mapping of keyword "
+            f"arguments, got {type(example_inputs).__name__}."
+        )
+    with readers.fast_path_off():
+        return readers.called_layers(unwrap(model), layers, args, kwargs)
 
 
 def _matches(target: str | Collection[str], name: str) -> bool:
