@@ -12,7 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from lora_kernels.constants import HALF
 from lora_kernels.functional.checks import is_sharded
 from lora_kernels.modules.linear import LoRALinear, check_base
-from lora_kernels.peft import known, readers
+from lora_kernels.peft import known, readers, tied
 
 __all__ = [
     "lora_layers", "merge_and_unload", "named_modules", "pattern_value", "select", "swap_linear", "swap_named",
@@ -32,7 +32,9 @@ def swap_linear(
 ) -> list[str]:  # fmt: skip
     """Freeze a model and replace each targeted linear layer with a `LoRALinear`, in place.
 
-    The arguments have the same meaning as in PEFT's `LoraConfig`; weights are shared, not copied.
+    The arguments have the same meaning as in PEFT's `LoraConfig`; weights are shared, not copied. A `UserWarning` names
+    a layer whose weight another layer has as well, such as an output head that is tied to the embedding: the adapter is
+    the layer's alone, and merging gives the layer a weight of its own.
 
     An adapter has an effect only where its layer is called. A `UserWarning` names the layers whose weights their module
     reads by its source, without a call (`nn.MultiheadAttention` and `out_proj`, Mamba and `dt_proj`); "all-linear"
@@ -107,6 +109,7 @@ def swap_named(
     _check_places("swap_linear", modules, ranks)
     targets = {name: modules[name] for name in ranks}
     read = readers.readings(unwrap(model), targets.values())
+    shared = tied.shared_weights(modules, targets)
     for name, r in ranks.items():
         linear = modules[name]
         # Refuse wrong numbers before anything is changed.
@@ -133,6 +136,14 @@ def swap_named(
             dtype = torch.float32 if wide else None
             made[id(linear)] = LoRALinear.from_linear(linear, r, alphas[name], lora_dropout, use_rslora, dtype)
         _replace(modules, name, made[id(linear)])
+    for name, others in shared.items():
+        made[id(targets[name])].shared_with = others
+    if shared:
+        warnings.warn(
+            f"swap_linear: {_sharing(shared)}. Each adapter is its layer's alone, and merging gives the layer a weight "
+            "of its own.",
+            stacklevel=3,
+        )
     readers.call_adapted(model, _is_lora)
     lost = readers.without_effect(targets, read, called or ())
     silent = [name for name in targets if called is not None and name not in called and id(targets[name]) not in read]
@@ -145,7 +156,10 @@ def swap_named(
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Add every adapter to its weight and put plain linear layers back, in place.
 
-    W += scaling · B A, computed in fp32 and rounded once; the weights are written in place.
+    W += scaling · B A, computed in fp32 and rounded once; the weights are written in place. A weight that is shared
+    with another module, such as an output head that is tied to the embedding, is copied first, and a `UserWarning`
+    names it: the two are no longer tied, and `config.tie_word_embeddings` of a transformers model is False from then
+    on.
 
     Args:
         model: A model with `LoRALinear` layers, or a `LoRALinear`.
@@ -168,14 +182,29 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
                 "model that is not sharded, and take the layers out of that."
             )
     _check_places("merge_and_unload", modules, [name for name, _ in layers])
+    shared = tied.shared_weights(modules, dict(layers))
     made: dict[int, nn.Linear] = {}
     for name, layer in layers:
+        layer.shared_with = shared.get(name, layer.shared_with)
+        if layer.shared_with:
+            shared[name] = layer.shared_with
         if id(layer) not in made:
-            layer.merge()
+            layer._merge()
             made[id(layer)] = _plain(layer)
-        if not name:
-            return made[id(layer)]
-        _replace(modules, name, made[id(layer)])
+        if name:
+            _replace(modules, name, made[id(layer)])
+    if shared:
+        untied = [
+            kind for name, layer in layers if name in shared for kind in tied.untie_config(model, made[id(layer)])
+        ]
+        also = f" {', '.join(untied)}.config.tie_word_embeddings is False now." if untied else ""
+        warnings.warn(
+            f"merge_and_unload: {_sharing(shared)}; these layers have merged copies of their own and are no longer "
+            f"tied.{also}",
+            stacklevel=2,
+        )
+    if not layers[0][0]:
+        return made[id(layers[0][1])]
     readers.allow_fast_path(model, _is_lora)
     return model
 
@@ -226,6 +255,11 @@ def select(
 def pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """Return the value of the first key that matches the end of a name after a dot, as in PEFT; else the default."""
     return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _sharing(shared: Mapping[str, Sequence[str]]) -> str:
+    texts = (f"{f'{name}.weight'.lstrip('.')} is shared with {', '.join(others)}" for name, others in shared.items())
+    return "; ".join(texts)
 
 
 def _is_all_linear(target_modules: object) -> bool:
