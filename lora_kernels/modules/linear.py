@@ -1,6 +1,7 @@
 """`LoRALinear`: a frozen linear layer with a trainable low-rank adapter, in PEFT's words."""
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ class LoRALinear(nn.Module):
         merged: Whether `weight` includes the update at the moment.
         accumulate_grad: Whether backward itself adds to the `.grad` of lora_A and lora_B, see `lora_linear`; initially
             False, may be set at any time.
+        shared_with: Names of other parameters that share memory with `weight`, as `swap_linear` found them; initially
+            empty. With names, `merge` gives the layer a weight of its own.
 
     The state dict of a merged layer is that of a plain linear layer (`weight`, `bias`).
 
@@ -54,7 +57,8 @@ class LoRALinear(nn.Module):
     lora_B: Tensor
     merged: bool
     accumulate_grad: bool
-    # While merged: A, B and the scaling at the time of `merge`.
+    shared_with: tuple[str, ...] = ()
+    # While merged: A, B and the scaling at the time of `merge`, and the weight if `merge` made a copy of it.
     _added: Any
 
     def __init__(
@@ -124,22 +128,43 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Add the update to the weight, in place: W += scaling · B A, computed in fp32 and rounded once.
 
-        The weight is written in place, so layers that share the weight change as well. Does nothing when merged.
+        A weight that is shared, as a tied output head shares the embedding's, must not change for others. With names in
+        `shared_with`, which `swap_linear` sets, the layer gets a copy of the weight, with a `UserWarning`. A layer that
+        you made yourself does not know of others: set `shared_with`, or others change as well. Does nothing when
+        merged.
         """
+        if self.shared_with and not self.merged:
+            warnings.warn(
+                f"LoRALinear.merge: the weight is shared with {', '.join(self.shared_with)}, so this layer now has a "
+                "merged copy of its own; unmerge() ties it again.",
+                stacklevel=3,
+            )
+        self._merge()
+
+    @torch.no_grad()
+    def _merge(self) -> None:
         if not self.merged:
-            self._added = self.lora_A.detach().clone(), self.lora_B.detach().clone(), self.scaling
-            self._add_update(*self._added)
+            tied = None
+            if self.shared_with:
+                tied = self.weight
+                self.weight = nn.Parameter(tied.clone(), requires_grad=tied.requires_grad)
+            self._added = self.lora_A.detach().clone(), self.lora_B.detach().clone(), self.scaling, tied
+            self._add_update(*self._added[:3])
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Subtract the update that `merge` added from the weight, exact up to the rounding of the two sums.
 
-        The layer keeps copies of the adapters from the time of `merge`, because they may have changed since.
+        The layer keeps copies of the adapters from the time of `merge`, because they may have changed since. If `merge`
+        made a copy of a shared weight, the layer gets the shared weight back, exactly.
         """
         if self.merged:
-            lora_A, lora_B, scaling = self._added
-            self._add_update(lora_A, lora_B, -scaling)
+            lora_A, lora_B, scaling, tied = self._added
+            if tied is None:
+                self._add_update(lora_A, lora_B, -scaling)
+            else:
+                self.weight = tied
             self.merged, self._added = False, None
 
     def extra_repr(self) -> str:

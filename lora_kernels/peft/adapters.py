@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from lora_kernels.modules.linear import LoRALinear
 from lora_kernels.peft import known, trained
 from lora_kernels.peft.config import check_config
-from lora_kernels.peft.swap import lora_layers, named_modules, pattern_value, select, swap_named
+from lora_kernels.peft.swap import swap_named
+from lora_kernels.peft.targets import lora_layers, named_modules, pattern_value, select
 
 __all__ = ["load_adapter", "save_adapter"]
 

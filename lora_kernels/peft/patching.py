@@ -10,12 +10,13 @@ import contextlib
 import copy
 import functools
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
-from lora_kernels.peft import known
+from lora_kernels.peft import known, readers
 from lora_kernels.peft.blocks import block_forward, block_members
 from lora_kernels.peft.forwards import is_defined_by, mark, replacement, stock_forward
 from lora_kernels.peft.layer import accelerated_forward
@@ -36,6 +37,10 @@ def patch_peft(model: nn.Module, backend: str = "auto", blocks: bool = True) -> 
 
     Q, K and V of an attention block share one call of `lora_projections`, and an MLP is one call of `lora_mlp`, if the
     block's forward computes exactly that. The names of the blocks' classes do not matter.
+
+    An `nn.TransformerEncoderLayer` with LoRA layers inside calls these layers in eval mode as well: its fast path,
+    which reads their weights and passes the adapters by, is off until `unpatch_peft`. A `UserWarning` names the layers
+    whose weights their module reads by its source, without a call, because an adapter has no effect there.
 
     Args:
         model: A `PeftModel`, or any module that holds PEFT's LoRA layers.
@@ -72,6 +77,14 @@ def patch_peft(model: nn.Module, backend: str = "auto", blocks: bool = True) -> 
             _give_class(block, _patched_class(cls, cls.forward, backend, found))
         elif cls is not None and cls is not type(block):
             _give_class(block, cls)
+    readers.call_adapted(model, _is_lora)
+    names = {name: module for name, module in model.named_modules() if isinstance(module, known.lora_layer())}
+    if lost := readers.without_effect(names, readers.peft_readings(model)):
+        warnings.warn(
+            f"patch_peft: {lost}, in stock PEFT as here. Leave these layers out with "
+            "LoraConfig(exclude_modules=...), or target an nn.MultiheadAttention itself.",
+            stacklevel=2,
+        )
     return report(model)
 
 
@@ -101,6 +114,7 @@ def unpatch_peft(model: nn.Module) -> int:
             )
         _give_class(module, stock)
         count += isinstance(module, known.lora_layer())
+    readers.allow_fast_path(model)
     return count
 
 
@@ -170,6 +184,10 @@ def _forward_of_class(cls: type, stock: Callable[..., Any], backend: str) -> Any
         return None if _at_work.get(cls) is forward else stock
 
     return mark(accelerated_forward(stock, backend, ended), stock, None)
+
+
+def _is_lora(module: nn.Module) -> bool:
+    return isinstance(module, known.lora_layer())
 
 
 class _Patched:

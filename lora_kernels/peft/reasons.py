@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lora_kernels.peft import known
+from lora_kernels.peft import known, readers
 from lora_kernels.peft import layer as rules
 from lora_kernels.peft.blocks import changed_part, patched_structure
 from lora_kernels.peft.forwards import describe, replaced_part, replacement, stock_forward
@@ -25,6 +25,7 @@ BLOCK_FORMS = {"joined": "layers that belong together in one call", "per layer":
 FORMS = {"fused": "base and low-rank in one pass", "low-rank": "the low-rank term alone", "stock": "PEFT's own forward"}
 _STATE = {"_disable_adapters", "merged_adapters", "_active_adapter", "lora_variant", "cast_input_dtype_enabled"}
 _UNPATCHED = "not patched: call patch_peft(model), again for layers added later"
+_PASSED_BY = "not called: the fast path of nn.TransformerEncoderLayer reads its weight; patch_peft switches that off"
 _SHARDED = " while the layer is not called; explain(model, inputs) looks inside a call"
 
 
@@ -98,12 +99,15 @@ def report(model: nn.Module) -> Report:
         id(module.base_layer.out_proj) for module in model.modules() if isinstance(module, known.multihead_attention())
     }
     layers: dict[int, LayerReport] = {}
+    read = readers.peft_readings(model)
     for name, module in model.named_modules():
         if not isinstance(module, known.lora_layer()):
             continue
         reason = stock_reason(module)
         if id(module) in parts_of_attention:
             reason = "lora.MultiheadAttention merges it around the call: its forward is not used"
+        elif id(module) in read and not read[id(module)].also_called:
+            reason = f"{read[id(module)]}: the adapter has no effect"
         layers[id(module)] = _layer_report(name, module, reason, None)
     return Report(tuple(layers.values()), _block_reports(model, layers))
 
@@ -341,6 +345,9 @@ def _observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     as the forward ends.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, known.lora_layer())}
+    # The hooks below would switch the fast path off, so look without them first.
+    fast = readers.fast_layers(model, lambda module: isinstance(module, known.lora_layer()))
+    passed_by = set(layers) - readers.called_layers(model, layers, args, kwargs) if fast else set()
     plain = {
         id(child): (own, child)
         for _, module, block in _blocks(model)
@@ -389,6 +396,8 @@ def _observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     finally:
         for handle in handles:
             handle.remove()
+    for name in passed_by & seen.keys():
+        seen[name] = replace(seen[name], form="stock", reason=_PASSED_BY)
     idle = report(model)
     for module in idle.layers:
         if module.name not in seen:

@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lora_kernels import LoRALinear, load_adapter, merge_and_unload, save_adapter, swap_linear
-from lora_kernels.peft.swap import select
+from lora_kernels.peft.targets import select
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
