@@ -14,7 +14,7 @@ An import of this package imports neither PEFT nor safetensors; the first call t
 
 from lora_kernels.peft.adapters import load_adapter, save_adapter
 from lora_kernels.peft.patching import accelerate, accelerated, patch_peft, unpatch_peft
-from lora_kernels.peft.reasons import BlockReport, LayerReport, Report, explain
+from lora_kernels.peft.report import BlockReport, LayerReport, Report, explain
 from lora_kernels.peft.swap import merge_and_unload, swap_linear
 
 __all__ = [

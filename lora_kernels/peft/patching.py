@@ -20,7 +20,7 @@ from lora_kernels.peft import known, readers
 from lora_kernels.peft.blocks import block_forward, block_members
 from lora_kernels.peft.forwards import is_defined_by, mark, replacement, stock_forward
 from lora_kernels.peft.layer import accelerated_forward
-from lora_kernels.peft.reasons import Report, report
+from lora_kernels.peft.report import Report, report
 from lora_kernels.peft.structure import Structure, members, structure
 
 __all__ = ["accelerate", "accelerated", "patch_peft", "unpatch_peft"]
