@@ -1,8 +1,12 @@
 """lora_add: the low-rank term over a given base result, in both backends, to the accuracy rules."""
 
+import contextlib
+import functools
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import reference
 from lora_kernels.dropout import keep_scale
@@ -114,6 +118,20 @@ def test_a_base_of_another_dtype_keeps_it():
     assert actual["dx"].dtype == torch.bfloat16
     expected = wide + (x.float() @ a.float().T) @ b.float().T
     torch.testing.assert_close(actual["y"], expected.detach(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, functools.partial(FlopCounterMode, display=False)])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_an_fp32_base_and_its_gradient_are_never_rounded(backend, mode, device):
+    """A 16-bit x beside it, as under a quantised layer that computes in fp32: with nothing to add, y is base."""
+    base, x, a, b = case(torch.bfloat16, device)
+    base = (base.detach().float() + 2**-12).requires_grad_()
+    dy = torch.randn(base.shape, device=device)
+    with mode():
+        y = lora_add(base, x, a, torch.zeros_like(b), backend=backend)
+        y.backward(dy)
+    assert torch.equal(y, base)
+    assert torch.equal(base.grad, dy)
 
 
 def test_inputs_are_not_written():
