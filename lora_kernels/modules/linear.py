@@ -40,6 +40,8 @@ class LoRALinear(nn.Module):
         merged: Whether `weight` includes the update at the moment.
         accumulate_grad: Whether backward itself adds to the `.grad` of lora_A and lora_B, see `lora_linear`; initially
             False, may be set at any time.
+        backend: As in `lora_linear`, initially "auto"; may be set at any time. With "reference", gradients of the layer
+            can be differentiated again, any number of times.
 
     The state dict of a merged layer is that of a plain linear layer (`weight`, `bias`).
 
@@ -54,6 +56,8 @@ class LoRALinear(nn.Module):
     lora_B: Tensor
     merged: bool
     accumulate_grad: bool
+    # A class attribute, so that layers pickled before there was one have it as well.
+    backend: str = "auto"
     # While merged: A, B and the scaling at the time of `merge`.
     _added: Any
 
@@ -117,7 +121,8 @@ class LoRALinear(nn.Module):
             return F.linear(x, weight, bias)
         return lora_linear(
             x, weight, lora_A, lora_B, scaling=self.scaling, bias=bias,
-            dropout_p=self.lora_dropout if self.training else 0.0, accumulate_grad=self.accumulate_grad, **more,
+            dropout_p=self.lora_dropout if self.training else 0.0, backend=self.backend,
+            accumulate_grad=self.accumulate_grad, **more,
         )  # fmt: skip
 
     @torch.no_grad()

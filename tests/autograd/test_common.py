@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import Projection, lora_linear, lora_mlp, lora_projections, lora_qkv
 from lora_kernels.functional import lora_add
@@ -84,3 +85,15 @@ def test_each_of_many_projections_has_its_own_flag(device):
     ys = lora_projections(x, [w] * 7, pairs, dropout_p=p, backend="torch", accumulate_grad=flags)
     sum(y.sum() for y in ys).backward()
     assert [given.get(i) is None for i in range(7)] == flags
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpoints_hand_out_what_a_graph_of_backward_saved(backend, call, device):
+    """Once: a checkpoint refuses to hand a tensor out again, so the guard of backward and backward share what they read."""
+    x, w, a, b = operands(device)
+    expected = torch.autograd.grad(CALLS[call](x, w, a, b, backend=backend).sum(), (x, a, b))
+    y = checkpoint(CALLS[call], x, w, a, b, backend=backend, use_reentrant=False)
+    for found, right in zip(torch.autograd.grad(y.sum(), (x, a, b), create_graph=True), expected, strict=True):
+        assert torch.equal(found, right)
+        assert found.requires_grad
