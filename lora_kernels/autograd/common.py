@@ -63,9 +63,10 @@ def autocasts(device_type: str) -> bool:
     return available and torch.is_autocast_enabled(device_type)
 
 
-def gradient(adapter: Tensor | Any) -> Tensor | None:
+def gradient(ctx: Context, adapter: Tensor | Any) -> Tensor | None:
     """Return the `.grad` to add to in place, or None unless the engine would only add in place too.
 
+    It adds nothing where `backward(inputs=...)` leaves the adapter out or `torch.autograd.grad` returns gradients.
     The gradient must be plain and without hooks. The result is None in grad mode, because backward is then
     differentiated and the engine adds out of place. `guard_backward` hides grad mode from the function that it
     wraps, so call `gradient` outside.
@@ -78,15 +79,31 @@ def gradient(adapter: Tensor | Any) -> Tensor | None:
         return None
     if adapter._backward_hooks or getattr(adapter, "_post_accumulate_grad_hooks", None):
         return None
+    if not _is_added(ctx, adapter):
+        return None
     torch.autograd.graph.increment_version(grad)
     return grad
 
 
-def gradients(adapters: Sequence[tuple[Tensor, Tensor] | None]) -> list[tuple[Tensor | None, Tensor | None]]:
+def _is_added(ctx: Context, adapter: Tensor) -> bool:
+    """Return whether the engine, in the backward that is running, adds to the adapter's `.grad`."""
+    for node, _ in ctx.next_functions:
+        if getattr(node, "variable", None) is adapter:
+            try:
+                return torch._C._will_engine_execute_node(node)
+            except RuntimeError:
+                # `torch.autograd.grad` returns the adapter's gradient.
+                return False
+    return False
+
+
+def gradients(
+    ctx: Context, adapters: Sequence[tuple[Tensor, Tensor] | None]
+) -> list[tuple[Tensor | None, Tensor | None]]:
     """Return the gradients to add to in place, or only None if two are the same, because one launch adds to all."""
     if not any(adapters):
         return [(None, None)] * len(adapters)
-    found = [(None, None) if pair is None else (gradient(pair[0]), gradient(pair[1])) for pair in adapters]
+    found = [(None, None) if pair is None else (gradient(ctx, pair[0]), gradient(ctx, pair[1])) for pair in adapters]
     places = [g.data_ptr() for pair in found for g in pair if g is not None]
     return found if len(set(places)) == len(places) else [(None, None)] * len(found)
 

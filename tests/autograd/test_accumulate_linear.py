@@ -149,3 +149,27 @@ def test_a_gradient_that_overlaps_itself_is_refused_by_the_engine(backend, devic
     with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
         y.sum().backward()
     assert not a.grad.any()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("call", CALLS)
+def test_adds_to_the_inputs_of_backward_alone(call, backend, device):
+    """As the engine: to what `inputs` names, whatever else is trained; and `torch.autograd.grad` returns and adds nothing."""
+    x, w = torch.randn(8, 16, device=device, requires_grad=True), torch.randn(16, 16, device=device)
+    pairs = [[torch.randn(*shape, device=device, requires_grad=True) for shape in ((4, 16), (16, 4))] for _ in range(3)]
+    used = [t for pair in pairs[: 1 if call == "lora_linear" else 3] for t in pair]
+    leaves = [x, *used]
+    expected = torch.autograd.grad(CALLS[call](x, w, pairs, backend).sum(), leaves)
+    for wanted in ([x], [used[0]], [x, *used[1:]], leaves):
+        for t in leaves:
+            t.grad = torch.ones_like(t)
+        y = CALLS[call](x, w, pairs, backend).sum()
+        y.backward(inputs=wanted, retain_graph=True)
+        for t, gradient in zip(leaves, expected, strict=True):
+            added = any(t is one for one in wanted)
+            torch.testing.assert_close(t.grad, 1 + gradient if added else torch.ones_like(t), rtol=1e-4, atol=1e-3)
+        before = [t.grad.clone() for t in leaves]
+        for gradient, t in zip(torch.autograd.grad(y, wanted), wanted, strict=True):
+            right = next(right for right, leaf in zip(expected, leaves, strict=True) if leaf is t)
+            torch.testing.assert_close(gradient, right, rtol=1e-4, atol=1e-3)
+        assert all(torch.equal(t.grad, one) for t, one in zip(leaves, before, strict=True))
