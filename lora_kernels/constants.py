@@ -2,7 +2,7 @@
 
 import torch
 
-__all__ = ["DTYPES", "HALF", "MAX_OUTPUTS", "ONE_READ_RANK"]
+__all__ = ["DTYPES", "HALF", "MAX_OUTPUTS", "ONE_READ_RANK", "REFERENCE"]
 
 # The dtypes of the kernels, by their short names.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -11,3 +11,5 @@ HALF = (torch.bfloat16, torch.float16)
 MAX_OUTPUTS = 4
 # Up to this rank ds and dB come from one read of dy. Above, the parts of ds weigh as much as a second read.
 ONE_READ_RANK = 32
+# What a call passes as its backend to be computed by the formulas of `reference`, which are no backend.
+REFERENCE = "reference"

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from lora_kernels.passes.layer import tensors_to_save
 
@@ -42,6 +42,11 @@ class Context(Protocol):
     def __setattr__(self, name: str, value: Any) -> None: ...
 
 
+_TWICE = (
+    "trying to differentiate twice a function that was marked with @once_differentiable; "
+    'backend="reference" of the call, or layer.backend = "reference" of each LoRALinear, differentiates any number of '
+    "times, and so does a PEFT model after lora_kernels.unpatch_peft(model)."
+)
 _NOTHING = contextlib.nullcontext()
 
 
@@ -58,11 +63,12 @@ def autocasts(device_type: str) -> bool:
     return available and torch.is_autocast_enabled(device_type)
 
 
-def gradient(adapter: Tensor | Any) -> Tensor | None:
+def gradient(ctx: Context, adapter: Tensor | Any) -> Tensor | None:
     """Return the `.grad` to add to in place, or None unless the engine would only add in place too.
 
+    It adds nothing where `backward(inputs=...)` leaves the adapter out or `torch.autograd.grad` returns gradients.
     The gradient must be plain and without hooks. The result is None in grad mode, because backward is then
-    differentiated and the engine adds out of place. `once_differentiable` hides grad mode from the function that it
+    differentiated and the engine adds out of place. `guard_backward` hides grad mode from the function that it
     wraps, so call `gradient` outside.
     """
     grad = None if adapter is None or not adapter.is_leaf or torch.is_grad_enabled() else adapter.grad
@@ -73,26 +79,73 @@ def gradient(adapter: Tensor | Any) -> Tensor | None:
         return None
     if adapter._backward_hooks or getattr(adapter, "_post_accumulate_grad_hooks", None):
         return None
+    if not _is_added(ctx, adapter):
+        return None
     torch.autograd.graph.increment_version(grad)
     return grad
 
 
-def gradients(adapters: Sequence[tuple[Tensor, Tensor] | None]) -> list[tuple[Tensor | None, Tensor | None]]:
+def _is_added(ctx: Context, adapter: Tensor) -> bool:
+    """Return whether the engine, in the backward that is running, adds to the adapter's `.grad`."""
+    for node, _ in ctx.next_functions:
+        if getattr(node, "variable", None) is adapter:
+            try:
+                return torch._C._will_engine_execute_node(node)
+            except RuntimeError:
+                # `torch.autograd.grad` returns the adapter's gradient.
+                return False
+    return False
+
+
+def gradients(
+    ctx: Context, adapters: Sequence[tuple[Tensor, Tensor] | None]
+) -> list[tuple[Tensor | None, Tensor | None]]:
     """Return the gradients to add to in place, or only None if two are the same, because one launch adds to all."""
     if not any(adapters):
         return [(None, None)] * len(adapters)
-    found = [(None, None) if pair is None else (gradient(pair[0]), gradient(pair[1])) for pair in adapters]
+    found = [(None, None) if pair is None else (gradient(ctx, pair[0]), gradient(ctx, pair[1])) for pair in adapters]
     places = [g.data_ptr() for pair in found for g in pair if g is not None]
     return found if len(set(places)) == len(places) else [(None, None)] * len(found)
 
 
+class _Once(torch.autograd.Function):
+    """Return gradients with the tensors that they were computed from in their graph, and refuse to differentiate them.
+
+    PyTorch's `once_differentiable` leaves these tensors out: `torch.autograd.grad` then calls them unused, and a
+    penalty on the gradients changes nothing if what backward was given does not require grad.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, count: int, *tensors: Any) -> tuple[Any, ...]:
+        return tuple(None if t is None else t.detach() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *_: Tensor | None) -> None:
+        raise RuntimeError(_TWICE)
+
+
+class _Read:
+    """A context whose saved tensors are read already, because checkpointing lets a backward read them only once."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 def guard_backward(backward: Callable) -> Callable:
-    """Make a backward of a Function raise where it is differentiated, as `once_differentiable` does."""
-    refuses = once_differentiable(backward)
+    """Make the gradients that a backward of a Function returns raise where they are differentiated."""
 
     def call(ctx: Context, *arguments: Any) -> Any:
-        # The guard takes as long as three small operators. Only in grad mode is a backward differentiated.
-        return refuses(ctx, *arguments) if torch.is_grad_enabled() else backward(ctx, *arguments)
+        # Only in grad mode is a backward differentiated.
+        if not torch.is_grad_enabled():
+            return backward(ctx, *arguments)
+        read = _Read(ctx)
+        with torch.no_grad():
+            results = backward(read, *arguments)
+        sources = [t for t in (*arguments, *read.saved_tensors) if isinstance(t, Tensor)]
+        return _Once.apply(len(results), *results, *sources)
 
     return call
 
@@ -108,10 +161,7 @@ def _differentiates_once(call: str) -> Callable:
     """Return an autograd formula that refuses, because the backward operators have no derivative."""
 
     def refuse(ctx: Context, *_: Tensor | None) -> None:
-        raise RuntimeError(
-            f"{call}: trying to differentiate twice a function that was marked with @once_differentiable; "
-            f"lora_kernels.reference.{call} differentiates any number of times."
-        )
+        raise RuntimeError(f"{call}: {_TWICE}")
 
     return refuse
 

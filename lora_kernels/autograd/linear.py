@@ -89,7 +89,7 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in the dtype of its parameter."""
         lora_A, lora_B = ctx.accumulate
-        into = gradient(lora_A), gradient(lora_B)
+        into = gradient(ctx, lora_A), gradient(ctx, lora_B)
         with autocast_off(dy):
             return _backward(ctx, into, dy)
 

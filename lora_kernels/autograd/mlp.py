@@ -85,7 +85,7 @@ class LoRAMLPFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in the dtype of its tensor."""
-        into = gradients(ctx.accumulate)
+        into = gradients(ctx, ctx.accumulate)
         with autocast_off(dy):
             return _backward(ctx, into, dy)
 

@@ -92,7 +92,8 @@ class LoRAProjectionsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Context, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in the dtype of its tensor."""
-        into = gradients([None if dy is None else pair for dy, pair in zip(dys, ctx.accumulate, strict=True)])
+        adapters = [None if dy is None else pair for dy, pair in zip(dys, ctx.accumulate, strict=True)]
+        into = gradients(ctx, adapters)
         with autocast_off(next(dy for dy in dys if dy is not None)):
             return _backward(ctx, into, *dys)
 

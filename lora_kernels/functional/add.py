@@ -6,7 +6,18 @@ from torch import Tensor
 from lora_kernels import autograd, passes, plan, reference
 from lora_kernels.autograd.common import autocasts
 from lora_kernels.functional import checks
-from lora_kernels.functional.gate import as_number, is_transforming, is_watched, nothing, wait_for, without_autocast
+from lora_kernels.functional.gate import (
+    as_number,
+    check_transforms,
+    is_exporting_to_onnx,
+    is_proxy,
+    is_watched,
+    nothing,
+    record,
+    takes_reference,
+    wait_for,
+    without_autocast,
+)
 
 __all__ = ["lora_add"]
 
@@ -35,7 +46,12 @@ def lora_add(
     Raises:
         TypeError, ValueError, RuntimeError: As `lora_linear`.
     """
-    base, x = wait_for(base), wait_for(x)
+    if type(x) is not Tensor or type(base) is not Tensor:
+        for t in (x, base):
+            if is_proxy(t):
+                how = dict(scaling=scaling, dropout_p=dropout_p, backend=backend)
+                return record(t, lora_add, base, x, lora_A, lora_B, **how)
+        base, x = wait_for(base), wait_for(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     autocast = autocasts(device_type) and isinstance(x, Tensor) and x.is_floating_point() and x.itemsize <= 4
     if autocast:
@@ -53,8 +69,8 @@ def _add(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str
 ) -> Tensor:
     """Choose a backend for a checked call, and call it."""
-    if is_transforming():
-        checks.check_transforms(backend, "lora_add")
+    if takes_reference(backend) or (is_watched() and is_exporting_to_onnx()):
+        check_transforms("lora_add", backend)
         a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
         return reference.lora_add(base, x, a, b, scaling=scaling, dropout_p=dropout_p)
     rank = lora_A.shape[0]

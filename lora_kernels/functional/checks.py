@@ -6,7 +6,7 @@ Each message names the argument, says what the argument is, what would be right,
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from lora_kernels.constants import DTYPES, HALF
 
 __all__ = [
     "check_activation", "check_add", "check_backend", "check_call", "check_counts", "check_dtypes", "check_flag",
-    "check_mlp", "check_number", "check_shard", "check_sharded", "check_transforms", "is_sharded",
+    "check_mlp", "check_number", "check_shard", "check_sharded", "is_sharded",
 ]  # fmt: skip
 
 _SUPPORTED = (*DTYPES.values(), torch.float64)
@@ -50,6 +50,8 @@ def check_call(
         TypeError: A tensor is not plain and dense or has an unsupported dtype; `scaling` or `dropout_p` is no number.
         ValueError: A shape, a device, `scaling` or `dropout_p` does not fit.
     """
+    if torch._C._get_tracing_state() is not None:
+        return _check_unrecorded(check_call, x, weight, lora_A, lora_B, bias, scaling, dropout_p, call)
     tensors = (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
     device = x.device if isinstance(x, Tensor) else None
     for t in tensors:
@@ -116,6 +118,8 @@ def check_add(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
         TypeError: A tensor is not plain and dense or has an unsupported dtype; `scaling` or `dropout_p` is no number.
         ValueError: A shape, a device, `scaling` or `dropout_p` does not fit.
     """
+    if torch._C._get_tracing_state() is not None:
+        return _check_unrecorded(check_add, base, x, lora_A, lora_B, scaling, dropout_p)
     device = x.device if isinstance(x, Tensor) else None
     for t in (x, base, lora_A, lora_B):
         if type(t) not in _PLAIN or t.layout is not _STRIDED or t.dtype not in _SUPPORTED or t.device != device:
@@ -282,6 +286,8 @@ def check_mlp(layers: dict[str, Any], activation: str) -> None:
         TypeError: A layer is not a `Projection`, its weight not a matrix, or `activation` not a string.
         ValueError: Two layers differ in width, a layer has only one of A and B, or `activation` is not a known name.
     """
+    if torch._C._get_tracing_state() is not None:
+        return _check_unrecorded(check_mlp, layers, activation)
     check_activation("lora_mlp", activation)
     for name, q in layers.items():
         if not hasattr(q, "_replace") or not hasattr(q, "lora_A"):
@@ -314,16 +320,15 @@ def check_number(call: str, name: str, number: object) -> None:
         raise TypeError(f"{call}: {name} must be a number, got {type(number).__name__} {number!r}.{hint}")
 
 
-def check_transforms(backend: str, call: str = "lora_linear") -> None:
-    """Refuse an active `torch.func` transform or forward-mode AD unless the call asked for plain PyTorch.
-
-    Raises:
-        RuntimeError: backend is not "torch".
-    """
-    if backend != "torch":
-        raise RuntimeError(
-            f'{call} does not support torch.func transforms and forward-mode AD; use backend="torch" inside them.'
-        )
+def _check_unrecorded(check: Callable[..., None], *arguments: Any) -> None:
+    """Run a check outside of `torch.jit.trace`, which would warn of each comparison of sizes."""
+    state = torch._C._get_tracing_state()
+    set_state: Any = torch._C._set_tracing_state  # type: ignore[attr-defined]
+    set_state(None)
+    try:
+        check(*arguments)
+    finally:
+        set_state(state)
 
 
 def _check_numbers(scaling: float, dropout_p: float, call: str) -> None:

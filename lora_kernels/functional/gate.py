@@ -1,6 +1,7 @@
-"""Helpers at the entry of each call: collectives, autocast, and the detection of transforms and dispatch modes."""
+"""Helpers at the entry of each call: collectives, autocast, and the detection of transforms, traces and modes."""
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,18 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from lora_kernels import plan
+from lora_kernels.constants import REFERENCE
+from lora_kernels.functional import checks
 from lora_kernels.passes.layer import Projection
 
 __all__ = [
-    "as_autocast", "as_number", "base_only", "cast", "check_backend_runs", "is_transforming", "is_watched", "nothing",
+    "BACKENDS", "as_autocast", "as_number", "base_only", "cast", "check_backend_runs", "check_transforms",
+    "is_exporting_to_onnx", "is_proxy", "is_transforming", "is_watched", "nothing", "record", "takes_reference",
     "wait_for", "without_autocast",
 ]  # fmt: skip
+
+# The names that a call may pass as `backend`.
+BACKENDS = (*plan.BACKENDS, REFERENCE)
 
 
 class _Wait(torch.autograd.Function):
@@ -36,9 +43,55 @@ def wait_for(t: Tensor) -> Tensor:
     return _Wait.apply(t) if type(t).__name__ == "AsyncCollectiveTensor" else t
 
 
+def is_proxy(t: object) -> bool:
+    """Return whether t stands for a tensor in `torch.fx.symbolic_trace`, which records calls instead of making them."""
+    # Proxies of tracers of others are subclasses.
+    return any(kind.__module__ == "torch.fx.proxy" and kind.__name__ == "Proxy" for kind in type(t).__mro__)
+
+
+def record(proxy: Any, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Record a call with a proxy among its arguments as one node of the traced graph; return its result's proxy."""
+    return proxy.tracer.create_proxy("call_function", call, arguments, options)
+
+
+def takes_reference(backend: str) -> bool:
+    """Return whether the reference serves a call: the call asks for it, or something needs PyTorch's own operators.
+
+    Only plain operators support `torch.func` transforms and forward-mode AD. `torch.jit.trace`, and the ONNX exporter
+    that is made of it, record what runs: on the other paths loops over blocks of these sizes, and no Function at all.
+    """
+    return backend == REFERENCE or is_transforming()
+
+
 def is_transforming() -> bool:
-    """Return whether a `torch.func` transform or forward-mode AD is active; only plain operators support them."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Return whether a `torch.func` transform, forward-mode AD or `torch.jit.trace` is active."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def check_transforms(call: str, backend: str) -> None:
+    """Refuse kernels that a call asked for inside a `torch.func` transform, forward-mode AD or `torch.jit.trace`.
+
+    Raises:
+        RuntimeError: backend is "triton".
+        ValueError: backend is not a known name.
+    """
+    if backend == "triton":
+        raise RuntimeError(
+            f'{call}: backend="triton" does not support torch.func transforms, forward-mode AD and torch.jit.trace; '
+            'use backend="auto" inside them.'
+        )
+    checks.check_backend(call, backend, BACKENDS)
+
+
+def is_exporting_to_onnx() -> bool:
+    """Return whether the exporter to ONNX, which knows PyTorch's operators alone, traces by `torch.export`."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling() or "torch.onnx" not in sys.modules:
+        return False
+    return torch.onnx.is_in_onnx_export()
 
 
 def is_watched() -> bool:

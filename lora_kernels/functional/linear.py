@@ -12,8 +12,12 @@ from lora_kernels.functional.gate import (
     as_number,
     base_only,
     check_backend_runs,
-    is_transforming,
+    check_transforms,
+    is_exporting_to_onnx,
+    is_proxy,
     is_watched,
+    record,
+    takes_reference,
     wait_for,
     without_autocast,
 )  # fmt: skip
@@ -44,11 +48,13 @@ def lora_linear(
             whenever > 0, as in `torch.nn.functional.scaled_dot_product_attention`: pass 0 in evaluation. At 1 the
             low-rank term is zero. The mask comes from the device's torch generator.
         backend: "triton" for the fused kernels, "torch" for PyTorch's operators, "auto" for Triton on GPUs that can
-            run it and PyTorch otherwise; the environment variable LORA_KERNELS_BACKEND overrides "auto".
+            run it and PyTorch otherwise; the environment variable LORA_KERNELS_BACKEND overrides "auto". "reference"
+            for the plain formulas of `lora_kernels.reference`, slow and differentiable any number of times; inside
+            `torch.func` transforms, forward-mode AD and `torch.jit.trace`, "auto" and "torch" compute by them as well.
         accumulate_grad: Let backward itself add the gradients of `lora_A` and `lora_B` to a `.grad` that exists and has
-            no hooks. Gradient accumulation then takes one launch and one pass less for each. Use this option only with
-            `y.backward()`: `torch.autograd.grad` would return no gradients, and backward would add them all the same.
-            The option has no effect where the engine would not add in place, as with `create_graph=True`.
+            no hooks. Gradient accumulation then takes one launch and one pass less for each. The option has no effect
+            where the engine would not add in place: with `create_graph=True`, in `torch.autograd.grad`, and for
+            adapters that `backward(inputs=...)` leaves out.
         dropout_shard: (i, n) if x is the i-th of n equal shards of the features. The call draws from the generator for
             all n shards, and uses the mask of the i-th. Ranks with the same seed then drop independent elements, and
             their generators stay equal.
@@ -60,9 +66,9 @@ def lora_linear(
         TypeError: A dtype, a mix of dtypes, or a kind of tensor is not supported; `scaling` or `dropout_p` is not a
             number; `accumulate_grad` is not a bool.
         ValueError: Shapes, devices, `scaling`, `dropout_p` or `backend` do not fit.
-        RuntimeError: backend="triton" cannot run, a `torch.func` transform or forward-mode AD is active, or backward is
-            differentiated again (use `lora_kernels.reference.lora_linear` for that; small calls on a CPU can be
-            differentiated again).
+        RuntimeError: backend="triton" cannot run, also inside a `torch.func` transform, forward-mode AD or
+            `torch.jit.trace`; or backward is differentiated again (pass backend="reference" for that; small calls on a
+            CPU can be differentiated again).
 
     Numerics: fp32 accumulation; s = scaling D(x) Aᵀ, its gradient, and each output are rounded once. The torch backend,
     and a hybrid with the vendor's library, round one part of a sum on its own as well. In float16, s must fit float16's
@@ -71,6 +77,11 @@ def lora_linear(
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
     if type(x) is not Tensor:
+        if is_proxy(x):
+            return record(
+                x, lora_linear, x, weight, lora_A, lora_B, scaling=scaling, bias=bias, dropout_p=dropout_p,
+                backend=backend, accumulate_grad=accumulate_grad, dropout_shard=dropout_shard,
+            )  # fmt: skip
         x = wait_for(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     autocast, adapters_fit = autocasts(device_type), False
@@ -96,11 +107,9 @@ def compute(
     dropout_p: float, backend: str, accumulate_grad: bool, dropout_shard: tuple[int, int], chosen: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute one layer of a checked call; choose a backend, unless the call has `chosen` one for all its layers."""
-    if is_transforming():
-        checks.check_transforms(backend, call)
-        return reference.lora_linear(
-            x, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling=scaling, bias=bias, dropout_p=dropout_p
-        )
+    if takes_reference(backend):
+        check_transforms(call, backend)
+        return _by_reference(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     rank = lora_A.shape[0]
     adds_nothing = dropout_p == 1 or rank == 0
     sharded = type(x) is not Tensor and checks.is_sharded(x)
@@ -109,6 +118,8 @@ def compute(
         # This import registers the sharding rules, and waits until there are DTensors.
         from lora_kernels.autograd import sharding  # noqa: F401
     if sharded or is_watched():
+        if is_exporting_to_onnx():
+            return _by_reference(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
         backend = plan.requested_backend(backend)
         if adds_nothing:
             return base_only(x, weight, lora_A, lora_B, bias)
@@ -132,3 +143,11 @@ def compute(
     else:
         y, _, _ = passes.linear.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, chosen, noise)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _by_reference(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float
+) -> Tensor:
+    """Compute one layer by PyTorch's own operators alone."""
+    a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    return reference.lora_linear(x, weight, a, b, scaling=scaling, bias=bias, dropout_p=dropout_p)

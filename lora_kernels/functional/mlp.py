@@ -12,7 +12,18 @@ from lora_kernels import autograd, passes, plan, torch_backend
 from lora_kernels.activations import activated
 from lora_kernels.autograd.common import autocasts
 from lora_kernels.functional import checks
-from lora_kernels.functional.gate import cast, is_transforming, is_watched, wait_for, without_autocast
+from lora_kernels.functional.gate import (
+    BACKENDS,
+    cast,
+    is_exporting_to_onnx,
+    is_proxy,
+    is_transforming,
+    is_watched,
+    record,
+    takes_reference,
+    wait_for,
+    without_autocast,
+)
 from lora_kernels.functional.projections import alone, arguments, check_each, project_jointly, with_floats
 from lora_kernels.passes.layer import GIVEN, Adapted, Projection
 
@@ -59,6 +70,9 @@ def lora_mlp(
 
     Source: Shazeer 2020, arXiv:2002.05202 (SwiGLU, GEGLU); So et al. 2021, arXiv:2109.08668 (squared ReLU).
     """
+    if type(x) is not Tensor and is_proxy(x):
+        how = dict(activation=activation, recompute=recompute, backend=backend, accumulate_grad=accumulate_grad)
+        return record(x, lora_mlp, x, gate, up, down, **how)
     given = ("gate", gate), ("up", up), ("down", down)
     layers: dict[str, Any] = {name: q for name, q in given if name != "gate" or q is not None}
     checks.check_mlp(layers, activation)
@@ -71,7 +85,7 @@ def lora_mlp(
     autocast, entries, adapters_fit = autocasts(device_type), list(layers.values()), [False] * len(layers)
     if autocast:
         x, entries, adapters_fit = cast(device_type, x, entries)
-    checks.check_backend("lora_mlp", backend, plan.BACKENDS)
+    checks.check_backend("lora_mlp", backend, BACKENDS)
     check_each("lora_mlp", x, [*layers][:-1], entries[:-1], adapters_fit[:-1], entries)
     shape = *x.shape[:-1], entries[0].weight.shape[0]
     # A placeholder with the shape of h but without its memory.
@@ -98,7 +112,7 @@ def _mlp(
             gate, up = (*outs, None)[:2]
             return alone("lora_mlp", activated(gate, up, activation), down, backend, added[-1], chosen)
 
-        # Transforms do not support saved-tensor hooks, which `checkpoint` needs.
+        # Transforms and traces do not support saved-tensor hooks, which `checkpoint` needs.
         again = recompute and torch.is_grad_enabled() and not is_transforming()
         return checkpoint(compose, x, use_reentrant=False) if again else compose(x)
     if is_watched():
@@ -120,14 +134,14 @@ def _backends(x: Tensor, entries: list[Projection], backend: str) -> tuple[str |
     compiler or a dispatch mode, the first is the requested backend, because the operators choose later.
     """
     adapted: list[Adapted] = [q for q in entries if q.lora_A is not None]
-    if not adapted or is_transforming() or checks.is_sharded(x):
+    if not adapted or takes_reference(backend) or checks.is_sharded(x):
         return None, None
     # An adapter that adds nothing gets gradients of 0 when its layer is computed alone.
     if any(q.dropout_p == 1 or not q.lora_A.shape[0] for q in adapted):
         return None, None
     empty = x.numel() == 0 or any(q.weight.numel() == 0 for q in entries)
     if is_watched():
-        return None if empty else plan.requested_backend(backend), None
+        return None if empty or is_exporting_to_onnx() else plan.requested_backend(backend), None
     chosen = plan.choose(x.device, x.dtype, max(q.lora_A.shape[0] for q in adapted), empty, backend, "lora_mlp")
     if chosen == "torch" and all(torch_backend.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted):
         return None, chosen

@@ -12,11 +12,15 @@ from lora_kernels.autograd.common import autocasts
 from lora_kernels.constants import MAX_OUTPUTS
 from lora_kernels.functional import checks
 from lora_kernels.functional.gate import (
+    BACKENDS,
     as_number,
     cast,
     check_backend_runs,
-    is_transforming,
+    is_exporting_to_onnx,
+    is_proxy,
     is_watched,
+    record,
+    takes_reference,
     wait_for,
     without_autocast,
 )
@@ -105,12 +109,15 @@ def project(
     call: str, x: Tensor, entries: list[Projection], backend: str, added: Sequence[bool]
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Cast for autocast, check, and compute each projection; `added` has `accumulate_grad` of each."""
-    x = wait_for(x)
+    if type(x) is not Tensor:
+        if is_proxy(x):
+            return record(x, project, call, x, entries, backend, added)
+        x = wait_for(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     autocast, adapters_fit = autocasts(device_type), [False] * len(entries)
     if autocast:
         x, entries, adapters_fit = cast(device_type, x, entries)
-    checks.check_backend(call, backend, plan.BACKENDS)
+    checks.check_backend(call, backend, BACKENDS)
     check_each(call, x, range(len(entries)), entries, adapters_fit, entries)
     if autocast:
         with without_autocast(device_type):
@@ -170,10 +177,14 @@ def _backends(call: str, x: Tensor, entries: list[Projection], backend: str) -> 
     The second is None where each projection chooses: without a choice for all, and under a compiler or a dispatch mode.
     There the first is the requested backend, because the operators choose later, from the sizes that they see.
     """
+    if takes_reference(backend):
+        return None, None
     adapted: list[Adapted] = [q for q in entries if q.lora_A is not None and q.lora_A.shape[0]]
-    if len(entries) < 2 or not adapted or is_transforming() or checks.is_sharded(x):
+    if len(entries) < 2 or not adapted or checks.is_sharded(x):
         return None, None
     if is_watched():
+        if is_exporting_to_onnx():
+            return None, None
         backend = plan.requested_backend(backend)
         check_backend_runs(call, x, [q.weight for q in entries], [q.lora_A for q in adapted], backend)
         return backend, None

@@ -5,9 +5,9 @@ Both hold ordinary layers under transformers' names: a `LoRALinear` or, for a pr
 `merge_and_unload`, `swap_linear`, the styles of `lora_kernels.parallel`. At each call the block reads the layers'
 parameters and computes all layers at once. The forward of each child works, too.
 
-Some children must be called themselves: a child with hooks or a replaced forward, which would not run otherwise, and a
-child of another class, for example a sharded, quantised or parametrised layer. If there is one, or a global module
-hook, the block calls its children one by one, and computes the same in more launches.
+Some children must be called themselves: a child with hooks or a replaced forward, which would not run otherwise, a
+child of another class, for example a sharded, quantised or parametrised layer, and one with a `backend` of its own. If
+there is one, or a global module hook, the block calls its children one by one, and computes the same in more launches.
 """
 
 from collections.abc import Sequence
@@ -318,6 +318,8 @@ def _projection(layer: Any) -> Projection | None:
         return None
     if type(layer) is nn.Linear:
         return Projection(layer.weight, bias=layer.bias)
+    if layer.backend != "auto":
+        return None
     # In training, call the layer, which refuses to run merged.
     if layer.merged:
         return None if layer.training and torch.is_grad_enabled() else Projection(layer.weight, bias=layer.bias)

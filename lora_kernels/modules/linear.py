@@ -43,6 +43,8 @@ class LoRALinear(nn.Module):
             False, may be set at any time.
         shared_with: Names of other parameters that share memory with `weight`, as `swap_linear` found them; initially
             empty. With names, `merge` gives the layer a weight of its own.
+        backend: As in `lora_linear`, initially "auto"; may be set at any time. With "reference", gradients of the layer
+            can be differentiated again, any number of times.
 
     The state dict of a merged layer is that of a plain linear layer (`weight`, `bias`).
 
@@ -58,6 +60,8 @@ class LoRALinear(nn.Module):
     merged: bool
     accumulate_grad: bool
     shared_with: tuple[str, ...] = ()
+    # A class attribute, so that layers pickled before there was one have it as well.
+    backend: str = "auto"
     # While merged: A, B and the scaling at the time of `merge`, and the weight if `merge` made a copy of it.
     _added: Any
 
@@ -121,7 +125,8 @@ class LoRALinear(nn.Module):
             return F.linear(x, weight, bias)
         return lora_linear(
             x, weight, lora_A, lora_B, scaling=self.scaling, bias=bias,
-            dropout_p=self.lora_dropout if self.training else 0.0, accumulate_grad=self.accumulate_grad, **more,
+            dropout_p=self.lora_dropout if self.training else 0.0, backend=self.backend,
+            accumulate_grad=self.accumulate_grad, **more,
         )  # fmt: skip
 
     @torch.no_grad()

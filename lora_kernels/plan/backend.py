@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
-from lora_kernels.constants import DTYPES
+from lora_kernels.constants import DTYPES, REFERENCE
 from lora_kernels.plan.interface import Contractions, Kernels
 
 __all__ = [
@@ -75,7 +75,7 @@ requested_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def _choose(device: torch.device, dtype: torch.dtype, rank: int, requested: str, call: str) -> Choice:
     if requested not in BACKENDS:
-        raise ValueError(f"{call}: backend={requested!r} is not one of: {', '.join(BACKENDS)}.")
+        raise ValueError(f"{call}: backend={requested!r} is not one of: {', '.join((*BACKENDS, REFERENCE))}.")
     choice = Choice("torch", "it was asked for") if requested == "torch" else automatic(device, dtype, rank)
     if requested == "auto" and choice.backend == "torch" and device.type == "cuda":
         _log.info('lora_kernels: %s; using backend="torch". Set LORA_KERNELS_BACKEND=torch to silence.', choice.reason)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_kernels import LoRALinear, LoRAMLP, LoRAQKV, lora_linear
+from lora_kernels import LoRALinear, LoRAMLP, LoRAQKV, Projection, lora_linear, lora_mlp, lora_qkv
 from lora_kernels.verify import numerics
 from lora_kernels.verify.problems import make_problem
 
@@ -18,6 +18,17 @@ def qkv():
 
 def mlp():
     return LoRAMLP(16, 24, r=4)
+
+
+CALLS = {
+    "lora_linear": lambda x, w, pairs, backend: lora_linear(x, w, *pairs[0], backend=backend, accumulate_grad=True),
+    "lora_qkv": lambda x, w, pairs, backend: sum(
+        lora_qkv(x, [w] * 3, pairs, backend=backend, accumulate_grad=True)
+    ),
+    "lora_mlp": lambda x, w, pairs, backend: lora_mlp(
+        x, *(Projection(w, *pair) for pair in pairs), backend=backend, accumulate_grad=True
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -53,6 +64,25 @@ def test_writes_into_the_gradient_that_is_there(device):
         assert getattr(layer, name).grad is grad
         torch.testing.assert_close(grad, 2 * before)
         assert grad._version > versions[name], "autograd must see that it was written"
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_sum_into_a_gradient_raises_its_version(call, backend, device):
+    """Kernels write where PyTorch does not see it; a graph that saved the gradient must learn of it all the same."""
+    x, w = torch.randn(8, 16, device=device), torch.randn(16, 16, device=device)
+    pairs = [[torch.randn(*shape, device=device, requires_grad=True) for shape in ((4, 16), (16, 4))] for _ in range(3)]
+    adapters = [t for pair in pairs for t in pair][: 2 * (1 if call == "lora_linear" else 3)]
+    before = [(t.grad, t.grad._version) for t in adapters if setattr(t, "grad", torch.zeros_like(t)) is None]
+    y, scale = CALLS[call](x, w, pairs, backend), torch.ones_like(adapters[0], requires_grad=True)
+    later = (adapters[0].grad * scale).sum()
+    y.sum().backward()
+    for t, (gradient, version) in zip(adapters, before, strict=True):
+        assert t.grad is gradient
+        assert gradient.any()
+        assert gradient._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        later.backward()
 
 
 @pytest.mark.parametrize("make", [linear, qkv, mlp], ids=lambda make: make.__name__)
@@ -119,3 +149,27 @@ def test_a_gradient_that_overlaps_itself_is_refused_by_the_engine(backend, devic
     with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
         y.sum().backward()
     assert not a.grad.any()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("call", CALLS)
+def test_adds_to_the_inputs_of_backward_alone(call, backend, device):
+    """As the engine: to what `inputs` names, whatever else is trained; and `torch.autograd.grad` returns and adds nothing."""
+    x, w = torch.randn(8, 16, device=device, requires_grad=True), torch.randn(16, 16, device=device)
+    pairs = [[torch.randn(*shape, device=device, requires_grad=True) for shape in ((4, 16), (16, 4))] for _ in range(3)]
+    used = [t for pair in pairs[: 1 if call == "lora_linear" else 3] for t in pair]
+    leaves = [x, *used]
+    expected = torch.autograd.grad(CALLS[call](x, w, pairs, backend).sum(), leaves)
+    for wanted in ([x], [used[0]], [x, *used[1:]], leaves):
+        for t in leaves:
+            t.grad = torch.ones_like(t)
+        y = CALLS[call](x, w, pairs, backend).sum()
+        y.backward(inputs=wanted, retain_graph=True)
+        for t, gradient in zip(leaves, expected, strict=True):
+            added = any(t is one for one in wanted)
+            torch.testing.assert_close(t.grad, 1 + gradient if added else torch.ones_like(t), rtol=1e-4, atol=1e-3)
+        before = [t.grad.clone() for t in leaves]
+        for gradient, t in zip(torch.autograd.grad(y, wanted), wanted, strict=True):
+            right = next(right for right, leaf in zip(expected, leaves, strict=True) if leaf is t)
+            torch.testing.assert_close(gradient, right, rtol=1e-4, atol=1e-3)
+        assert all(torch.equal(t.grad, one) for t, one in zip(leaves, before, strict=True))

@@ -1,8 +1,12 @@
 """lora_add: the low-rank term over a given base result, in both backends, to the accuracy rules."""
 
+import contextlib
+import functools
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import reference
 from lora_kernels.dropout import keep_scale
@@ -116,6 +120,20 @@ def test_a_base_of_another_dtype_keeps_it():
     torch.testing.assert_close(actual["y"], expected.detach(), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, functools.partial(FlopCounterMode, display=False)])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_an_fp32_base_and_its_gradient_are_never_rounded(backend, mode, device):
+    """A 16-bit x beside it, as under a quantised layer that computes in fp32: with nothing to add, y is base."""
+    base, x, a, b = case(torch.bfloat16, device)
+    base = (base.detach().float() + 2**-12).requires_grad_()
+    dy = torch.randn(base.shape, device=device)
+    with mode():
+        y = lora_add(base, x, a, torch.zeros_like(b), backend=backend)
+        y.backward(dy)
+    assert torch.equal(y, base)
+    assert torch.equal(base.grad, dy)
+
+
 def test_inputs_are_not_written():
     tensors = case(torch.float32)
     copies = [t.detach().clone() for t in tensors]
@@ -155,7 +173,7 @@ def test_transforms_fake_tensors_and_compile():
     gradient = torch.func.grad(lambda a: lora_add(base, x, a, b, backend="torch").sum())(a)
     torch.testing.assert_close(gradient, (b.sum(0)[:, None] * x.sum((0, 1))))
     with pytest.raises(RuntimeError, match=r"does not support torch\.func transforms"):
-        torch.func.grad(lambda a: lora_add(base, x, a, b).sum())(a)
+        torch.func.grad(lambda a: lora_add(base, x, a, b, backend="triton").sum())(a)
     with FakeTensorMode():
         assert lora_add(torch.empty(2, 6), torch.empty(2, 3), torch.empty(4, 3), torch.empty(6, 4)).shape == (2, 6)
     compiled = torch.compile(lora_add, backend="aot_eager", fullgraph=True)

@@ -101,7 +101,7 @@ FAULTS = {
         dict(lora_A=torch.randn(1024, 6), lora_B=torch.randn(5, 1024), backend="triton"), ValueError,
         r'rank 1024 exceeds 512, the largest tuned; use backend="torch"\.',
     ),
-    "backend": (dict(backend="cuda"), ValueError, r"backend='cuda' is not one of: auto, triton, torch\."),
+    "backend": (dict(backend="cuda"), ValueError, r"backend='cuda' is not one of: auto, triton, torch, reference\."),
 }  # fmt: skip
 
 
@@ -134,13 +134,12 @@ def test_8_dtensors_are_refused(monkeypatch):
         call(weight=torch.randn(5, 6).as_subclass(fake))
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_15_functorch(backend):
+def test_15_functorch():
     with pytest.raises(
         RuntimeError,
-        match=r'does not support torch\.func transforms and forward-mode AD; use backend="torch" inside them',
+        match=r'"triton" does not support torch\.func transforms, .*; use backend="auto" inside them',
     ):
-        torch.func.grad(lambda a: call(lora_A=a, backend=backend).sum())(torch.randn(2, 6))
+        torch.func.grad(lambda a: call(lora_A=a, backend="triton").sum())(torch.randn(2, 6))
 
 
 def test_19_meta_and_fake_tensors_give_shapes():
@@ -179,13 +178,13 @@ def test_a_backend_that_cannot_run_names_the_call_that_the_user_made(case, mode,
         _of_each_call("triton")[case]()
 
 
-@pytest.mark.parametrize("case", _of_each_call("auto"))
+@pytest.mark.parametrize("case", _of_each_call("triton"))
 def test_transforms_name_the_call_that_the_user_made(case):
     def total(a):
-        y = _of_each_call("auto")[case](a)
+        y = _of_each_call("triton")[case](a)
         return (y[0] if isinstance(y, tuple) else y).sum()
 
-    with pytest.raises(RuntimeError, match=rf"^{case.split()[0]} does not support torch\.func transforms"):
+    with pytest.raises(RuntimeError, match=rf"^{case.split()[0]}: .* does not support torch\.func transforms"):
         torch.func.grad(total)(torch.randn(2, 6))
 
 
@@ -202,7 +201,7 @@ def test_an_operator_differentiated_twice_names_the_reference(case, reference):
         y = _of_each_call("torch")[case](a)
         y = (y[0] if isinstance(y, tuple) else y).square().sum()
         (grad,) = torch.autograd.grad(y, a, create_graph=True)
-        with pytest.raises(RuntimeError, match=rf"^{reference}: .*lora_kernels\.reference\.{reference} differentiates"):
+        with pytest.raises(RuntimeError, match=rf"^{reference}: .*backend=\"reference\" of the call"):
             grad.sum().backward()
 
 

@@ -1,7 +1,10 @@
 """fp32 adapters over a 16-bit x, PEFT's default: read as they are, and rounded as a copy of them would have been."""
 
+import contextlib
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import Projection, lora_linear, lora_mlp, lora_qkv, plan
 from lora_kernels.functional import lora_add
@@ -148,3 +151,38 @@ def test_adapters_of_yet_another_dtype_are_cast_under_autocast(backend, device):
         *(t.bfloat16() for t in (x, weight)), *(t.half().bfloat16() for t in (a, b)), backend=backend
     )  # fmt: skip
     same([y], [expected])
+
+
+ROWS, SIDE = 257, 8  # sums over the rows are multiples of 257 by powers of two, which bf16 does not have
+EXACT = {
+    "lora_linear": lambda x, w, a, b, backend: lora_linear(x, w, a, b, backend=backend),
+    "lora_add": lambda x, w, a, b, backend: lora_add(x @ w.t(), x, a, b, backend=backend),
+    "lora_qkv": lambda x, w, a, b, backend: sum(lora_qkv(x, [w] * 3, [(a, b)] * 3, backend=backend)),
+    "lora_mlp": lambda x, w, a, b, backend: lora_mlp(
+        x, None, Projection(w, a, b), Projection(w, a, b), activation="relu2", backend=backend
+    ),
+}
+
+
+WAYS = ["a plain call", "an operator", "autocast"]
+
+
+@pytest.mark.parametrize("call", EXACT)
+@pytest.mark.parametrize(("backend", "way"), [("triton", WAYS[0]), *(("torch", way) for way in WAYS)])
+def test_gradients_are_fp32_sums_that_were_never_rounded(backend, call, way, device):
+    """Each term is exact in bf16 and their sum is not, so that a sum rounded on its way shows in every element."""
+    x, w, a, b = (torch.ones(*s, device=device) for s in ((ROWS, SIDE), (SIDE, SIDE), (1, SIDE), (SIDE, 1)))
+    x, w = (t if way == "autocast" else t.bfloat16() for t in (x, 0 * w))
+    found, exact = ([t.detach().to(kind).requires_grad_() for t in (a, b)] for kind in (WIDE, torch.float64))
+    modes = {"an operator": FlopCounterMode(display=False), "autocast": torch.autocast(device, torch.bfloat16)}
+    with modes.get(way, contextlib.nullcontext()):
+        y = EXACT[call](x, w, *found, backend)
+    y.backward(torch.ones_like(y))
+    y = (3 if call == "lora_qkv" else 1) * x.double() @ exact[0].T @ exact[1].T
+    if call == "lora_mlp":
+        y = y.relu().square() @ exact[0].T @ exact[1].T
+    y.sum().backward()
+    for t, right in zip(found, exact, strict=True):
+        assert t.grad.dtype == WIDE
+        assert not torch.equal(right.grad, right.grad.bfloat16().double()), "the case shows nothing"
+        assert torch.equal(t.grad.double(), right.grad)

@@ -105,3 +105,21 @@ def test_a_launch_knows_what_triton_loads_by_element():
         (torch.zeros(64, 40), True), (wide.t(), False),
     ):  # fmt: skip
         assert facts(t).by_element() == by_element, (t.shape, t.stride())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("made", [{}, dict(activated=True, shrinks=True, adapters=3)], ids=["given", "made"])
+def test_a_split_is_a_whole_number_of_blocks(made, dtype):
+    """A program walks whole blocks: of a share that is none, the last rows would be in nobody's sum, or in two."""
+    shares = set()
+    for size in (1, 100, 1000, 4097, 8192, 50_000, 100_003, 1_000_000):
+        for width, rank in ((64, 4), (1000, 16), (4096, 64), (14_336, 256)):
+            for sms in (3, 108, 132):
+                tile = wgrad_config(WgradCase(size, width, rank, dtype, num_sms=sms, **made))
+                assert tile.rows_per_split % tile.block_m == 0
+                shares.add(tile.rows_per_split // tile.block_m)
+            tile = shrink_config(width, size, rank, dtype)
+            assert tile.k_per_split % tile.block_k == 0
+            tile = shrink_config(1, size, rank, dtype)
+            assert tile.k_per_split % tile.block_k == 0
+    assert len(shares) > 10

@@ -68,3 +68,14 @@ def test_what_tma_cannot_read_is_copied(turned):
         assert made.strides == [8, 1]
         assert made.base.data_ptr() % 16 == 0
         torch.testing.assert_close(made.base, changed.t() if turned else changed, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pitch", [0, 8, 24, 32])
+def test_rows_that_overlap_are_copied(pitch):
+    """A window that slides over a signal, or one row expanded to many; of rows that just touch nothing is copied."""
+    signal = torch.arange(16 * 32, dtype=torch.bfloat16)
+    rows = signal.as_strided((16, 32), (pitch, 1))
+    made = Describe(facts(rows), (16, 32), turned=False, keeps=False)(rows)
+    assert (made.base.data_ptr() == signal.data_ptr()) == (pitch == 32)
+    assert made.strides == [32, 1]
+    assert torch.equal(made.base, rows)

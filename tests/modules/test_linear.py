@@ -112,6 +112,27 @@ def test_merge_and_unmerge_are_exact_to_rounding(dtype):
     assert ((made.weight.double() - before.double()).abs() <= 2 * unit * (before.double().abs() + update.abs())).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_fp32_adapters_are_merged_in_fp32(dtype):
+    """Rounded to the weight's dtype, A's two rows were the same and the first update 0; the second was rounded twice."""
+    made = LoRALinear.from_linear(nn.Linear(1, 2, bias=False, dtype=dtype), r=2, lora_alpha=2, dtype=torch.float32)
+    unit = torch.finfo(dtype).eps
+    first, second = torch.tensor([[1 + unit / 8], [1.0]]), torch.tensor([[1 + unit / 4], [0.0]])
+    for lora_A, lora_B, update, weight in (
+        (first, [[1024.0, -1024.0], [0.0, 0.0]], [128 * unit, 0.0], [0.0, 0.0]),
+        # the sum lies above the middle of two neighbours, and on it once the update is rounded
+        (second, [[1.0, 0.0], [0.0, 0.0]], [1 + unit / 4, 0.0], [2 / unit, 0.0]),
+    ):
+        with torch.no_grad():
+            made.lora_A.copy_(lora_A)
+            made.lora_B.copy_(torch.tensor(lora_B))
+            made.weight.copy_(torch.tensor(weight)[:, None])
+        made.merge()
+        expected = (torch.tensor(weight).double() + torch.tensor(update).double()).to(dtype)
+        assert torch.equal(made.weight[:, 0], expected)
+        made.unmerge()
+
+
 def test_merged_forward_agrees_and_refuses_to_train():
     made = layer().eval()
     x = torch.randn(7, 12)

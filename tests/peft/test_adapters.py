@@ -117,6 +117,49 @@ def test_layers_to_transform(tmp_path):
     assert select(model, ["q_proj"], None, 1) == ["0.layers.1.q_proj"]
 
 
+NEAR = {  # a key or a name that others begin or end with
+    "one of ten": dict(target_modules=["layers.1", "layers.10"], rank_pattern={"layers.1": 5}),
+    "ten of ten": dict(target_modules=["layers.1", "layers.10"], rank_pattern={"layers.10": 5}),
+    "a number": dict(target_modules=["layers.1", "layers.10"], alpha_pattern={"1": 5}),
+    "an end that is no part": dict(target_modules=["proj", "q_proj", "q_proj_2"], alpha_pattern={"proj": 5}),
+    "a name that others begin with": dict(target_modules=["q_proj", "q_proj_2"], rank_pattern={"q_proj": 5}),
+    "the first key of several": dict(
+        target_modules=["q_proj", "proj"], rank_pattern={".*proj": 5, "q_proj": 6}, alpha_pattern={"proj": 3, ".*": 7}
+    ),
+    "two names in one key": dict(target_modules="all-linear", alpha_pattern={"layers.1|q_proj": 5}),
+    "targets": dict(target_modules=["layers.1"]),
+    "a target that is no whole part": dict(target_modules=["proj"]),
+    "an excluded one": dict(target_modules=["layers.1", "layers.10"], exclude_modules=["layers.1"]),
+    "targets by expression": dict(target_modules=r"layers\.1|.*q_proj", exclude_modules=r".*proj_2"),
+}
+
+
+class Near(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(12))
+        self.proj, self.q_proj, self.q_proj_2 = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return sum(module(x) for module in self.modules() if hasattr(module, "in_features"))
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_a_key_that_only_begins_or_ends_a_name_is_not_meant(name, tmp_path):
+    config = dict(r=2, lora_alpha=4) | NEAR[name]
+    ours, theirs = Near(), get_peft_model(Near(), LoraConfig(**config))
+    swap_linear(ours, **config)
+    expected = {
+        n.removeprefix("base_model.model."): (m.r["default"], m.scaling["default"])
+        for n, m in theirs.named_modules() if hasattr(m, "base_layer")
+    }  # fmt: skip
+    save_adapter(ours, tmp_path)
+    again = Near()
+    load_adapter(again, tmp_path)
+    for model in (ours, again):
+        assert {n: (m.r, m.scaling) for n, m in model.named_modules() if isinstance(m, LoRALinear)} == expected
+
+
 def test_a_scaling_set_by_hand_is_kept(tmp_path):
     model = Net()
     swap_linear(model, ["q_proj"], r=4)

@@ -10,6 +10,7 @@ from lora_kernels.autograd.linear import LoRALinearFunction
 from lora_kernels.bench.cases.layer import draw, saved_bytes
 from lora_kernels.bench.providers import layer as providers
 from lora_kernels.constants import HALF
+from lora_kernels.dropout import threshold
 from lora_kernels.measure.presets import Shape
 from lora_kernels.verify import numerics
 from lora_kernels.verify.problems import make_problem, run_problem, with_mask
@@ -179,3 +180,19 @@ def test_small_calls_save_no_more_than_peft(p, saved):
     ours, peft = (saved_bytes(providers.build(name, problem, "torch")) for name in ("ours", "peft"))
     assert ours == 32 * 8 * 4 + 32 * 256 * saved
     assert ours <= peft
+
+
+@pytest.mark.parametrize("drawn", ["noise", "at once", "in parts"])
+@pytest.mark.parametrize("p", [0.0, 2**-16, 0.1, 0.5, 1 - 2**-16, 1 - 2**-20])
+def test_a_mask_drops_as_many_of_all_words_as_its_probability_says(p, drawn, monkeypatch):
+    """Each of the 65,536 words once: an element more or less would be a bias that no sample of masks shows."""
+    words = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    if drawn == "in parts":
+        monkeypatch.setattr(torch_backend, "_DRAWN", 1 << 14)
+        parts = iter(words.split(1 << 14))
+        monkeypatch.setattr(torch_backend, "_words", lambda numel, device: next(parts))
+    else:
+        monkeypatch.setattr(torch_backend, "_words", lambda numel, device: words)
+    noise = words.view(torch.int64) if drawn == "noise" else None
+    keep = torch_backend.draw_mask(torch.Size((256, 256)), p, torch.device("cpu"), noise)
+    assert keep.sum() == 2**16 - threshold(p)
