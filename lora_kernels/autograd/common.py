@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.autograd.written import explained
 from lora_kernels.passes.layer import tensors_to_save
 
 __all__ = [
@@ -86,13 +87,34 @@ def gradients(adapters: Sequence[tuple[Tensor, Tensor] | None]) -> list[tuple[Te
     return found if len(set(places)) == len(places) else [(None, None)] * len(found)
 
 
-def guard_backward(backward: Callable) -> Callable:
-    """Make a backward of a Function raise where it is differentiated, as `once_differentiable` does."""
-    refuses = once_differentiable(backward)
+def guard_backward(name: str) -> Callable[[Callable], Callable]:
+    """Make a backward of a Function raise where it is differentiated, as `once_differentiable` does.
+
+    Its errors of tensors that were written in place name the call, `name`, and the layer.
+    """
+
+    def guard(backward: Callable) -> Callable:
+        refuses = once_differentiable(backward)
+
+        def call(ctx: Context, *arguments: Any) -> Any:
+            # The guard takes as long as three small operators. Only in grad mode is a backward differentiated.
+            return refuses(ctx, *arguments) if torch.is_grad_enabled() else backward(ctx, *arguments)
+
+        return _explain_written(name, call)
+
+    return guard
+
+
+def _explain_written(name: str, backward: Callable) -> Callable:
+    """Make the errors of a backward name the call and the layer where a tensor was written in place."""
 
     def call(ctx: Context, *arguments: Any) -> Any:
-        # The guard takes as long as three small operators. Only in grad mode is a backward differentiated.
-        return refuses(ctx, *arguments) if torch.is_grad_enabled() else backward(ctx, *arguments)
+        try:
+            return backward(ctx, *arguments)
+        except RuntimeError as error:
+            if said := explained(name, ctx, error):
+                raise said from error
+            raise
 
     return call
 
@@ -196,6 +218,7 @@ def register(
     for half, function, fake in (("forward", forward, fake_forward), ("backward", backward, fake_backward)):
         library.impl(f"{name}_{half}", function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"lora_kernels::{name}_{half}", fake, lib=library)
+    differentiate = _explain_written(f"lora_{name}", differentiate)
     torch.library.register_autograd(f"lora_kernels::{name}_forward", differentiate, setup_context=save, lib=library)
     again = _differentiates_once(f"lora_{name}")
     torch.library.register_autograd(f"lora_kernels::{name}_backward", again, lib=library)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_kernels import autograd, passes, plan, torch_backend
 from lora_kernels.activations import activated
 from lora_kernels.autograd.common import autocasts
+from lora_kernels.autograd.written import check_input
 from lora_kernels.functional import checks
 from lora_kernels.functional.gate import cast, is_transforming, is_watched, wait_for, without_autocast
 from lora_kernels.functional.projections import alone, arguments, check_each, project_jointly, with_floats
@@ -90,8 +91,12 @@ def _mlp(
     *before, down = entries
     shared, chosen = _backends(x, entries, backend)
     if shared is None:
+        # Inference tensors have no version.
+        version = None if x.is_inference() else x._version
 
         def compose(x: Tensor) -> Tensor:
+            # With `recompute`, backward calls this again, and `checkpoint` does not look whether x was written.
+            check_input("lora_mlp", x, version, itertools.chain.from_iterable(q[:GIVEN] for q in entries))
             # There is at least one layer before the activation, so that `gate` is never None.
             gate: Any
             outs = project_jointly("lora_mlp", x, before, backend, added[:-1], chosen)
