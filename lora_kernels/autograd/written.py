@@ -65,13 +65,13 @@ def explained(call: str, node: Any, error: RuntimeError) -> RuntimeError | None:
     return RuntimeError(_text(call, _is_x(node), [t for t in leaves if isinstance(t, nn.Parameter)]))
 
 
-def check_input(call: str, x: Tensor, version: int | None, tensors: Iterable[Tensor | None]) -> None:
-    """Refuse to compute again from an x that has been written since the call; None for an x without a version.
+def check_input(call: str, x: Tensor, version: int, tensors: Iterable[Tensor | None]) -> None:
+    """Refuse to compute again from an x that has been written since the call, when it had `version`.
 
     Raises:
         RuntimeError: x has another version.
     """
-    if version is not None and x._version != version:
+    if x._version != version:
         raise RuntimeError(_text(call, True, [t for t in tensors if t is not None]))
 
 

@@ -91,20 +91,21 @@ def _mlp(
     *before, down = entries
     shared, chosen = _backends(x, entries, backend)
     if shared is None:
-        # Inference tensors have no version.
-        version = None if x.is_inference() else x._version
+        # Transforms do not support saved-tensor hooks, which `checkpoint` needs.
+        again = recompute and torch.is_grad_enabled() and not is_transforming()
+        # Inference tensors have no version, and a compiler takes care of writes itself.
+        version = x._version if again and not is_watched() and not x.is_inference() else None
 
         def compose(x: Tensor) -> Tensor:
-            # With `recompute`, backward calls this again, and `checkpoint` does not look whether x was written.
-            check_input("lora_mlp", x, version, itertools.chain.from_iterable(q[:GIVEN] for q in entries))
+            # Backward calls this again, and `checkpoint` does not look whether x was written.
+            if version is not None:
+                check_input("lora_mlp", x, version, itertools.chain.from_iterable(q[:GIVEN] for q in entries))
             # There is at least one layer before the activation, so that `gate` is never None.
             gate: Any
             outs = project_jointly("lora_mlp", x, before, backend, added[:-1], chosen)
             gate, up = (*outs, None)[:2]
             return alone("lora_mlp", activated(gate, up, activation), down, backend, added[-1], chosen)
 
-        # Transforms do not support saved-tensor hooks, which `checkpoint` needs.
-        again = recompute and torch.is_grad_enabled() and not is_transforming()
         return checkpoint(compose, x, use_reentrant=False) if again else compose(x)
     if is_watched():
         return autograd.mlp.mlp(x, *arguments(entries), activation, recompute, shared)
