@@ -67,6 +67,10 @@ def draw_mask(shape: torch.Size, dropout_p: float, device: torch.device, noise: 
     # The comparison below would need 32768, which int16 does not have.
     if dropout_p == 1:
         return torch.zeros(shape, dtype=torch.uint8, device=device)
+    if noise is None and numel <= _DRAWN and shape[-1] % 4 == 0:
+        # The same words as below, in the shape of the mask from the start.
+        words = _draw((*shape[:-1], shape[-1] // 4), device).view(torch.int16)
+        return words.ge(drop - 32768).view(torch.uint8)
     if noise is not None or numel <= _DRAWN or device.type != "cpu":
         words = _words(numel, device) if noise is None else noise.view(torch.int16)[:numel]
         return words.ge(drop - 32768).view(shape).view(torch.uint8)
@@ -80,7 +84,7 @@ def draw_mask(shape: torch.Size, dropout_p: float, device: torch.device, noise: 
 def draw_noise(x: Tensor, count: int = 1) -> Tensor:
     """Draw the noise of `count` masks of x from the device's default torch generator: 16 bits per element, in int64."""
     if count == 1:
-        return _draw(x.numel(), x.device)
+        return _draw((-(-x.numel() // 4),), x.device)
     noise = torch.empty(count, -(-x.numel() // 4), dtype=torch.int64, device=x.device)
     # Draw once per mask, like `draw_mask`, because on a GPU one draw for all masks gives other numbers.
     for part in noise:
@@ -88,22 +92,23 @@ def draw_noise(x: Tensor, count: int = 1) -> Tensor:
     return noise.view(-1)
 
 
-def _draw(numel: int, device: torch.device) -> Tensor:
-    return torch.empty(-(-numel // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
+def _draw(shape: Sequence[int], device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64, device=device).random_(-(2**63), None)
 
 
 def _words(numel: int, device: torch.device) -> Tensor:
     """Draw random 16-bit words, int16."""
-    words = _draw(numel, device).view(torch.int16)
+    words = _draw((-(-numel // 4),), device).view(torch.int16)
     return words[:numel] if numel % 4 else words
 
 
 def composes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     """Return whether `linear_by_operators` should serve a call: on a CPU, few elements, one dtype of fast products."""
-    dtype = x.dtype
+    dtype, numel = x.dtype, x.numel()
+    out_features, in_features = weight.shape
     return (
-        x.numel() <= _SMALL
-        and x.shape[:-1].numel() * weight.shape[0] <= _SMALL
+        numel <= _SMALL
+        and numel * out_features <= _SMALL * in_features
         and dtype == lora_A.dtype == lora_B.dtype
         and dtype not in HALF
         and x.device.type == "cpu"
@@ -115,8 +120,14 @@ def linear_by_operators(
     noise: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute y, `[*, out]`, from x, `[*, in]`, by operators that PyTorch differentiates; save a dropped copy of x."""
+    if x.dim() != 2 and x.is_contiguous():
+        # One view before and one after take less time than those that each operator would make.
+        flat = x.view(x.shape[:-1].numel(), x.shape[-1])
+        y = linear_by_operators(flat, weight, lora_A, lora_B, bias, scaling, dropout_p, noise)
+        return y.view(*x.shape[:-1], y.shape[1])
     dropped = x * draw_mask(x.shape, dropout_p, x.device, noise) if dropout_p > 0 else x
-    y, s, alpha = F.linear(x, weight, bias), F.linear(dropped, lora_A), scaling * keep_scale(dropout_p)
+    y, s = F.linear(x, weight, bias), F.linear(dropped, lora_A)
+    alpha = scaling * keep_scale(dropout_p) if dropout_p > 0 else scaling
     if x.dim() == 2:
         return torch.addmm(y, s, lora_B.t(), alpha=alpha)
     # A view cannot infer -1 if there are no rows or no features.

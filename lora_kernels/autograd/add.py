@@ -60,7 +60,7 @@ class LoRAAddFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @guard_backward
+    @guard_backward("lora_add")
     def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients that `ctx.needs_input_grad` asks for, each in the dtype of its tensor."""
         with autocast_off(dy):

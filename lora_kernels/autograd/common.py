@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from lora_kernels.autograd.written import explained
 from lora_kernels.passes.layer import tensors_to_save
 
 __all__ = [
@@ -134,18 +135,38 @@ class _Read:
         return getattr(self._ctx, name)
 
 
-def guard_backward(backward: Callable) -> Callable:
-    """Make the gradients that a backward of a Function returns raise where they are differentiated."""
+def guard_backward(name: str) -> Callable[[Callable], Callable]:
+    """Make the gradients that a backward of a Function returns raise where they are differentiated.
+
+    Errors of tensors that were written in place name the call, `name`, and the layer.
+    """
+
+    def guard(backward: Callable) -> Callable:
+        def call(ctx: Context, *arguments: Any) -> Any:
+            # Only in grad mode is a backward differentiated.
+            if not torch.is_grad_enabled():
+                return backward(ctx, *arguments)
+            read = _Read(ctx)
+            with torch.no_grad():
+                results = backward(read, *arguments)
+            sources = [t for t in (*arguments, *read.saved_tensors) if isinstance(t, Tensor)]
+            return _Once.apply(len(results), *results, *sources)
+
+        return _explain_written(name, call)
+
+    return guard
+
+
+def _explain_written(name: str, backward: Callable) -> Callable:
+    """Make the errors of a backward name the call and the layer where a tensor was written in place."""
 
     def call(ctx: Context, *arguments: Any) -> Any:
-        # Only in grad mode is a backward differentiated.
-        if not torch.is_grad_enabled():
+        try:
             return backward(ctx, *arguments)
-        read = _Read(ctx)
-        with torch.no_grad():
-            results = backward(read, *arguments)
-        sources = [t for t in (*arguments, *read.saved_tensors) if isinstance(t, Tensor)]
-        return _Once.apply(len(results), *results, *sources)
+        except RuntimeError as error:
+            if said := explained(name, ctx, error):
+                raise said from error
+            raise
 
     return call
 
@@ -246,6 +267,7 @@ def register(
     for half, function, fake in (("forward", forward, fake_forward), ("backward", backward, fake_backward)):
         library.impl(f"{name}_{half}", function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"lora_kernels::{name}_{half}", fake, lib=library)
+    differentiate = _explain_written(f"lora_{name}", differentiate)
     torch.library.register_autograd(f"lora_kernels::{name}_forward", differentiate, setup_context=save, lib=library)
     again = _differentiates_once(f"lora_{name}")
     torch.library.register_autograd(f"lora_kernels::{name}_backward", again, lib=library)

@@ -94,7 +94,7 @@ class LoRALinearFunction(torch.autograd.Function):
             return _backward(ctx, into, dy)
 
 
-@guard_backward
+@guard_backward("lora_linear")
 def _backward(
     ctx: Context, into: tuple[Tensor | None, Tensor | None], dy: Tensor
 ) -> tuple[Tensor | None, ...]:  # fmt: skip

@@ -90,7 +90,7 @@ class LoRAMLPFunction(torch.autograd.Function):
             return _backward(ctx, into, dy)
 
 
-@guard_backward
+@guard_backward("lora_mlp")
 def _backward(
     ctx: Context, into: Sequence[tuple[Tensor | None, Tensor | None]], dy: Tensor
 ) -> tuple[Tensor | None, ...]:  # fmt: skip

@@ -98,7 +98,7 @@ class LoRAProjectionsFunction(torch.autograd.Function):
             return _backward(ctx, into, *dys)
 
 
-@guard_backward
+@guard_backward("lora_projections")
 def _backward(
     ctx: Context, into: Sequence[tuple[Tensor | None, Tensor | None]], *dys: Any
 ) -> tuple[Tensor | None, ...]:  # fmt: skip

@@ -6,6 +6,7 @@ from torch import Tensor
 from lora_kernels import autograd, passes, plan, reference, torch_backend
 from lora_kernels.autograd.common import autocasts
 from lora_kernels.autograd.noise import draw_shard
+from lora_kernels.autograd.written import watch
 from lora_kernels.functional import checks
 from lora_kernels.functional.gate import (
     as_autocast,
@@ -68,7 +69,8 @@ def lora_linear(
         ValueError: Shapes, devices, `scaling`, `dropout_p` or `backend` do not fit.
         RuntimeError: backend="triton" cannot run, also inside a `torch.func` transform, forward-mode AD or
             `torch.jit.trace`; or backward is differentiated again (pass backend="reference" for that; small calls on a
-            CPU can be differentiated again).
+            CPU can be differentiated again). From backward: x, or a weight or adapter that backward needs, was written
+            in place after the call; the message names the layer. Nothing is copied, so this is so with dropout, too.
 
     Numerics: fp32 accumulation; s = scaling D(x) Aᵀ, its gradient, and each output are rounded once. The torch backend,
     and a hybrid with the vendor's library, round one part of a sum on its own as well. In float16, s must fit float16's
@@ -135,7 +137,10 @@ def compute(
         return base_only(x, weight, lora_A, lora_B, bias)
     noise = draw_shard(x, chosen, dropout_shard) if dropout_p > 0 and dropout_shard[1] > 1 else None
     if chosen == "torch" and not accumulate_grad and torch_backend.composes(x, weight, lora_A, lora_B):
-        return torch_backend.linear_by_operators(x, weight, lora_A, lora_B, bias, scaling, dropout_p, noise)
+        y = torch_backend.linear_by_operators(x, weight, lora_A, lora_B, bias, scaling, dropout_p, noise)
+        if y.requires_grad:
+            watch(call, y, x, weight, lora_A, lora_B)
+        return y
     trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or weight.requires_grad
     if torch.is_grad_enabled() and (trained or (bias is not None and bias.requires_grad)):
         settings = scaling, dropout_p, chosen, accumulate_grad, noise

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_kernels import autograd, passes, plan, torch_backend
 from lora_kernels.activations import activated
 from lora_kernels.autograd.common import autocasts
+from lora_kernels.autograd.written import check_input
 from lora_kernels.functional import checks
 from lora_kernels.functional.gate import (
     BACKENDS,
@@ -104,16 +105,21 @@ def _mlp(
     *before, down = entries
     shared, chosen = _backends(x, entries, backend)
     if shared is None:
+        # Transforms and traces do not support saved-tensor hooks, which `checkpoint` needs.
+        again = recompute and torch.is_grad_enabled() and not is_transforming()
+        # Inference tensors have no version, and a compiler takes care of writes itself.
+        version = x._version if again and not is_watched() and not x.is_inference() else None
 
         def compose(x: Tensor) -> Tensor:
+            # Backward calls this again, and `checkpoint` does not look whether x was written.
+            if version is not None:
+                check_input("lora_mlp", x, version, itertools.chain.from_iterable(q[:GIVEN] for q in entries))
             # There is at least one layer before the activation, so that `gate` is never None.
             gate: Any
             outs = project_jointly("lora_mlp", x, before, backend, added[:-1], chosen)
             gate, up = (*outs, None)[:2]
             return alone("lora_mlp", activated(gate, up, activation), down, backend, added[-1], chosen)
 
-        # Transforms and traces do not support saved-tensor hooks, which `checkpoint` needs.
-        again = recompute and torch.is_grad_enabled() and not is_transforming()
         return checkpoint(compose, x, use_reentrant=False) if again else compose(x)
     if is_watched():
         return autograd.mlp.mlp(x, *arguments(entries), activation, recompute, shared)

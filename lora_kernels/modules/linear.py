@@ -113,7 +113,14 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute y, `[*, out_features]`, from x, `[*, in_features]`."""
-        return self._compute(x, self.weight, self.lora_A, self.lora_B, self.bias)
+        own = self._parameters
+        try:
+            # `nn.Module.__getattr__` takes longer than all checks of the call.
+            tensors: Any = own["weight"], own["lora_A"], own["lora_B"], own["bias"]
+        except KeyError:
+            # A parametrization, for example, keeps its tensor elsewhere.
+            tensors = self.weight, self.lora_A, self.lora_B, self.bias
+        return self._compute(x, *tensors)
 
     def _compute(
         self, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, **more: Any
@@ -192,7 +199,9 @@ class LoRALinear(nn.Module):
 
     def _adopt(self, linear: nn.Linear, dtype: torch.dtype | None) -> None:
         self.weight = linear.weight.requires_grad_(False)
-        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
+        self.register_parameter("bias", linear.bias)
+        if linear.bias is not None:
+            linear.bias.requires_grad_(False)
         like: dict[str, Any] = dict(device=self.weight.device, dtype=dtype or self.weight.dtype)
         self.lora_A = nn.Parameter(torch.empty(self.r, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, **like))
