@@ -182,17 +182,20 @@ def test_small_calls_save_no_more_than_peft(p, saved):
     assert ours <= peft
 
 
-@pytest.mark.parametrize("drawn", ["noise", "at once", "in parts"])
+@pytest.mark.parametrize("drawn", ["noise", "at once", "narrow", "in parts"])
 @pytest.mark.parametrize("p", [0.0, 2**-16, 0.1, 0.5, 1 - 2**-16, 1 - 2**-20])
 def test_a_mask_drops_as_many_of_all_words_as_its_probability_says(p, drawn, monkeypatch):
     """Each of the 65,536 words once: an element more or less would be a bias that no sample of masks shows."""
-    words = torch.arange(-(2**15), 2**15, dtype=torch.int16)
-    if drawn == "in parts":
-        monkeypatch.setattr(torch_backend, "_DRAWN", 1 << 14)
-        parts = iter(words.split(1 << 14))
-        monkeypatch.setattr(torch_backend, "_words", lambda numel, device: next(parts))
-    else:
-        monkeypatch.setattr(torch_backend, "_words", lambda numel, device: words)
-    noise = words.view(torch.int64) if drawn == "noise" else None
-    keep = torch_backend.draw_mask(torch.Size((256, 256)), p, torch.device("cpu"), noise)
+    words = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.int64)
+    # Four words a draw; rows of two elements are drawn flat.
+    drawn_at_once, shape = (
+        (1 << 14 if drawn == "in parts" else 1 << 16),
+        (1 << 15, 2) if drawn == "narrow" else (256, 256),
+    )
+    monkeypatch.setattr(torch_backend, "_DRAWN", drawn_at_once)
+    parts = iter(words.split(drawn_at_once // 4))
+    monkeypatch.setattr(torch_backend, "_draw", lambda shape, device: next(parts).view(shape))
+    noise = words if drawn == "noise" else None
+    keep = torch_backend.draw_mask(torch.Size(shape), p, torch.device("cpu"), noise)
+    assert drawn == "noise" or next(parts, None) is None
     assert keep.sum() == 2**16 - threshold(p)
