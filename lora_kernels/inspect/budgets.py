@@ -49,11 +49,13 @@ def broken_budgets(kernel: Kernel, gpu: Any) -> Iterator[str]:
 
 
 def _spills(kernel: Kernel) -> int:
-    """Return the bytes that a kernel may spill: none, but for large products by pointers on sm_80 of unaligned rows.
+    """Return the bytes that a kernel may spill: none, but for eight addresses on sm_80.
 
-    There every element has an address of its own, beside those of the selects among sources.
+    ptxas keeps a few addresses of sm_80's kernels in memory, stored before the loop over K or rows and read once after
+    it. Large products by pointers of strided or unaligned rows, in which every element has an address of its own beside
+    those of the selects among sources, read one or more in the loop.
     """
-    return 32 if kernel.arch == "sm_80" and kernel.name == "matmul_expand" and kernel.case.unaligned else 0
+    return 32 if kernel.arch == "sm_80" else 0
 
 
 def _dependent_launch(kernel: Kernel) -> Iterator[str]:
