@@ -49,13 +49,13 @@ def broken_budgets(kernel: Kernel, gpu: Any) -> Iterator[str]:
 
 
 def _spills(kernel: Kernel) -> int:
-    """Return the bytes that a kernel may spill: none, but for eight addresses on sm_80.
+    """Return the bytes that a kernel may spill: none, but for a few addresses on sm_80 and sm_100.
 
-    ptxas keeps a few addresses of sm_80's kernels in memory, stored before the loop over K or rows and read once after
-    it. Large products by pointers of strided or unaligned rows, in which every element has an address of its own beside
-    those of the selects among sources, read one or more in the loop.
+    ptxas keeps up to eight addresses of sm_80's kernels in memory, stored before the loop over K or rows and read once
+    after it. Products of strided or unaligned rows, in which every element has an address of its own, and of four
+    inputs read one or more in the loop; on sm_100, too.
     """
-    return 32 if kernel.arch == "sm_80" else 0
+    return {"sm_80": 32, "sm_100": 8}.get(kernel.arch, 0)
 
 
 def _dependent_launch(kernel: Kernel) -> Iterator[str]:
