@@ -1,5 +1,6 @@
 """`lora_mlp`: check, apply autocast, choose a backend, call it."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -120,6 +121,9 @@ def _mlp(
             gate, up = (*outs, None)[:2]
             return alone("lora_mlp", activated(gate, up, activation), down, backend, added[-1], chosen)
 
+        if version is not None:
+            # Autograd would look at x first, and name no layer.
+            return checkpoint(functools.partial(compose, x), use_reentrant=False)
         return checkpoint(compose, x, use_reentrant=False) if again else compose(x)
     if is_watched():
         return autograd.mlp.mlp(x, *arguments(entries), activation, recompute, shared)

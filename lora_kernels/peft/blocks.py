@@ -16,6 +16,7 @@ torch.compile cannot trace the stand-ins.
 """
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,22 +27,20 @@ from torch import Tensor, nn
 from lora_kernels.functional import lora_mlp, lora_projections
 from lora_kernels.functional.gate import is_watched
 from lora_kernels.passes.layer import Projection
+from lora_kernels.peft.forwards import call_replacement, is_ours, replacement
 from lora_kernels.peft.layer import bare, projection
 from lora_kernels.peft.structure import ATTENTION, FixedMember, FixedModule, Structure, members
 
 __all__ = ["block_forward", "block_members", "changed_part", "patched_structure"]
 
 
-def block_forward(
-    cls: type[nn.Module], stock: Callable[..., Any], found: Structure, backend: str
-) -> Callable[..., Any]:
+def block_forward(stock: Callable[..., Any], found: Structure, backend: str) -> Callable[..., Any]:
     """Make a forward that computes the layers of a block together if possible, and otherwise calls the one in force.
 
     The class of the block must have the members of `block_members`.
 
     Args:
-        cls: The block's class.
-        stock: The forward of the class.
+        stock: The forward of the block's class.
         found: The result of `structure` for the block, with an empty reason.
         backend: Backend for `lora_projections` and `lora_mlp`.
     """
@@ -50,8 +49,11 @@ def block_forward(
 
     @functools.wraps(stock)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        current = cls.forward
-        return (compute if current is stock else current)(self, *args, **kwargs)
+        if (other := replacement(forward)) is not None:
+            called, y = call_replacement(other, forward, self, *args, **kwargs)
+            if called:
+                return y
+        return compute(self, *args, **kwargs)
 
     forward._lora_kernels_structure = found  # type: ignore[attr-defined]
     return forward
@@ -64,7 +66,7 @@ def block_members(found: Structure) -> dict[str, property]:
 
 def patched_structure(forward: Callable[..., Any]) -> Structure | None:
     """Return the `Structure` behind a forward of `block_forward`; None for any other forward."""
-    return getattr(forward, "_lora_kernels_structure", None)
+    return getattr(forward, "_lora_kernels_structure", None) if is_ours(forward) else None
 
 
 def changed_part(block: nn.Module, others: Sequence[tuple[str, Any]]) -> str:
@@ -94,14 +96,18 @@ def _together(layers: Sequence[nn.Module], x: Tensor) -> list[Projection] | None
 
 
 def _mlp_forward(stock: Callable[..., Any], found: Structure, backend: str) -> Callable[..., Any]:
+    # The name of x, by which callers may pass it.
+    name = list(inspect.signature(stock).parameters)[1]
+
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or changed_part(self, found.others):
+        given = args or ((kwargs[name],) if name in kwargs else ())
+        if len(args) + len(kwargs) != 1 or not given or changed_part(self, found.others):
             return stock(self, *args, **kwargs)
-        layers = _together(members(self, found.layers), args[0])
+        layers = _together(members(self, found.layers), given[0])
         if layers is None:
-            return stock(self, *args)
+            return stock(self, *args, **kwargs)
         *gate, up, down = layers
-        return lora_mlp(args[0], gate[0] if gate else None, up, down, activation=found.activation, backend=backend)
+        return lora_mlp(given[0], gate[0] if gate else None, up, down, activation=found.activation, backend=backend)
 
     return forward
 

@@ -5,20 +5,39 @@ function that it stands for, and each call compares that function with the one i
 """
 
 import sys
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 __all__ = [
-    "describe", "is_defined_by", "is_in_force", "mark", "parts_are_own", "replaced_part", "replacement",
-    "stock_forward",
+    "call_replacement", "describe", "is_defined_by", "is_in_force", "is_ours", "mark", "parts_are_own", "replaced_part",
+    "replacement", "stock_forward",
 ]  # fmt: skip
 
 
 _PARTS: tuple[Any, ...] = (nn.Linear, nn.Dropout, nn.Identity)
 # The forwards that torch.nn defines for the parts, once they have been seen in force.
 _own: tuple[Any, ...] = (None, None, None)
+
+
+class _Mark(NamedTuple):
+    """What a forward of ours stands for. The mark names its owner, because `functools.wraps` copies it to others."""
+
+    forward: Any
+    stock: Callable[..., Any]
+    cls: type | None
+
+
+class _Entered(threading.local):
+    """The modules whose replaced forwards this thread is in, each with our forward that called the replacement."""
+
+    def __init__(self) -> None:
+        self.calls: set[tuple[int, Any]] = set()
+
+
+_entered = _Entered()
 
 
 def mark(forward: Any, stock: Callable[..., Any], cls: type | None) -> Any:
@@ -30,28 +49,51 @@ def mark(forward: Any, stock: Callable[..., Any], cls: type | None) -> Any:
         cls: The class whose forward `stock` is, if ours is the forward of a subclass; None if ours is set on the class
             itself, where a later one takes its place.
     """
-    forward._lora_kernels_stock, forward._lora_kernels_of = stock, cls
+    forward._lora_kernels_mark = _Mark(forward, stock, cls)
     return forward
+
+
+def is_ours(forward: Any) -> bool:
+    """Return whether a forward is one of ours, and not a function that wraps one."""
+    own = getattr(forward, "_lora_kernels_mark", None)
+    return own is not None and own.forward is forward
 
 
 def stock_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return the forward behind one of ours; return any other forward as it is."""
-    return getattr(forward, "_lora_kernels_stock", forward)
+    return forward._lora_kernels_mark.stock if is_ours(forward) else forward  # type: ignore[attr-defined]
 
 
 def is_in_force(forward: Any) -> bool:
     """Return whether a forward is ours, and the class still has the forward that ours stands for."""
-    stock = stock_forward(forward)
-    return stock is not forward and replacement(forward) is None
+    return is_ours(forward) and replacement(forward) is None
 
 
 def replacement(forward: Any) -> Callable[..., Any] | None:
     """Return the forward that others have set on the class behind one of ours, or None."""
-    cls = getattr(forward, "_lora_kernels_of", None)
+    _, stock, cls = forward._lora_kernels_mark
     if cls is None:
         return None
-    current, stock = cls.forward, forward._lora_kernels_stock
+    current = cls.forward
     return None if current is stock or stock_forward(current) is stock else current
+
+
+def call_replacement(
+    other: Callable[..., Any], forward: Any, module: nn.Module, *args: Any, **kwargs: Any
+) -> tuple[bool, Any]:
+    """Call the forward that has replaced the one which ours stands for; return whether it was called, and its result.
+
+    It is not called where it has called ours itself: others may have taken our forward from a module's class, wrapped
+    it and set it on the class of their library. There ours is what they expect the class's own forward to be.
+    """
+    key = id(module), forward
+    if type(module).forward is not forward or key in _entered.calls:
+        return False, None
+    _entered.calls.add(key)
+    try:
+        return True, other(module, *args, **kwargs)
+    finally:
+        _entered.calls.discard(key)
 
 
 def is_defined_by(forward: Any, cls: type) -> bool:
@@ -87,6 +129,7 @@ def replaced_part() -> type[nn.Module] | None:
 
 
 def describe(forward: Any) -> str:
-    """Return the words for a forward that others have set."""
-    module, name = getattr(forward, "__module__", ""), getattr(forward, "__qualname__", type(forward).__name__)
+    """Return the words for a forward that others have set: where its code is defined, whatever it is named after."""
+    code, module = getattr(forward, "__code__", None), getattr(forward, "__globals__", {}).get("__name__", "")
+    name = getattr(code, "co_qualname", getattr(forward, "__qualname__", type(forward).__name__))
     return f"{module}.{name}" if module else name

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
@@ -27,7 +28,7 @@ from lora_kernels.autograd.common import autocast_off, autocasts
 from lora_kernels.constants import HALF
 from lora_kernels.functional import lora_add, lora_linear
 from lora_kernels.passes.layer import Projection
-from lora_kernels.peft.forwards import is_in_force, parts_are_own
+from lora_kernels.peft.forwards import call_replacement, is_in_force, parts_are_own
 
 __all__ = [
     "accelerated_forward", "bare", "dtypes_fit", "fusable", "is_dense", "is_plain_variant", "is_traced", "projection",
@@ -55,8 +56,12 @@ def accelerated_forward(
 
     @functools.wraps(stock)
     def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if (other := instead(forward)) is not None:
-            return other(self, x, *args, **kwargs)
+        if (other := instead(forward)) is stock:
+            return stock(self, x, *args, **kwargs)
+        if other is not None:
+            called, y = call_replacement(other, forward, self, x, *args, **kwargs)
+            if called:
+                return y
         terms = None if args or kwargs else read(self, x)
         if terms is None:
             return stock(self, x, *args, **kwargs)
@@ -213,10 +218,21 @@ def _compute(base: nn.Module, x: Tensor, terms: list[Term], backend: str) -> Ten
         own = base.__dict__["_parameters"]
         y = lora_linear(x, own["weight"], A, B, scaling=scaling, bias=own["bias"], dropout_p=dropout_p, backend=backend)
     else:
-        y = lora_add(base(x), x, A, B, scaling=scaling, dropout_p=dropout_p, backend=backend)
+        y = base(x)
+        if not is_dense(y):
+            return _add_plainly(y, x, terms)
+        y = lora_add(y, x, A, B, scaling=scaling, dropout_p=dropout_p, backend=backend)
     # Each of the other terms draws a mask of its own.
     for A, B, scaling, dropout_p in others:
         y = lora_add(y, x, A, B, scaling=scaling, dropout_p=dropout_p, backend=backend)
+    return y
+
+
+def _add_plainly(y: Tensor, x: Tensor, terms: list[Term]) -> Tensor:
+    """Add the terms to a base result that is no plain dense tensor, as PEFT's own forward does."""
+    for A, B, scaling, dropout_p in terms:
+        dropped = F.dropout(x.to(A.dtype), dropout_p) if dropout_p else x.to(A.dtype)
+        y = y + F.linear(F.linear(dropped, A), B) * scaling
     return y
 
 

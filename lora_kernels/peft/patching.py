@@ -18,7 +18,7 @@ from torch import nn
 
 from lora_kernels.peft import known, readers
 from lora_kernels.peft.blocks import block_forward, block_members
-from lora_kernels.peft.forwards import is_defined_by, mark, replacement, stock_forward
+from lora_kernels.peft.forwards import is_defined_by, is_ours, mark, replacement, stock_forward
 from lora_kernels.peft.layer import accelerated_forward
 from lora_kernels.peft.report import Report, report
 from lora_kernels.peft.structure import Structure, members, structure
@@ -168,7 +168,7 @@ def accelerated(backend: str = "auto") -> Iterator[None]:
             _at_work.pop(cls, None)
             if ours is not None:
                 _at_work[cls] = ours
-            if stock_forward(cls.forward) is stock_forward(forward):
+            if is_ours(cls.forward):
                 cls.forward = forward
 
 
@@ -211,7 +211,7 @@ def _patched_class(
     cls: type[nn.Module], stock: Callable[..., Any], backend: str, block: Structure | None = None, alone: bool = False
 ) -> type[nn.Module]:
     """Return the subclass of a class whose forward, now, is `stock`."""
-    own = block_forward(cls, stock, block, backend) if block else accelerated_forward(stock, backend, replacement)
+    own = block_forward(stock, block, backend) if block else accelerated_forward(stock, backend, replacement)
     body = {
         "forward": mark(own, stock, cls),
         "__module__": cls.__module__,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_kernels.peft import known
 from lora_kernels.peft import layer as rules
-from lora_kernels.peft.forwards import describe, replaced_part, replacement, stock_forward
+from lora_kernels.peft.forwards import describe, is_ours, replaced_part, replacement
 
 __all__ = ["UNPATCHED", "base_reason", "forward_reason", "part_reason", "stock_reason"]
 
@@ -45,7 +45,7 @@ def forward_reason(module: nn.Module) -> str:
     methods = (vars(module).get(name) for name in ("forward", "_old_forward"))
     own = next((m.__func__ for m in methods if inspect.ismethod(m) and m.__self__ is module), None)
     forward = own if "forward" in vars(module) else cls.forward
-    if forward is not None and stock_forward(forward) is not forward:
+    if is_ours(forward):
         other = replacement(forward)
         return f"the forward of its class was replaced by {describe(other)}" if other else ""
     if forward is cls.forward:

@@ -171,7 +171,10 @@ def _block_reports(
     """
     found = []
     for name, module, block in _blocks(model):
-        reason = block.reason or forward_reason(module)
+        # A forward that others have set says more than what it does.
+        reason = forward_reason(module)
+        if reason in ("", UNPATCHED):
+            reason = block.reason or reason
         if reason == UNPATCHED and any(
             getattr(type(child), "_lora_kernels_alone", False) for child in members(module, block.layers)
         ):

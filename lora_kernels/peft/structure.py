@@ -127,6 +127,11 @@ def _attention_reason(forward: Callable[..., Any]) -> str:
     calls: list[Any] = [node for node in ast.walk(tree) if _is_projection(node)]
     if sorted(call.func.attr for call in calls) != sorted(ATTENTION):
         return "its forward does not call each of q_proj, k_proj and v_proj once"
+    called, end = [call.func for call in calls], max(call.lineno for call in calls)
+    read = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in ATTENTION)
+    # Until its call, a layer is a stand-in.
+    if any(node not in called and node.lineno <= end for node in read):
+        return "its forward does more with q_proj, k_proj and v_proj before the last of them is called than call them"
     given = [call.args[0] for call in calls if len(call.args) == 1 and not call.keywords]
     if len(given) < len(calls) or len({x.id if isinstance(x, ast.Name) else x for x in given}) > 1:
         return "its forward does not call q_proj, k_proj and v_proj on one input"
@@ -138,8 +143,6 @@ def _attention_reason(forward: Callable[..., Any]) -> str:
     else:
         return "its forward does not call q_proj, k_proj and v_proj one after another, come what may"
     nodes = [node for statement in between for node in ast.walk(statement)]
-    if sum(isinstance(node, ast.Attribute) and node.attr in ATTENTION for node in nodes) > len(calls):
-        return "its forward does more with q_proj, k_proj and v_proj between them than call them"
     if any(isinstance(node, _CHOICES) for node in nodes):
         return "its forward does not call q_proj, k_proj and v_proj one after another, come what may"
     if sum(isinstance(node, ast.Name) and node.id == given[0].id for node in nodes) > len(given):

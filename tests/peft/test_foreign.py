@@ -1,6 +1,7 @@
 """Forwards of classes that others have replaced: patched models compute what is in force, and the report says so."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -235,6 +236,14 @@ def test_a_method_of_an_mlp_is_replaced(joined):
     assert joined == ["lora_mlp"]
 
 
+def test_an_mlp_called_by_name(joined):
+    (model, one), x = part_and_x(Gated)
+    patch_peft(model)
+    expected = one(x)
+    torch.testing.assert_close(one(x=x), expected)
+    assert joined == ["lora_mlp"] * 2
+
+
 def test_what_is_in_force_again_is_computed_together_again(joined):
     (model, _), x = part_and_x(Gated)
     patch_peft(model)
@@ -271,6 +280,78 @@ def test_a_forward_set_inside_accelerated_stays(how, computed):
     assert lora.Linear.forward is theirs
     assert torch.equal(model(x), 2 * single)
     assert not computed, "accelerated() has ended"
+
+
+def wrapped_twice(forward):
+    """As libraries wrap: with the name and the attributes of what they wrap."""
+
+    @functools.wraps(forward)
+    def foreign(self, *args, **kwargs):
+        return 2 * forward(self, *args, **kwargs)
+
+    return foreign
+
+
+def test_a_wrapper_of_ours_is_not_ours(computed):
+    model, x = tiny(), torch.randn(5, IN)
+    single = model(x)
+    with accelerated():
+        lora.Linear.forward = theirs = wrapped_twice(lora.Linear.forward)
+        with accelerated():
+            torch.testing.assert_close(model(x), 2 * single)
+        later = copy.deepcopy(model)
+        assert patch_peft(later).count("stock") == 1
+        torch.testing.assert_close(later(x), 2 * single)
+        assert "foreign" in explain(later, x).layers[0].reason
+    assert lora.Linear.forward is theirs
+    computed.clear()
+    assert torch.equal(model(x), 2 * single)
+    accelerate(False)
+    assert torch.equal(model(x), 2 * single)
+    assert not computed
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_wrapper_on_the_class_of_a_patched_layer_or_block(part, joined):
+    (model, one), x = part_and_x(part)
+    expected = model(x)
+    patch_peft(model)
+    for module in (one, next(m for m in one.modules() if isinstance(m, lora.Linear))):
+        kind, own = type(module), type(module).forward
+        kind.forward = wrapped_twice(own)
+        joined.clear()
+        try:
+            y = model(x)
+            assert not torch.allclose(y, expected)
+            (found,) = explain(model, x).blocks
+            assert found.form == "per layer"
+            assert "foreign" in found.reason
+            if module is one:
+                torch.testing.assert_close(y, 2 * expected)
+            else:
+                assert not joined
+        finally:
+            kind.forward = own
+
+
+@pytest.mark.parametrize("part", [*PARTS, None])
+def test_a_forward_taken_from_a_patched_class_and_set_on_the_librarys(part):
+    """Ours calls the forward in force, and that one calls ours: each is called once."""
+    if part is None:
+        model, x = tiny(), torch.randn(5, IN)
+        one = model.base_model.model.lin
+    else:
+        (model, one), x = part_and_x(part)
+    stock, expected = copy.deepcopy(model), model(x)
+    patch_peft(model)
+    kind = lora.Linear if part is None else part
+    ours = type(one).forward
+    kind.forward = lambda self, *args: 2 * ours(self, *args)
+    if part is not None:
+        for own in (model, stock):
+            torch.testing.assert_close(own(x), 2 * expected)
+    else:
+        torch.testing.assert_close(model(x), 2 * expected)
 
 
 def test_accelerate_off_ends_it_under_a_forward_set_since(computed):

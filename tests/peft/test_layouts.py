@@ -117,3 +117,23 @@ def test_two_adapters_under_the_other_half(model_dtype, other, scalings, compute
     for name, t in ours.items():
         assert t.dtype is theirs[name].dtype, name
         torch.testing.assert_close(t, theirs[name], rtol=0.04, atol=0.04)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_a_base_whose_result_is_of_another_kind(computed):
+    """The weight makes every result one of a subclass; the low-rank term is added by plain operators."""
+    torch.manual_seed(0)
+    stock, x = tiny(), torch.randn(6, IN)
+    patched = copy.deepcopy(stock)
+    for model in (stock, patched):
+        base = layer(model).base_layer
+        base.weight = nn.Parameter(base.weight.detach().as_subclass(Subclass), requires_grad=False)
+    patch_peft(patched)
+    y, expected = patched(x), stock(x)
+    assert type(y) is type(expected) is Subclass
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor))
+    assert not computed
+    assert explain(patched, x).count("fused") == 0
