@@ -29,6 +29,7 @@ from lora_kernels.functional.gate import is_watched
 from lora_kernels.passes.layer import Projection
 from lora_kernels.peft.forwards import call_replacement, is_ours, replacement
 from lora_kernels.peft.layer import bare, projection
+from lora_kernels.peft.names import Names
 from lora_kernels.peft.structure import ATTENTION, FixedMember, FixedModule, Structure, members
 
 __all__ = ["block_forward", "block_members", "changed_part", "patched_structure"]
@@ -76,6 +77,8 @@ def changed_part(block: nn.Module, others: Sequence[tuple[str, Any]]) -> str:
         module = modules.get(name)
         if module is not None:
             same = isinstance(was, FixedModule) and bare(module, was.kind) and was.still(module)
+        elif isinstance(was, Names):
+            same = was.still()
         elif isinstance(was, FixedMember):
             same = name not in fields and getattr(type(block), name, None) is was.value
         else:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.activations import ACTIVATIONS, activated
+from lora_kernels.peft.names import Names, names_of
 
 __all__ = ["ATTENTION", "FixedMember", "FixedModule", "Structure", "members", "structure"]
 
@@ -47,16 +48,21 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class FixedModule(NamedTuple):
-    """What a module beside the layers must keep: class, the class's forward, constants. It may get more attributes."""
+    """What a module beside the layers must keep: its class, the forward and what that names, numbers and functions.
+
+    The module may get further attributes.
+    """
 
     kind: type[nn.Module]
     forward: Callable[..., Any]
+    names: Names
     constants: tuple[tuple[str, Any], ...]
 
     def still(self, module: nn.Module) -> bool:
-        """Return whether a module of that class still has the same forward and constants."""
+        """Return whether a module of that class still has the same forward, names and constants."""
         fields = module.__dict__
-        return self.kind.forward is self.forward and all(fields.get(name) == value for name, value in self.constants)
+        same = self.kind.forward is self.forward and self.names.still()
+        return same and all(_identity(fields.get(name)) == value for name, value in self.constants)
 
 
 class FixedMember(NamedTuple):
@@ -75,7 +81,8 @@ class Structure:
         reason: Why the layers have to be called one by one; "" if they need not be.
         activation: The activation of an MLP, in the words of `lora_mlp`.
         others: Everything else in an MLP: each name with a `FixedModule` for a module, with a `FixedMember` for a
-            member of the class, with the value itself, or with None if the attribute does not exist.
+            member of the class, with the value itself, or with None if the attribute does not exist; and `Names` for
+            all that the forward's code names.
     """
 
     kind: str
@@ -107,8 +114,19 @@ def structure(module: nn.Module, forward: Callable[..., Any]) -> Structure | Non
 def _record_module(module: nn.Module) -> FixedModule:
     """Record the present state of a module beside the layers."""
     own = ((name, value) for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE)
-    constants = tuple((name, value) for name, value in own if isinstance(value, _PLAIN))
-    return FixedModule(type(module), type(module).forward, constants)
+    constants = tuple((name, _identity(value)) for name, value in own if isinstance(value, _PLAIN) or callable(value))
+    kind = type(module)
+    return FixedModule(kind, kind.forward, names_of(kind.forward, kind), constants)
+
+
+def _identity(value: Any) -> Any:
+    """Return a value to compare: that of a number or function, the parts of a partial, the function of a method.
+
+    A deep copy of a module has partials and methods of its own.
+    """
+    if isinstance(value, functools.partial):
+        return value.func, value.args, tuple(sorted(value.keywords.items()))
+    return getattr(value, "__func__", value)
 
 
 def members(module: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
@@ -199,6 +217,8 @@ def _mlp(module: nn.Module, forward: Callable[..., Any], layers: tuple[str, ...]
         if not (isinstance(value, (*_PLAIN, property)) or callable(value)):
             return replace(other, reason=f"its forward reads {name}, which may change")
         values[name] = FixedMember(value) if of_class else value
+    own: type = vars(kind).get("_lora_kernels_class", kind)
+    values["what its forward names"] = names_of(forward, own)
     others = (*((name, _record_module(child)) for name, child in rest.items()), *values.items())
     return replace(other, reason="", activation=found.pop(), others=others)
 
