@@ -123,11 +123,11 @@ def _layers_of(tensors: Sequence[Tensor]) -> list[str]:
 
 
 def _name(module: nn.Module, own: str, above: dict[int, tuple[nn.Module, str]]) -> str:
-    """Return a layer's name from the name of its parameter: what stands before "lora_A", or before "weight"."""
+    """Return a layer's name from its parameter's: what stands before "lora_A", before "base_layer" or "weight"."""
     path, seen = [own], set[int]()
     while id(module) in above and id(module) not in seen:
         seen.add(id(module))
         module, own = above[id(module)]
         path.insert(0, own)
-    ends = [i for i, part in enumerate(path) if part.startswith("lora_")] or [len(path) - 1]
+    ends = [i for i, part in enumerate(path) if part.startswith(("lora_", "base_layer"))] or [len(path) - 1]
     return ".".join(path[: ends[0]]) or type(module).__name__

@@ -103,11 +103,9 @@ def is_defined_by(forward: Any, cls: type) -> bool:
     renamed still reads the globals of the module that defines it.
     """
     module = sys.modules.get(cls.__module__)
-    return (
-        getattr(forward, "__qualname__", "") == f"{cls.__qualname__}.forward"
-        and getattr(forward, "__globals__", None) is getattr(module, "__dict__", forward)
-        and not hasattr(forward, "__wrapped__")
-    )
+    return getattr(forward, "__qualname__", "") == f"{cls.__qualname__}.forward" and getattr(
+        forward, "__globals__", None
+    ) is getattr(module, "__dict__", forward)
 
 
 def parts_are_own() -> bool:

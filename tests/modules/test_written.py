@@ -173,6 +173,24 @@ def test_blocks(rows, recompute, p):
             y.sum().backward()
 
 
+@pytest.mark.parametrize("rows", ROWS)
+def test_what_a_single_gradient_needs(rows):
+    """B for dA alone; x for dW alone."""
+    model, x = Outer(), torch.randn(rows, WIDTH)
+    layer = model.layers[0][0]
+    y = model(x)
+    with torch.no_grad():
+        layer.lora_B.mul_(2)
+    with pytest.raises(RuntimeError, match=SAID_W):
+        y.sum().backward()
+    layer.weight.requires_grad_(True)
+    layer.lora_A.requires_grad_(False)
+    y = model(x)
+    x += 1
+    with pytest.raises(RuntimeError, match=SAID_X):
+        y.sum().backward()
+
+
 def test_recompute_of_a_small_mlp_never_takes_another_x():
     x = torch.randn(4, WIDTH)
     up, down = (

@@ -137,3 +137,15 @@ def test_a_base_whose_result_is_of_another_kind(computed):
     torch.testing.assert_close(y.as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor))
     assert not computed
     assert explain(patched, x).count("fused") == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scaling", [1 / 3, torch.tensor(1 / 3)], ids=["number", "tensor"])
+def test_a_scaled_adapter_is_rounded_once(dtype, scaling):
+    """In 16 bits the product is left in fp32, and rounded as the kernels read it."""
+    from lora_kernels.peft.layer import _scale_adapter
+
+    adapter = torch.randn(3, 7).to(dtype)
+    scaled = _scale_adapter(adapter, scaling)
+    assert scaled.dtype is (torch.float32 if dtype.itemsize == 2 else dtype)
+    torch.testing.assert_close(scaled.double(), adapter.double() / 3, rtol=1e-6, atol=0)
