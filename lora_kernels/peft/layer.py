@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from lora_kernels.autograd.common import autocast_off, autocasts
 from lora_kernels.constants import HALF
@@ -31,8 +33,8 @@ from lora_kernels.passes.layer import Projection
 from lora_kernels.peft.forwards import call_replacement, is_in_force, parts_are_own
 
 __all__ = [
-    "accelerated_forward", "bare", "dtypes_fit", "fusable", "is_dense", "is_plain_variant", "is_traced", "projection",
-    "read",
+    "accelerated_forward", "bare", "dtypes_fit", "fusable", "is_dense", "is_function_mode_active", "is_plain_variant",
+    "is_traced", "projection", "read",
 ]  # fmt: skip
 
 # A, B, scaling and dropout_p.
@@ -154,13 +156,19 @@ def is_dense(x: Any) -> bool:
 
 
 def is_traced() -> bool:
-    """Return whether a transform, a tracer or a global hook needs PyTorch's own operators, or every module's call."""
+    """Return whether a transform, tracer, mode or global hook needs PyTorch's own functions, or every module's call."""
     return (
         torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
         or forward_ad._current_level >= 0
+        or (torch._C._len_torch_function_stack() > 0 and is_function_mode_active())
         or _has_any_global_hook()
     )
+
+
+def is_function_mode_active() -> bool:
+    """Return whether a mode may replace PyTorch's functions; the mode of a default device does not."""
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def bare(module: nn.Module, kind: type) -> bool:

@@ -100,6 +100,8 @@ def _call_reason(module: Any, x: Tensor | None) -> str:
         return f"the forward of nn.{part.__name__} was replaced by {describe(part.forward)}"
     if rules._has_any_global_hook():
         return "a hook on all modules is registered"
+    if rules.is_function_mode_active():
+        return "inside a TorchFunctionMode"
     if rules.is_traced():
         return "inside torch.func, forward-mode AD or torch.jit.trace"
     if x is None:

@@ -149,3 +149,24 @@ def test_a_scaled_adapter_is_rounded_once(dtype, scaling):
     scaled = _scale_adapter(adapter, scaling)
     assert scaled.dtype is (torch.float32 if dtype.itemsize == 2 else dtype)
     torch.testing.assert_close(scaled.double(), adapter.double() / 3, rtol=1e-6, atol=0)
+
+
+class Doubled(torch.overrides.TorchFunctionMode):
+    """Replaces F.linear, as quantisers in training do."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        y = function(*args, **(kwargs or {}))
+        return 2 * y if function is torch.nn.functional.linear else y
+
+
+def test_a_mode_that_replaces_functions(computed):
+    stock, x = tiny(), torch.randn(6, IN)
+    patched = copy.deepcopy(stock)
+    patch_peft(patched)
+    with Doubled():
+        assert torch.equal(patched(x), stock(x))
+        assert explain(patched, x).layers[0].reason == "inside a TorchFunctionMode"
+    assert not computed
+    with torch.device("cpu"):
+        patched(x)
+    assert computed == ["lora_linear"]
