@@ -131,6 +131,7 @@ def test_rotated_providers_read_their_own_copies(monkeypatch):
 # --- models
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_peft")
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize(("dtype", "p"), [(torch.float32, 0.0), (torch.bfloat16, 0.1)])

@@ -34,6 +34,7 @@ STALE = {  # a kernel that gives what it gave the layer before, and the results 
 }
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("name", STALE)
 def test_what_lay_there_before_is_told_from_what_should(name, monkeypatch):

@@ -80,6 +80,7 @@ def test_a_broken_merge_fails(merge, monkeypatch, tmp_path, capsys):
     assert "FAIL: fused and merged" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_loss_that_does_not_fall_fails(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(demo, "_ADAPT_RATE", 0.0)
     assert cli.main([*TINY, "--out", str(tmp_path)]) == 1

@@ -46,6 +46,7 @@ def integers(generator, *shape):
     return torch.randint(-1, 2, shape, generator=generator)
 
 
+@pytest.mark.slow
 @examples
 @given(
     st.tuples(sizes, sizes, sizes, ranks), dtypes, st.sampled_from([0.0, 0.5, 0.75]), st.sampled_from([-4.0, 1.0, 2.0]),

@@ -117,6 +117,7 @@ def test_sft_in_bf16_autocast_as_trl_has_it_by_default(tmp_path, fused):
     torch.testing.assert_close(actual, expected, rtol=3e-3, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["transformers", SMALL_TRL])
 def test_with_dropout_both_fall_and_end_near_each_other(by, tmp_path, fused):
     stock, patched = (trained(by, tmp_path, patched, p=0.2) for patched in (False, True))
@@ -131,6 +132,7 @@ def test_with_dropout_both_fall_and_end_near_each_other(by, tmp_path, fused):
     torch.testing.assert_close(logits(patched.model), as_patched, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["transformers", SMALL_TRL])
 def test_resumes_from_a_checkpoint(by, tmp_path, fused):
     """The masks as well: the state of PyTorch's generator, which the checkpoint holds, decides them."""
@@ -154,6 +156,7 @@ def test_stock_peft_resumes_what_a_patched_model_began(tmp_path, fused):
     torch.testing.assert_close(losses(again), losses(whole)[half:], **CLOSE)
 
 
+@pytest.mark.slow
 def test_generates_saves_and_merges_after_sft(tmp_path, fused):
     stock, patched = (trained("trl", tmp_path / str(on), on) for on in (False, True))
 

@@ -109,6 +109,7 @@ def _zeroed(t, column):
     return t
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_far_beyond_it(one_row, mistake):
     problem, y, baseline = one_row
