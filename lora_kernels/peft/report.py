@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lora_kernels.functional.gate import is_watched
 from lora_kernels.peft import known, readers
 from lora_kernels.peft.blocks import changed_part, patched_structure
 from lora_kernels.peft.forwards import stock_forward
@@ -179,6 +180,8 @@ def _block_reports(
             getattr(type(child), "_lora_kernels_alone", False) for child in members(module, block.layers)
         ):
             reason = "left alone: patch_peft was called with blocks=False"
+        if not reason and block.kind == "attention" and is_watched():
+            reason = "inside a compiler or a dispatch mode"
         if not reason and (part := changed_part(module, block.others)):
             reason = f"{part} has a hook, or is not what it was when the model was patched"
         for own, child in zip(block.layers, members(module, block.layers), strict=True):

@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 from block_samples import SIZES, WIDTH, Attention, Gated, adapted, block, ids
 
 from lora_kernels import patch_peft
-from lora_kernels.peft import blocks
+from lora_kernels.peft import blocks, explain
 
 
 class Between(Attention):
@@ -104,7 +104,9 @@ def test_a_dispatch_mode_sees_each_layer_of_attention_and_a_whole_mlp(part, join
     x = torch.randn(3, WIDTH)
     with Watching():
         seen = model(x)
+        (found,) = explain(model).blocks
     assert joined == ([] if part is Attention else ["lora_mlp"])
+    assert found.reason == ("inside a compiler or a dispatch mode" if part is Attention else "")
     torch.testing.assert_close(seen, model(x))
     assert len(joined) == (1 if part is Attention else 2)
 
