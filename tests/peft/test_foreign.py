@@ -13,52 +13,17 @@ pytest.importorskip("transformers")
 
 import peft.tuners.lora as lora
 from block_samples import WIDTH, Attention, Block, Gated, adapted, block
+from foreign_samples import PARTS, own_forwards, part_and_x, same, twice, unpatched_blocks  # noqa: F401 a fixture
 from peft_samples import IN, tiny
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from lora_kernels import patch_peft, unpatch_peft
 from lora_kernels.peft import accelerate, accelerated, explain
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*config.*:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def own_forwards():
-    """What a test replaces is put back, also where the test fails."""
-    kinds = (nn.Linear, nn.Dropout, nn.Identity, nn.SiLU, lora.Linear, LlamaAttention, LlamaMLP, Attention, Gated)
-    before = {kind: kind.forward for kind in kinds}
-    yield
-    for kind, forward in before.items():
-        kind.forward = forward
-
-
-def twice(forward):
-    def foreign(self, *args, **kwargs):
-        return 2 * forward(self, *args, **kwargs)
-
-    return foreign
-
-
-def same(model, stock, x):
-    """Equal to the last bit, with gradients."""
-    results = []
-    for one in (model, stock):
-        one.zero_grad()
-        torch.manual_seed(0)
-        given = x.clone().requires_grad_()
-        y = one(given)
-        y.backward(torch.ones_like(y))
-        results.append([y, given.grad, *(p.grad for p in one.parameters() if p.grad is not None)])
-    ours, theirs = results
-    assert len(ours) == len(theirs) > 3
-    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
-
-
-PARTS = [Attention, Gated]
-
-
-def part_and_x(part):
-    return block(part()), torch.randn(3, WIDTH)
+pytestmark = [
+    pytest.mark.usefixtures("own_forwards"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*config.*:UserWarning"),
+]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -107,14 +72,6 @@ def test_a_forward_that_can_be_joined_is_the_one_in_force(part, joined):
     unpatch_peft(stock)
     torch.testing.assert_close(earlier(x), stock(x))
     assert len(joined) == 1
-
-
-def unpatched_blocks(model):
-    """Only the blocks are looked at: layers computed alone are those of PEFT."""
-    for module in model.modules():
-        if isinstance(module, lora.Linear):
-            module.__class__ = lora.Linear
-    return model
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -196,141 +153,6 @@ def test_a_forward_set_on_the_class_that_a_patched_layer_has(computed):
         assert "foreign" in found.reason
     finally:
         kind.forward = own
-
-
-def test_an_activation_whose_class_is_given_another_forward(joined):
-    model, _ = block(Gated())
-    patched, x = copy.deepcopy(model), torch.randn(3, WIDTH)
-    patch_peft(patched)
-    nn.SiLU.forward = lambda self, t: torch.tanh(t)
-    same(unpatched_blocks(patched), model, x)
-    assert not joined
-    (found,) = explain(patched, x).blocks
-    assert found.form == "per layer"
-    assert "act_fn" in found.reason
-
-
-class Methodical(Gated):
-    """An MLP with its activation in a method."""
-
-    def act(self, t):
-        return F.silu(t)
-
-    def forward(self, x):
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
-
-
-def test_a_method_of_an_mlp_is_replaced(joined):
-    model, _ = block(Methodical())
-    patched, x = copy.deepcopy(model), torch.randn(3, WIDTH)
-    assert patch_peft(patched).count("joined") == 1
-    own = Methodical.act
-    try:
-        Methodical.act = lambda self, t: torch.tanh(t)
-        same(unpatched_blocks(patched), model, x)
-        assert not joined
-    finally:
-        Methodical.act = own
-    patch_peft(patched)
-    patched(x)
-    assert joined == ["lora_mlp"]
-
-
-def helper(t):
-    return F.silu(t)
-
-
-class Base(Gated):
-    def act(self, t):
-        return helper(t)
-
-
-class Derived(Base):
-    """An MLP that reaches its activation by a base class's method, a global function and F.silu."""
-
-    LIMIT = 1.0
-
-    def act(self, t):
-        return super().act(t) * Derived.LIMIT
-
-    def forward(self, x):
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Inner(nn.SiLU):
-    def forward(self, t):
-        return super().forward(t)
-
-
-class Held(nn.Module):
-    """An activation that keeps its function, as transformers' GELUActivation does."""
-
-    def __init__(self):
-        super().__init__()
-        self.act = F.silu
-
-    def forward(self, t):
-        return self.own(t)
-
-    def own(self, t):
-        return self.act(t)
-
-
-class Child(Gated):
-    def forward(self, x):
-        return super().forward(x)
-
-
-def tanh(*args):
-    return torch.tanh(args[-1])
-
-
-REACHED = {
-    "a global function": (Derived, lambda: globals(), "helper"),
-    "a base class's method": (Derived, lambda: Base, "act"),
-    "a constant by the class's name": (Derived, lambda: Derived, "LIMIT"),
-    "F.silu": (Derived, lambda: F, "silu"),
-    "a base class's forward": (Child, lambda: Gated, "forward"),
-    "the forward of an activation's base class": (lambda: Gated(Inner()), lambda: nn.SiLU, "forward"),
-    "a method of an activation": (lambda: Gated(Held()), lambda: Held, "own"),
-}
-
-
-@pytest.mark.parametrize("what", REACHED)
-def test_what_the_forward_of_an_mlp_reaches_by_name(what, joined, monkeypatch):
-    part, place, name = REACHED[what]
-    model, _ = block(part())
-    patched, x = copy.deepcopy(model), torch.randn(3, WIDTH)
-    assert patch_peft(patched).count("joined") == 1
-    patched(x)
-    assert joined == ["lora_mlp"]
-    place = place()
-    new = 3.0 if name == "LIMIT" else (lambda self, x: self.down_proj(self.up_proj(x))) if place is Gated else tanh
-    if isinstance(place, dict):
-        monkeypatch.setitem(place, name, new)
-    else:
-        monkeypatch.setattr(place, name, new)
-    same(unpatched_blocks(patched), model, x)
-    assert joined == ["lora_mlp"]
-    assert explain(patched).count("joined") == 0
-
-
-def test_a_function_that_an_activation_keeps(joined):
-    model, _ = block(Gated(Held()))
-    patched, x = copy.deepcopy(model), torch.randn(3, WIDTH)
-    assert patch_peft(patched).count("joined") == 1
-    for m in (model, patched):
-        m.base_model.model.part.act_fn.act = torch.tanh
-    same(unpatched_blocks(patched), model, x)
-    assert not joined
-
-
-def test_an_mlp_called_by_name(joined):
-    (model, one), x = part_and_x(Gated)
-    patch_peft(model)
-    expected = one(x)
-    torch.testing.assert_close(one(x=x), expected)
-    assert joined == ["lora_mlp"] * 2
 
 
 def test_what_is_in_force_again_is_computed_together_again(joined):
