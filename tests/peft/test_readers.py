@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from adapter_samples import fill
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -43,14 +44,6 @@ class ReadAndCalled(nn.Module):
         return x @ self.out_proj.weight.T if x.shape[0] > 8 else self.out_proj(x)
 
 
-def randomise(model):
-    torch.manual_seed(3)
-    for name, p in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(p.data, std=0.3)
-    return model
-
-
 def slow(model, *args):
     """Compute by PyTorch's own way of calling every layer."""
     with readers.fast_path_off():
@@ -69,7 +62,7 @@ def test_an_encoder_in_eval_mode_has_its_adapters(activation, mask, targets):
     plain, before = model(x, mask), [dict(vars(m)) for m in model.modules()]
     swap_linear(model, targets, r=4, lora_alpha=8)
     torch.testing.assert_close(model(x, mask)[~MASK], plain[~MASK])
-    y = randomise(model)(x, mask)
+    y = fill(model)(x, mask)
     torch.testing.assert_close(y, slow(model, x, mask))
     assert (y - plain)[~MASK].abs().max() > 0.05
     y.square().sum().backward()
@@ -92,7 +85,7 @@ def test_an_encoder_in_eval_mode_has_its_adapters(activation, mask, targets):
 def test_a_patched_encoder_in_eval_mode_has_its_adapters(targets, mask):
     torch.manual_seed(0)
     x = torch.randn(2, 5, D)
-    model = randomise(get_peft_model(Encoder(), LoraConfig(r=4, target_modules=targets))).eval()
+    model = fill(get_peft_model(Encoder(), LoraConfig(r=4, target_modules=targets))).eval()
     with torch.no_grad():
         stock, right = model(x, mask), slow(model, x, mask)
         assert (stock - right)[~MASK].abs().max() > 0.02

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from adapter_samples import fill
 from torch import nn
 
 from lora_kernels import LoRALinear, LoRAQKV, merge_and_unload, swap_linear
@@ -39,14 +40,6 @@ class TwoLayers(nn.Module):
         return self.b(self.a(x))
 
 
-def train(model):
-    torch.manual_seed(1)
-    for name, p in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(p.data, std=0.3)
-    return model
-
-
 IDS = torch.arange(V).view(2, 10)
 
 
@@ -55,7 +48,7 @@ def adapted(targets=("head",)):
         UserWarning, match=r"swap_linear: head\.weight is shared with embed\.weight\. Each adapter is its"
     ):
         swap_linear(model := Tied(), targets, r=4)
-    return train(model)
+    return fill(model)
 
 
 def test_merge_and_unload_unties():
@@ -98,7 +91,7 @@ def test_two_layers_of_one_weight(view):
     model, x = TwoLayers(view), torch.randn(3, D)
     with pytest.warns(UserWarning, match=r"a\.weight is shared with b\.weight; b\.weight is shared with a\.weight"):
         swap_linear(model, ["a", "b"], r=2)
-    right = train(model)(x)
+    right = fill(model)(x)
     with pytest.warns(UserWarning, match="merge_and_unload: a.weight is shared"):
         merge_and_unload(model)
     torch.testing.assert_close(model(x), right)
@@ -107,7 +100,7 @@ def test_two_layers_of_one_weight(view):
 def test_a_layer_made_by_hand_is_found_when_the_model_is_merged():
     model = Tied()
     model.head = LoRALinear.from_linear(model.head, r=4)
-    right, embedding = train(model)(IDS), model.embed.weight.clone()
+    right, embedding = fill(model)(IDS), model.embed.weight.clone()
     with pytest.warns(UserWarning, match=r"head\.weight is shared with embed\.weight"):
         merge_and_unload(model)
     torch.testing.assert_close(model(IDS), right)
@@ -142,7 +135,7 @@ def test_a_block_s_merge_unties():
     block.q_proj.shared_with = ("elsewhere.weight",)
     before = block.q_proj.weight
     values = before.clone()
-    train(block).eval()
+    fill(block).eval()
     with pytest.warns(UserWarning, match="elsewhere.weight"):
         block.merge()
     assert torch.equal(before, values)
@@ -161,7 +154,7 @@ def test_transformers_models_stay_untied(tmp_path):
     with pytest.warns(UserWarning, match=r"lm_head\.weight is shared with model\.embed_tokens\.weight"):
         swap_linear(model, ["lm_head"], r=4)
     with torch.no_grad():
-        right = train(model)(IDS).logits
+        right = fill(model)(IDS).logits
         with pytest.warns(UserWarning, match=r"LlamaForCausalLM\.config\.tie_word_embeddings is False now"):
             merge_and_unload(model)
         model.tie_weights()
