@@ -7,11 +7,13 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from lora_kernels import plan
 from lora_kernels.dropout import keep_scale
+from lora_kernels.quantized import QuantizedWeight
 
 __all__ = [
-    "GIVEN", "SAVED", "SAVED_WITH_BIAS", "Adapted", "Kept", "Part", "Projection", "SavedLayer", "as_dtype", "by_layer",
-    "readable", "rows", "tensors_to_save",
+    "GIVEN", "SAVED", "SAVED_WITH_BIAS", "Adapted", "Kept", "Part", "Projection", "SavedLayer", "Weight", "as_dtype",
+    "by_layer", "dense", "readable", "rows", "tensors_to_save",
 ]  # fmt: skip
 
 # Tensors given for each layer: weight, lora_A, lora_B and bias. A type checker can slice by a Final number.
@@ -19,6 +21,8 @@ GIVEN: Final = 4
 
 # A tensor, or None if no gradient needs the tensor. `Any`, because no type checker can follow which ones are needed.
 Kept: TypeAlias = Tensor | Any
+# W as callers may give it.
+Weight: TypeAlias = Tensor | QuantizedWeight
 # A projection with an adapter, that is with A and B, as a check has shown.
 Adapted: TypeAlias = Any
 
@@ -27,7 +31,7 @@ class Projection(NamedTuple):
     """One projection: the arguments of `lora_linear` without x.
 
     Attributes:
-        weight: W, `[out, in]`.
+        weight: W, `[out, in]`, a tensor or a `QuantizedWeight`.
         lora_A: A, `[r, in]`, or None for no adapter.
         lora_B: B, `[out, r]`, or None.
         bias: `[out]` or None.
@@ -35,7 +39,7 @@ class Projection(NamedTuple):
         dropout_p: Drop probability, below 1.
     """
 
-    weight: Tensor
+    weight: Weight
     lora_A: Tensor | None = None
     lora_B: Tensor | None = None
     bias: Tensor | None = None
@@ -130,7 +134,7 @@ def by_layer(flat: Sequence, each: int = GIVEN) -> list[Sequence]:
 
 
 def tensors_to_save(
-    weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, s: Tensor | None, keep: Tensor | None,
+    weight: Weight | None, lora_A: Tensor | None, lora_B: Tensor | None, s: Tensor | None, keep: Tensor | None,
     need_x: bool, need_A: bool, need_B: bool, again: bool = False,
 ) -> tuple[Kept, Kept, Kept, Kept, Kept]:  # fmt: skip
     """Select the tensors to save for one layer, by the needed gradients of the layer's input, of A and of B.
@@ -152,6 +156,20 @@ def readable(adapter: Tensor, dtype: torch.dtype) -> Tensor:
 def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Return t in `dtype`; return t itself if that is its dtype."""
     return t if t.dtype == dtype else t.to(dtype)
+
+
+def dense(steps: plan.Steps, weight: Any, dtype: torch.dtype, place: int = 0) -> Tensor:
+    """Return W as a tensor: a `QuantizedWeight` is dequantised into a new one, which the pass drops after its product.
+
+    Args:
+        steps: The steps of the pass.
+        weight: W, a tensor or a `QuantizedWeight`.
+        dtype: The dtype of a dequantised W.
+        place: Place of W among the weights of the pass.
+    """
+    if isinstance(weight, Tensor):
+        return weight
+    return steps.ops.dequantize(weight, dtype, slot=steps["W", place])
 
 
 def rows(t: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lora_kernels import plan
 from lora_kernels.dropout import keep_scale
-from lora_kernels.passes.layer import Kept, as_dtype, readable, rows
+from lora_kernels.passes.layer import Kept, as_dtype, dense, readable, rows
 
 __all__ = ["backward", "forward", "from_dy"]
 
@@ -48,7 +48,7 @@ def _forward_pass(
     bias: Tensor | None, noise: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     # Copies come before the launches, because the launches overlap.
-    lora_B = as_dtype(lora_B, x.dtype)
+    lora_B, weight = as_dtype(lora_B, x.dtype), dense(steps, weight, x.dtype)
     s, keep = steps.ops.shrink(x, readable(lora_A, x.dtype), alpha, dropout_p, noise=noise, slot=steps["s"])
     form = steps.expander("y", x, x.shape[1], weight.shape[0], lora_A.shape[0])
     (y,) = form.compute([([(x, weight), (s, lora_B)], bias)])
@@ -104,8 +104,9 @@ def from_dy(
     dx = d_lora_B = None
     if need_x:
         form = steps.expander("dx", dy, *weight.shape, lora_B.shape[1], keep is not None, True)
-        # This copy, too, comes before the launches.
+        # These copies, too, come before the launches.
         lora_A = as_dtype(lora_A, dy.dtype) if keep is None else lora_A
+        weight = dense(steps, weight, dy.dtype)
     joint = form is not None and form.brings_ds
     if joint:
         dx, ds = form.compute(dy, weight, lora_A, lora_B, alpha, keep)

@@ -29,7 +29,17 @@ from torch import Tensor
 from lora_kernels import plan
 from lora_kernels.activations import After, Before
 from lora_kernels.passes import linear, projections
-from lora_kernels.passes.layer import GIVEN, Kept, Part, Projection, SavedLayer, readable, rows, tensors_to_save
+from lora_kernels.passes.layer import (
+    GIVEN,
+    Kept,
+    Part,
+    Projection,
+    SavedLayer,
+    dense,
+    readable,
+    rows,
+    tensors_to_save,
+)
 
 __all__ = ["differentiate", "forward", "reads_outs", "to_save"]
 
@@ -66,10 +76,11 @@ def _forward_pass(
     outs, shrunk, keeps = projections.forward_pass(steps.part("before"), x, before, noise[0])
     rows_of_down = [] if down.lora_A is None else [(readable(down.lora_A, x.dtype), down.alpha, down.dropout_p)]
     gate, up = (*outs, None)[:2]
+    weight = dense(steps, down.weight, x.dtype)
     h, s, keep = steps.ops.activate_shrink(gate, up, activation, rows_of_down, noise=noise[1], slot=steps["h"])
-    sources = [(h, down.weight), *((one, lora_B) for one in s)]
+    sources = [(h, weight), *((one, lora_B) for one in s)]
     rank = s[0].shape[1] if s else 0
-    (y,) = steps.expander("y", h, *down.weight.shape[::-1], rank).compute([(sources, down.bias)])
+    (y,) = steps.expander("y", h, *weight.shape[::-1], rank).compute([(sources, down.bias)])
     return y, outs, [*shrunk, *(s or (None,))], [*keeps, *(keep or (None,))]
 
 
@@ -151,7 +162,8 @@ def _differentiate_pass(
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     if not outs and reads_outs(need_x, [q.needs for q in layers]):
         before = [Projection(q.weight, None, q.lora_B, q.bias) for q in layers[:-1]]
-        outs = projections.expand(steps.part("again"), x, before, [q.s for q in layers[:-1]])
+        again = steps.part("again")
+        outs = projections.expand(again, x, projections.with_dense(again, before, x), [q.s for q in layers[:-1]])
     return _backward(steps, dy, x, outs, layers, need_x, activation)
 
 
@@ -189,7 +201,7 @@ def _through_down(steps: plan.Steps, dy: Tensor, down: SavedLayer, need_dh: bool
         if not need_dh:
             return None, None, None
         form = steps.expander("dx", dy, *down.weight.shape, 0, False, True)
-        return form.compute([([(dy, down.weight.t())], None)])[0], None, None
+        return form.compute([([(dy, dense(steps, down.weight, dy.dtype).t())], None)])[0], None, None
     dh, ds, d_lora_B, _ = linear.from_dy(
         steps, dy, down.weight, down.lora_A, down.lora_B, down.s, down.keep, down.alpha, down.dtypes[1],
         (need_dh, need_A, need_B), down.into_B,

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lora_kernels import plan
-from lora_kernels.passes.layer import Adapted, Kept, Part, Projection, as_dtype, readable, rows
+from lora_kernels.passes.layer import Adapted, Kept, Part, Projection, as_dtype, dense, readable, rows
 
-__all__ = ["backward", "backward_pass", "expand", "forward", "forward_pass"]
+__all__ = ["backward", "backward_pass", "expand", "forward", "forward_pass", "with_dense"]
 
 
 def forward(
@@ -47,16 +47,23 @@ def forward_pass(
     # Copies come before the launches, because the launches overlap.
     projections = [
         q if q.lora_B is None or q.lora_B.dtype == x.dtype else q._replace(lora_B=q.lora_B.to(x.dtype))
-        for q in projections
+        for q in with_dense(steps, projections, x)
     ]
     shrunk, keeps = _shrink(steps, x, projections, noise)
     return expand(steps, x, projections, shrunk), shrunk, keeps
 
 
+def with_dense(steps: plan.Steps, projections: Sequence[Projection], x: Tensor) -> Sequence[Projection]:
+    """Return the projections with weights that are tensors in x's dtype."""
+    if all(isinstance(q.weight, Tensor) for q in projections):
+        return projections
+    return [q._replace(weight=dense(steps, q.weight, x.dtype, i)) for i, q in enumerate(projections)]
+
+
 def expand(
     steps: plan.Steps, x: Tensor, projections: Sequence[Projection], shrunk: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    """Compute each y of `forward` from x `[M, in]` and each s."""
+    """Compute each y of `forward` from x `[M, in]` and each s; the weights are tensors."""
     form = steps.once("y", _form_of_y, steps, x, projections, shrunk)
     outputs = [
         # A projection with an s has a B.
@@ -106,9 +113,11 @@ def backward_pass(
     dx = stack = None
     form: Any = None
     rights: Sequence[Tensor | None] = ()
+    weights: list[Tensor] = []
     if need_x:
         form = steps.once("dx", _form_of_dx, steps, parts)
-        # Copies of any A come before the launches, because the launches overlap.
+        # Copies of any A and W come before the launches, because the launches overlap.
+        weights = [dense(steps, part.weight, part.dy.dtype, i) for i, part in enumerate(parts)]
         if made is None and steps.once("stacks", _stacks, form, steps.backend, parts):
             stack = _stack(parts)
         else:
@@ -117,7 +126,7 @@ def backward_pass(
         columns = stack.columns if stack else (None,) * len(parts)
         made = list(map(_ds_and_dB, range(len(parts)), parts, columns, (steps,) * len(parts)))
     if need_x:
-        summed = [(part.dy, part.weight.t()) for part in parts]
+        summed = [(part.dy, weight.t()) for part, weight in zip(parts, weights, strict=True)]
         wide, masked = len(summed), []
         if stack:
             summed.append(stack.source)
