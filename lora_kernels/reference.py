@@ -28,7 +28,9 @@ from lora_kernels.dropout import PHILOX_ROUNDS, keep_scale, threshold
 
 __all__ = [
     "Layer",
+    "Stored",
     "activated",
+    "dequantize",
     "dropped",
     "forward",
     "grad_bias",
@@ -71,6 +73,49 @@ class Layer(Protocol):
     bias: Tensor | None
     scaling: float
     dropout_p: float
+
+
+class Stored(Protocol):
+    """A weight in 4 or 8 bits, for example a `lora_kernels.quantized.QuantizedWeight`, which documents the fields."""
+
+    format: str
+    packed: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    scale: Tensor
+    block: Any
+    code: Any
+    nested: Any
+
+
+def dequantize(weight: Stored, dtype: torch.dtype | None = None) -> Tensor:
+    """Compute W, `[out, in]`, of a stored weight: products in fp32, and one rounding to `dtype` or to the weight's own.
+
+        nf4, fp4    W = code[nibble] · absmax[i // block]         i = n · in + k, even i in the high nibble
+                    nested: absmax[b] = code2[scale[b]] · absmax2[b // blocksize] + offset, rounded twice
+        fp8         W = packed · scale[n // rows, k // columns]
+        int8        W = packed · scale[n] · (1 / 127), rounded twice
+
+    Sources: bitsandbytes 0.50, `backends/default/ops.py`; Dettmers et al. 2023, arXiv:2305.14314 (NF4, nested scales).
+    """
+    (out_features, in_features), block = weight.shape, weight.block
+    if weight.format in ("nf4", "fp4"):
+        numel, codes = out_features * in_features, weight.packed.reshape(-1).view(torch.uint8)
+        nibbles = torch.stack((codes >> 4, codes & 15), -1).reshape(-1)[:numel]
+        absmax = weight.scale.reshape(-1)
+        if weight.nested is not None:
+            code, inner, offset, blocksize = weight.nested
+            absmax = code[absmax.long()] * inner.reshape(-1).repeat_interleave(blocksize)[
+                : absmax.numel()
+            ] + offset.reshape(())
+        value = weight.code[nibbles.long()] * absmax.repeat_interleave(block)[:numel]
+    else:
+        rows, columns = block
+        scale = weight.scale.float().reshape(-(-out_features // rows), -(-in_features // columns))
+        scale = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[:out_features, :in_features]
+        value = weight.packed.float() * scale
+        value = value * (1 / 127) if weight.format == "int8" else value
+    return value.to(weight.dtype if dtype is None else dtype).reshape(weight.shape)
 
 
 def philox4x32(seed: int, counter: Tensor, rounds: int = PHILOX_ROUNDS) -> list[Tensor]:

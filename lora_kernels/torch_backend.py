@@ -25,11 +25,13 @@ from torch import Tensor
 from lora_kernels.activations import After, Before, activated, gradients
 from lora_kernels.constants import HALF
 from lora_kernels.dropout import keep_scale, threshold
+from lora_kernels.quantized.operators import dequantize
 
 __all__ = [
     "activate_shrink",
     "activation_wgrad",
     "composes",
+    "dequantize",
     "draw_mask",
     "draw_noise",
     "linear_by_operators",
