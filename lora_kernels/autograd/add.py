@@ -129,7 +129,8 @@ def _fake_forward(base, x, lora_A, lora_B, noise, scaling, dropout_p, backend):
 
 
 def _fake_backward(dy, x, lora_A, lora_B, s, keep, alpha, backend, dtype, dtype_A, dtype_B, needed):
-    return fake_gradients(dy, x, lora_A, lora_B, s, dtype, dtype_A, dtype_B, needed)
+    inner = None if lora_A is None else lora_A.shape[1]
+    return fake_gradients(dy, x, inner, lora_B, s, dtype, dtype_A, dtype_B, needed)
 
 
 def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from lora_kernels.autograd.stored import save_tensors
 from lora_kernels.autograd.written import explained
-from lora_kernels.passes.layer import tensors_to_save
+from lora_kernels.passes.layer import Weight, tensors_to_save
 
 __all__ = [
     "Context", "autocast_off", "autocasts", "backward_products", "contiguous", "fake_gradients", "gradient",
@@ -204,11 +205,11 @@ def contiguous(
     return None if dx is None else dx.view(shape), d_lora_A, d_lora_B
 
 
-def fake_gradients(dy, x, right, lora_B, s, dtype, dtype_A, dtype_B, needed):
-    """Return the needed ones of dx, dA and dB of one layer without values; `right` is a tensor with dx's features."""
+def fake_gradients(dy, x, inner, lora_B, s, dtype, dtype_A, dtype_B, needed):
+    """Return the needed ones of dx, dA and dB of one layer without values; dx has `inner` features."""
     need_x, need_A, need_B = needed
     return (
-        dy.new_empty(*dy.shape[:-1], right.shape[1], dtype=dtype) if need_x else None,
+        dy.new_empty(*dy.shape[:-1], inner, dtype=dtype) if need_x else None,
         dy.new_empty(lora_B.shape[1], x.shape[-1], dtype=dtype_A) if need_A else None,
         dy.new_empty(dy.shape[-1], s.shape[1], dtype=dtype_B) if need_B else None,
     )
@@ -234,13 +235,13 @@ def register_flops(formulas: dict[Any, Callable[..., int]]) -> None:
 
 
 def save(
-    ctx: Context, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, s: Tensor, keep: Tensor | None,
+    ctx: Context, x: Tensor, weight: Weight | None, lora_A: Tensor, lora_B: Tensor, s: Tensor, keep: Tensor | None,
     alpha: float, backend: str, needs: Sequence[bool],
 ) -> None:  # fmt: skip
     """Save the tensors that one layer's needed gradients take; `needs` has a flag for each of x, W, A and B."""
     need_x, need_weight, need_A, need_B = needs
     saved = tensors_to_save(weight, lora_A, lora_B, s, keep, need_x, need_A, need_B)
-    ctx.save_for_backward(x if need_A or need_weight else None, *saved)
+    save_tensors(ctx, [x if need_A or need_weight else None, *saved])
     ctx.alpha, ctx.backend = alpha, backend
     ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
 

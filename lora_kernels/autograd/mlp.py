@@ -26,6 +26,7 @@ from lora_kernels.autograd.common import (
     register,
     register_flops,
 )
+from lora_kernels.autograd.stored import save_tensors, saved_tensors, shape_of
 from lora_kernels.dropout import keep_scale
 from lora_kernels.passes import mlp as mlp_pass
 from lora_kernels.passes.layer import SAVED_WITH_BIAS, Projection, SavedLayer, by_layer, rows
@@ -35,12 +36,14 @@ __all__ = ["LoRAMLPFunction", "mlp", "mlp_backward", "mlp_forward"]
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
 for _schema in (
     "mlp(Tensor x, Tensor[] weights, Tensor?[] lora_As, Tensor?[] lora_Bs, Tensor?[] biases, "
-    "Scalar[] scalings, float[] dropout_ps, str activation, bool recompute, str backend) -> Tensor",
+    "Scalar[] scalings, float[] dropout_ps, str activation, bool recompute, str backend, "
+    "Tensor[]? tables=None, str[]? forms=None) -> Tensor",
     "mlp_forward(Tensor x, Tensor[] tensors, int[] places, Tensor? noise, Tensor? noise_down, float[] scalings, "
-    "float[] dropout_ps, str activation, bool recompute, str backend) "
+    "float[] dropout_ps, str activation, bool recompute, str backend, Tensor[]? tables=None, str[]? forms=None) "
     "-> (Tensor y, Tensor[] outs, Tensor s, Tensor s_down, Tensor[] keeps)",
     "mlp_backward(Tensor dy, Tensor? x, Tensor[] outs, Tensor[] tensors, int[] places, float[] alphas, "
-    "str activation, str backend, ScalarType dtype, bool need_x, bool[] needs) -> Tensor[]",
+    "str activation, str backend, ScalarType dtype, bool need_x, bool[] needs, "
+    "Tensor[]? tables=None, str[]? forms=None) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -70,7 +73,7 @@ class LoRAMLPFunction(torch.autograd.Function):
         *before, down = layers
         y, outs, shrunk, keeps = mlp_pass.forward(x, before, down, activation, backend)
         need_x, all_needs = ctx.needs_input_grad[0], by_layer(ctx.needs_input_grad[5:])
-        ctx.save_for_backward(*mlp_pass.to_save(x, layers, outs, shrunk, keeps, need_x, all_needs, recompute))
+        save_tensors(ctx, mlp_pass.to_save(x, layers, outs, shrunk, keeps, need_x, all_needs, recompute))
         ctx.numbers = [
             # A layer with an A has a B.
             (q.alpha, None if q.lora_A is None else (q.lora_A.dtype, q.lora_B.dtype), needs)  # type: ignore[union-attr]
@@ -95,7 +98,7 @@ def _backward(
     ctx: Context, into: Sequence[tuple[Tensor | None, Tensor | None]], dy: Tensor
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     need_x = ctx.needs_input_grad[0]
-    x, *saved = ctx.saved_tensors
+    x, *saved = saved_tensors(ctx)
     end = SAVED_WITH_BIAS * len(ctx.numbers)
     layers = [
         SavedLayer(*own, *pair, *numbers)  # type: ignore[call-arg]
@@ -110,22 +113,24 @@ def _backward(
 def _mlp(
     x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None],
     biases: Sequence[Tensor | None], scalings: Sequence[float], dropout_ps: Sequence[float], activation: str,
-    recompute: bool, backend: str,
+    recompute: bool, backend: str, tables: Sequence[Tensor] | None = None, forms: Sequence[str] | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute y `[*, out]` from arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
     register_flops({mlp_forward: _forward_flops, mlp_backward: _backward_flops})
-    given = x, weights, lora_As, lora_Bs, biases, scalings, backend
+    given = x, weights, lora_As, lora_Bs, biases, scalings, backend, forms
     chosen, tensors, places, numbers = packing.prepare("lora_mlp", *given)
     # A placeholder with the shape of h but without its memory.
-    h = x.new_empty(1).expand(*x.shape[:-1], weights[-1].shape[1])
+    h = x.new_empty(1).expand(*x.shape[:-1], shape_of(weights[-1].shape, forms[-1] if forms else "")[1])
     noise = packing.draw(x, chosen, lora_As[:-1], dropout_ps[:-1])
     noise_down = packing.draw(h, chosen, lora_As[-1:], dropout_ps[-1:])
-    return mlp_forward(x, tensors, places, noise, noise_down, numbers, dropout_ps, activation, recompute, chosen)[0]
+    how = activation, recompute, chosen, tables, forms
+    return mlp_forward(x, tensors, places, noise, noise_down, numbers, dropout_ps, *how)[0]
 
 
 def _mlp_forward(
     x: Tensor, tensors: Sequence[Tensor], places: Sequence[int], noise: Tensor | None, noise_down: Tensor | None,
     scalings: Sequence[float], dropout_ps: Sequence[float], activation: str, recompute: bool, backend: str,
+    tables: Sequence[Tensor] | None = None, forms: Sequence[str] | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Compute y `[*, out]`, the outputs of gate and up, their s side by side, the s of down, and the backend's masks.
 
@@ -140,8 +145,10 @@ def _mlp_forward(
         activation: Name of the activation.
         recompute: Whether to return no outputs of gate and up, because backward computes them again.
         backend: "triton" or "torch".
+        tables: The further tensors of quantised W, see `stored`.
+        forms: For each layer the numbers of a quantised W, "" for a plain one; empty if all are plain.
     """
-    *before, down = packing.entries(tensors, places, scalings, dropout_ps)
+    *before, down = packing.entries(tensors, places, scalings, dropout_ps, tables, forms)
     flat = rows(x)
     y, outs, shrunk, keeps = mlp_pass.forward(flat, before, down, activation, backend, (noise, noise_down))
     s, s_down = (packing.side_by_side(flat, own, backend) for own in (shrunk[:-1], shrunk[-1:]))
@@ -152,6 +159,7 @@ def _mlp_forward(
 def _mlp_backward(
     dy: Tensor, x: Tensor | None, outs: Sequence[Tensor], tensors: Sequence[Tensor], places: Sequence[int],
     alphas: Sequence[float], activation: str, backend: str, dtype: torch.dtype, need_x: bool, needs: Sequence[bool],
+    tables: Sequence[Tensor] | None = None, forms: Sequence[str] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Compute dx `[*, in]` if needed, then the needed gradients of each layer.
 
@@ -167,8 +175,10 @@ def _mlp_backward(
         dtype: The dtype of each dA and dB; other gradients have dy's dtype.
         need_x: Whether dx is needed.
         needs: For each layer, whether the gradients of W, A, B and bias are needed.
+        tables: As in `_mlp_forward`.
+        forms: As in `_mlp_forward`.
     """
-    groups = packing.unpack(tensors, places, len(alphas), SAVED_WITH_BIAS)
+    groups = packing.unpack_layers(tensors, places, len(alphas), tables, forms, SAVED_WITH_BIAS)
     layers = []
     for alpha, group, own in zip(alphas, groups, by_layer(needs), strict=True):
         dtypes = (dtype, dtype) if any(t is not None for t in group[1:4]) else None
@@ -178,6 +188,12 @@ def _mlp_backward(
     # `_fake_backward` promises contiguous results.
     results = [g.contiguous() for g in grads if g is not None]
     return results if dx is None else [dx.contiguous().view(*dy.shape[:-1], dx.shape[1]), *results]
+
+
+def _with_weight_shapes(shapes: Sequence[Sequence[Any]], forms: Sequence[str]) -> list[Sequence[Any]]:
+    """Return the shapes of the layers' tensors with that of W in the place of the packed tensor's."""
+    pairs = zip(shapes, forms or [""] * len(shapes), strict=True)
+    return [[own[0] and shape_of(own[0], form), *own[1:]] for own, form in pairs]
 
 
 def _sizes(dy, x, outs, groups) -> list[tuple[int, int, int]]:
@@ -192,9 +208,9 @@ def _sizes(dy, x, outs, groups) -> list[tuple[int, int, int]]:
 
 
 def _fake_forward(
-    x, tensors, places, noise, noise_down, scalings, dropout_ps, activation, recompute, backend
+    x, tensors, places, noise, noise_down, scalings, dropout_ps, activation, recompute, backend, tables=None, forms=None
 ):  # fmt: skip
-    *before, down = packing.entries(tensors, places, scalings, dropout_ps)
+    *before, down = packing.entries(tensors, places, scalings, dropout_ps, tables, forms)
     rows, hidden = math.prod(x.shape[:-1]), down.weight.shape[1]
     flat, h = x.new_empty(rows, x.shape[-1]), x.new_empty(rows, hidden)
     s, s_down = (
@@ -206,8 +222,11 @@ def _fake_forward(
     return x.new_empty(*x.shape[:-1], down.weight.shape[0]), outs, s, s_down, keeps
 
 
-def _fake_backward(dy, x, outs, tensors, places, alphas, activation, backend, dtype, need_x, needs):
+def _fake_backward(
+    dy, x, outs, tensors, places, alphas, activation, backend, dtype, need_x, needs, tables=None, forms=None
+):  # fmt: skip
     shapes = packing.unpack([t.shape for t in tensors], places, len(alphas), SAVED_WITH_BIAS)
+    shapes = _with_weight_shapes(shapes, forms)
     sizes = _sizes(dy.shape, None if x is None else x.shape, [t.shape for t in outs], shapes)
     results = [dy.new_empty(*dy.shape[:-1], sizes[0][0])] if need_x else []
     for (inner, cols, rank), own in zip(sizes, by_layer(needs), strict=True):
@@ -217,15 +236,15 @@ def _fake_backward(dy, x, outs, tensors, places, alphas, activation, backend, dt
 
 
 def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, tensors, places, _, _, scalings, dropout_ps, activation, recompute, backend = inputs
-    _, outs, s, s_down, kept = output
-    layers, drawn = packing.entries(tensors, places, scalings, dropout_ps), iter(kept)
+    x, tensors, places, _, _, scalings, dropout_ps, activation, recompute, backend, tables, forms = inputs
+    _, outs, s, s_down, masks = output
+    layers, drawn = packing.entries(tensors, places, scalings, dropout_ps, tables, forms), iter(masks)
     # During forward, `needs_input_grad` has a flat entry for each tensor of a list.
     need_x, *flags = ctx.needs_input_grad[: 1 + len(tensors)]
     needs, of = packing.needs_by_layer(flags, places, len(layers)), packing.ranks(layers)
     shrunk = [*packing.columns(s, of[:-1], backend), *packing.columns(s_down, of[-1:], backend)]
     keeps = [next(drawn) if rank and q.dropout_p > 0 else None for q, rank in zip(layers, of, strict=True)]
-    ctx.save_for_backward(*mlp_pass.to_save(x, layers, outs, shrunk, keeps, need_x, needs, recompute))
+    save_tensors(ctx, mlp_pass.to_save(x, layers, outs, shrunk, keeps, need_x, needs, recompute))
     ctx.mark_non_differentiable(*outs, s, s_down)
     ctx.set_materialize_grads(False)
     ctx.alphas = [scaling * keep_scale(p) for scaling, p in zip(scalings, dropout_ps, strict=True)]
@@ -239,17 +258,17 @@ def _differentiate(ctx: Context, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dy is not None:
         with autocast_off(dy):
             dx, grads = _gradients(ctx, dy)
-    return dx, grads, *(None,) * 8
+    return dx, grads, *(None,) * 10
 
 
 def _gradients(ctx: Context, dy: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
     """Compute dx, and a gradient or None for each of the packed tensors."""
     need_x, flags = ctx.needs_input_grad[:2]
     needs = [need for own in packing.needs_by_layer(flags, ctx.places, len(ctx.alphas)) for need in own]
-    x, *saved = ctx.saved_tensors
+    x, *saved = saved_tensors(ctx)
     end = SAVED_WITH_BIAS * len(ctx.alphas)
-    tensors, places = packing.pack([saved[:end]])
-    how = ctx.alphas, ctx.activation, ctx.backend, packing.widest(ctx.dtypes), need_x, needs
+    tensors, places, *stored = packing.pack_layers(by_layer(saved[:end], SAVED_WITH_BIAS))
+    how = ctx.alphas, ctx.activation, ctx.backend, packing.widest(ctx.dtypes), need_x, needs, *stored
     results = iter(mlp_backward(dy, x, saved[end:], tensors, places, *how))
     dx = next(results) if need_x else None
     grads = [next(results) if need else None for need in needs]
@@ -262,16 +281,21 @@ mlp, mlp_forward, mlp_backward = register(
 )  # fmt: skip
 
 
-def _forward_flops(x, tensors, places, noise, noise_down, scalings, *_: Any, **__: Any) -> int:
+def _forward_flops(
+    x, tensors, places, noise, noise_down, scalings, dropout_ps, activation, recompute, backend, tables=None,
+    forms=None, **_: Any,
+) -> int:  # fmt: skip
     """Count 2 M (K N + r K + r N) FLOPs for each layer; the arguments are shapes."""
-    return packing.forward_flops(x, tensors, places, len(scalings))
+    return packing.forward_flops(x, tensors, places, len(scalings), forms)
 
 
 def _backward_flops(
-    dy, x, outs, tensors, places, alphas, activation, backend, dtype, need_x: bool, needs: list[bool], **_: Any
+    dy, x, outs, tensors, places, alphas, activation, backend, dtype, need_x: bool, needs: list[bool], tables=None,
+    forms=None, **_: Any,
 ) -> int:  # fmt: skip
     """Count 2 M K N FLOPs per dW, input gradient and recomputed output, 2 M r (K or N) per thin product; of shapes."""
-    groups, wanted = packing.unpack(tensors, places, len(alphas), SAVED_WITH_BIAS), by_layer(needs)
+    groups = _with_weight_shapes(packing.unpack(tensors, places, len(alphas), SAVED_WITH_BIAS), forms)
+    wanted = by_layer(needs)
     sizes, total = _sizes(dy, x, outs, groups), 0
     again, need_dh = not outs and mlp_pass.reads_outs(need_x, wanted), need_x or any(map(any, wanted[:-1]))
     for i, ((inner, cols, rank), (need_weight, need_A, need_B, _)) in enumerate(zip(sizes, wanted, strict=True)):

@@ -18,22 +18,25 @@ from torch import Tensor
 from lora_kernels import plan
 from lora_kernels.autograd.common import plain_scaling
 from lora_kernels.autograd.noise import draw_noise
+from lora_kernels.autograd.stored import join_all, shape_of, split_all
 from lora_kernels.passes.layer import GIVEN, Projection, by_layer
 
 __all__ = [
-    "columns", "draw", "entries", "forward_flops", "gradients_of", "needs_by_layer", "pack", "pitches", "prepare",
-    "ranks", "side_by_side", "unpack", "widest",
+    "columns", "draw", "entries", "forward_flops", "gradients_of", "needs_by_layer", "pack", "pack_layers", "pitches",
+    "prepare", "ranks", "side_by_side", "unpack", "unpack_layers", "widest",
 ]  # fmt: skip
 
 
 def prepare(
     call: str, x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor | None],
     lora_Bs: Sequence[Tensor | None], biases: Sequence[Tensor | None], scalings: Sequence[float], backend: str,
+    forms: Sequence[str] | None = None,
 ) -> tuple[str, list[Tensor], list[int], list[float]]:  # fmt: skip
     """Choose a backend for the layers of one `call`; pack their tensors; return scalings that are plain numbers."""
     # `int` compiles the rank into a graph; all other sizes may vary.
     rank = max((int(lora_A.shape[0]) for lora_A in lora_As if lora_A is not None), default=1)
-    empty = x.numel() == 0 or any(weight.shape[0] == 0 for weight in weights)
+    shapes = [shape_of(w.shape, form) for w, form in zip(weights, forms or [""] * len(weights), strict=True)]
+    empty = x.numel() == 0 or any(cols == 0 for cols, _ in shapes)
     backend = plan.choose(x.device, x.dtype, rank, empty, backend, call)
     lora_As, numbers = list(lora_As), [1.0] * len(weights)
     for i, lora_A in enumerate(lora_As):
@@ -63,11 +66,33 @@ def unpack(tensors: Sequence[Any], places: Sequence[int], count: int, each: int 
     return by_layer(everything, each)
 
 
+def pack_layers(
+    groups: Sequence[Sequence[Any]], at: int = 0
+) -> tuple[list[Tensor], list[int], list[Tensor], list[str]]:  # fmt: skip
+    """Return `pack` of groups that have a weight of either kind, or None, as entry `at`; the tables; and the forms."""
+    weights, tables, forms = split_all([group[at] for group in groups])
+    plain = ([*group[:at], weight, *group[at + 1 :]] for group, weight in zip(groups, weights, strict=True))
+    return *pack(plain), tables, forms
+
+
+def unpack_layers(
+    tensors: Sequence[Any], places: Sequence[int], count: int, tables: Sequence[Tensor] | None,
+    forms: Sequence[str] | None, each: int = GIVEN, at: int = 0,
+) -> list[Sequence[Any]]:  # fmt: skip
+    """Undo `pack_layers`; no forms mean that all weights are plain tensors."""
+    groups = unpack(tensors, places, count, each)
+    if not tables or not forms:
+        return groups
+    weights = join_all([group[at] for group in groups], tables, forms)
+    return [[*group[:at], weight, *group[at + 1 :]] for group, weight in zip(groups, weights, strict=True)]
+
+
 def entries(
-    tensors: Sequence[Tensor], places: Sequence[int], scalings: Sequence[float], dropout_ps: Sequence[float]
-) -> list[Projection]:
+    tensors: Sequence[Tensor], places: Sequence[int], scalings: Sequence[float], dropout_ps: Sequence[float],
+    tables: Sequence[Tensor] | None = None, forms: Sequence[str] | None = None,
+) -> list[Projection]:  # fmt: skip
     """Build the layers from packed tensors."""
-    given = unpack(tensors, places, len(scalings))
+    given = unpack_layers(tensors, places, len(scalings), tables, forms)
     return [Projection(*four, *numbers) for four, *numbers in zip(given, scalings, dropout_ps, strict=True)]
 
 
@@ -119,10 +144,13 @@ def columns(s: Tensor, of: Sequence[int], backend: str) -> list[Tensor | None]:
     return [place[:, :rank] if rank else None for place, rank in zip(places, of, strict=True)]
 
 
-def forward_flops(x: Sequence[int], tensors: Sequence[Sequence[int]], places: Sequence[int], count: int) -> int:
+def forward_flops(
+    x: Sequence[int], tensors: Sequence[Sequence[int]], places: Sequence[int], count: int,
+    forms: Sequence[str] | None,
+) -> int:  # fmt: skip
     """Count 2 M (K N + r K + r N) FLOPs for each layer; the arguments are shapes."""
     total = 0
-    for weight, lora_A, _, _ in unpack(tensors, places, count):
-        (cols, inner), rank = weight, lora_A[0] if lora_A else 0
+    for (weight, lora_A, _, _), form in zip(unpack(tensors, places, count), forms or [""] * count, strict=True):
+        (cols, inner), rank = shape_of(weight, form), lora_A[0] if lora_A else 0
         total += inner * cols + rank * (inner + cols)
     return 2 * math.prod(x[:-1]) * total

@@ -30,6 +30,7 @@ from lora_kernels.autograd.common import (
     register,
     register_flops,
 )
+from lora_kernels.autograd.stored import save_tensors, saved_tensors, shape_of
 from lora_kernels.dropout import keep_scale
 from lora_kernels.passes import projections as projections_pass
 from lora_kernels.passes.layer import GIVEN, SAVED, Part, Projection, by_layer, rows, tensors_to_save
@@ -42,11 +43,12 @@ _EACH = 1 + SAVED
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
 for _schema in (
     "projections(Tensor x, Tensor[] weights, Tensor?[] lora_As, Tensor?[] lora_Bs, Tensor?[] biases, "
-    "Scalar[] scalings, float[] dropout_ps, str backend) -> Tensor[]",
+    "Scalar[] scalings, float[] dropout_ps, str backend, Tensor[]? tables=None, str[]? forms=None) -> Tensor[]",
     "projections_forward(Tensor x, Tensor[] tensors, int[] places, Tensor? noise, float[] scalings, "
-    "float[] dropout_ps, str backend) -> (Tensor[] ys, Tensor s, Tensor[] keeps)",
+    "float[] dropout_ps, str backend, Tensor[]? tables=None, str[]? forms=None) "
+    "-> (Tensor[] ys, Tensor s, Tensor[] keeps)",
     "projections_backward(Tensor? x, Tensor[] tensors, int[] places, float[] alphas, str backend, ScalarType dtype, "
-    "bool need_x, bool[] need_As) -> Tensor[]",
+    "bool need_x, bool[] need_As, Tensor[]? tables=None, str[]? forms=None) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -76,7 +78,7 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         saved = [x if any(need_weight or need_A for need_weight, need_A, _, _ in needs) else None]
         for q, s, keep, (_, need_A, need_B, _) in zip(projections, shrunk, keeps, needs, strict=True):
             saved += tensors_to_save(q.weight, q.lora_A, q.lora_B, s, keep, need_x, need_A, need_B)
-        ctx.save_for_backward(*saved)
+        save_tensors(ctx, saved)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.x_shape = backend, x.shape
         ctx.accumulate = [
@@ -104,7 +106,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     need_x, needs = ctx.needs_input_grad[0], by_layer(ctx.needs_input_grad[3:])
     x: Any
-    x, *flat = ctx.saved_tensors
+    x, *flat = saved_tensors(ctx)
     saved = by_layer(flat, SAVED)
     # A copy, if needed, comes before the launches, because the launches overlap.
     x = None if x is None else rows(x)
@@ -125,18 +127,20 @@ def _backward(
 def _projections(
     x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None],
     biases: Sequence[Tensor | None], scalings: Sequence[float], dropout_ps: Sequence[float], backend: str,
+    tables: Sequence[Tensor] | None = None, forms: Sequence[str] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Compute each y `[*, outᵢ]` from arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
     register_flops({projections_forward: _forward_flops, projections_backward: _backward_flops})
-    given = x, weights, lora_As, lora_Bs, biases, scalings, backend
+    given = x, weights, lora_As, lora_Bs, biases, scalings, backend, forms
     backend, tensors, places, numbers = packing.prepare("lora_projections", *given)
     noise = packing.draw(x, backend, lora_As, dropout_ps)
-    return projections_forward(x, tensors, places, noise, numbers, dropout_ps, backend)[0]
+    return projections_forward(x, tensors, places, noise, numbers, dropout_ps, backend, tables, forms)[0]
 
 
 def _projections_forward(
     x: Tensor, tensors: Sequence[Tensor], places: Sequence[int], noise: Tensor | None, scalings: Sequence[float],
-    dropout_ps: Sequence[float], backend: str,
+    dropout_ps: Sequence[float], backend: str, tables: Sequence[Tensor] | None = None,
+    forms: Sequence[str] | None = None,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
     """Compute each y `[*, outᵢ]`, the s side by side, `[M, ·]`, and the backend's mask of each projection with dropout.
 
@@ -148,8 +152,10 @@ def _projections_forward(
         scalings: For each projection, multiplies the low-rank term.
         dropout_ps: For each projection, the probability of dropping an element.
         backend: "triton" or "torch".
+        tables: The further tensors of quantised W, see `stored`.
+        forms: For each projection the numbers of a quantised W, "" for a plain one; empty if all are plain.
     """
-    entries, flat = packing.entries(tensors, places, scalings, dropout_ps), rows(x)
+    entries, flat = packing.entries(tensors, places, scalings, dropout_ps, tables, forms), rows(x)
     ys, shrunk, keeps = projections_pass.forward(flat, entries, backend, noise)
     s = packing.side_by_side(flat, shrunk, backend)
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys], s, [keep for keep in keeps if keep is not None]
@@ -157,7 +163,8 @@ def _projections_forward(
 
 def _projections_backward(
     x: Tensor | None, tensors: Sequence[Tensor], places: Sequence[int], alphas: Sequence[float], backend: str,
-    dtype: torch.dtype, need_x: bool, need_As: Sequence[bool],
+    dtype: torch.dtype, need_x: bool, need_As: Sequence[bool], tables: Sequence[Tensor] | None = None,
+    forms: Sequence[str] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Compute dx `[*, in]` if needed, then the needed dA and dB of each projection, in `dtype`.
 
@@ -170,8 +177,10 @@ def _projections_backward(
         dtype: The dtype of dA and dB.
         need_x: Whether dx is needed.
         need_As: For each projection, whether dA is needed; dB is needed if s is given.
+        tables: As in `_projections_forward`.
+        forms: As in `_projections_forward`.
     """
-    saved = packing.unpack(tensors, places, len(alphas), _EACH)
+    saved = packing.unpack_layers(tensors, places, len(alphas), tables, forms, _EACH, 1)
     x, shape = None if x is None else rows(x), saved[0][0].shape[:-1]
     parts = [
         Part(rows(dy), *own, None, None, alpha, (dtype, dtype), need_A)  # type: ignore[call-arg]
@@ -183,17 +192,19 @@ def _projections_backward(
     return results if dx is None else [dx.contiguous().view(*shape, dx.shape[1]), *results]
 
 
-def _fake_forward(x, tensors, places, noise, scalings, dropout_ps, backend):
-    entries, contractions = packing.entries(tensors, places, scalings, dropout_ps), plan.contractions(backend)
+def _fake_forward(x, tensors, places, noise, scalings, dropout_ps, backend, tables=None, forms=None):
+    entries = packing.entries(tensors, places, scalings, dropout_ps, tables, forms)
+    contractions = plan.contractions(backend)
     rows = x.new_empty(math.prod(x.shape[:-1]), x.shape[-1])
     s = rows.new_empty(rows.shape[0], sum(packing.pitches(packing.ranks(entries), x.dtype, backend)))
     masks = [contractions.outputs(rows, 0, q.dropout_p)[1] for q in entries if q.lora_A is not None and q.dropout_p > 0]
     return [x.new_empty(*x.shape[:-1], q.weight.shape[0]) for q in entries], s, masks
 
 
-def _fake_backward(x, tensors, places, alphas, backend, dtype, need_x, need_As):
+def _fake_backward(x, tensors, places, alphas, backend, dtype, need_x, need_As, tables=None, forms=None):
     results: list[Tensor] = []
-    for i, (dy, weight, _, lora_B, s, _) in enumerate(packing.unpack(tensors, places, len(alphas), _EACH)):
+    groups = packing.unpack_layers(tensors, places, len(alphas), tables, forms, _EACH, 1)
+    for i, (dy, weight, _, lora_B, s, _) in enumerate(groups):
         if need_x and not results:
             results.append(dy.new_empty(*dy.shape[:-1], weight.shape[1]))
         if need_As[i]:
@@ -204,19 +215,20 @@ def _fake_backward(x, tensors, places, alphas, backend, dtype, need_x, need_As):
 
 
 def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, tensors, places, _, scalings, dropout_ps, backend = inputs
+    x, tensors, places, _, scalings, dropout_ps, backend, tables, forms = inputs
     _, s, keeps = output
     # During forward, `needs_input_grad` has a flat entry for each tensor of a list.
     need_x, *flags = ctx.needs_input_grad[: 1 + len(tensors)]
     needs, drawn = packing.needs_by_layer(flags, places, len(scalings)), iter(keeps)
     saved: list[Tensor | None] = []
-    entries = packing.entries(tensors, places, scalings, dropout_ps)
+    entries = packing.entries(tensors, places, scalings, dropout_ps, tables, forms)
     for q, (_, need_A, _, _) in zip(entries, needs, strict=True):
         keep = next(drawn) if q.lora_A is not None and q.dropout_p > 0 else None
         # One tensor has the s of all projections.
         saved += tensors_to_save(q.weight, q.lora_A, q.lora_B, None, keep, need_x, need_A, False)
     need_rows = any(need_weight or need_A for need_weight, need_A, _, _ in needs)
-    ctx.save_for_backward(x if need_rows else None, s if any(need_B for _, _, need_B, _ in needs) else None, *saved)
+    need_s = any(need_B for _, _, need_B, _ in needs)
+    save_tensors(ctx, [x if need_rows else None, s if need_s else None, *saved])
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
     ctx.alphas = [scaling * keep_scale(p) for scaling, p in zip(scalings, dropout_ps, strict=True)]
@@ -227,15 +239,15 @@ def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Non
 def _differentiate(ctx: Context, dys: Sequence[Tensor | None], *_: Any) -> tuple[Any, ...]:
     there = [dy for dy in dys if dy is not None]
     if not there:
-        return None, [None] * len(ctx.dtypes), None, None, None, None, None
+        return None, [None] * len(ctx.dtypes), *(None,) * 7
     with autocast_off(there[0]):
         dx, grads = _gradients(ctx, dys)
-    return dx, packing.gradients_of(grads, ctx.places, ctx.dtypes), None, None, None, None, None
+    return dx, packing.gradients_of(grads, ctx.places, ctx.dtypes), *(None,) * 7
 
 
 def _gradients(ctx: Context, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Tensor | None]]:
     """Compute dx, and a gradient or None for each of the four tensors of each projection."""
-    x, s, *saved = ctx.saved_tensors
+    x, s, *saved = saved_tensors(ctx)
     need_x, flags = ctx.needs_input_grad[:2]
     needs = packing.needs_by_layer(flags, ctx.places, len(dys))
     shrunk = [None] * len(dys) if s is None else packing.columns(s, ctx.ranks, ctx.backend)
@@ -249,9 +261,9 @@ def _gradients(ctx: Context, dys: Sequence[Tensor | None]) -> tuple[Tensor | Non
             need_As.append(need_A)
     results = iter(())
     if need_x or any(need_A or need_B for _, need_A, need_B, _ in needs):
-        tensors, places = packing.pack(groups)
-        wide, dtype = x if any(need_As) else None, packing.widest(ctx.dtypes)
-        results = iter(projections_backward(wide, tensors, places, alphas, ctx.backend, dtype, need_x, need_As))
+        tensors, places, tables, forms = packing.pack_layers(groups, 1)
+        how = alphas, ctx.backend, packing.widest(ctx.dtypes), need_x, need_As, tables, forms
+        results = iter(projections_backward(x if any(need_As) else None, tensors, places, *how))
     dx = next(results) if need_x else None
     grads: list[Tensor | None] = []
     for dy, (need_weight, need_A, need_B, need_bias) in zip(dys, needs, strict=True):
@@ -270,19 +282,23 @@ projections, projections_forward, projections_backward = register(
 )  # fmt: skip
 
 
-def _forward_flops(x, tensors, places, noise, scalings, *_: Any, **__: Any) -> int:
+def _forward_flops(
+    x, tensors, places, noise, scalings, dropout_ps, backend, tables=None, forms=None, **_: Any
+) -> int:  # fmt: skip
     """Count 2 M (K N + r K + r N) FLOPs for each projection; the arguments are shapes."""
-    return packing.forward_flops(x, tensors, places, len(scalings))
+    return packing.forward_flops(x, tensors, places, len(scalings), forms)
 
 
-def _backward_flops(x, tensors, places, alphas, backend, dtype, need_x: bool, need_As: list[bool], **_: Any) -> int:
+def _backward_flops(
+    x, tensors, places, alphas, backend, dtype, need_x: bool, need_As: list[bool], tables=None, forms=None, **_: Any
+) -> int:  # fmt: skip
     """Count FLOPs of each projection: 2 M K N + 2 M r K for dx, 2 M r K for dA, 2 M r N for each of dB and ds.
 
     The arguments are shapes.
     """
     total = 0
     groups = packing.unpack(tensors, places, len(alphas), _EACH)
-    for (dy, weight, _, lora_B, s, _), need_A in zip(groups, need_As, strict=True):
-        rank, inner = (lora_B or s or (0, 0))[1], weight[1] if need_x else x[-1] if need_A else 0
+    for (dy, weight, _, lora_B, s, _), need_A, form in zip(groups, need_As, forms or [""] * len(groups), strict=True):
+        rank, inner = (lora_B or s or (0, 0))[1], shape_of(weight, form)[1] if need_x else x[-1] if need_A else 0
         total += backward_products(inner, dy[-1], rank, need_x, need_A, s is not None)
     return 2 * math.prod(groups[0][0][:-1]) * total

@@ -5,20 +5,19 @@ takes them one by one: the packed tensor in the place of W, the others (`tables`
 (`form`), which is empty for a plain W.
 """
 
-import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_kernels.passes.layer import Weight
-from lora_kernels.quantized import QuantizedWeight
+from lora_kernels.quantized import QuantizedWeight, count_tables, shape_of_form
 
-__all__ = ["join", "join_all", "keep", "kept", "shape_of", "split", "split_all"]
+__all__ = ["join", "join_all", "save_tensors", "saved_tensors", "shape_of", "split", "split_all"]
 
 
-def keep(ctx: Any, tensors: Sequence[Any]) -> None:
+def save_tensors(ctx: Any, tensors: Sequence[Any]) -> None:
     """Save tensors for backward, among them weights of either kind, and Nones."""
     ctx.stored = ()
     places = [i for i, t in enumerate(tensors) if isinstance(t, QuantizedWeight)]
@@ -31,8 +30,8 @@ def keep(ctx: Any, tensors: Sequence[Any]) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def kept(ctx: Any) -> Sequence[Any]:
-    """Return what `keep` has saved."""
+def saved_tensors(ctx: Any) -> Sequence[Any]:
+    """Return what `save_tensors` has saved."""
     tensors = ctx.saved_tensors
     if not ctx.stored:
         return tensors
@@ -43,34 +42,34 @@ def kept(ctx: Any) -> Sequence[Any]:
     return found
 
 
-def split(weight: Weight) -> tuple[Tensor, list[Tensor], str]:
+def split(weight: Weight | None) -> tuple[Any, list[Tensor], str]:
     """Return the tensor in the place of W, the tables and the form."""
-    if isinstance(weight, Tensor):
+    if not isinstance(weight, QuantizedWeight):
         return weight, [], ""
     packed, *tables = weight.tensors()
     return packed, tables, weight.form
 
 
-def join(tensor: Tensor, tables: Sequence[Tensor], form: str) -> Weight:
+def join(tensor: Any, tables: Sequence[Tensor] | None, form: str) -> Any:
     """Undo `split`."""
-    return QuantizedWeight.from_form(form, (tensor, *tables)) if form else tensor
+    return QuantizedWeight.from_form(form, (tensor, *(tables or ()))) if form else tensor
 
 
-def split_all(weights: Sequence[Weight]) -> tuple[list[Tensor], list[Tensor], list[str]]:
-    """Return the tensors in the places of several W, all tables, and the forms."""
-    tensors, tables, forms = [], list[Tensor](), []
-    for weight in weights:
-        tensor, own, form = split(weight)
-        tensors.append(tensor)
-        tables += own
-        forms.append(form)
-    return tensors, tables, forms
+def shape_of(shape: Sequence[int], form: str) -> Sequence[int]:
+    """Return W's shape, where the tensor in the place of W has the given one."""
+    return shape_of_form(form) if form else shape
 
 
-def join_all(tensors: Sequence[Tensor], tables: Sequence[Tensor], forms: Sequence[str]) -> list[Weight]:
+def split_all(weights: Sequence[Weight | None]) -> tuple[list[Any], list[Tensor], list[str]]:
+    """Return the tensors in the places of several W, the tables of all, and the forms."""
+    parts = list(map(split, weights))
+    return [t for t, _, _ in parts], [table for _, own, _ in parts for table in own], [form for *_, form in parts]
+
+
+def join_all(tensors: Sequence[Any], tables: Sequence[Tensor], forms: Sequence[str]) -> list[Any]:
     """Undo `split_all`."""
     rest = iter(tables)
     return [
-        join(tensor, [next(rest) for _ in range(count_tables(form))], form)
+        join(tensor, tuple(itertools.islice(rest, count_tables(form))), form)
         for tensor, form in zip(tensors, forms, strict=True)
-    ]  # fmt: skip
+    ]

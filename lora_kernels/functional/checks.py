@@ -14,6 +14,8 @@ from torch import Tensor
 
 from lora_kernels.activations import ACTIVATIONS, known_name
 from lora_kernels.constants import DTYPES, HALF
+from lora_kernels.passes.layer import Weight
+from lora_kernels.quantized import QuantizedWeight
 
 __all__ = [
     "check_activation", "check_add", "check_backend", "check_call", "check_counts", "check_dtypes", "check_flag",
@@ -31,7 +33,7 @@ _IN_LISTS = {
 
 
 def check_call(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
+    x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
     call: str = "lora_linear",
 ) -> None:  # fmt: skip
     """Check kinds, shapes, devices and numbers of one layer.
@@ -55,6 +57,8 @@ def check_call(
     tensors = (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
     device = x.device if isinstance(x, Tensor) else None
     for t in tensors:
+        if type(t) is QuantizedWeight and t.device == device:
+            continue
         if type(t) not in _PLAIN or t.layout is not _STRIDED or t.dtype not in _SUPPORTED or t.device != device:
             sharded = all(map(is_sharded, tensors))
             _check_tensors(dict(zip(_TENSORS, tensors, strict=False)), call, sharded)
@@ -65,7 +69,7 @@ def check_call(
     if x.dim() == 0:
         raise ValueError(f"{call}: x must have at least 1 dim (…, in_features), got a scalar.")
     for t in tensors[1:4]:
-        if t.dim() != 2:
+        if len(t.shape) != 2:
             name = _TENSORS[[each is t for each in tensors].index(True)]
             raise ValueError(f"{call}: {name} must have 2 dims, got shape {_shape(t)}.")
     (out_features, in_features), rank = weight.shape, lora_A.shape[0]
@@ -100,6 +104,10 @@ def _check_tensors(tensors: dict[str, Tensor], call: str, sharded: bool = False)
     """
     x = tensors["x"]
     for name, t in tensors.items():
+        if type(t) is QuantizedWeight and name == "weight":
+            if t.device != x.device:
+                raise ValueError(f"{call}: x is on {x.device}, the quantised {name} on {t.device}; use one device.")
+            continue
         plain = type(t) in _PLAIN and t.layout is _STRIDED
         if not plain and not sharded:
             _check_kind(name, t, call)
@@ -144,7 +152,7 @@ def check_add(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
 
 
 def check_dtypes(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, call: str = "lora_linear",
+    x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, call: str = "lora_linear",
     layer: str | int | None = None, together: Sequence[Any] = (),
 ) -> None:  # fmt: skip
     """Check the mix of dtypes outside autocast: one dtype throughout, or fp32 adapters over a 16-bit base.
@@ -165,7 +173,8 @@ def check_dtypes(
     """
     dtype = x.dtype
     for part, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.dtype != dtype:
+        # A quantised weight is dequantised into x's dtype.
+        if t is not None and t.dtype != dtype and type(t) is not QuantizedWeight:
             name = _argument(part, layer)
             agree = part == "weight" and all(getattr(q.weight, "dtype", None) == t.dtype for q in together)
             cast = f"x: x.to({name}.dtype)" if agree else f"{name}: {name}.to(x.dtype)"
@@ -295,7 +304,7 @@ def check_mlp(layers: dict[str, Any], activation: str) -> None:
                 f"lora_mlp: {name} must be a lora_kernels.Projection(weight, lora_A, lora_B, ...), "
                 f"got {type(q).__name__}."
             )
-        if not isinstance(q.weight, Tensor) or q.weight.dim() != 2:
+        if not isinstance(q.weight, (Tensor, QuantizedWeight)) or len(q.weight.shape) != 2:
             raise TypeError(f"lora_mlp: {name}.weight must be a tensor with 2 dims, got {_description(q.weight)}.")
         if (q.lora_A is None) != (q.lora_B is None):
             there, missing = ("lora_B", "lora_A") if q.lora_A is None else ("lora_A", "lora_B")

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
@@ -13,10 +12,10 @@ from torch.autograd.function import FunctionCtx
 from lora_kernels import plan
 from lora_kernels.constants import REFERENCE
 from lora_kernels.functional import checks
-from lora_kernels.passes.layer import Projection
+from lora_kernels.passes.layer import Projection, Weight
 
 __all__ = [
-    "BACKENDS", "as_autocast", "as_number", "base_only", "cast", "check_backend_runs", "check_transforms",
+    "BACKENDS", "as_autocast", "as_number", "cast", "check_backend_runs", "check_transforms",
     "is_exporting_to_onnx", "is_proxy", "is_transforming", "is_watched", "nothing", "record", "takes_reference",
     "wait_for", "without_autocast",
 ]  # fmt: skip
@@ -103,7 +102,7 @@ def is_watched() -> bool:
 
 
 def check_backend_runs(
-    call: str, x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor], backend: str
+    call: str, x: Tensor, weights: Sequence[Weight], lora_As: Sequence[Tensor], backend: str
 ) -> None:
     """Check, under a dispatch mode, that the backend requested from an operator can run.
 
@@ -125,8 +124,8 @@ def as_number(value: float) -> float:
 
 
 def as_autocast(
-    device_type: str, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    device_type: str, x: Tensor, weight: Weight, bias: Tensor | None
+) -> tuple[Tensor, Weight, Tensor | None, bool]:
     """Cast x, weight and bias as autocast casts for `F.linear`; return them and whether they were cast.
 
     As in autocast, float64 stays as it is. Adapters are cast later.
@@ -134,7 +133,9 @@ def as_autocast(
     dtype = torch.get_autocast_dtype(device_type)
     if any(isinstance(t, Tensor) and not (t.is_floating_point() and t.itemsize <= 4) for t in (x, weight)):
         return x, weight, bias, False
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), True
+    # A quantised weight is dequantised into x's dtype.
+    weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
+    return x.to(dtype), weight, None if bias is None else bias.to(dtype), True
 
 
 def without_autocast(device_type: str) -> torch.autocast:
@@ -152,13 +153,6 @@ def cast(
         cast.append(q._replace(weight=weight, bias=bias))
         fits.append(fit)
     return x, cast, fits
-
-
-def base_only(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute the base layer alone, and let the adapters get gradients of 0 instead of None."""
-    y = F.linear(x, weight, bias)
-    zero = nothing(lora_A, lora_B)
-    return y + zero.to(y.dtype) if zero.requires_grad else y
 
 
 def nothing(lora_A: Tensor, lora_B: Tensor) -> Tensor:

@@ -1,17 +1,20 @@
 """`lora_linear`: check, apply autocast, choose a backend, call it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lora_kernels import autograd, passes, plan, reference, torch_backend
 from lora_kernels.autograd.common import autocasts
 from lora_kernels.autograd.noise import draw_shard
+from lora_kernels.autograd.stored import split
 from lora_kernels.autograd.written import watch
 from lora_kernels.functional import checks
+from lora_kernels.functional.base import base_only
 from lora_kernels.functional.gate import (
     as_autocast,
     as_number,
-    base_only,
     check_backend_runs,
     check_transforms,
     is_exporting_to_onnx,
@@ -22,12 +25,13 @@ from lora_kernels.functional.gate import (
     wait_for,
     without_autocast,
 )  # fmt: skip
+from lora_kernels.passes.layer import Weight
 
 __all__ = ["compute", "lora_linear"]
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *,
+    x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, *,
     scaling: float = 1.0, bias: Tensor | None = None, dropout_p: float = 0.0, backend: str = "auto",
     accumulate_grad: bool = False, dropout_shard: tuple[int, int] = (0, 1),
 ) -> Tensor:  # fmt: skip
@@ -40,6 +44,7 @@ def lora_linear(
         x: Activations, `[*, in_features]`: any leading dims, any strides; bfloat16, float16, float32, or float64
             (PyTorch backend).
         weight: W, `[out_features, in_features]`. Usually frozen; if W requires grad, backward computes its gradient.
+            A `QuantizedWeight` is dequantised into x's dtype, in forward and again in backward; W is not kept between.
         lora_A: A, `[r, in_features]`, r >= 0, in x's dtype, or in float32 over a 16-bit x (PEFT's default). A float32
             A is rounded to x's dtype for the products, and its gradient is float32.
         lora_B: B, `[out_features, r]`, in a dtype as A.
@@ -105,7 +110,7 @@ def lora_linear(
 
 
 def compute(
-    call: str, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float,
+    call: str, x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float,
     dropout_p: float, backend: str, accumulate_grad: bool, dropout_shard: tuple[int, int], chosen: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute one layer of a checked call; choose a backend, unless the call has `chosen` one for all its layers."""
@@ -124,19 +129,20 @@ def compute(
             return _by_reference(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
         backend = plan.requested_backend(backend)
         if adds_nothing:
-            return base_only(x, weight, lora_A, lora_B, bias)
+            return base_only(call, x, weight, lora_A, lora_B, bias, backend)
         check_backend_runs(call, x, [weight], [lora_A], backend)
-        return autograd.linear.linear(
-            x, weight, lora_A, lora_B, bias, as_number(scaling), as_number(dropout_p), backend, dropout_shard
-        )
+        tensor, *stored = split(weight)
+        numbers = as_number(scaling), as_number(dropout_p)
+        return autograd.linear.linear(x, tensor, lora_A, lora_B, bias, *numbers, backend, dropout_shard, *stored)
     scaling, dropout_p = float(scaling), float(dropout_p)
     if chosen is None:
         empty = x.numel() == 0 or weight.shape[0] == 0
         chosen = plan.choose(x.device, x.dtype, rank, empty or rank == 0, backend, call)
     if adds_nothing:
-        return base_only(x, weight, lora_A, lora_B, bias)
+        return base_only(call, x, weight, lora_A, lora_B, bias, chosen)
     noise = draw_shard(x, chosen, dropout_shard) if dropout_p > 0 and dropout_shard[1] > 1 else None
-    if chosen == "torch" and not accumulate_grad and torch_backend.composes(x, weight, lora_A, lora_B):
+    small = isinstance(weight, Tensor) and torch_backend.composes(x, weight, lora_A, lora_B)
+    if chosen == "torch" and not accumulate_grad and small:
         y = torch_backend.linear_by_operators(x, weight, lora_A, lora_B, bias, scaling, dropout_p, noise)
         if y.requires_grad:
             watch(call, y, x, weight, lora_A, lora_B)
@@ -151,8 +157,9 @@ def compute(
 
 
 def _by_reference(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float
+    x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float
 ) -> Tensor:
     """Compute one layer by PyTorch's own operators alone."""
     a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    weight = weight if isinstance(weight, Tensor) else reference.dequantize(weight, x.dtype)
     return reference.lora_linear(x, weight, a, b, scaling=scaling, bias=bias, dropout_p=dropout_p)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import autograd, passes, plan, torch_backend
+from lora_kernels import autograd, passes, plan
 from lora_kernels.activations import activated
 from lora_kernels.autograd.common import autocasts
 from lora_kernels.autograd.written import check_input
@@ -26,7 +26,7 @@ from lora_kernels.functional.gate import (
     wait_for,
     without_autocast,
 )
-from lora_kernels.functional.projections import alone, arguments, check_each, project_jointly, with_floats
+from lora_kernels.functional.projections import alone, arguments, check_each, is_small, project_jointly, with_floats
 from lora_kernels.passes.layer import GIVEN, Adapted, Projection
 
 __all__ = ["lora_mlp"]
@@ -47,8 +47,8 @@ def lora_mlp(
 
     Args:
         x: Activations, `[*, in_features]`; as in `lora_linear`.
-        gate: weight `[hidden, in_features]`, lora_A, lora_B, bias, scaling and dropout_p of the gate, as in
-            `lora_linear`; lora_A and lora_B are None for no adapter. None for an MLP without a gate.
+        gate: weight `[hidden, in_features]`, a tensor or a `QuantizedWeight`, lora_A, lora_B, bias, scaling and
+            dropout_p of the gate, as in `lora_linear`; lora_A and lora_B are None for no adapter. None for an MLP without a gate.
         up: The same of up, with weight `[hidden, in_features]`.
         down: The same of down, with weight `[out_features, hidden]`.
         activation: a: "silu" (SwiGLU), "gelu" (GEGLU), "gelu_tanh" (GEGLU, approximated) or "relu2" (squared ReLU).
@@ -126,9 +126,10 @@ def _mlp(
             return checkpoint(functools.partial(compose, x), use_reentrant=False)
         return checkpoint(compose, x, use_reentrant=False) if again else compose(x)
     if is_watched():
-        return autograd.mlp.mlp(x, *arguments(entries), activation, recompute, shared)
+        given, stored = arguments(entries)
+        return autograd.mlp.mlp(x, *given, activation, recompute, shared, *stored)
     entries = list(map(with_floats, entries))
-    tensors = list(itertools.chain.from_iterable(q[:GIVEN] for q in entries))
+    tensors: list[Any] = list(itertools.chain.from_iterable(q[:GIVEN] for q in entries))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         numbers = tuple((q.scaling, q.dropout_p, into) for q, into in zip(entries, added, strict=True))
         y = autograd.mlp.LoRAMLPFunction.apply(x, shared, activation, recompute, numbers, *tensors)
@@ -149,10 +150,10 @@ def _backends(x: Tensor, entries: list[Projection], backend: str) -> tuple[str |
     # An adapter that adds nothing gets gradients of 0 when its layer is computed alone.
     if any(q.dropout_p == 1 or not q.lora_A.shape[0] for q in adapted):
         return None, None
-    empty = x.numel() == 0 or any(q.weight.numel() == 0 for q in entries)
+    empty = x.numel() == 0 or any(0 in q.weight.shape for q in entries)
     if is_watched():
         return None if empty or is_exporting_to_onnx() else plan.requested_backend(backend), None
     chosen = plan.choose(x.device, x.dtype, max(q.lora_A.shape[0] for q in adapted), empty, backend, "lora_mlp")
-    if chosen == "torch" and all(torch_backend.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted):
+    if chosen == "torch" and all(is_small(x, q) for q in adapted):
         return None, chosen
     return None if empty else chosen, None

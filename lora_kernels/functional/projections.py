@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels import autograd, passes, plan, torch_backend
 from lora_kernels.autograd.common import autocasts
+from lora_kernels.autograd.stored import split_all
 from lora_kernels.constants import MAX_OUTPUTS
 from lora_kernels.functional import checks
+from lora_kernels.functional.base import base
 from lora_kernels.functional.gate import (
     BACKENDS,
     as_number,
@@ -25,17 +26,19 @@ from lora_kernels.functional.gate import (
     without_autocast,
 )
 from lora_kernels.functional.linear import compute
-from lora_kernels.passes.layer import GIVEN, Adapted, Projection
+from lora_kernels.passes.layer import GIVEN, Adapted, Projection, Weight
+from lora_kernels.quantized import QuantizedWeight
 
 __all__ = [
-    "alone", "arguments", "check_each", "lora_projections", "lora_qkv", "project", "project_jointly", "with_floats",
+    "alone", "arguments", "check_each", "is_small", "lora_projections", "lora_qkv", "project", "project_jointly",
+    "with_floats",
 ]  # fmt: skip
 
 _QKV = ("q", "k", "v")
 
 
 def lora_projections(
-    x: Tensor, weights: Sequence[Tensor], adapters: Sequence[tuple[Tensor, Tensor] | None], *,
+    x: Tensor, weights: Sequence[Weight], adapters: Sequence[tuple[Tensor, Tensor] | None], *,
     biases: Sequence[Tensor | None] | None = None, scaling: float | Sequence[float] = 1.0,
     dropout_p: float | Sequence[float] = 0.0, backend: str = "auto", accumulate_grad: bool | Sequence[bool] = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -47,7 +50,7 @@ def lora_projections(
 
     Args:
         x: Activations, `[*, in_features]`; as in `lora_linear`.
-        weights: W of each projection, `[out_featuresᵢ, in_features]`.
+        weights: W of each projection, `[out_featuresᵢ, in_features]`, a tensor or a `QuantizedWeight`.
         adapters: (lora_A `[rᵢ, in_features]`, lora_B `[out_featuresᵢ, rᵢ]`) of each projection, or None for no adapter.
         biases: `[out_featuresᵢ]` or None for each projection; None for no biases at all.
         scaling: Multiplies the low-rank term: a number for all, or one for each.
@@ -72,7 +75,7 @@ def lora_projections(
 
 
 def lora_qkv(
-    x: Tensor, weights: Sequence[Tensor], adapters: Sequence[tuple[Tensor, Tensor] | None], *,
+    x: Tensor, weights: Sequence[Weight], adapters: Sequence[tuple[Tensor, Tensor] | None], *,
     biases: Sequence[Tensor | None] | None = None, scaling: float | Sequence[float] = 1.0,
     dropout_p: float | Sequence[float] = 0.0, backend: str = "auto", accumulate_grad: bool | Sequence[bool] = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -88,7 +91,7 @@ def lora_qkv(
 
 
 def _check_and_project(
-    call: str, x: Tensor, weights: Sequence[Tensor], adapters: Sequence[tuple[Tensor, Tensor] | None],
+    call: str, x: Tensor, weights: Sequence[Weight], adapters: Sequence[tuple[Tensor, Tensor] | None],
     biases: Sequence[Tensor | None] | None, scaling: float | Sequence[float], dropout_p: float | Sequence[float],
     backend: str, expected: int | None = None, accumulate_grad: bool | Sequence[bool] = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -134,7 +137,7 @@ def check_each(
         # These are the caller's arguments, unchecked so far.
         lora_A: Any
         lora_B: Any
-        lora_A, lora_B = _no_adapter(q.weight) if q.lora_A is q.lora_B is None else (q.lora_A, q.lora_B)
+        lora_A, lora_B = _no_adapter(x, q.weight) if q.lora_A is q.lora_B is None else (q.lora_A, q.lora_B)
         where = f"{call}: {_projection_name(call, layer)}"
         checks.check_call(x, q.weight, lora_A, lora_B, q.bias, q.scaling, q.dropout_p, where)
         if not fits:
@@ -190,14 +193,15 @@ def _backends(call: str, x: Tensor, entries: list[Projection], backend: str) -> 
         return backend, None
     widths, rank = [q.weight.shape[0] for q in entries], max(q.lora_A.shape[0] for q in adapted)
     chosen = plan.choose(x.device, x.dtype, rank, x.numel() == 0 or 0 in widths, backend, call)
-    small = chosen == "torch" and all(torch_backend.composes(x, q.weight, q.lora_A, q.lora_B) for q in adapted)
+    small = chosen == "torch" and all(is_small(x, q) for q in adapted)
     return None if small else chosen, chosen
 
 
 def _together(x: Tensor, entries: list[Projection], backend: str, added: list[bool]) -> list[Tensor]:
     """Compute several projections in the same launches, by a Function if a gradient may be needed."""
     if is_watched():
-        return autograd.projections.projections(x, *arguments(entries), backend)
+        given, stored = arguments(entries)
+        return autograd.projections.projections(x, *given, backend, *stored)
     entries = list(map(with_floats, entries))
     tensors = [t for q in entries for t in q[:GIVEN]]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
@@ -216,10 +220,11 @@ def with_floats(q: Projection) -> Projection:
     return q._replace(scaling=float(q.scaling), dropout_p=float(q.dropout_p))
 
 
-def arguments(entries: list[Projection]) -> tuple[list, ...]:
-    """Return the arguments of operators: weights, lora_As, lora_Bs, biases, scalings, dropout_ps."""
-    *tensors, scalings, ps = map(list, zip(*entries, strict=True))
-    return *tensors, [*map(as_number, scalings)], [*map(as_number, ps)]
+def arguments(entries: list[Projection]) -> tuple[tuple[list, ...], tuple[list, list]]:
+    """Return the arguments of operators: weights, lora_As, lora_Bs, biases, scalings, dropout_ps; tables and forms."""
+    weights, *tensors, scalings, ps = map(list, zip(*entries, strict=True))
+    plain, tables, forms = split_all(weights)
+    return (plain, *tensors, [*map(as_number, scalings)], [*map(as_number, ps)]), (tables, forms)
 
 
 def alone(
@@ -227,14 +232,22 @@ def alone(
 ) -> Tensor:  # fmt: skip
     """Compute one checked projection alone, by the backend `chosen` for the whole call if there is one."""
     if q.lora_A is None:
-        return F.linear(x, q.weight, q.bias)
+        return base(call, x, q.weight, q.bias, chosen or backend)
     how = q.scaling, q.dropout_p, backend, added, (0, 1), chosen
     # A projection with an A has a B.
     return compute(call, x, q.weight, q.lora_A, q.lora_B, q.bias, *how)  # type: ignore[arg-type]
 
 
-def _no_adapter(weight: Tensor) -> tuple[Tensor, Tensor]:
+def is_small(x: Tensor, q: Adapted) -> bool:
+    """Return whether PyTorch's operators should compute a projection, which would save a dense W of a quantised one."""
+    return isinstance(q.weight, Tensor) and torch_backend.composes(x, q.weight, q.lora_A, q.lora_B)
+
+
+def _no_adapter(x: Tensor, weight: Any) -> tuple[Any, Any]:
     """Return adapters of rank 0 for the checks; return a weight that is no matrix as given, for the checks to name."""
+    if isinstance(weight, QuantizedWeight) and isinstance(x, Tensor):
+        out_features, in_features = weight.shape
+        return x.new_empty(0, in_features), x.new_empty(out_features, 0)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         return weight, weight
     return weight[:0], weight[:, :0]

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from lora_kernels import plan
 from lora_kernels.dropout import keep_scale
-from lora_kernels.passes.layer import Kept, as_dtype, dense, readable, rows
+from lora_kernels.passes.layer import Kept, Weight, as_dtype, dense, readable, rows
 
 __all__ = ["backward", "forward", "from_dy"]
 
 
 def forward(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
+    x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
     scaling: float, dropout_p: float, backend: str, noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Compute y `[M, out]`, and for backward s `[M, r]` and the backend's mask.
@@ -44,7 +44,7 @@ def forward(
 
 
 def _forward_pass(
-    steps: plan.Steps, alpha: float, dropout_p: float, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor,
+    steps: plan.Steps, alpha: float, dropout_p: float, x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor,
     bias: Tensor | None, noise: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     # Copies come before the launches, because the launches overlap.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.activations import After, Before
+from lora_kernels.quantized import QuantizedWeight
 
 __all__ = ["Contractions", "Kernels"]
 
@@ -27,6 +28,9 @@ class Contractions(Protocol):
 
     def draw_noise(self, x: Tensor, count: int = 1) -> Tensor:
         """Draw the noise that decides `count` masks of x."""
+
+    def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype, slot: Any = None) -> Tensor:
+        """Compute the values of a quantised W, `[out, in]`."""
 
     def thin_pitch(self, rank: int, dtype: torch.dtype) -> int:
         """Return the number of elements from one row of an s to the next."""

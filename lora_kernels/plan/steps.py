@@ -122,13 +122,11 @@ def _kinds(values: Sequence[Any]) -> tuple[Hashable, ...]:
 def _members(value: Any) -> Hashable:
     """Return the kinds of the members of a tuple or list, or any other value itself.
 
-    A class of tuples may have a method `tensors_and_values`, which tells its tensors from its values.
+    A class may have a method `tensors_and_values`, which tells its tensors from its values.
     """
-    if not isinstance(value, (tuple, list)):
-        return value
     parts = getattr(value, "tensors_and_values", None)
     if parts is None:
-        return _kinds(value)
+        return _kinds(value) if isinstance(value, (tuple, list)) else value
     tensors, values = parts()
     return _kinds(tensors), values
 

@@ -1,6 +1,7 @@
 """A frozen weight in 4 or 8 bits: the tensors as they are stored, and the numbers that say how to read them."""
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lora_kernels.quantized import sources
-from lora_kernels.quantized.checks import check
+from lora_kernels.quantized.checks import FOUR_BITS, check
 
-__all__ = ["Nested", "QuantizedWeight"]
+__all__ = ["Nested", "QuantizedWeight", "count_tables", "shape_of_form"]
 
 
 class Nested(NamedTuple):
@@ -168,6 +169,23 @@ class QuantizedWeight:
         """Return False: a quantised weight is frozen."""
         return False
 
+    @property
+    def form(self) -> str:
+        """Return all that is no tensor as a string, from which `from_form` makes the weight again."""
+        block, nested = self.block, self.nested
+        numbers = *self.shape, *(block if isinstance(block, tuple) else (block,))
+        inner = () if nested is None else ("nested", nested.blocksize)
+        return " ".join(map(str, (self.format, str(self.dtype).removeprefix("torch."), *numbers, *inner)))
+
+    @staticmethod
+    def from_form(form: str, tensors: Sequence[Tensor]) -> "QuantizedWeight":
+        """Make a weight from its `form` and from tensors in the order of `tensors()`; nothing is checked again."""
+        return _template(form).with_tensors(tensors)
+
+    def tensors_and_values(self) -> tuple[tuple[Tensor, ...], str]:
+        """Return the tensors, and the values."""
+        return self.tensors(), self.form
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors: packed, scale, and if there are any, code and nested's code, absmax and offset."""
         code = () if self.code is None else (self.code,)
@@ -200,3 +218,33 @@ class QuantizedWeight:
         dtype = self.dtype if dtype is None else dtype
         chosen = plan.choose(self.device, dtype, 1, 0 in self.shape, backend, "QuantizedWeight.dequantize")
         return plan.contractions(chosen).dequantize(self, dtype)
+
+
+def count_tables(form: str) -> int:
+    """Return the number of a weight's tensors beside `packed`, by its form."""
+    if form.partition(" ")[0] not in FOUR_BITS:
+        return 1
+    return 5 if " nested " in form else 2
+
+
+def shape_of_form(form: str) -> torch.Size:
+    """Return a weight's shape, by its form."""
+    return _template(form).shape
+
+
+@functools.lru_cache(maxsize=4096)
+def _template(form: str) -> QuantizedWeight:
+    """Return a weight with the numbers of a form and without tensors."""
+    kind, dtype, *rest = form.split()
+    size, _, nested = " ".join(rest).partition(" nested ")
+    out_features, in_features, *block = map(int, size.split())
+    template = object.__new__(QuantizedWeight)
+    shape = torch.Size((out_features, in_features))
+    fields = {
+        "format": kind, "packed": None, "shape": shape, "dtype": getattr(torch, dtype), "scale": None,
+        "block": tuple(block) if block[1:] else block[0], "code": None,
+        "nested": Nested(None, None, None, int(nested)) if nested else None,  # type: ignore[arg-type]
+    }  # fmt: skip
+    for name, value in fields.items():
+        object.__setattr__(template, name, value)
+    return template
