@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lora_kernels.activations import ACTIVATIONS, known_name
 from lora_kernels.constants import DTYPES, HALF
-from lora_kernels.passes.layer import Weight
 from lora_kernels.quantized import QuantizedWeight
 
 __all__ = [
@@ -33,14 +32,14 @@ _IN_LISTS = {
 
 
 def check_call(
-    x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
+    x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
     call: str = "lora_linear",
 ) -> None:  # fmt: skip
     """Check kinds, shapes, devices and numbers of one layer.
 
     Args:
         x: The call's x.
-        weight: The call's weight.
+        weight: The call's weight, a tensor or a `QuantizedWeight`.
         lora_A: The call's lora_A.
         lora_B: The call's lora_B.
         bias: The call's bias.
@@ -152,7 +151,7 @@ def check_add(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
 
 
 def check_dtypes(
-    x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, call: str = "lora_linear",
+    x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, call: str = "lora_linear",
     layer: str | int | None = None, together: Sequence[Any] = (),
 ) -> None:  # fmt: skip
     """Check the mix of dtypes outside autocast: one dtype throughout, or fp32 adapters over a 16-bit base.

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from lora_kernels.functional import lora_mlp, lora_projections
 from lora_kernels.functional.gate import is_watched
 from lora_kernels.passes.layer import Projection
+from lora_kernels.peft.bases import bare
 from lora_kernels.peft.forwards import call_replacement, is_ours, replacement
-from lora_kernels.peft.layer import bare, projection
+from lora_kernels.peft.layer import projection
 from lora_kernels.peft.names import Names
 from lora_kernels.peft.structure import ATTENTION, FixedMember, FixedModule, Structure, members
 
@@ -88,14 +89,23 @@ def changed_part(block: nn.Module, others: Sequence[tuple[str, Any]]) -> str:
     return ""
 
 
-def _together(layers: Sequence[nn.Module], x: Tensor) -> list[Projection] | None:
-    """Return each layer of a block as a projection; None if a layer has to be called, or no layer has an adapter."""
-    found = []
+def _together(layers: Sequence[nn.Module], x: Tensor) -> tuple[list[Projection], torch.dtype | None] | None:
+    """Return each layer of a block as a projection, and the dtype of `base_of` that all have.
+
+    None if a layer has to be called, no layer has an adapter, or the layers compute in several dtypes.
+    """
+    found, dtypes = [], set()
     for layer in layers:
         if (one := projection(layer, x)) is None:
             return None
-        found.append(one)
-    return found if any(one.lora_A is not None for one in found) else None
+        found.append(one[0])
+        dtypes.add(one[1])
+    # Beside quantised layers a plain one fits if they all compute in x's dtype.
+    if len(dtypes) > 1:
+        if dtypes - {None, x.dtype}:
+            return None
+        dtypes.discard(None)
+    return (found, dtypes.pop()) if any(one.lora_A is not None for one in found) else None
 
 
 def _mlp_forward(stock: Callable[..., Any], found: Structure, backend: str) -> Callable[..., Any]:
@@ -109,8 +119,11 @@ def _mlp_forward(stock: Callable[..., Any], found: Structure, backend: str) -> C
         layers = _together(members(self, found.layers), given[0])
         if layers is None:
             return stock(self, *args, **kwargs)
-        *gate, up, down = layers
-        return lora_mlp(given[0], gate[0] if gate else None, up, down, activation=found.activation, backend=backend)
+        (*gate, up, down), dtype = layers
+        x = given[0] if dtype is None else given[0].to(dtype)
+        y = lora_mlp(x, gate[0] if gate else None, up, down, activation=found.activation, backend=backend)
+        # Quantised layers return x's dtype, inside autocast as well.
+        return y if dtype is None else y.to(given[0].dtype)
 
     return forward
 
@@ -169,13 +182,16 @@ class _Call:
         """Return the result of a layer: the joint one, or that of the layer's own call."""
         if self._x is None:
             self._x, self._version = x, _version(x)
-            projections = _together(members(self.block, ATTENTION), x)
-            if projections is not None:
+            found = _together(members(self.block, ATTENTION), x)
+            if found is not None:
+                projections, dtype = found
                 weights, adapters = [q.weight for q in projections], [_adapter(q) for q in projections]
-                ys = lora_projections(
-                    x, weights, adapters, biases=[q.bias for q in projections], backend=self._backend,
+                wide = x if dtype is None else x.to(dtype)
+                ys: Sequence[Tensor] = lora_projections(
+                    wide, weights, adapters, biases=[q.bias for q in projections], backend=self._backend,
                     scaling=[q.scaling for q in projections], dropout_p=[q.dropout_p for q in projections],
                 )  # fmt: skip
+                ys = ys if dtype is None else [y.to(x.dtype) for y in ys]
                 self._ready = dict(zip(ATTENTION, ys, strict=True))
         same = x is self._x and _version(x) == self._version
         y = self._ready.pop(name, None) if same else None

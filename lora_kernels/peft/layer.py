@@ -2,8 +2,9 @@
 
     y = x Wᵀ + bias + Σᵢ scalingᵢ · Dᵢ(x) Aᵢᵀ Bᵢᵀ        i: the active adapters that this layer has
 
-The three forms are: "fused" computes base and low-rank terms in one pass, if the base is a plain `nn.Linear`.
-"low-rank" adds the low-rank terms to the result that the base layer computes itself (quantised, hooked, another class).
+The three forms are: "fused" computes base and low-rank terms in one pass, if `bases` knows the base layer. "low-rank"
+adds the low-rank terms to the result that the base layer computes itself (hooked, quantised in another way, another
+class).
 "stock" is PEFT's own forward, for any layer that `read` does not recognise; `reasons` has the words for the cause. No
 state is kept between calls, because PEFT, its users and hot-swapping replace modules, parameters and scalings at any
 time.
@@ -30,10 +31,11 @@ from lora_kernels.autograd.common import autocast_off, autocasts
 from lora_kernels.constants import HALF
 from lora_kernels.functional import lora_add, lora_linear
 from lora_kernels.passes.layer import Projection
-from lora_kernels.peft.forwards import call_replacement, is_in_force, parts_are_own
+from lora_kernels.peft.bases import bare, base_of
+from lora_kernels.peft.forwards import call_replacement, is_in_force, is_ours, parts_are_own
 
 __all__ = [
-    "accelerated_forward", "bare", "dtypes_fit", "fusable", "is_dense", "is_function_mode_active", "is_plain_variant",
+    "accelerated_forward", "dtypes_fit", "is_dense", "is_function_mode_active", "is_plain_variant",
     "is_traced", "projection", "read",
 ]  # fmt: skip
 
@@ -128,26 +130,26 @@ def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
     return terms or None
 
 
-def projection(layer: nn.Module, x: Tensor) -> Projection | None:
-    """Return a layer as a projection of x, or None if the layer has to be called.
+def projection(layer: nn.Module, x: Tensor) -> tuple[Projection, torch.dtype | None] | None:
+    """Return a layer as a projection of x and the dtype of `base_of`, or None if the layer has to be called.
 
     Args:
-        layer: A patched PEFT layer or a plain `nn.Linear`; any other layer has to be called.
+        layer: A patched PEFT layer, or a layer without an adapter.
         x: The layer's input.
     """
     base: nn.Module
     terms: list[Any] | None
     base, terms = layer, None
-    if type(layer) is nn.Linear:
+    if not is_ours(type(layer).forward):
         terms = [(None, None, 1.0, 0.0)] if is_dense(x) and parts_are_own() and not is_traced() else None
     elif is_in_force(type(layer).forward) and bare(layer, type(layer)):
         base, terms = layer.__dict__["_modules"]["base_layer"], read(layer, x)
     if terms is not None and len(terms) > 1:
         terms = _join_terms(terms)
-    if terms is None or len(terms) > 1 or not fusable(base, x):
+    if terms is None or len(terms) > 1 or (found := base_of(base, x)) is None:
         return None
-    (A, B, scaling, dropout_p), own = terms[0], base.__dict__["_parameters"]
-    return Projection(own["weight"], A, B, own["bias"], scaling, dropout_p)
+    (A, B, scaling, dropout_p), (weight, bias, dtype) = terms[0], found
+    return Projection(weight, A, B, bias, scaling, dropout_p), dtype
 
 
 def is_dense(x: Any) -> bool:
@@ -171,19 +173,6 @@ def is_function_mode_active() -> bool:
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
-def bare(module: nn.Module, kind: type) -> bool:
-    """Return whether a module is exactly of a class, and has no hooks or replaced forward that need a call.
-
-    Parametrised and fully sharded modules have a class of their own; accelerate replaces `forward` on the instance.
-    """
-    fields = module.__dict__
-    return type(module) is kind and not (
-        fields["_forward_hooks"] or fields["_forward_pre_hooks"]
-        or fields["_backward_hooks"] or fields["_backward_pre_hooks"]
-        or "forward" in fields
-    )  # fmt: skip
-
-
 def is_plain_variant(variant: Any) -> bool:
     """Return whether a `LoraVariant` computes the same as plain LoRA in its forward."""
     return type(variant).__name__ in _PLAIN_VARIANTS
@@ -200,31 +189,17 @@ def dtypes_fit(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     return autocasts(x.device.type) and all(t.is_floating_point() and t.itemsize <= 4 for t in (x, lora_A, lora_B))
 
 
-def fusable(base: nn.Module, x: Tensor) -> bool:
-    """Return whether the base layer's product can be fused: a plain `nn.Linear` without hooks."""
-    # Subclasses do not count, because quantised layers subclass `nn.Linear`.
-    if not bare(base, nn.Linear):
-        return False
-    own = base.__dict__["_parameters"]
-    if "weight" not in own or "bias" not in own:
-        return False
-    for t in (own["weight"], own["bias"]):
-        if t is None:
-            continue
-        if type(t) is not nn.Parameter or t.layout is not _STRIDED:
-            return False
-        if not (t.dtype is x.dtype or autocasts(x.device.type)):
-            return False
-    return True
-
-
 def _compute(base: nn.Module, x: Tensor, terms: list[Term], backend: str) -> Tensor:
     if len(terms) > 1:
         terms = _join_terms(terms)
     (A, B, scaling, dropout_p), *others = terms
-    if fusable(base, x):
-        own = base.__dict__["_parameters"]
-        y = lora_linear(x, own["weight"], A, B, scaling=scaling, bias=own["bias"], dropout_p=dropout_p, backend=backend)
+    found = base_of(base, x)
+    if found is not None:
+        weight, bias, dtype = found
+        wide = x if dtype is None else x.to(dtype)
+        y = lora_linear(wide, weight, A, B, scaling=scaling, bias=bias, dropout_p=dropout_p, backend=backend)
+        # A quantised layer returns x's dtype, inside autocast as well.
+        y = y if dtype is None else y.to(x.dtype)
     else:
         y = base(x)
         if not is_dense(y):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_kernels.peft import known
 from lora_kernels.peft import layer as rules
+from lora_kernels.peft.bases import bare, base_of, quantized_base
 from lora_kernels.peft.forwards import describe, is_ours, replaced_part, replacement
 
 __all__ = ["UNPATCHED", "base_reason", "forward_reason", "part_reason", "stock_reason"]
@@ -123,10 +124,13 @@ def _call_reason(module: Any, x: Tensor | None) -> str:
 
 def base_reason(base: Any, x: Tensor | None, name: str = "the base layer") -> str:
     """Return why the product of a base layer, called `name` in the words, cannot be fused; "" if it can."""
+    if type(base) is not nn.Linear:
+        found = quantized_base(base, x)
+        return f"{name} {found}" if isinstance(found, str) else ""
     if listened := part_reason(base, (nn.Linear,)):
         return f"{name} {listened}"
     like: Any = base.weight if x is None and isinstance(base.weight, Tensor) else x
-    if rules.fusable(base, like):
+    if base_of(base, like):
         return ""
     kinds = {type(t).__name__ for t in (base.weight, base.bias) if t is not None and type(t) is not nn.Parameter}
     if kinds:
@@ -143,7 +147,7 @@ def part_reason(module: nn.Module, kinds: tuple[type, ...]) -> str:
         return f"is a {type(module).__name__}, not a plain nn.{kinds[-1].__name__}"
     if "forward" in vars(module):
         return "has its forward replaced on the instance"
-    return "" if rules.bare(module, type(module)) else "has a hook"
+    return "" if bare(module, type(module)) else "has a hook"
 
 
 def _name(t: Tensor) -> str:
