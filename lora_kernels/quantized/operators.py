@@ -13,9 +13,11 @@ from lora_kernels.quantized.checks import FOUR_BITS
 
 __all__ = ["dequantize"]
 
-# Weights of a part: a megabyte in fp32 on a CPU; elsewhere so many that few operators are launched.
-_PART = {"cpu": 1 << 18}
+# Weights of a part: two megabytes in fp32 on a CPU; elsewhere so many that few operators are launched.
+_PART = {"cpu": 1 << 19}
 _ELSEWHERE = 1 << 24
+# Rows of a part, for threads to share.
+_ROWS = 64
 # 1 / 127 as bitsandbytes has it, in fp32
 _PER_127 = 1 / 127
 
@@ -33,22 +35,30 @@ def _four_bits(weight: Any, w: Tensor, part: int) -> None:
     """Write W = code[nibble] · absmax[i // block] into w."""
     block, numel = weight.block, w.numel()
     codes, flat, absmax = weight.packed.detach().view(-1).view(torch.uint8), w.view(-1), _absmax(weight)
-    pairs = torch.cartesian_prod(weight.code, weight.code).view(torch.int64).view(-1)
+    pairs = torch.cartesian_prod(weight.code, weight.code).view(torch.int64).view(1, -1)
+    # fp32 pairs of whole bytes are looked up in place
+    in_place = w.dtype == torch.float32 and numel % 2 == 0
     step = max(1, part // block) * block
     for start in range(0, numel, step):
         end = min(start + step, numel)
-        values = pairs.index_select(0, codes[start // 2 : (end + 1) // 2].int()).view(torch.float32)[: end - start]
-        full, first = (end - start) // block, start // block
+        index = codes[start // 2 : (end + 1) // 2].long()
+        # a gather has a thread for each row at most
+        rows = min(_ROWS, index.numel() & -index.numel())
+        found = flat[start:end] if in_place else torch.empty(2 * index.numel(), dtype=torch.float32, device=w.device)
+        shape = rows, index.numel() // rows
+        torch.gather(pairs.expand(rows, -1), 1, index.view(shape), out=found.view(torch.int64).view(shape))
+        values, full, first = found[: end - start], (end - start) // block, start // block
         if full:
             values[: full * block].view(full, block).mul_(absmax[first : first + full, None])
         # the last block may be short
         if full * block < end - start:
             values[full * block :].mul_(absmax[-1])
-        flat[start:end].copy_(values)
+        if not in_place:
+            flat[start:end].copy_(values)
 
 
 def _absmax(weight: Any) -> Tensor:
-    """Compute the scales of the blocks, fp32; nested: code[scale[b]] · absmax[b // blocksize] + offset, rounded twice."""
+    """Compute the scales of the blocks, fp32; nested: code[scale[b]] · absmax[b // blocksize] + offset."""
     scale, nested = weight.scale.view(-1), weight.nested
     if nested is None:
         return scale

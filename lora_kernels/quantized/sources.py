@@ -120,7 +120,7 @@ def _block(weight: Tensor, scale: Tensor, block: Sequence[int] | None) -> tuple[
     if scale.shape == (-(-out_features // rows), -(-in_features // columns)):
         return _FP8_BLOCK
     raise ValueError(
-        f"QuantizedWeight.from_fp8: weight_scale_inv is {tuple(scale.shape)}, which is no number for a tensor, a row or "
+        f"QuantizedWeight.from_fp8: weight_scale_inv is {tuple(scale.shape)}, not a number for a tensor, a row or "
         f"a 128 x 128 block of a weight {tuple(weight.shape)}; name the blocks by block=(rows, columns)."
     )
 
