@@ -48,8 +48,8 @@ def lora_mlp(
     Args:
         x: Activations, `[*, in_features]`; as in `lora_linear`.
         gate: weight `[hidden, in_features]`, a tensor or a `QuantizedWeight`, lora_A, lora_B, bias, scaling and
-            dropout_p of the gate, as in `lora_linear`; lora_A and lora_B are None for no adapter. None for an MLP without
-            a gate.
+            dropout_p of the gate, as in `lora_linear`; lora_A and lora_B are None for no adapter. None for an MLP
+            without a gate.
         up: The same of up, with weight `[hidden, in_features]`.
         down: The same of down, with weight `[out_features, hidden]`.
         activation: a: "silu" (SwiGLU), "gelu" (GEGLU), "gelu_tanh" (GEGLU, approximated) or "relu2" (squared ReLU).
@@ -115,7 +115,7 @@ def _mlp(
         def compose(x: Tensor) -> Tensor:
             # Backward calls this again, and `checkpoint` does not look whether x was written.
             if version is not None:
-                check_input("lora_mlp", x, version, itertools.chain.from_iterable(map(_tensors, entries)))
+                check_input("lora_mlp", x, version, (t for q in entries for t in q[:GIVEN] if isinstance(t, Tensor)))
             # There is at least one layer before the activation, so that `gate` is never None.
             gate: Any
             outs = project_jointly("lora_mlp", x, before, backend, added[:-1], chosen)

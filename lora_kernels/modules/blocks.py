@@ -322,6 +322,6 @@ def _projection(layer: Any) -> Projection | None:
         return None
     # In training, call the layer, which refuses to run merged.
     if layer.merged:
-        return None if layer.training and torch.is_grad_enabled() else Projection(layer.weight, bias=layer.bias)
+        return None if layer.training and torch.is_grad_enabled() else Projection(layer.whole_weight(), bias=layer.bias)
     dropout_p = layer.lora_dropout if layer.training else 0.0
-    return Projection(layer.weight, layer.lora_A, layer.lora_B, layer.bias, layer.scaling, dropout_p)
+    return Projection(layer.whole_weight(), layer.lora_A, layer.lora_B, layer.bias, layer.scaling, dropout_p)

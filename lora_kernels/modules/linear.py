@@ -5,11 +5,13 @@ import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels.functional import lora_linear
+from lora_kernels.functional.base import base
 from lora_kernels.functional.checks import check_number
+from lora_kernels.modules import quantized
+from lora_kernels.quantized import layers
 
 __all__ = ["LoRALinear", "check_base", "check_numbers", "listened_to"]
 
@@ -62,6 +64,8 @@ class LoRALinear(nn.Module):
     shared_with: tuple[str, ...] = ()
     # A class attribute, so that layers pickled before there was one have it as well.
     backend: str = "auto"
+    # For a quantised weight, the rest of the layer that had it, see `modules.quantized`.
+    _shell: Any = None
     # While merged: A, B and the scaling at the time of `merge`, and the weight if `merge` made a copy of it.
     _added: Any
 
@@ -72,8 +76,7 @@ class LoRALinear(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self._configure(in_features, out_features, r, lora_alpha, lora_dropout, use_rslora)
-        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._adopt(base, dtype)
+        self._adopt(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), dtype)
 
     @classmethod
     def from_linear(
@@ -82,17 +85,21 @@ class LoRALinear(nn.Module):
     ) -> "LoRALinear":  # fmt: skip
         """Wrap an existing layer: share its weight and bias, copy nothing, freeze both.
 
+        A bitsandbytes `Linear4bit` or transformers' `FP8Linear` keeps its weight quantised: each pass dequantises it
+        into the dtype of x, whatever the layer's `compute_dtype` is.
+
         Args:
             linear: The layer to adapt. The new layer takes over its parameters, which stop requiring grad.
             r: Rank of the update.
             lora_alpha: Numerator of `scaling`.
             lora_dropout: Drop probability of the adapter's input in training.
             use_rslora: Scale by 1/√r.
-            dtype: Dtype of the adapters; the base's if None. float32 over a 16-bit base is PEFT's default.
+            dtype: Dtype of the adapters; the base's if None, for a quantised base the dtype that it was quantised from.
+                float32 over a 16-bit base is PEFT's default.
 
         Raises:
-            TypeError: `linear` is not exactly an `nn.Linear` (a subclass may compute something else); for a number, as
-                `LoRALinear`.
+            TypeError: `linear` is neither one of these nor exactly an `nn.Linear` (a subclass may compute something
+                else); for a number, as `LoRALinear`.
             ValueError: `linear` has hooks, or a forward of its own, which would no longer run; for a number, as
                 `LoRALinear`.
         """
@@ -126,15 +133,20 @@ class LoRALinear(nn.Module):
         self, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, **more: Any
     ) -> Tensor:
         """Compute the layer's output from the given tensors, which may be shards of the layer's own."""
+        whole = weight if self._shell is None else self.whole_weight()
         if self.merged:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("LoRALinear is merged; call unmerge() before training.")
-            return F.linear(x, weight, bias)
+            return base("LoRALinear", x, whole, bias, self.backend)
         return lora_linear(
-            x, weight, lora_A, lora_B, scaling=self.scaling, bias=bias,
+            x, whole, lora_A, lora_B, scaling=self.scaling, bias=bias,
             dropout_p=self.lora_dropout if self.training else 0.0, backend=self.backend,
             accumulate_grad=self.accumulate_grad, **more,
         )  # fmt: skip
+
+    def whole_weight(self) -> Any:
+        """Return W as `lora_linear` takes it: `weight`, or for a quantised base a `QuantizedWeight` of it."""
+        return self.weight if self._shell is None else layers.read(self)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -157,11 +169,15 @@ class LoRALinear(nn.Module):
     def _merge(self) -> None:
         if not self.merged:
             tied = None
-            if self.shared_with:
+            if self._shell is not None:
+                tied = self.weight
+                self.weight = quantized.merged_weight(self, self._update(self.lora_A, self.lora_B, self.scaling))
+            elif self.shared_with:
                 tied = self.weight
                 self.weight = nn.Parameter(tied.clone(), requires_grad=tied.requires_grad)
             self._added = self.lora_A.detach().clone(), self.lora_B.detach().clone(), self.scaling, tied
-            self._add_update(*self._added[:3])
+            if self._shell is None:
+                self._add_update(*self._added[:3])
             self.merged = True
 
     @torch.no_grad()
@@ -198,29 +214,39 @@ class LoRALinear(nn.Module):
         self.merged = self.accumulate_grad = False
 
     def _adopt(self, linear: nn.Linear, dtype: torch.dtype | None) -> None:
-        self.weight = linear.weight.requires_grad_(False)
-        self.register_parameter("bias", linear.bias)
-        if linear.bias is not None:
-            linear.bias.requires_grad_(False)
-        like: dict[str, Any] = dict(device=self.weight.device, dtype=dtype or self.weight.dtype)
+        if type(linear) is nn.Linear:
+            self.weight = linear.weight.requires_grad_(False)
+            self.register_parameter("bias", linear.bias)
+            if linear.bias is not None:
+                linear.bias.requires_grad_(False)
+        else:
+            quantized.adopt(self, linear)
+        like: dict[str, Any] = dict(device=self.weight.device, dtype=dtype or self.whole_weight().dtype)
         self.lora_A = nn.Parameter(torch.empty(self.r, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, **like))
         self.reset_lora_parameters()
 
-    def _add_update(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+    def _update(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        """Compute scaling · B A, at least in fp32."""
         like: dict[str, Any] = dict(
-            device=self.weight.device, dtype=torch.promote_types(self.weight.dtype, torch.float32)
+            device=self.weight.device, dtype=torch.promote_types(self.whole_weight().dtype, torch.float32)
         )
-        update = (lora_B.to(**like) @ lora_A.to(**like)).mul_(scaling)
-        self.weight.copy_(update.add_(self.weight))
+        return (lora_B.to(**like) @ lora_A.to(**like)).mul_(scaling)
+
+    def _add_update(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+        self.weight.copy_(self._update(lora_A, lora_B, scaling).add_(self.weight))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.merged:
             raise RuntimeError(f"LoRALinear {prefix.rstrip('.') or '(root)'} is merged; call unmerge() before loading.")
+        if self._shell is not None:
+            quantized.take_state(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._shell is not None:
+            quantized.save_state(self, destination, prefix, keep_vars)
         if self.merged:
             del destination[prefix + "lora_A"], destination[prefix + "lora_B"]
 
@@ -248,10 +274,11 @@ def check_base(linear: nn.Module, what: str, way_out: str = "") -> None:
     """Refuse a layer that a `LoRALinear` cannot replace; `what` and `way_out` are words for the message.
 
     Raises:
-        TypeError: `linear` is not exactly an `nn.Linear` (a subclass may compute something else).
+        TypeError: `linear` is neither exactly an `nn.Linear` (a subclass may compute something else) nor quantised as
+            `quantized.layers` knows.
         ValueError: `linear` has hooks, or a forward of its own, which would no longer run.
     """
-    if type(linear) is not nn.Linear:
+    if type(linear) is not nn.Linear and layers.kind_of(linear) is None:
         way_out = way_out or (
             "; give its weight and bias to a plain nn.Linear if that computes the same, or leave it and add the "
             "low-rank term to its result with lora_kernels.functional.lora_add"

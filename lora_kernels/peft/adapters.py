@@ -171,7 +171,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
         layer.lora_alpha, layer.use_rslora, layer.scaling = alphas[name], rslora, scalings[name]
         for part in ("lora_A", "lora_B"):
             t, parameter = tensors[_key(name, part)], getattr(layer, part)
-            if not present and t.dtype == layer.weight.dtype:
+            if not present and t.dtype == layer.whole_weight().dtype:
                 parameter.data = torch.empty_like(parameter, dtype=t.dtype)
             with torch.no_grad():
                 parameter.copy_(t)

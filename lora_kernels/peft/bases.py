@@ -20,19 +20,14 @@ from lora_kernels.autograd.common import autocasts
 from lora_kernels.constants import DTYPES, HALF
 from lora_kernels.passes.layer import Weight
 from lora_kernels.peft.forwards import describe, is_defined_by
-from lora_kernels.quantized import QuantizedWeight
+from lora_kernels.quantized import layers
 
-__all__ = ["FEW_ROWS", "bare", "base_of", "quantized_base", "quantized_kind"]
+__all__ = ["FEW_ROWS", "bare", "base_of", "quantized_base"]
 
 # Without gradients and below so many rows, a layer's own kernel is faster than a dense W and a product: bitsandbytes'
 # own measurements on H100 put the crossover at 16 to 64 rows (bitsandbytes-foundation/bitsandbytes#1949).
 FEW_ROWS = 64
 _STRIDED = torch.strided
-# Classes by name, so that neither library has to be there.
-_QUANTIZED = (
-    ("bitsandbytes.nn.modules", "Linear4bit"),
-    ("transformers.integrations.finegrained_fp8", "FP8Linear"),
-)  # fmt: skip
 
 # W, the bias, and the dtype in which a quantised layer computes; None for that of x.
 Base = tuple[Weight, Tensor | None, torch.dtype | None]
@@ -82,7 +77,7 @@ def quantized_base(base: Any, x: Tensor | None) -> Base | str:
         base: The base layer of an adapter.
         x: The layer's input, or None to leave out what depends on a call.
     """
-    kind = quantized_kind(base)
+    kind = layers.kind_of(base)
     if kind is None:
         return f"is a {type(base).__name__}, not a plain nn.Linear"
     if "forward" in vars(base):
@@ -92,7 +87,7 @@ def quantized_base(base: Any, x: Tensor | None) -> Base | str:
     if not is_defined_by(type(base).forward, kind):
         return f"has a class whose forward was replaced by {describe(type(base).forward)}"
     try:
-        weight = _read(base, kind)
+        weight = layers.read(base)
     except (TypeError, ValueError) as error:
         return f"cannot be read: {error}"
     if x is None:
@@ -101,21 +96,10 @@ def quantized_base(base: Any, x: Tensor | None) -> Base | str:
     if isinstance(dtype, str):
         return dtype
     few = not (base.training or torch.is_grad_enabled()) and x.numel() < FEW_ROWS * x.shape[-1]
-    if few and (kind.__name__ == "Linear4bit" or x.is_cuda):
+    if few and (kind.__name__ == layers.BITSANDBYTES[1] or x.is_cuda):
         return f"has a kernel of its own for fewer than {FEW_ROWS} rows without gradients"
     bias = base.bias
     return weight, bias if bias is None or bias.dtype is dtype else bias.to(dtype), dtype
-
-
-def quantized_kind(base: nn.Module) -> type[Any] | None:
-    """Return the known class of quantised layers whose forward a layer has by its class, or None."""
-    return next((kind for kind in type(base).__mro__ if (kind.__module__, kind.__qualname__) in _QUANTIZED), None)
-
-
-def _read(base: Any, kind: type) -> QuantizedWeight:
-    if kind.__name__ == "Linear4bit":
-        return QuantizedWeight.from_bitsandbytes(base)
-    return QuantizedWeight.from_fp8(base.weight, base.weight_scale_inv, base.block_size)
 
 
 def _work_dtype(base: Any, x: Tensor) -> torch.dtype | str:

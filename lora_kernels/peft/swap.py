@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_kernels.constants import HALF
 from lora_kernels.functional.checks import is_sharded
+from lora_kernels.modules import quantized
 from lora_kernels.modules.linear import LoRALinear, check_base
 from lora_kernels.peft import known, readers, tied, trained
 from lora_kernels.peft.targets import (
@@ -23,6 +24,7 @@ from lora_kernels.peft.targets import (
     select,
     unwrap,
 )  # fmt: skip
+from lora_kernels.quantized import layers as quantized_layers
 
 __all__ = ["merge_and_unload", "swap_linear", "swap_named"]
 
@@ -162,7 +164,9 @@ def swap_named(
     for name, r in ranks.items():
         linear = modules[name]
         if id(linear) not in made:
-            wide = autocast_adapter_dtype and linear.weight.dtype in HALF
+            known_kind = quantized_layers.kind_of(linear)
+            base_dtype = linear.weight.dtype if known_kind is None else quantized_layers.read(linear).dtype
+            wide = autocast_adapter_dtype and base_dtype in HALF
             dtype = torch.float32 if wide else None
             made[id(linear)] = LoRALinear.from_linear(linear, r, alphas[name], lora_dropout, use_rslora, dtype)
         _replace(modules, name, made[id(linear)])
@@ -217,7 +221,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             )
     _check_places("merge_and_unload", modules, [name for name, _ in layers])
     shared = tied.shared_weights(modules, dict(layers))
-    made: dict[int, nn.Linear] = {}
+    made: dict[int, nn.Module] = {}
     for name, layer in layers:
         layer.shared_with = shared.get(name, layer.shared_with)
         if layer.shared_with:
@@ -282,7 +286,9 @@ def _replace(modules: Mapping[str, nn.Module], name: str, module: nn.Module) -> 
     setattr(modules[parent], own, module)
 
 
-def _plain(layer: LoRALinear) -> nn.Linear:
+def _plain(layer: LoRALinear) -> nn.Module:
+    if layer._shell is not None:
+        return quantized.fill(layer)
     linear: Any = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     linear.weight, linear.bias = layer.weight, layer.bias
     return linear.train(layer.training)

@@ -1,0 +1,79 @@
+"""The quantised weight of a `LoRALinear`: the parameters of the layer that it replaces, as that layer has them.
+
+The parameters are the very ones of the layer, so that the library that made them moves, saves and casts them. The layer
+itself is kept as a shell without parameters: `merge_and_unload` fills it again.
+"""
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.quantized import layers
+
+__all__ = ["adopt", "fill", "merged_weight", "save_state", "take_state"]
+
+# Between a parameter's name and those of the parts of its quant_state, in bitsandbytes' state dicts.
+_STATE = "weight."
+
+
+def adopt(layer: Any, source: Any) -> None:
+    """Give a layer the parameters of a quantised one, frozen, and keep the rest of that one."""
+    # Read the weight, so that what cannot be read is refused before anything is changed.
+    layers.read(source)
+    for name, p in source._parameters.items():
+        layer.register_parameter(name, p if p is None or not p.is_floating_point() else p.requires_grad_(False))
+    layer.block_size = getattr(source, "block_size", None)
+    # FSDP1 makes plain parameters of weights, and the state of the layer is then the one that is read.
+    layer.quant_state = getattr(source, "quant_state", None)
+    shell = copy.copy(source)
+    shell._parameters = dict.fromkeys(source._parameters)
+    # In a list the shell is no child.
+    layer._shell = [shell]
+
+
+def fill(layer: Any) -> nn.Module:
+    """Return the layer that was adopted, with the parameters that `layer` has now."""
+    shell = copy.copy(layer._shell[0])
+    shell._parameters = {name: layer._parameters[name] for name in shell._parameters}
+    return shell.train(layer.training)
+
+
+def merged_weight(layer: Any, update: Tensor) -> nn.Parameter:
+    """Return the weight with an update added, quantised again as PEFT does for such a layer.
+
+    Raises:
+        TypeError: The weight is FP8, for which neither PEFT nor transformers has a way to merge.
+    """
+    if hasattr(layer, "weight_scale_inv"):
+        raise TypeError("LoRALinear.merge: an FP8 weight cannot take the update; dequantise the model first.")
+    warnings.warn(
+        "LoRALinear.merge: the sum is quantised to 4 bits again, which rounds it; unmerge() restores the weight exactly.",
+        stacklevel=4,
+    )
+    weight = layer.weight
+    dense = layers.read(layer).dequantize(torch.float32).add_(update)
+    made = type(weight)(
+        dense.to("cpu", weight.quant_state.dtype), requires_grad=False, blocksize=weight.blocksize,
+        compress_statistics=weight.compress_statistics, quant_type=weight.quant_type,
+        quant_storage=weight.quant_storage,
+    )  # fmt: skip
+    return made.to(weight.device)
+
+
+def save_state(layer: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    """Add the parts of a weight's quant_state to a state dict, as bitsandbytes does."""
+    state = getattr(layer.weight, "quant_state", None)
+    for name, t in state.as_dict(packed=True).items() if state is not None else ():
+        destination[f"{prefix}{_STATE}{name}"] = t if keep_vars else t.detach()
+
+
+def take_state(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
+    """Read the weight that `save_state` has written, and take its keys out of a state dict."""
+    start = prefix + _STATE
+    parts = {key.removeprefix(start): state_dict.pop(key) for key in [*state_dict] if key.startswith(start)}
+    if parts and (packed := state_dict.get(f"{prefix}weight")) is not None:
+        kind, device = type(layer.weight), layer.weight.device
+        layer.weight = kind.from_prequantized(packed, parts, device=device)
