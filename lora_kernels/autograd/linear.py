@@ -39,7 +39,7 @@ from lora_kernels.autograd.common import (
     save,
 )
 from lora_kernels.autograd.noise import draw_noise
-from lora_kernels.autograd.stored import join, saved_tensors, shape_of, split
+from lora_kernels.autograd.stored import given, join, no_gradients, saved_tensors, shape_of, split
 from lora_kernels.dropout import keep_scale
 from lora_kernels.passes import linear as linear_pass
 from lora_kernels.passes.layer import Weight, rows
@@ -131,7 +131,7 @@ def _linear(
     if dropout_p > 0:
         noise = draw_noise(x, torch.empty(0, device=x.device), backend, dropout_shard)
     lora_A, scaling = plain_scaling(lora_A, scaling)
-    return linear_forward(x, weight, lora_A, lora_B, bias, noise, scaling, dropout_p, backend, tables, form)[0]
+    return linear_forward(x, weight, lora_A, lora_B, bias, noise, scaling, dropout_p, backend, *given(tables, form))[0]
 
 
 def _linear_forward(
@@ -190,13 +190,14 @@ def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
     _, s, keep = output
     alpha, whole = scaling * keep_scale(dropout_p), join(weight, tables, form)
     save(ctx, x, whole, lora_A, lora_B, s, keep, alpha, backend, ctx.needs_input_grad[:4])
+    ctx.of_stored = no_gradients(tables, form)
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Context, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 11
+        return *(None,) * 9, *ctx.of_stored
     with autocast_off(dy):
         return _gradients(ctx, dy)
 
@@ -208,10 +209,10 @@ def _gradients(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
     if need_x or need_A or need_B:
         weight, tables, form = split(weight)
         how = ctx.alpha, ctx.backend, *ctx.adapter_dtypes, [need_x, need_A, need_B]
-        dx, d_lora_A, d_lora_B = linear_backward(dy, x if need_A else None, weight, *saved, *how, tables, form)
+        dx, d_lora_A, d_lora_B = linear_backward(dy, x if need_A else None, weight, *saved, *how, *given(tables, form))
     dweight = torch.mm(rows(dy).t(), rows(x)) if need_weight else None
     dbias = rows(dy).sum(0) if need_bias else None
-    return dx, dweight, d_lora_A, d_lora_B, dbias, *(None,) * 6
+    return dx, dweight, d_lora_A, d_lora_B, dbias, *(None,) * 4, *ctx.of_stored
 
 
 linear, linear_forward, linear_backward = register(

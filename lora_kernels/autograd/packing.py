@@ -101,9 +101,10 @@ def needs_by_layer(flags: Sequence[bool], places: Sequence[int], count: int) -> 
     return [list(map(bool, four)) for four in unpack(flags, places, count)]
 
 
-def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+def widest(x: Tensor, layers: Iterable[Projection]) -> torch.dtype:
     """Return the dtype in which dA and dB are computed: the adapters' dtype if any adapter is wider than x."""
-    return functools.reduce(torch.promote_types, dtypes)
+    adapters = (t.dtype for q in layers for t in (q.lora_A, q.lora_B) if t is not None)
+    return functools.reduce(torch.promote_types, adapters, x.dtype)
 
 
 def gradients_of(

@@ -14,7 +14,17 @@ from torch import Tensor
 from lora_kernels.passes.layer import Weight
 from lora_kernels.quantized import QuantizedWeight, count_tables, shape_of_form
 
-__all__ = ["join", "join_all", "save_tensors", "saved_tensors", "shape_of", "split", "split_all"]
+__all__ = [
+    "given",
+    "join",
+    "join_all",
+    "no_gradients",
+    "save_tensors",
+    "saved_tensors",
+    "shape_of",
+    "split",
+    "split_all",
+]
 
 
 def save_tensors(ctx: Any, tensors: Sequence[Any]) -> None:
@@ -40,6 +50,16 @@ def saved_tensors(ctx: Any) -> Sequence[Any]:
     for i, weight in zip(places, join_all([found[i] for i in places], tensors[-count:], forms), strict=True):
         found[i] = weight
     return found
+
+
+def given(tables: Sequence[Tensor] | None, forms: str | Sequence[str] | None) -> tuple[Any, ...]:
+    """Return the last arguments of an operator: the tables and forms, or nothing if all weights are plain tensors."""
+    return (tables, forms) if forms and any(forms) else ()
+
+
+def no_gradients(tables: Sequence[Tensor] | None, forms: str | Sequence[str] | None) -> tuple[Any, ...]:
+    """Return the gradients of what `given` returned: PyTorch asks for one of each argument that was given."""
+    return ([None] * len(tables or ()), None) if forms and any(forms) else ()
 
 
 def split(weight: Weight | None) -> tuple[Any, list[Tensor], str]:

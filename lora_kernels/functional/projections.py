@@ -247,7 +247,7 @@ def _no_adapter(x: Tensor, weight: Any) -> tuple[Any, Any]:
     """Return adapters of rank 0 for the checks; return a weight that is no matrix as given, for the checks to name."""
     if isinstance(weight, QuantizedWeight) and isinstance(x, Tensor):
         out_features, in_features = weight.shape
-        return x.new_empty(0, in_features), x.new_empty(out_features, 0)
+        return x.new_zeros(0, in_features), x.new_zeros(out_features, 0)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         return weight, weight
     return weight[:0], weight[:, :0]
