@@ -43,8 +43,8 @@ from lora_kernels.quantized import QuantizedWeight
 
 __all__ = ["dequantize"]
 
-# 32 weights for each of 128 threads.
-_BLOCK, _WARPS = 4096, 4
+# 32 weights for each of 128 threads; 2 at least, where rows are short.
+_BLOCK, _LEAST, _WARPS = 4096, 256, 4
 _FOUR_BITS = ("nf4", "fp4")
 
 
@@ -155,7 +155,7 @@ def _settle(
     pitch = triton.cdiv(inner, columns)
     # a power of two of weights that lie in one block and take 16 bytes at most
     unit = min(32 if four_bits else 16, columns & -columns if columns < inner else 16)
-    size = max(unit, min(_BLOCK, triton.next_power_of_2(inner)))
+    size = max(_LEAST, min(_BLOCK, triton.next_power_of_2(inner)))
     across = triton.cdiv(inner, size)
     stored = triton.cdiv(inner, 2) if four_bits else inner
     launch = Launch(
