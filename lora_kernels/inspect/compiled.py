@@ -22,11 +22,14 @@ _SMALL = (2048, 1024, 1024)
 _MLP = (8192, 4096, 14336)
 # Keys and values of Llama-8B, beside its queries.
 _QKV = (1024, 1024)
+# Weights as they are stored: how a `Case` names them.
+STORED = ("nf4", "nf4 nested", "fp8 block", "fp8 row", "int8")
 # Cases for every kernel and every rule of the budgets.
 QUICK = (
     Case(*_LARGE, 16, bias=True, place=0), Case(*_LARGE, 16, p=0.1, place=0), Case(16, 4096, 4096, 16, p=0.1),
     Case(*_SMALL, 16, "fp32", p=0.1), Case(*_LARGE, 16, p=0.1, others=_QKV), Case(*_MLP, 16, p=0.1, activation="silu"),
     Case(*_LARGE, 16, p=0.1, others=_QKV, mixed=True), Case(*_MLP, 16, activation="silu"),
+    *(Case(*_LARGE, 0, storage=storage) for storage in STORED), Case(*_SMALL, 0, "fp32", storage="nf4 nested"),
 )  # fmt: skip
 # Cases for every tile of every path and for every flag.
 CASES = (
@@ -71,6 +74,9 @@ CASES = (
     *(Case(*_LARGE, r, p=p, others=_QKV, fp32_adapters=True) for r in (16, 32) for p in (0.0, 0.1)),
     Case(*_LARGE, 64, p=0.1, others=_QKV, fp32_adapters=True),
     *(Case(*_MLP, 16, p=p, activation="silu", fp32_adapters=True) for p in (0.0, 0.1)),
+    *(Case(*_SMALL, 0, dtype, storage=storage) for dtype in ("fp16", "fp32") for storage in STORED),
+    # rows off 16 elements, and a last block that is short
+    *(Case(8, 1033, 1023, 0, storage=storage) for storage in STORED),
 )  # fmt: skip
 
 
@@ -97,9 +103,10 @@ def compile_case(case: Case, arch: str, seen: set[str]) -> list[Kernel]:
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     try:
         with imagine(GPUS[arch]) as launched, plan.force_form(case.strategy, case.place):
-            ys = _forward(case)
+            ys = (_dequantize(case),) if case.storage else _forward(case)
             forward = len(launched)
-            torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+            if not case.storage:
+                torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
     finally:
         torch.backends.cuda.matmul.fp32_precision = precision
     kernels = []
@@ -131,6 +138,25 @@ def describe(launch: Any, case: Case, arch: str, backward: bool = False) -> Kern
         read(compiled, GPUS[arch].shared_per_sm),
     )  # fmt: skip
     return replace(kernel, broken=tuple(broken_budgets(kernel, GPUS[arch])))
+
+
+def _dequantize(case: Case) -> torch.Tensor:
+    """Dequantise a weight whose tensors are allocated and never touched."""
+    from lora_kernels.kernels import dequantize
+    from lora_kernels.quantized import Nested, QuantizedWeight
+
+    (n, k), (kind, *how) = (case.n, case.k), case.storage.split()
+    if kind == "nf4":
+        packed, blocks = torch.empty(-(-n * k // 2), 1, dtype=torch.uint8), -(-n * k // 64)
+        nested = Nested(torch.empty(256), torch.empty(-(-blocks // 256)), torch.empty(())) if how else None
+        absmax = torch.empty(blocks, dtype=torch.uint8 if how else torch.float32)
+        weight = QuantizedWeight.nf4(packed, absmax, shape=(n, k), nested=nested)
+    elif kind == "fp8":
+        scales = (-(-n // 128), -(-k // 128)) if how == ["block"] else (n,)
+        weight = QuantizedWeight.from_fp8(torch.empty(n, k, dtype=torch.float8_e4m3fn), torch.empty(scales))
+    else:
+        weight = QuantizedWeight.from_int8(torch.empty(n, k, dtype=torch.int8), torch.empty(n))
+    return dequantize(weight, DTYPES[case.dtype])
 
 
 def _forward(case: Case) -> tuple[torch.Tensor, ...]:
