@@ -268,8 +268,8 @@ def _gradients(ctx: Context, dy: Tensor) -> tuple[Tensor | None, list[Tensor | N
     needs = [need for own in packing.needs_by_layer(flags, ctx.places, len(ctx.alphas)) for need in own]
     x, *saved = saved_tensors(ctx)
     end = SAVED_WITH_BIAS * len(ctx.alphas)
-    tensors, places, *stored = packing.pack_layers(by_layer(saved[:end], SAVED_WITH_BIAS))
-    how = ctx.alphas, ctx.activation, ctx.backend, ctx.widest, need_x, needs, *given(*stored)
+    tensors, places, tables, forms = packing.pack_layers(by_layer(saved[:end], SAVED_WITH_BIAS))
+    how = ctx.alphas, ctx.activation, ctx.backend, ctx.widest, need_x, needs, *given(tables, forms)
     results = iter(mlp_backward(dy, x, saved[end:], tensors, places, *how))
     dx = next(results) if need_x else None
     grads = [next(results) if need else None for need in needs]

@@ -1,8 +1,8 @@
 """Base layers whose product is computed with the low-rank term: plain, 4-bit and FP8 linear layers.
 
     nn.Linear                     its weight
-    bitsandbytes' Linear4bit      NF4 and FP4, dequantised once a pass. As in the layer's own forward, x is cast to
-                                  `compute_dtype` and y to x's dtype
+    bitsandbytes' Linear4bit      NF4 and FP4, dequantised once a pass. Where `compute_dtype` is not x's dtype, and there
+                                  is no autocast, the layer is called: PEFT computes the low-rank term in x's dtype
     transformers' FP8Linear       dequantised once a pass; x is not quantised, as it is in the layer's own forward, so y
                                   is more exact and not the same
 
@@ -110,9 +110,10 @@ def _work_dtype(base: Any, x: Tensor) -> torch.dtype | str:
         if x.dtype.is_floating_point and x.itemsize <= 4 and (own is dtype or own is torch.float32):
             return dtype
         return f"computes in {_name(own)}, inside autocast to {_name(dtype)} and with x in {_name(x.dtype)}"
-    if own in DTYPES.values() and (own is x.dtype or (own in HALF and x.dtype is torch.float32)):
+    if own is x.dtype and own in DTYPES.values():
         return own
-    return f"computes in {_name(own)}, and x is {_name(x.dtype)}"
+    hint = ": inside torch.autocast one pass computes both" if x.dtype is torch.float32 and own in HALF else ""
+    return f"computes in {_name(own)}, and x is {_name(x.dtype)}{hint}"
 
 
 def _name(dtype: torch.dtype) -> str:

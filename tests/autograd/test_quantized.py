@@ -108,9 +108,7 @@ def test_checkpointing(kind, reentrant, device):
         finally:
             call.x = x_was
 
-    call.call = lambda weights: checkpoint(
-        functools.partial(again, weights=weights), call.x, use_reentrant=reentrant
-    )
+    call.call = lambda weights: checkpoint(functools.partial(again, weights=weights), call.x, use_reentrant=reentrant)
     if reentrant:  # which knows no torch.autograd.grad
         leaves = [call.x, *(t for pair in call.pairs for t in pair)]
         torch.manual_seed(2)
