@@ -60,7 +60,7 @@ class _LoRAStyle(ParallelStyle):
             raise RuntimeError(f"{style}: LoRALinear is merged; call unmerge() before parallelizing it.")
         if isinstance(module.whole_weight(), QuantizedWeight):
             raise TypeError(
-                f"{style}: weight is quantised, and blocks of it would lie across ranks; leave the layer whole."
+                f"{style}: weight is quantised, and its blocks would lie across ranks; leave the layer whole."
             )
         parameters = dict(module.named_parameters())
         ranks = device_mesh.size()

@@ -1,8 +1,8 @@
 """Base layers whose product is computed with the low-rank term: plain, 4-bit and FP8 linear layers.
 
     nn.Linear                     its weight
-    bitsandbytes' Linear4bit      NF4 and FP4, dequantised once a pass. Where `compute_dtype` is not x's dtype, and there
-                                  is no autocast, the layer is called: PEFT computes the low-rank term in x's dtype
+    bitsandbytes' Linear4bit      NF4 and FP4, dequantised once a pass. Outside autocast, a layer with a `compute_dtype`
+                                  other than x's dtype is called: PEFT computes the low-rank term in x's dtype
     transformers' FP8Linear       dequantised once a pass; x is not quantised, as it is in the layer's own forward, so y
                                   is more exact and not the same
 

@@ -74,7 +74,7 @@ def test_a_compiled_graph_saves_no_dense_weight(kind, device):
 
     def compiler(graph, inputs):
         def keep(graph, inputs):
-            outputs = [node for node in graph.graph.nodes if node.op == "output"][0].args[0]
+            outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
             graphs.append([node.meta["val"] for node in outputs if hasattr(node, "meta")])
             return make_boxed_func(graph.forward)
 

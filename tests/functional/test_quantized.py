@@ -164,7 +164,7 @@ def test_wrong_shapes_and_devices_are_named(device):
         lora_linear(x, w, A, B[1:])
     with pytest.raises(ValueError, match="x is on meta, the quantised weight on"):
         lora_linear(x.to("meta"), w, A.to("meta"), B.to("meta"))
-    with pytest.raises(TypeError, match="lora_A must be a torch.Tensor, got QuantizedWeight"):
+    with pytest.raises(TypeError, match=r"lora_A must be a torch\.Tensor, got QuantizedWeight"):
         lora_linear(x, w, w, B)
     with pytest.raises(ValueError, match=r"lora_projections: projection 1: lora_A is \(4, 48\)"):
         lora_projections(x, [w, weight("nf4", (48, 40), device)], [(A, B), (A, B)])

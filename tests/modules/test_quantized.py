@@ -12,10 +12,10 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 bnb = pytest.importorskip("bitsandbytes")
 
-from llama_samples import LINEARS, llama, tokens
-from stored_samples import four_bits, fp8, quantised
+from llama_samples import LINEARS, llama, tokens  # noqa: E402
+from stored_samples import four_bits, fp8, quantised  # noqa: E402
 
-from lora_kernels import (
+from lora_kernels import (  # noqa: E402
     LoRALinear,
     LoRAMLP,
     LoRAQKV,
@@ -25,8 +25,8 @@ from lora_kernels import (
     save_adapter,
     swap_linear,
 )
-from lora_kernels.parallel import LoRAColwise
-from lora_kernels.quantized import QuantizedWeight
+from lora_kernels.parallel import LoRAColwise  # noqa: E402
+from lora_kernels.quantized import QuantizedWeight  # noqa: E402
 
 CHANGES = {"nf4": four_bits, "fp8": fp8}
 
@@ -77,7 +77,7 @@ def test_what_is_not_quantised_yet_changes_nothing():
     with pytest.raises(ValueError, match="quant_state is None: the weight is not quantised yet"):
         LoRALinear.from_linear(base)
     assert base.bias.requires_grad
-    with pytest.raises(TypeError, match="is a Linear8bitLt, not exactly an nn.Linear"):
+    with pytest.raises(TypeError, match=r"is a Linear8bitLt, not exactly an nn\.Linear"):
         LoRALinear.from_linear(bnb.nn.Linear8bitLt(8, 8))
 
 

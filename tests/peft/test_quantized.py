@@ -10,12 +10,12 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 bnb = pytest.importorskip("bitsandbytes")
 
-from llama_samples import tokens, train
-from peft import PeftModel, prepare_model_for_kbit_training
-from stored_samples import four_bits, fp8, quantised, quantised_llama
+from llama_samples import tokens, train  # noqa: E402
+from peft import PeftModel, prepare_model_for_kbit_training  # noqa: E402
+from stored_samples import four_bits, fp8, quantised, quantised_llama  # noqa: E402
 
-from lora_kernels import patch_peft, reference, unpatch_peft
-from lora_kernels.peft import explain
+from lora_kernels import patch_peft, reference, unpatch_peft  # noqa: E402
+from lora_kernels.peft import explain  # noqa: E402
 
 # transformers warns of its own names, and PEFT looks for a configuration and warns of rounding
 pytestmark = [
