@@ -2,13 +2,15 @@
 
 import copy
 import dataclasses
+import importlib
+import math
 
 import pytest
 import torch
 from oracles import stored
 
 from lora_kernels import reference
-from lora_kernels.quantized import QuantizedWeight
+from lora_kernels.quantized import Nested, QuantizedWeight
 
 NF4 = dict(shape=(33, 101), block=64, nested=True)
 
@@ -24,7 +26,7 @@ def test_it_is_frozen_and_equal_to_itself_alone():
         weight.packed = torch.empty(3)
     with pytest.raises(dataclasses.FrozenInstanceError):
         weight.more = 3
-    assert weight == weight  # noqa: PLR0124
+    assert weight == weight
     assert weight != nf4()
     assert len({weight, weight, nf4()}) == 2
     assert (weight.out_features, weight.in_features, weight.shape) == (33, 101, (33, 101))
@@ -186,3 +188,62 @@ def test_fake_tensors_are_taken():
         weight = nf4()
         fake = weight.with_tensors([mode.from_tensor(t) for t in weight.tensors()])
         assert fake.dequantize(torch.bfloat16, "torch").shape == (33, 101)
+
+
+# by format: weights, of which the last program takes a part; blocks
+FAR = {
+    "nf4": ((3, 2_863_311_632), 64),
+    "nf4 nested": ((3, 2_863_311_632), 4096),
+    "fp8": ((3, 1_431_655_765), (2, 1 << 30)),
+}
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="moves the programs of Triton's interpreter, which a GPU bypasses"
+)
+@pytest.mark.parametrize("kind", FAR)
+def test_offsets_beyond_32_bits(kind, monkeypatch):
+    """The last program of a weight of 2^32 elements and more, of which a few pages exist."""
+    from oracles import sanitizer
+    from oracles.memory import virtual
+    from triton.runtime.interpreter import interpreter_builder
+
+    def far(numel, dtype):
+        return virtual(1, 1, -(-numel * dtype.itemsize // 4), 1).view(-1).view(dtype)[:numel]
+
+    ((out, inner), block), numel = FAR[kind], math.prod(FAR[kind][0])
+    if kind == "fp8":
+        packed, scale = far(numel, torch.float8_e4m3fn), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        weight = QuantizedWeight.from_fp8(packed.view(out, inner), scale, block)
+        tail = packed[-100:]
+        tail.copy_(torch.arange(100) % 8)
+        expected = 4.0 * (torch.arange(100) % 8)
+    else:
+        packed, blocks = far(-(-numel // 2), torch.uint8), -(-numel // block)
+        inner_scales = far(-(-blocks // 256), torch.float32)
+        code = torch.arange(256).float()
+        parts = Nested(code, inner_scales, torch.tensor(1.0)) if kind == "nf4 nested" else None
+        absmax = far(blocks, torch.uint8 if parts else torch.float32)
+        weight = QuantizedWeight.nf4(
+            packed, absmax, shape=(out, inner), blocksize=block, nested=parts, code=torch.arange(16).float()
+        )
+        # the last 100 weights, in two blocks at most
+        packed[-50:], absmax[-3:], inner_scales[-1] = 0x37, 5, 10.0
+        expected = torch.tensor([3.0, 7.0]).repeat(50) * (5 if parts is None else 51)
+    monkeypatch.setattr(sanitizer.state, "on", False)
+    kernel = importlib.import_module("lora_kernels.kernels.dequantize")
+    settled, w = kernel._settle, far(numel, torch.float16).view(out, inner)
+
+    def last(*arguments):
+        """Settle the launch, but of its last program alone, and into the W that is mapped here."""
+        found = settled(*arguments)
+        at = tuple(n - 1 for n in found.launch.grid)
+        monkeypatch.setattr(
+            interpreter_builder, "set_grid_idx", lambda *_: setattr(interpreter_builder, "grid_idx", at)
+        )
+        found.launch.grid = (1, 1, 1)
+        return found._replace(new_w=lambda: w)
+
+    monkeypatch.setattr(kernel, "_settle", last)
+    kernel.dequantize(weight, torch.float16)
+    assert torch.equal(w.view(-1)[-100:].float(), expected)
