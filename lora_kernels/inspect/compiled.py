@@ -103,10 +103,9 @@ def compile_case(case: Case, arch: str, seen: set[str]) -> list[Kernel]:
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     try:
         with imagine(GPUS[arch]) as launched, plan.force_form(case.strategy, case.place):
-            ys = (_dequantize(case),) if case.storage else _forward(case)
+            ys = _forward(case)
             forward = len(launched)
-            if not case.storage:
-                torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+            torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
     finally:
         torch.backends.cuda.matmul.fp32_precision = precision
     kernels = []
@@ -140,27 +139,33 @@ def describe(launch: Any, case: Case, arch: str, backward: bool = False) -> Kern
     return replace(kernel, broken=tuple(broken_budgets(kernel, GPUS[arch])))
 
 
-def _dequantize(case: Case) -> torch.Tensor:
-    """Dequantise a weight whose tensors are allocated and never touched."""
+def _dequantize(case: Case) -> None:
+    """Dequantise a weight of zeros, so that lookups are the same from run to run."""
     from lora_kernels.kernels import dequantize
     from lora_kernels.quantized import Nested, QuantizedWeight
 
     (n, k), (kind, *how) = (case.n, case.k), case.storage.split()
     if kind == "nf4":
-        packed, blocks = torch.empty(-(-n * k // 2), 1, dtype=torch.uint8), -(-n * k // 64)
-        nested = Nested(torch.empty(256), torch.empty(-(-blocks // 256)), torch.empty(())) if how else None
-        absmax = torch.empty(blocks, dtype=torch.uint8 if how else torch.float32)
+        packed, blocks = torch.zeros(-(-n * k // 2), 1, dtype=torch.uint8), -(-n * k // 64)
+        nested = Nested(torch.zeros(256), torch.zeros(-(-blocks // 256)), torch.zeros(())) if how else None
+        absmax = torch.zeros(blocks, dtype=torch.uint8 if how else torch.float32)
         weight = QuantizedWeight.nf4(packed, absmax, shape=(n, k), nested=nested)
     elif kind == "fp8":
         scales = (-(-n // 128), -(-k // 128)) if how == ["block"] else (n,)
-        weight = QuantizedWeight.from_fp8(torch.empty(n, k, dtype=torch.float8_e4m3fn), torch.empty(scales))
+        weight = QuantizedWeight.from_fp8(torch.zeros(n, k, dtype=torch.float8_e4m3fn), torch.zeros(scales))
     else:
-        weight = QuantizedWeight.from_int8(torch.empty(n, k, dtype=torch.int8), torch.empty(n))
-    return dequantize(weight, DTYPES[case.dtype])
+        weight = QuantizedWeight.from_int8(torch.zeros(n, k, dtype=torch.int8), torch.zeros(n))
+    dequantize(weight, DTYPES[case.dtype])
 
 
 def _forward(case: Case) -> tuple[torch.Tensor, ...]:
-    """Run the forward pass on tensors that are allocated and never touched; return the output of each projection."""
+    """Run the forward pass on tensors that are allocated and never touched; return the output of each projection.
+
+    A stored weight is dequantised, and nothing is returned.
+    """
+    if case.storage:
+        _dequantize(case)
+        return ()
     from lora_kernels.autograd.linear import LoRALinearFunction
     from lora_kernels.autograd.mlp import LoRAMLPFunction
     from lora_kernels.autograd.projections import LoRAProjectionsFunction

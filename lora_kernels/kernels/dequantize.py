@@ -38,13 +38,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels import _launch
+from lora_kernels.kernels._configs import dequantize_config
 from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, facts
 from lora_kernels.quantized import QuantizedWeight
 
 __all__ = ["dequantize"]
 
-# 32 weights for each of 128 threads; 2 at least, where rows are short.
-_BLOCK, _LEAST, _WARPS = 4096, 256, 4
 _FOUR_BITS = ("nf4", "fp4")
 
 
@@ -153,19 +152,17 @@ def _settle(
     rows, inner = (1, shape[0] * shape[1]) if four_bits else shape
     block_rows, columns = (1, block) if four_bits else block
     pitch = triton.cdiv(inner, columns)
-    # a power of two of weights that lie in one block and take 16 bytes at most
-    unit = min(32 if four_bits else 16, columns & -columns if columns < inner else 16)
-    size = max(_LEAST, min(_BLOCK, triton.next_power_of_2(inner)))
-    across = triton.cdiv(inner, size)
+    config = dequantize_config(inner, columns, four_bits)
+    across = triton.cdiv(inner, config.block)
     stored = triton.cdiv(inner, 2) if four_bits else inner
     launch = Launch(
         _dequantize_kernel, (across,) if four_bits else (rows, across), (inner, stored, pitch),
         dict(
             FORMAT="4 bits" if four_bits else format, NESTED=tensors[-1] is not None, E8M0=e8m0,
             SCALE_ROWS=block_rows if block_rows < rows else 0, SCALE_COLUMNS=columns if columns < inner else 0,
-            UNIT=unit, BLOCK=size,
+            UNIT=config.unit, BLOCK=config.block,
         ),
-        dict(num_warps=_WARPS, num_stages=1, **_launch.launch_options(False) | {"enable_fp_fusion": False}), device,
+        dict(num_warps=config.num_warps, num_stages=1, enable_fp_fusion=False), device,
     )  # fmt: skip
     return SettledDequantize(launch, allocator(shape, dtype, device))
 

@@ -32,8 +32,8 @@ def draw(format, shape, block, nested=False, storage=torch.uint8, scales=torch.f
     out, inner = shape
     if format in ("fp8", "int8"):
         grid = -(-out // block[0]), -(-inner // block[1])
-        # E8M0 has no zero, and 2^127 times a weight would be infinite
-        scale = random_bytes(*grid).clamp(100, 140) if scales.itemsize == 1 else floats(*grid)
+        # E8M0 reaches 2^127, and W must be a number in fp16
+        scale = random_bytes(*grid).clamp(100, 133) if scales.itemsize == 1 else floats(*grid)
         scale = scale.view(scales) if scales.itemsize == 1 else scale.to(scales)
         stored = random_bytes(out, inner).view(torch.float8_e4m3fn if format == "fp8" else torch.int8)
         return QuantizedWeight(format, stored, torch.Size(shape), torch.bfloat16, scale, tuple(block))
