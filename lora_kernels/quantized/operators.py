@@ -35,26 +35,47 @@ def _four_bits(weight: Any, w: Tensor, part: int) -> None:
     """Write W = code[nibble] · absmax[i // block] into w."""
     block, numel = weight.block, w.numel()
     codes, flat, absmax = weight.packed.detach().view(-1).view(torch.uint8), w.view(-1), _absmax(weight)
-    pairs = torch.cartesian_prod(weight.code, weight.code).view(torch.int64).view(1, -1)
+    pairs = _pairs(weight.code)
     # fp32 pairs of whole bytes are looked up in place
     in_place = w.dtype == torch.float32 and numel % 2 == 0
     step = max(1, part // block) * block
     for start in range(0, numel, step):
         end = min(start + step, numel)
-        index = codes[start // 2 : (end + 1) // 2].long()
-        # a gather has a thread for each row at most
-        rows = min(_ROWS, index.numel() & -index.numel())
-        found = flat[start:end] if in_place else torch.empty(2 * index.numel(), dtype=torch.float32, device=w.device)
-        shape = rows, index.numel() // rows
-        torch.gather(pairs.expand(rows, -1), 1, index.view(shape), out=found.view(torch.int64).view(shape))
-        values, full, first = found[: end - start], (end - start) // block, start // block
-        if full:
-            values[: full * block].view(full, block).mul_(absmax[first : first + full, None])
-        # the last block may be short
-        if full * block < end - start:
-            values[full * block :].mul_(absmax[-1])
+        found = codes[start // 2 : (end + 1) // 2]
+        values = flat[start:end] if in_place else torch.empty(2 * len(found), dtype=torch.float32, device=w.device)
+        _look_up(pairs, found, values.view(torch.int64))
+        _scale(values[: end - start], absmax[start // block :], block)
         if not in_place:
-            flat[start:end].copy_(values)
+            flat[start:end].copy_(values[: end - start])
+
+
+def _pairs(code: Tensor) -> Tensor:
+    """Return the two fp32 values of each byte, as one int64."""
+    pairs = torch.empty(16, 16, 2, dtype=torch.float32, device=code.device)
+    pairs.select(2, 0).copy_(code.view(16, 1))
+    pairs.select(2, 1).copy_(code.view(16))
+    return pairs.view(torch.int64).view(-1)
+
+
+def _look_up(pairs: Tensor, codes: Tensor, found: Tensor) -> None:
+    """Write pairs[codes] into found."""
+    if codes.device.type == "cpu" and torch.get_num_threads() == 1:
+        # Of these two the faster, but it has one thread alone.
+        torch.index_select(pairs, 0, codes.int(), out=found)
+        return
+    # A gather has a thread for each row at most.
+    rows = min(_ROWS, codes.numel() & -codes.numel())
+    shape = rows, codes.numel() // rows
+    torch.gather(pairs.expand(rows, -1), 1, codes.long().view(shape), out=found.view(shape))
+
+
+def _scale(values: Tensor, absmax: Tensor, block: int) -> None:
+    """Multiply each block of values by its scale, in place; the last block may be short."""
+    full = values.numel() // block
+    if full:
+        values[: full * block].view(full, block).mul_(absmax[:full, None])
+    if full * block < values.numel():
+        values[full * block :].mul_(absmax[full])
 
 
 def _absmax(weight: Any) -> Tensor:
@@ -63,10 +84,8 @@ def _absmax(weight: Any) -> Tensor:
     if nested is None:
         return scale
     absmax = nested.code.view(-1).index_select(0, scale.int())
-    inner = nested.absmax.view(-1).repeat_interleave(
-        nested.blocksize, output_size=nested.absmax.numel() * nested.blocksize
-    )
-    return absmax.mul_(inner[: absmax.numel()]).add_(nested.offset.view(()))
+    _scale(absmax, nested.absmax.view(-1), nested.blocksize)
+    return absmax.add_(nested.offset.view(()))
 
 
 def _eight_bits(weight: Any, w: Tensor, part: int) -> None:

@@ -86,7 +86,9 @@ class QuantizedWeight:
             ValueError: The weight is not quantised yet, was repacked for a CPU, is stored as `[in, out]`, or has a
                 state that bitsandbytes wrote before version 0.43 or that does not fit the weight.
         """
-        return cls(**sources.of_bitsandbytes(layer), nested=sources.nested_of_bitsandbytes(layer, Nested))
+        # Each look at a `Params4bit` would else go through its `__torch_function__`, which costs more than all checks.
+        with torch._C.DisableTorchFunctionSubclass():
+            return cls(**sources.of_bitsandbytes(layer), nested=sources.nested_of_bitsandbytes(layer, Nested))
 
     @classmethod
     def from_fp8(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +13,12 @@ from lora_kernels.functional import lora_mlp, lora_qkv
 from lora_kernels.measure.presets import MLP, QKV
 from lora_kernels.passes.layer import GIVEN, Projection
 from lora_kernels.verify import numerics_mlp
-from lora_kernels.verify.block_problems import BlockProblem, check_projections, leaves_of
+from lora_kernels.verify.block_problems import BlockProblem, check_projections, leaves_of, quantised, wrong_weights
 from lora_kernels.verify.judge import find_masks
 from lora_kernels.verify.numerics import Finding
 from lora_kernels.verify.numerics_mlp import ACTIVATIONS, MLPProblem
 from lora_kernels.verify.problems import every_other, make_problem, same_bits, storages
+from lora_kernels.verify.stored import FORMATS
 
 __all__ = ["BlockCase", "examine", "matrix"]
 
@@ -37,6 +39,7 @@ class BlockCase:
         bias: Whether the layers have a bias.
         fp32_adapters: Whether the adapters are float32.
         strided: Whether the elements of x, the weights, the adapters and dy lie two apart.
+        stored: Format of quantised weights, see `stored.FORMATS`; "" for dense ones.
     """
 
     backend: str
@@ -50,13 +53,15 @@ class BlockCase:
     bias: bool = False
     fp32_adapters: bool = False
     strided: bool = False
+    stored: str = ""
 
     form = "fused"
 
     @property
     def layout(self) -> str:
-        """Return the table's layout column: the block, then its bias, fp32 adapters and strides."""
+        """Return the table's layout column: the block and its weights' format, then bias, fp32 adapters and strides."""
         block = f"mlp {self.activation}" if self.activation else "qkv"
+        block += f" {self.stored}" * bool(self.stored)
         return block + (" fp32" if self.fp32_adapters else " bias" * self.bias) + " strided" * self.strided
 
     @property
@@ -83,15 +88,18 @@ def matrix(backend: str, dtype: str, on_gpu: bool, quick: bool) -> list[BlockCas
     m, k, widths, hidden, r = _TORCH if backend == "torch" else _ON_GPU if on_gpu else _INTERPRETED
     same, mixed, some = (r, r, r), (r, 3, r // 2 + 1), (r, 0, 3)
 
-    def qkv(ranks: tuple[int, int, int], ps: tuple[float, float, float], m: int = m, **more: bool) -> BlockCase:
+    def qkv(ranks: tuple[int, int, int], ps: tuple[float, float, float], m: int = m, **more: Any) -> BlockCase:
         return BlockCase(backend, dtype, m, k, widths, ranks, ps, **more)
 
-    def mlp(activation: str, ranks: tuple[int, int, int], ps: tuple[float, float, float], **more: bool) -> BlockCase:
+    def mlp(activation: str, ranks: tuple[int, int, int], ps: tuple[float, float, float], **more: Any) -> BlockCase:
         return BlockCase(backend, dtype, m, k, (hidden,), ranks, ps, activation, **more)
 
     fast = backend == "torch" or on_gpu
     if quick:
-        return [qkv(mixed, (0.1, 0.0, 0.3), bias=True), mlp("silu", same, (0.0, 0.0, 0.1 if fast else 0.0))]
+        return [
+            qkv(mixed, (0.1, 0.0, 0.3), bias=True), mlp("silu", same, (0.0, 0.0, 0.1 if fast else 0.0)),
+            qkv(some, (0.1, 0.0, 0.3), stored="nf4"), mlp("silu", same, (0.0, 0.0, 0.0), stored="nf4"),
+        ]  # fmt: skip
     cases = [
         qkv(same, (0.0, 0.0, 0.0)), qkv(same, (0.1, 0.1, 0.1)), qkv(mixed, (0.1, 0.0, 0.3), bias=True),
         qkv(some, (0.0, 0.0, 0.0)), qkv(some, (0.5, 0.0, 0.0), bias=True), qkv(mixed, (0.1, 0.1, 0.1), m=1),
@@ -99,8 +107,15 @@ def matrix(backend: str, dtype: str, on_gpu: bool, quick: bool) -> list[BlockCas
         mlp("silu", same, (0.0, 0.0, 0.0), bias=True), mlp("silu", mixed, (0.3, 0.0, 0.1)),
         mlp("silu", some, (0.0, 0.0, 0.0)),
     ]  # fmt: skip
+    for stored in FORMATS:
+        cases += [
+            qkv(same, (0.0, 0.0, 0.0), stored=stored), qkv(some, (0.1, 0.0, 0.3), bias=True, stored=stored),
+            mlp("silu", same, (0.0, 0.0, 0.0), stored=stored), mlp("silu", some, (0.1, 0.0, 0.3), stored=stored),
+        ]  # fmt: skip
     if dtype != "fp32":
-        cases += [replace(one, fp32_adapters=True) for one in (cases[2], next(one for one in cases if one.activation))]
+        wide = [cases[2], next(one for one in cases if one.activation)]
+        wide += [next(one for one in cases if one.stored and bool(one.activation) == gated) for gated in (False, True)]
+        cases += [replace(one, fp32_adapters=True) for one in wide]
     return cases
 
 
@@ -111,15 +126,19 @@ def examine(
     problem = _draw(case, dtype, str(device), seed)
     operands = {f"{name}'s {field}": t for name, q in problem.layers.items()
                 for field, t in zip(Projection._fields[:GIVEN], q[:GIVEN], strict=True) if t is not None}  # fmt: skip
+    operands |= {f"{name}'s tensor {i}": t for name, w in problem.stored.items() for i, t in enumerate(w.tensors())}
     operands |= {"x": problem.x} | {f"the gradient of {y}": dy for y, dy in zip(problem.ys, problem.dys, strict=True)}
     before = storages(operands)
     actual, again = (_run(problem, case.backend, seed) for _ in range(2))
     after = storages(operands)
     messages = [f"{name} was written to" for name in before if not torch.equal(before[name], after[name])]
     messages += [f"{name} differs from run to run" for name in actual if not same_bits(actual[name], again[name])]
+    messages += wrong_weights(problem, case.backend)
     if not problem.activation:
         keeps = _masks(problem, case.backend, seed)
         return check_projections(actual, problem, keeps, split=case.backend == "torch"), messages
+    # dense weights draw the same masks
+    problem = replace(problem, stored={})
     keeps = find_masks(
         problem, leaves_of(problem), lambda dys: _run(replace(problem, dys=dys), case.backend, seed)["dx"]
     )  # fmt: skip
@@ -157,7 +176,8 @@ def _draw(case: BlockCase, dtype: torch.dtype, device: str, seed: int) -> BlockP
         for name, q in zip(MLP if case.activation else QKV, problems, strict=True)
     }  # fmt: skip
     dys = (problems[-1].dy,) if case.activation else tuple(q.dy for q in problems)
-    return BlockProblem(problems[0].x, layers, dys, case.activation)
+    block = BlockProblem(problems[0].x, layers, dys, case.activation)
+    return quantised(block, case.stored) if case.stored else block
 
 
 def _run(problem: BlockProblem, backend: str, seed: int) -> dict[str, Tensor]:
@@ -165,7 +185,7 @@ def _run(problem: BlockProblem, backend: str, seed: int) -> dict[str, Tensor]:
     leaves = leaves_of(problem)
     layers = [
         q if q.lora_A is None else q._replace(lora_A=leaves[f"dA {name}"], lora_B=leaves[f"dB {name}"])
-        for name, q in problem.layers.items()
+        for name, q in problem.kept_layers.items()
     ]
     torch.manual_seed(seed)
     if problem.activation:

@@ -9,7 +9,8 @@ that of PyTorch's operators. `verify` holds this package's MLP to `numerics_mlp.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,19 @@ from torch import Tensor
 
 from lora_kernels import reference
 from lora_kernels.passes.layer import Projection
+from lora_kernels.quantized import QuantizedWeight
 from lora_kernels.verify import numerics, numerics_mlp
 from lora_kernels.verify.numerics import Finding, Problem
 from lora_kernels.verify.numerics_mlp import ACTIVATIONS
+from lora_kernels.verify.stored import quantise
 
-__all__ = ["BlockProblem", "Keeps", "check_projections", "compose", "leaves_of", "outputs"]
+__all__ = [
+    "BlockProblem", "Keeps", "check_projections", "compose", "leaves_of", "outputs", "quantised", "wrong_weights",
+]  # fmt: skip
 
 # layer to its dropout mask, bool of its input's shape
 Keeps = Mapping[str, Tensor]
+AnyProblem = TypeVar("AnyProblem", bound="Problem | BlockProblem")
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,19 @@ class BlockProblem:
         layers: Name to weight, adapter, scaling and dropout; for an MLP: gate, up and down.
         dys: The upstream gradient of each output.
         activation: One of `numerics_mlp.ACTIVATIONS`; "" for projections of x.
+        stored: Name to a quantised weight as it is stored; the weight in `layers` is then its dense W.
     """
 
     x: Tensor
     layers: dict[str, Projection]
     dys: tuple[Tensor, ...]
     activation: str = ""
+    stored: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+
+    @property
+    def kept_layers(self) -> dict[str, Projection]:
+        """Return the layers as a call takes them: with quantised weights where they are stored so."""
+        return {name: q._replace(weight=self.stored.get(name, q.weight)) for name, q in self.layers.items()}
 
     @property
     def adapted_layers(self) -> dict[str, Projection]:
@@ -78,6 +91,30 @@ class BlockProblem:
             for name, q in self.layers.items()
         }
         return replace(self, layers=wide)
+
+
+def quantised(problem: AnyProblem, kind: str, nested: bool = True, block: int | None = None) -> AnyProblem:
+    """Store the weights of a problem as `stored.quantise` does; its dense weights become those of the reference."""
+    dtype = problem.x.dtype
+    stored = {name: quantise(q.weight, kind, nested=nested, block=block) for name, q in problem.layers.items()}
+    dense = {name: reference.dequantize(weight, dtype) for name, weight in stored.items()}
+    if isinstance(problem, Problem):
+        return replace(problem, weight=dense[""], stored=stored)
+    layers = {name: q._replace(weight=dense[name]) for name, q in problem.layers.items()}
+    return replace(problem, layers=layers, stored=stored)
+
+
+def wrong_weights(problem: Problem | BlockProblem, backend: str) -> list[str]:
+    """Say which stored weights a backend does not dequantise to the dense W, bit for bit."""
+    messages = []
+    for name, weight in problem.stored.items():
+        expected = problem.layers[name].weight
+        actual = weight.dequantize(expected.dtype, backend)
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.itemsize]
+        if wrong := int((actual.view(bits) != expected.view(bits)).sum()):
+            what = f"W of {name}" if name else "W"
+            messages.append(f"{what} dequantised differs from the reference in {wrong} of {actual.numel()} elements")
+    return messages
 
 
 def compose(problem: BlockProblem, x: Tensor, apply: Callable[[str, Tensor], Tensor]) -> tuple[Tensor, ...]:

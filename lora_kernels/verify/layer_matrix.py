@@ -9,16 +9,22 @@ from lora_kernels import plan
 from lora_kernels.constants import DTYPES
 from lora_kernels.plan import model
 from lora_kernels.verify import numerics
+from lora_kernels.verify.block_problems import quantised, wrong_weights
 from lora_kernels.verify.numerics import Finding, Problem
 from lora_kernels.verify.problems import every_other, make_problem, run_problem, same_bits, storages, with_mask
 
-__all__ = ["LAYOUTS", "LayerCase", "draw", "examine", "lay_out", "matrix"]
+__all__ = ["LAYOUTS", "STORED", "LayerCase", "draw", "examine", "lay_out", "matrix"]
 
 LAYOUTS = (
     "contiguous", "x transposed", "x sliced", "W transposed", "dy expanded", "x 4-D", "bias", "fp32 adapters",
     "all sliced",
 )  # fmt: skip
-_QUICK_LAYOUTS = ("x transposed", "x 4-D", "bias", "all sliced")
+# layouts of a quantised W, each with the arguments of `block_problems.quantised`
+STORED = {
+    "nf4": ("nf4",), "nf4 unnested": ("nf4", False, 32), "nf4, fp32 adapters": ("nf4",), "fp4": ("fp4",),
+    "fp8": ("fp8", False, 16), "int8": ("int8",),
+}  # fmt: skip
+_QUICK_LAYOUTS = ("x transposed", "x 4-D", "bias", "all sliced", "nf4", "fp8")
 _OPERANDS = ("x", "weight", "lora_A", "lora_B", "dy", "bias")
 
 
@@ -51,7 +57,7 @@ def matrix(backend: str, dtype: str, on_gpu: bool, quick: bool) -> list[LayerCas
         shapes, base = _GPU_SHAPES, (1000, 1024, 1536, 16)
     else:
         shapes, base = _INTERPRETER_SHAPES, (40, 48, 56, 8)
-    layouts = [layout for layout in LAYOUTS[1:] if layout != "fp32 adapters" or dtype != "fp32"]
+    layouts = [one for one in (*LAYOUTS[1:], *STORED) if dtype != "fp32" or not one.endswith("fp32 adapters")]
     if quick:
         first, second = shapes[0], shapes[3]
         cases = [LayerCase(backend, dtype, *shape, p=p) for shape, p in ((first, 0.0), (first, 0.1), (second, 0.1))]
@@ -87,7 +93,12 @@ _TORCH_SHAPES = (
 
 
 def lay_out(problem: Problem, layout: str) -> Problem:
-    """Give a problem's tensors the strides that a layout names; values change in "dy expanded" alone."""
+    """Give a problem's tensors the strides, or W the format, that a layout names.
+
+    Of the strides, "dy expanded" alone changes values.
+    """
+    if layout in STORED:
+        return quantised(problem, *STORED[layout])
     if layout == "x transposed":
         return replace(problem, x=problem.x.mT.contiguous().mT)
     if layout == "x sliced":
@@ -115,7 +126,7 @@ def draw(case: LayerCase, device: torch.device, seed: int) -> Problem:
     batch = (2, case.m // 4, 2) if case.layout == "x 4-D" else (case.m,)
     problem = make_problem(
         batch, case.k, case.n, case.r, DTYPES[case.dtype], str(device), bias=case.layout == "bias",
-        adapter_dtype=torch.float32 if case.layout == "fp32 adapters" else None, dropout_p=case.p, seed=seed,
+        adapter_dtype=torch.float32 if case.layout.endswith("fp32 adapters") else None, dropout_p=case.p, seed=seed,
     )  # fmt: skip
     return lay_out(problem, case.layout)
 
@@ -124,11 +135,13 @@ def examine(case: LayerCase, device: torch.device, seed: int) -> tuple[list[Find
     """Run a case twice and hold it to the rules; return the findings and the messages of all other failures."""
     problem = with_mask(draw(case, device, seed), case.backend, seed)
     operands = {name: getattr(problem, name) for name in _OPERANDS if getattr(problem, name) is not None}
+    operands |= {f"weight's tensor {i}": t for w in problem.stored.values() for i, t in enumerate(w.tensors())}
     before = storages(operands)
     with plan.force_form(case.form):
         actual, again = (run_problem(problem, case.backend, seed) for _ in range(2))
     after = storages(operands)
     messages = [f"{name} was written to" for name in before if not torch.equal(before[name], after[name])]
     messages += [f"{name} differs from run to run" for name in actual if not same_bits(actual[name], again[name])]
+    messages += wrong_weights(problem, case.backend)
     split = case.backend == "torch" or case.form != "fused"
     return numerics.check(actual, problem, numerics.eager(problem), split=split), messages

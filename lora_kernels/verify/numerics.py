@@ -40,14 +40,15 @@ and Stability of Numerical Algorithms", 2nd ed., §3.5 (inner products).
 import functools
 import math
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lora_kernels import reference
+from lora_kernels.quantized import QuantizedWeight
 
 __all__ = [
     "RULE_2_INHERITED", "RULE_2_SIZE", "SLACK", "Finding", "Problem", "allowed_error", "allowed_rms", "bounds", "check",
@@ -81,6 +82,7 @@ class Problem:
         scaling: Multiplies the low-rank term.
         dropout_p: Drop probability.
         keep: The dropout mask used, bool of x's shape; None without dropout.
+        stored: A quantised weight as it is stored, under the name ""; `weight` is then its dense W.
 
     A problem also reads as a `block_problems.BlockProblem` of one layer, whose name is "".
     """
@@ -94,6 +96,7 @@ class Problem:
     scaling: float = 1.0
     dropout_p: float = 0.0
     keep: Tensor | None = None
+    stored: Mapping[str, QuantizedWeight] = field(default_factory=dict)
     activation: ClassVar[str] = ""
     ys: ClassVar[tuple[str, ...]] = ("y",)
 
@@ -106,6 +109,11 @@ class Problem:
     def layers(self) -> dict[str, "Problem"]:
         """Return the problem as the only layer of a block, named ""."""
         return {"": self}
+
+    @property
+    def kept_weight(self) -> Tensor | QuantizedWeight:
+        """Return the weight as a call takes it: quantised if it is stored so, else dense."""
+        return self.stored.get("", self.weight)
 
     @property
     def terms_summed(self) -> dict[str, int]:

@@ -71,7 +71,7 @@ def run_problem(problem: Problem, backend: str, seed: int) -> dict[str, Tensor]:
     }
     torch.manual_seed(seed)
     y = lora_linear(
-        leaves["x"], problem.weight, leaves["lora_A"], leaves["lora_B"], scaling=problem.scaling,
+        leaves["x"], problem.kept_weight, leaves["lora_A"], leaves["lora_B"], scaling=problem.scaling,
         bias=leaves.get("bias"), dropout_p=problem.dropout_p, backend=backend,
     )  # fmt: skip
     y.backward(problem.dy)
