@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_kernels.passes.layer import Weight
-from lora_kernels.quantized import QuantizedWeight, count_tables, shape_of_form
+from lora_kernels.quantized.weight import QuantizedWeight, count_tables, shape_of_form
 
 __all__ = [
     "given",

@@ -8,7 +8,7 @@ from torch import Tensor
 from lora_kernels import autograd, passes, plan, reference, torch_backend
 from lora_kernels.autograd.common import autocasts
 from lora_kernels.autograd.noise import draw_shard
-from lora_kernels.autograd.stored import split
+from lora_kernels.autograd.stored import given, split
 from lora_kernels.autograd.written import watch
 from lora_kernels.functional import checks
 from lora_kernels.functional.base import base_only
@@ -131,9 +131,9 @@ def compute(
         if adds_nothing:
             return base_only(call, x, weight, lora_A, lora_B, bias, backend)
         check_backend_runs(call, x, [weight], [lora_A], backend)
-        tensor, *stored = split(weight)
-        numbers = as_number(scaling), as_number(dropout_p)
-        return autograd.linear.linear(x, tensor, lora_A, lora_B, bias, *numbers, backend, dropout_shard, *stored)
+        tensor, tables, form = split(weight)
+        how = as_number(scaling), as_number(dropout_p), backend, dropout_shard, *given(tables, form)
+        return autograd.linear.linear(x, tensor, lora_A, lora_B, bias, *how)
     scaling, dropout_p = float(scaling), float(dropout_p)
     if chosen is None:
         empty = x.numel() == 0 or weight.shape[0] == 0

@@ -127,8 +127,8 @@ def _mlp(
             return checkpoint(functools.partial(compose, x), use_reentrant=False)
         return checkpoint(compose, x, use_reentrant=False) if again else compose(x)
     if is_watched():
-        given, stored = arguments(entries)
-        return autograd.mlp.mlp(x, *given, activation, recompute, shared, *stored)
+        plain, stored = arguments(entries)
+        return autograd.mlp.mlp(x, *plain, activation, recompute, shared, *stored)
     entries = list(map(with_floats, entries))
     tensors: list[Any] = list(itertools.chain.from_iterable(q[:GIVEN] for q in entries))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_kernels import autograd, passes, plan, torch_backend
 from lora_kernels.autograd.common import autocasts
-from lora_kernels.autograd.stored import split_all
+from lora_kernels.autograd.stored import given, split_all
 from lora_kernels.constants import MAX_OUTPUTS
 from lora_kernels.functional import checks
 from lora_kernels.functional.base import base
@@ -200,8 +200,8 @@ def _backends(call: str, x: Tensor, entries: list[Projection], backend: str) -> 
 def _together(x: Tensor, entries: list[Projection], backend: str, added: list[bool]) -> list[Tensor]:
     """Compute several projections in the same launches, by a Function if a gradient may be needed."""
     if is_watched():
-        given, stored = arguments(entries)
-        return autograd.projections.projections(x, *given, backend, *stored)
+        plain, stored = arguments(entries)
+        return autograd.projections.projections(x, *plain, backend, *stored)
     entries = list(map(with_floats, entries))
     tensors = [t for q in entries for t in q[:GIVEN]]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
@@ -220,11 +220,11 @@ def with_floats(q: Projection) -> Projection:
     return q._replace(scaling=float(q.scaling), dropout_p=float(q.dropout_p))
 
 
-def arguments(entries: list[Projection]) -> tuple[tuple[list, ...], tuple[list, list]]:
-    """Return the arguments of operators: weights, lora_As, lora_Bs, biases, scalings, dropout_ps; tables and forms."""
+def arguments(entries: list[Projection]) -> tuple[tuple[list, ...], tuple[Any, ...]]:
+    """Return the arguments of operators: weights to dropout_ps, as lists, and those of quantised weights."""
     weights, *tensors, scalings, ps = map(list, zip(*entries, strict=True))
     plain, tables, forms = split_all(weights)
-    return (plain, *tensors, [*map(as_number, scalings)], [*map(as_number, ps)]), (tables, forms)
+    return (plain, *tensors, [*map(as_number, scalings)], [*map(as_number, ps)]), given(tables, forms)
 
 
 def alone(

@@ -1,6 +1,7 @@
 """Every public function, class and operator is there under its name, and a call of it does what it did."""
 
 import contextlib
+import dataclasses
 import importlib
 import json
 
@@ -134,6 +135,25 @@ def mask(keep_mask):
     assert (keep.shape, keep.dtype) == ((40, 50), torch.bool)
     assert 0.65 < keep.float().mean() < 0.75
     assert torch.equal(keep, keep_mask(1, 40, 50, 0.3))
+
+
+def quantized(cls):
+    """Of the storage 0x1F: nibbles 1 and 15, the second value of NF4 and 1."""
+    made = cls.nf4(torch.tensor([0x1F], dtype=torch.uint8), torch.tensor([2.0]), shape=(1, 2), dtype=torch.float32)
+    same(made.dequantize(), torch.tensor([[-2 * 0.6961928, 2.0]]))
+    return made
+
+
+def nesting(nested):
+    part = nested(torch.arange(256.0), torch.tensor([0.5]), torch.tensor(1.0))
+    made = quantized(importlib.import_module("lora_kernels.quantized").QuantizedWeight)
+    made = dataclasses.replace(made, scale=torch.tensor([6], dtype=torch.uint8), nested=part)
+    same(made.dequantize()[0, 1], torch.tensor(4.0))
+
+
+def dequantizing(dequantize):
+    made = quantized(importlib.import_module("lora_kernels.quantized").QuantizedWeight)
+    assert torch.equal(dequantize(made, torch.bfloat16), made.dequantize().bfloat16())
 
 
 KEEP = torch.arange(X.numel()).view(X.shape) % 3 > 0
@@ -296,8 +316,9 @@ CALLS = {
         "accelerated": accelerated,
     },
     "lora_kernels.parallel": {"LoRAColwise": parallel, "LoRARowwise": parallel},
+    "lora_kernels.quantized": {"Nested": nesting, "QuantizedWeight": quantized},
     "lora_kernels.reference": LAYERS | {
-        "Layer": protocol, "activated": activating, "dropped": dropping,
+        "Layer": protocol, "activated": activating, "dequantize": dequantizing, "dropped": dropping,
         "forward": lambda forward: same(forward(X, WEIGHT, A, B, BIAS, SCALING), Y),
         "grad_bias": lambda grad: same(grad(DY), gradients()["bias"]),
         "grad_lora_A": lambda grad: same(grad(DY, X, B, SCALING, KEEP, 0.5), gradients()["a"]),

@@ -166,5 +166,7 @@ def test_wrong_shapes_and_devices_are_named(device):
         lora_linear(x.to("meta"), w, A.to("meta"), B.to("meta"))
     with pytest.raises(TypeError, match=r"lora_A must be a torch\.Tensor, got QuantizedWeight"):
         lora_linear(x, w, w, B)
-    with pytest.raises(ValueError, match=r"lora_projections: projection 1: lora_A is \(4, 48\)"):
+    with pytest.raises(
+        ValueError, match=r"lora_projections: projection 1: x has 48 features in its last dim but weight is \(48, 40\)"
+    ):
         lora_projections(x, [w, weight("nf4", (48, 40), device)], [(A, B), (A, B)])
