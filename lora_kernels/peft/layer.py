@@ -30,7 +30,7 @@ from lora_kernels.autograd.common import autocast_off, autocasts
 from lora_kernels.constants import HALF
 from lora_kernels.functional import lora_add, lora_linear
 from lora_kernels.passes.layer import Projection
-from lora_kernels.peft.forwards import call_replacement, is_in_force, parts_are_own
+from lora_kernels.peft.forwards import call_replacement, is_called_plainly, is_in_force, parts_are_own
 
 __all__ = [
     "accelerated_forward", "bare", "dtypes_fit", "fusable", "is_dense", "is_function_mode_active", "is_plain_variant",
@@ -101,12 +101,10 @@ def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
             return None
         if not (bare(lora_A, nn.Linear) and bare(lora_B, nn.Linear)):
             return None
-        if bare(dropout, nn.Identity):
-            dropout_p = 0.0
-        elif bare(dropout, nn.Dropout):
-            dropout_p = dropout.p if dropout.training else 0.0
-        else:
+        kind = type(dropout)
+        if (kind is not nn.Dropout and kind is not nn.Identity) or not bare(dropout, kind):
             return None
+        dropout_p = dropout.p if kind is nn.Dropout and dropout.training else 0.0
         own_A, own_B = lora_A.__dict__["_parameters"], lora_B.__dict__["_parameters"]
         A, B = own_A.get("weight"), own_B.get("weight")
         if type(A) is not nn.Parameter or type(B) is not nn.Parameter:
@@ -140,7 +138,7 @@ def projection(layer: nn.Module, x: Tensor) -> Projection | None:
     base, terms = layer, None
     if type(layer) is nn.Linear:
         terms = [(None, None, 1.0, 0.0)] if is_dense(x) and parts_are_own() and not is_traced() else None
-    elif is_in_force(type(layer).forward) and bare(layer, type(layer)):
+    elif is_in_force(type(layer).forward) and bare(layer, type(layer)) and is_called_plainly(type(layer)):
         base, terms = layer.__dict__["_modules"]["base_layer"], read(layer, x)
     if terms is not None and len(terms) > 1:
         terms = _join_terms(terms)
@@ -205,7 +203,7 @@ def fusable(base: nn.Module, x: Tensor) -> bool:
     # Subclasses do not count, because quantised layers subclass `nn.Linear`.
     if not bare(base, nn.Linear):
         return False
-    own = base.__dict__["_parameters"]
+    own, dtype = base.__dict__["_parameters"], x.dtype
     if "weight" not in own or "bias" not in own:
         return False
     for t in (own["weight"], own["bias"]):
@@ -213,7 +211,7 @@ def fusable(base: nn.Module, x: Tensor) -> bool:
             continue
         if type(t) is not nn.Parameter or t.layout is not _STRIDED:
             return False
-        if not (t.dtype is x.dtype or autocasts(x.device.type)):
+        if not (t.dtype is dtype or autocasts(x.device.type)):
             return False
     return True
 

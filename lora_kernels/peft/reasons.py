@@ -97,7 +97,8 @@ def _adapter_reason(module: Any, name: str) -> str:
 
 def _call_reason(module: Any, x: Tensor | None) -> str:
     if part := replaced_part():
-        return f"the forward of nn.{part.__name__} was replaced by {describe(part.forward)}"
+        name, other = part
+        return f"{name} was replaced by {describe(other)}"
     if rules._has_any_global_hook():
         return "a hook on all modules is registered"
     if rules.is_function_mode_active():

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lora_kernels.functional.gate import is_watched
 from lora_kernels.peft import known, readers
 from lora_kernels.peft.blocks import changed_part, patched_structure
-from lora_kernels.peft.forwards import stock_forward
+from lora_kernels.peft.forwards import is_called_plainly, stock_forward
 from lora_kernels.peft.reasons import UNPATCHED, base_reason, forward_reason, part_reason, stock_reason
 from lora_kernels.peft.structure import Structure, members, structure
 
@@ -210,6 +210,8 @@ def _member_reason(own: str, layer: Any, found: LayerReport) -> str:
         return f"{own} is {found.form}: {found.reason}"
     if listened := part_reason(layer, (type(layer),)):
         return f"{own} {listened}"
+    if not is_called_plainly(type(layer)):
+        return f"{own} is called by another __call__ than nn.Module's"
     active = [layer.lora_dropout[name] for name in layer.active_adapters if name in layer.lora_A]
     masks = sum(dropout.training and getattr(dropout, "p", 0) > 0 for dropout in active)
     return f"{own} has {len(active)} active adapters, and dropout" if len(active) > 1 and masks else ""

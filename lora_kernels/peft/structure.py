@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.activations import ACTIVATIONS, activated
+from lora_kernels.peft.forwards import is_called_plainly
 from lora_kernels.peft.names import Names, names_of
 
 __all__ = ["ATTENTION", "FixedMember", "FixedModule", "Structure", "members", "structure"]
@@ -61,7 +62,7 @@ class FixedModule(NamedTuple):
     def still(self, module: nn.Module) -> bool:
         """Return whether a module of that class still has the same forward, names and constants."""
         fields = module.__dict__
-        same = self.kind.forward is self.forward and self.names.still()
+        same = self.kind.forward is self.forward and is_called_plainly(self.kind) and self.names.still()
         return same and all(_identity(fields.get(name)) == value for name, value in self.constants)
 
 
