@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 __all__ = [
-    "call_replacement", "describe", "is_called_plainly", "is_defined_by", "is_in_force", "is_ours", "mark",
+    "at_work", "call_replacement", "describe", "is_called_plainly", "is_defined_by", "is_in_force", "is_ours", "mark",
     "parts_are_own", "replaced_part", "replacement", "stock_forward",
 ]  # fmt: skip
 
@@ -22,6 +22,10 @@ __all__ = [
 _PARTS: tuple[Any, ...] = (nn.Linear, nn.Dropout, nn.Identity)
 # What PyTorch defines for the parts, once that has been seen in force; in the order of `parts_are_own`.
 _own: tuple[Any, ...] = (None,) * 7
+
+
+# The forward of ours that is set on each class itself and computes; others may have wrapped it, or keep an earlier one.
+at_work: dict[type, Any] = {}
 
 
 class _Mark(NamedTuple):
@@ -49,7 +53,7 @@ def mark(forward: Any, stock: Callable[..., Any], cls: type | None) -> Any:
         forward: Our forward.
         stock: The forward that ours computes faster.
         cls: The class whose forward `stock` is, if ours is the forward of a subclass; None if ours is set on the class
-            itself, where a later one takes its place.
+            itself, and computes only while it is `at_work`.
     """
     forward._lora_kernels_mark = _Mark(forward, stock, cls)
     return forward
@@ -67,15 +71,19 @@ def stock_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_in_force(forward: Any) -> bool:
-    """Return whether a forward is ours, and the class still has the forward that ours stands for."""
+    """Return whether a forward is ours, and computes what it stands for."""
     return is_ours(forward) and replacement(forward) is None
 
 
 def replacement(forward: Any) -> Callable[..., Any] | None:
-    """Return the forward that others have set on the class behind one of ours, or None."""
+    """Return the forward to call in place of one of ours, or None.
+
+    It is the one that others have set on the class behind ours; or the stock forward, if ours was set on the class
+    itself and that has ended.
+    """
     _, stock, cls = forward._lora_kernels_mark
     if cls is None:
-        return None
+        return None if forward in at_work.values() else stock
     current = cls.forward
     return None if current is stock or stock_forward(current) is stock else current
 

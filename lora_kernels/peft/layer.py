@@ -30,7 +30,7 @@ from lora_kernels.autograd.common import autocast_off, autocasts
 from lora_kernels.constants import HALF
 from lora_kernels.functional import lora_add, lora_linear
 from lora_kernels.passes.layer import Projection
-from lora_kernels.peft.forwards import call_replacement, is_called_plainly, is_in_force, parts_are_own
+from lora_kernels.peft.forwards import call_replacement, is_called_plainly, is_in_force, parts_are_own, replacement
 
 __all__ = [
     "accelerated_forward", "bare", "dtypes_fit", "fusable", "is_dense", "is_function_mode_active", "is_plain_variant",
@@ -45,20 +45,17 @@ _STRIDED = torch.strided
 _PLAIN_VARIANTS = ("MiCALinearVariant",)
 
 
-def accelerated_forward(
-    stock: Callable[..., Tensor], backend: str, instead: Callable[[Any], Callable[..., Tensor] | None]
-) -> Any:
-    """Make a forward that takes the fused path if possible, and otherwise calls `stock`.
+def accelerated_forward(stock: Callable[..., Tensor], backend: str) -> Any:
+    """Make a forward that takes the fused path if possible, and otherwise calls `stock`; it needs a `mark`.
 
     Args:
         stock: The forward of a PEFT layer class.
         backend: Backend for `lora_linear`.
-        instead: Takes this forward, at each call, and returns one to call in its place, or None.
     """
 
     @functools.wraps(stock)
     def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if (other := instead(forward)) is stock:
+        if (other := replacement(forward)) is stock:
             return stock(self, x, *args, **kwargs)
         if other is not None:
             called, y = call_replacement(other, forward, self, x, *args, **kwargs)

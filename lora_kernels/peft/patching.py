@@ -18,7 +18,7 @@ from torch import nn
 
 from lora_kernels.peft import known, readers
 from lora_kernels.peft.blocks import block_forward, block_members
-from lora_kernels.peft.forwards import is_defined_by, is_ours, mark, replacement, stock_forward
+from lora_kernels.peft.forwards import at_work, is_defined_by, is_ours, mark, stock_forward
 from lora_kernels.peft.layer import accelerated_forward
 from lora_kernels.peft.report import Report, report
 from lora_kernels.peft.structure import Structure, members, structure
@@ -118,10 +118,6 @@ def unpatch_peft(model: nn.Module) -> int:
     return count
 
 
-# The forward of ours that is set on each class and at work; others may have wrapped it.
-_at_work: dict[type, Any] = {}
-
-
 def accelerate(on: bool = True, backend: str = "auto") -> None:
     """Accelerate all present and future PEFT LoRA layers by a change of PEFT's classes themselves; or undo the change.
 
@@ -139,11 +135,11 @@ def accelerate(on: bool = True, backend: str = "auto") -> None:
     for cls in _classes_with_forward():
         stock = stock_forward(cls.forward)
         if not on:
-            _at_work.pop(cls, None)
+            at_work.pop(cls, None)
             cls.forward = stock
         elif is_defined_by(stock, cls):
             # Subclasses that inherit the forward follow.
-            cls.forward = _at_work[cls] = _forward_of_class(cls, stock, backend)
+            cls.forward = at_work[cls] = mark(accelerated_forward(stock, backend), stock, None)
 
 
 @contextlib.contextmanager
@@ -159,15 +155,15 @@ def accelerated(backend: str = "auto") -> Iterator[None]:
         ImportError: PEFT is not installed.
         ValueError: `backend` is unknown.
     """
-    before = {cls: (cls.forward, _at_work.get(cls)) for cls in _classes_with_forward()}
+    before = {cls: (cls.forward, at_work.get(cls)) for cls in _classes_with_forward()}
     accelerate(True, backend)
     try:
         yield
     finally:
         for cls, (forward, ours) in before.items():
-            _at_work.pop(cls, None)
+            at_work.pop(cls, None)
             if ours is not None:
-                _at_work[cls] = ours
+                at_work[cls] = ours
             if is_ours(cls.forward):
                 cls.forward = forward
 
@@ -175,15 +171,6 @@ def accelerated(backend: str = "auto") -> Iterator[None]:
 def _classes_with_forward() -> list[Any]:
     """Return the known classes that define a forward."""
     return [cls for cls in known.classes() if "forward" in vars(cls)]
-
-
-def _forward_of_class(cls: type, stock: Callable[..., Any], backend: str) -> Any:
-    """Make a forward that is set on the class itself, and calls `stock` where it is not at work any more."""
-
-    def ended(forward: Any) -> Callable[..., Any] | None:
-        return None if _at_work.get(cls) is forward else stock
-
-    return mark(accelerated_forward(stock, backend, ended), stock, None)
 
 
 def _is_lora(module: nn.Module) -> bool:
@@ -211,7 +198,7 @@ def _patched_class(
     cls: type[nn.Module], stock: Callable[..., Any], backend: str, block: Structure | None = None, alone: bool = False
 ) -> type[nn.Module]:
     """Return the subclass of a class whose forward, now, is `stock`."""
-    own = block_forward(stock, block, backend) if block else accelerated_forward(stock, backend, replacement)
+    own = block_forward(stock, block, backend) if block else accelerated_forward(stock, backend)
     body = {
         "forward": mark(own, stock, cls),
         "__module__": cls.__module__,

@@ -289,6 +289,24 @@ def test_accelerated_inside_accelerated(computed):
     assert len(computed) == 2
 
 
+@pytest.mark.parametrize("place", ["layer", "class"])
+def test_a_forward_that_a_library_keeps_from_an_accelerated_that_has_ended(place, computed):
+    model, x = tiny(), torch.randn(5, IN)
+    owner, expected = model.base_model.model.lin if place == "layer" else lora.Linear, model(x)
+    with accelerated():
+        kept = owner.forward
+        model(x)
+    assert len(computed) == 1
+    owner.forward = kept
+    assert torch.equal(model(x), expected)
+    for found in (explain(model), explain(model, x)):
+        assert (found.layers[0].form, "has ended" in found.layers[0].reason) == ("stock", True)
+    with accelerated():
+        assert explain(model, x).count("fused") == (place == "class")
+        model(x)
+    assert len(computed) == 1 + 2 * (place == "class")
+
+
 def test_a_patched_model_under_accelerated_is_patched(computed):
     model, x = tiny(), torch.randn(5, IN)
     patch_peft(model)
