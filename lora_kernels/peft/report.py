@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_kernels.functional.gate import is_watched
-from lora_kernels.peft import known, readers
+from lora_kernels.peft import fast_path, known, readers
 from lora_kernels.peft.blocks import changed_part, patched_structure
 from lora_kernels.peft.forwards import is_called_plainly, stock_forward
 from lora_kernels.peft.reasons import UNPATCHED, base_reason, forward_reason, part_reason, stock_reason
@@ -225,7 +225,7 @@ def _observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, known.lora_layer())}
     # The hooks below would switch the fast path off, so look without them first.
-    fast = readers.fast_layers(model, lambda module: isinstance(module, known.lora_layer()))
+    fast = fast_path.fast_layers(model)
     passed_by = set(layers) - readers.called_layers(model, layers, args, kwargs) if fast else set()
     plain = {
         id(child): (own, child)
