@@ -22,7 +22,7 @@ from torch import nn
 from lora_kernels.peft import known
 
 __all__ = [
-    "Reading", "called_layers", "grouped", "peft_readings", "readings", "without_effect",
+    "Reading", "call_watched", "called_layers", "grouped", "peft_readings", "readings", "without_effect",
 ]  # fmt: skip
 
 # What one may ask of a weight without computing by it.
@@ -114,36 +114,63 @@ def grouped(names: Mapping[str, nn.Module], found: Mapping[int, Reading]) -> dic
 def called_layers(
     model: nn.Module, layers: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> set[str]:
-    """Call the model, without gradients, and return the names of the layers that are called.
-
-    The next call draws the same random numbers again. A layer is seen by a forward set on its instance.
-    """
+    """Call the model as `call_watched` does, and return the names of the layers that are called."""
     seen: set[str] = set()
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with contextlib.ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.enter_context(_watched(layer, functools.partial(seen.add, name)))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(list(devices), device_type="cuda"))
-        model(*args, **kwargs)
+
+    def look(name: str) -> Callable[..., None]:
+        return lambda *_, **__: seen.add(name)
+
+    call_watched(model, [(layer, look(name)) for name, layer in layers.items()], args, kwargs)
     return seen
 
 
+def call_watched(
+    model: nn.Module, watched: Iterable[tuple[nn.Module, Callable[..., None]]],
+    args: tuple[Any, ...], kwargs: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Call the model once, without gradients; the next call draws the same random numbers again.
+
+    Args:
+        model: The model.
+        watched: Modules of the model, each with a function that gets the arguments of the module's forward at each
+            call, before the forward runs. In the meantime the module is as it is without a watch.
+        args: Arguments of the call.
+        kwargs: Keyword arguments of the call.
+    """
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with contextlib.ExitStack() as stack:
+        for module, look in watched:
+            stack.enter_context(_watched(module, look))
+        stack.enter_context(torch.no_grad())
+        # A compiler would trace what watches, too.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.random.fork_rng(list(devices), device_type="cuda"))
+        model(*args, **kwargs)
+
+
 @contextlib.contextmanager
-def _watched(layer: Any, note: Callable[[], None]) -> Iterator[None]:
-    fields, forward = vars(layer), layer.forward
+def _watched(module: Any, look: Callable[..., None]) -> Iterator[None]:
+    # By a forward on the instance, because PyTorch's encoders do not take their fast path where a module has a hook.
+    fields, forward = vars(module), module.forward
+    before = {"forward": fields["forward"]} if "forward" in fields else {}
+
+    def end() -> None:
+        fields.pop("forward", None)
+        fields.update(before)
 
     def noted(*args: Any, **kwargs: Any) -> Any:
-        note()
-        return forward(*args, **kwargs)
+        end()
+        try:
+            look(*args, **kwargs)
+            return forward(*args, **kwargs)
+        finally:
+            fields["forward"] = noted
 
-    before = {"forward": fields["forward"]} if "forward" in fields else {}
     fields["forward"] = noted
     try:
         yield
     finally:
-        del fields["forward"]
-        fields.update(before)
+        end()
 
 
 def _member(module: nn.Module, path: Path) -> nn.Module | None:

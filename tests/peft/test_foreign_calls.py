@@ -1,6 +1,8 @@
 """Functions and calls of PyTorch that others have replaced: patched models run them, and the report says so."""
 
 import copy
+import importlib.util
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from foreign_samples import PARTS, part_and_x, same, twice
 from peft_samples import IN, tiny
 
 from lora_kernels import explain, patch_peft
+from lora_kernels.peft import forwards
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*config.*:UserWarning")
 
@@ -119,3 +122,14 @@ def test_a_function_of_an_activation(name, when, joined):
             torch.testing.assert_close(patched(x), model(x))
             assert "lora_mlp" not in joined
             assert patch_peft(patched).count("joined") == 0
+
+
+def test_a_compiler_that_traces_the_first_call_sees_pytorch_s_own(monkeypatch):
+    """As `accelerate` and then `torch.compile` do, where nothing has been called or reported before."""
+    spec = importlib.util.spec_from_file_location("forwards_afresh", forwards.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "forwards_afresh", fresh)
+    spec.loader.exec_module(fresh)
+    torch._dynamo.reset()
+    own = torch.compile(lambda x: x + fresh.parts_are_own(), backend="eager", fullgraph=True)
+    assert own(torch.zeros(1)) == 1
