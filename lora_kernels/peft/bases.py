@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_kernels.autograd.common import autocasts
 from lora_kernels.constants import DTYPES, HALF
 from lora_kernels.passes.layer import Weight
-from lora_kernels.peft.forwards import describe, is_defined_by
+from lora_kernels.peft.forwards import describe, is_called_plainly, is_defined_by
 from lora_kernels.quantized import layers
 
 __all__ = ["FEW_ROWS", "bare", "base_of", "quantized_base"]
@@ -57,7 +57,7 @@ def base_of(base: nn.Module, x: Tensor) -> Base | None:
     if not bare(base, nn.Linear):
         found = quantized_base(base, x)
         return None if isinstance(found, str) else found
-    own = base.__dict__["_parameters"]
+    own, dtype = base.__dict__["_parameters"], x.dtype
     if "weight" not in own or "bias" not in own:
         return None
     for t in (own["weight"], own["bias"]):
@@ -65,7 +65,7 @@ def base_of(base: nn.Module, x: Tensor) -> Base | None:
             continue
         if type(t) is not nn.Parameter or t.layout is not _STRIDED:
             return None
-        if not (t.dtype is x.dtype or autocasts(x.device.type)):
+        if not (t.dtype is dtype or autocasts(x.device.type)):
             return None
     return own["weight"], own["bias"], None
 
@@ -86,6 +86,8 @@ def quantized_base(base: Any, x: Tensor | None) -> Base | str:
         return "has a hook"
     if not is_defined_by(type(base).forward, kind):
         return f"has a class whose forward was replaced by {describe(type(base).forward)}"
+    if not is_called_plainly(type(base)):
+        return "has a class whose call was replaced"
     try:
         weight = layers.read(base)
     except (TypeError, ValueError) as error:

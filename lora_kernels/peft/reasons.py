@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_kernels.peft import known
 from lora_kernels.peft import layer as rules
 from lora_kernels.peft.bases import bare, base_of, quantized_base
-from lora_kernels.peft.forwards import describe, is_ours, replaced_part, replacement
+from lora_kernels.peft.forwards import describe, is_ours, replaced_part, replacement, stock_forward
 
 __all__ = ["UNPATCHED", "base_reason", "forward_reason", "part_reason", "stock_reason"]
 
@@ -45,9 +45,11 @@ def forward_reason(module: nn.Module) -> str:
     # accelerate's device hook sets `forward`, which calls `_old_forward`; its removal leaves the old one in `forward`.
     methods = (vars(module).get(name) for name in ("forward", "_old_forward"))
     own = next((m.__func__ for m in methods if inspect.ismethod(m) and m.__self__ is module), None)
-    forward = own if "forward" in vars(module) else cls.forward
+    forward: Any = own if "forward" in vars(module) else cls.forward
     if is_ours(forward):
         other = replacement(forward)
+        if other is stock_forward(forward):
+            return "its forward is from a time of accelerate() or accelerated() that has ended"
         return f"the forward of its class was replaced by {describe(other)}" if other else ""
     if forward is cls.forward:
         set_on_ours = "_lora_kernels_class" in vars(cls)
@@ -98,7 +100,8 @@ def _adapter_reason(module: Any, name: str) -> str:
 
 def _call_reason(module: Any, x: Tensor | None) -> str:
     if part := replaced_part():
-        return f"the forward of nn.{part.__name__} was replaced by {describe(part.forward)}"
+        name, other = part
+        return f"{name} was replaced by {describe(other)}"
     if rules._has_any_global_hook():
         return "a hook on all modules is registered"
     if rules.is_function_mode_active():

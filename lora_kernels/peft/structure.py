@@ -5,9 +5,9 @@
                 fc2(act(fc1(x)))                             the forward is run with stand-ins for its layers
 
 The forward of an attention block does much else, so only its three calls are checked, in the order of its statements.
-Each call must occur once, outside branches and inner functions, and nothing else may use x or the three layers from the
-first call to the last. No decision depends on a first call, because checkpointing compares the tensors that a forward
-saves with those of its second run.
+Each call must occur once, outside branches and inner functions, and nothing else may use x or the three layers until
+the last call. `call_sites` finds the instructions of these calls. No decision depends on a first call, because
+checkpointing compares the tensors that a forward saves with those of its second run.
 
 The forward of an MLP may do nothing else, and may not even inspect x or the result, because `lora_mlp` replaces the
 forward. All attributes of the module that the forward reads are recorded, because a number that is 1 today may change
@@ -16,20 +16,24 @@ tomorrow.
 
 import ast
 import copy
+import dis
 import functools
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.activations import ACTIVATIONS, activated
+from lora_kernels.peft.forwards import is_called_plainly
 from lora_kernels.peft.names import Names, names_of
 
-__all__ = ["ATTENTION", "FixedMember", "FixedModule", "Structure", "members", "structure"]
+__all__ = ["ATTENTION", "FixedMember", "FixedModule", "Structure", "call_sites", "members", "structure"]
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 # The layers of an MLP, the last layer last, and the computation.
@@ -61,7 +65,7 @@ class FixedModule(NamedTuple):
     def still(self, module: nn.Module) -> bool:
         """Return whether a module of that class still has the same forward, names and constants."""
         fields = module.__dict__
-        same = self.kind.forward is self.forward and self.names.still()
+        same = self.kind.forward is self.forward and is_called_plainly(self.kind) and self.names.still()
         return same and all(_identity(fields.get(name)) == value for name, value in self.constants)
 
 
@@ -136,6 +140,28 @@ def members(module: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
 
 
 @functools.cache
+def call_sites(forward: Callable[..., Any]) -> tuple[CodeType, frozenset[int]]:
+    """Return the code of an attention block's forward, and where in it q_proj, k_proj and v_proj are read and called.
+
+    The sites are values of `frame.f_lasti`. Only the reads of direct calls, `self.q_proj(x)`, are among them: there
+    Python loads a method and calls it at once, so what is loaded cannot be kept.
+    """
+    code: CodeType = inspect.unwrap(forward).__code__
+    instructions = list(dis.get_instructions(code))
+    ends = [following.offset for following in instructions[1:]] + [len(code.co_code)]
+    # Python 3.12 may count the caches that follow an instruction as part of what it has run.
+    sites = (range(one.offset, end) for one, end in zip(instructions, ends, strict=True) if _loads_projection(one))
+    return code, frozenset(offset for site in sites for offset in site)
+
+
+def _loads_projection(one: dis.Instruction) -> bool:
+    """Return whether an instruction loads q_proj, k_proj or v_proj of an object to call it as a method."""
+    # Since Python 3.12 the lowest bit of the argument says that a method is loaded.
+    marked = sys.version_info >= (3, 12) and one.opname == "LOAD_ATTR" and bool(one.arg and one.arg & 1)
+    return (marked or one.opname == "LOAD_METHOD") and one.argval in ATTENTION
+
+
+@functools.cache
 def _attention_reason(forward: Callable[..., Any]) -> str:
     """Return why a forward's calls of q_proj, k_proj and v_proj cannot be one call; "" if they can."""
     try:
@@ -147,7 +173,7 @@ def _attention_reason(forward: Callable[..., Any]) -> str:
         return "its forward does not call each of q_proj, k_proj and v_proj once"
     called, end = [call.func for call in calls], max(call.lineno for call in calls)
     read = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in ATTENTION)
-    # Until its call, a layer is a stand-in.
+    # The first call computes all three results, so the layers may not change after it.
     if any(node not in called and node.lineno <= end for node in read):
         return "its forward does more with q_proj, k_proj and v_proj before the last of them is called than call them"
     given = [call.args[0] for call in calls if len(call.args) == 1 and not call.keywords]
@@ -165,6 +191,9 @@ def _attention_reason(forward: Callable[..., Any]) -> str:
         return "its forward does not call q_proj, k_proj and v_proj one after another, come what may"
     if sum(isinstance(node, ast.Name) and node.id == given[0].id for node in nodes) > len(given):
         return f"its forward uses {given[0].id} between q_proj, k_proj and v_proj"
+    # What stands in a `finally` is compiled twice, and another object's v_proj may be this block's.
+    if sum(map(_loads_projection, dis.get_instructions(inspect.unwrap(forward)))) != len(calls):
+        return "its forward does not call each of q_proj, k_proj and v_proj once"
     return ""
 
 

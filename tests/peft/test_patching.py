@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 
 import peft
 from peft.tuners.lora.layer import Linear
-from peft_samples import IN, Tiny, config, layer, tiny
+from peft_samples import IN, Foreign, Tiny, config, layer, tiny
 
 import lora_kernels
 from lora_kernels.peft import accelerate, accelerated, bases, explain, patch_peft, unpatch_peft
@@ -77,14 +77,6 @@ def test_deepcopy_stays_patched_and_shares_nothing(x):
     assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.parameters()}
     assert unpatch_peft(twin) == 1
     assert is_fast(model, x)
-
-
-class Foreign(pickle.Unpickler):
-    """Where this library is not."""
-
-    def find_class(self, module, name):
-        assert not module.startswith("lora_kernels")
-        return super().find_class(module, name)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -276,7 +268,7 @@ def test_errors():
     patch_peft(model)
     layer(model).__class__ = type("FSDPLinear", (type(layer(model)),), {})
     with pytest.raises(
-        RuntimeError, match=r"base_model\.model\.lin was given another class, FSDPLinear, after patch_peft"
+        RuntimeError, match=r"base_model\.model\.lin was given another class, FSDPLinear, after it was patched"
     ):
         unpatch_peft(model)
 
