@@ -22,12 +22,18 @@ from lora_kernels.passes.layer import Weight
 from lora_kernels.peft.forwards import describe, is_called_plainly, is_defined_by
 from lora_kernels.quantized import layers
 
-__all__ = ["FEW_ROWS", "bare", "base_of", "quantized_base"]
+__all__ = ["FEW_ROWS", "bare", "base_of", "quantized_base", "storage"]
 
 # Without gradients and below so many rows, a layer's own kernel is faster than a dense W and a product: bitsandbytes'
 # own measurements on H100 put the crossover at 16 to 64 rows (bitsandbytes-foundation/bitsandbytes#1949).
 FEW_ROWS = 64
 _STRIDED = torch.strided
+# By parts of their names, quantised layers that are called, and why.
+_PACKED = ": no pass reads weights packed as its are"
+_CALLED = {
+    "8bitLt": ": LLM.int8 quantises x as well, so its product is x Wᵀ of no W",
+    "Quant": _PACKED, "WQLinear": _PACKED, "HQQ": _PACKED, "Eetq": _PACKED,
+}  # fmt: skip
 
 # W, the bias, and the dtype in which a quantised layer computes; None for that of x.
 Base = tuple[Weight, Tensor | None, torch.dtype | None]
@@ -79,7 +85,9 @@ def quantized_base(base: Any, x: Tensor | None) -> Base | str:
     """
     kind = layers.kind_of(base)
     if kind is None:
-        return f"is a {type(base).__name__}, not a plain nn.Linear"
+        name = type(base).__name__
+        why = next((why for part, why in _CALLED.items() if part in name), "")
+        return f"is a {name}, not a plain nn.Linear{why}"
     if "forward" in vars(base):
         return "has its forward replaced on the instance"
     if not bare(base, type(base)):
@@ -102,6 +110,11 @@ def quantized_base(base: Any, x: Tensor | None) -> Base | str:
         return f"has a kernel of its own for fewer than {FEW_ROWS} rows without gradients"
     bias = base.bias
     return weight, bias if bias is None or bias.dtype is dtype else bias.to(dtype), dtype
+
+
+def storage(base: Any) -> str:
+    """Return how a pass reads the weight of a base layer that it computes, "" for a plain weight."""
+    return "" if type(base) is nn.Linear else f"{layers.read(base).format.upper()}, dequantised a pass"
 
 
 def _work_dtype(base: Any, x: Tensor) -> torch.dtype | str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_kernels.functional.gate import is_watched
 from lora_kernels.peft import fast_path, known, readers
+from lora_kernels.peft.bases import storage
 from lora_kernels.peft.blocks import changed_part, patched_structure
 from lora_kernels.peft.forwards import is_called_plainly, stock_forward
 from lora_kernels.peft.reasons import UNPATCHED, base_reason, forward_reason, part_reason, stock_reason
@@ -31,12 +32,14 @@ class LayerReport:
         kind: The classes of the layer and of its base layer.
         form: "fused", "low-rank" or "stock", see `FORMS`.
         reason: Why the layer is not "fused"; "" if it is.
+        note: How the weight is read, if the layer is "fused" over a quantised one; else "".
     """
 
     name: str
     kind: str
     form: str
     reason: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Report:
     def __str__(self) -> str:
         counts = ", ".join(f"{self.count(form)} {form}" for form in FORMS)
         lines = [f"{len(self.layers)} LoRA layers: {counts}"]
+        for note, n in Counter(layer.note for layer in self.layers if layer.note).items():
+            lines.append(f"  {n} fused ({note})")
         for (form, reason), n in Counter((layer.form, layer.reason) for layer in self.layers if layer.reason).items():
             lines.append(f"  {n} {form}: {reason}")
         if self.blocks:
@@ -138,7 +143,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     table = Table(first, "class", "computed", "reason", title=str(found).splitlines()[0], title_justify="left")
     colours = {"fused": "green", "low-rank": "cyan", "stock": "yellow"}
     for layer in found.layers:
-        table.add_row(layer.name, layer.kind, f"[{colours[layer.form]}]{layer.form}[/]", layer.reason)
+        form = f"{layer.form} ({layer.note})" if layer.note else layer.form
+        table.add_row(layer.name, layer.kind, f"[{colours[layer.form]}]{form}[/]", layer.reason)
     console.print(table)
     if found.blocks:
         table = Table(Column("block", overflow="fold"), "kind", "computed", "reason")
@@ -155,7 +161,9 @@ def _layer_report(name: str, module: nn.Module, reason: str, x: Tensor | None) -
     if reason:
         return LayerReport(name, kind, "stock", reason)
     reason = base_reason(base, x)
-    return LayerReport(name, kind, "low-rank" if reason else "fused", reason)
+    return (
+        LayerReport(name, kind, "low-rank", reason) if reason else LayerReport(name, kind, "fused", "", storage(base))
+    )
 
 
 def _block_reports(
@@ -264,7 +272,8 @@ def _observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     readers.call_watched(model, watched, args, kwargs)
     for name, one in idle.items():
         outcome = _joined(seen[name]) if seen[name] else _Outcome("stock", one.reason or "not called")
-        idle[name] = replace(one, form=outcome.form, reason=outcome.reason)
+        note = storage(layers[name].base_layer) if outcome.form == "fused" else ""
+        idle[name] = replace(one, form=outcome.form, reason=outcome.reason, note=note)
     by_layer = {id(module): idle[name] for name, module in layers.items()}
     called = {key: _joined(outcomes).reason for key, outcomes in plain.items()}
     return Report(tuple(by_layer.values()), _block_reports(model, by_layer, called))

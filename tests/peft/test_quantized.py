@@ -33,8 +33,11 @@ def pair(*arguments, prepare=False, **how):
             p.requires_grad_("lora_" in name)
     patched = copy.deepcopy(stock)
     found = patch_peft(patched)
-    assert found.count("fused") == 14
-    assert found.count("joined") == 4
+    kind = how.get("quant_type", "nf4").upper()
+    assert str(found) == (
+        f"14 LoRA layers: 14 fused, 0 low-rank, 0 stock\n  14 fused ({kind}, dequantised a pass)\n"
+        "4 blocks: 4 joined, 0 per layer"
+    )
     return stock, patched
 
 
@@ -142,7 +145,7 @@ def test_few_rows_without_gradients_go_to_the_layers_own_kernel(computed):
         patched(input_ids=ids)  # 96 rows
     assert "lora_add" not in computed
     found = explain(patched, input_ids=ids[:1, :8])
-    assert {layer.form for layer in found.layers} == {"low-rank"}
+    assert {(layer.form, layer.note) for layer in found.layers} == {("low-rank", "")}
     assert "a kernel of its own for fewer than 64 rows without gradients" in found.layers[0].reason
 
 
@@ -277,4 +280,11 @@ def test_layers_of_other_kinds_are_low_rank():
     from lora_kernels.peft.bases import quantized_base
 
     base = bnb.nn.Linear8bitLt(32, 32, has_fp16_weights=False)
-    assert "Linear8bitLt" in quantized_base(base, None)
+    words = "is a Linear8bitLt, not a plain nn.Linear: LLM.int8 quantises x as well, so its product is x Wᵀ of no W"
+    assert quantized_base(base, None) == words
+    for name in ("TorchQuantLinear", "WQLinear_GEMM", "HQQLinear", "EetqLinear"):
+        other = type(name, (nn.Linear,), {})(2, 2)
+        assert (
+            quantized_base(other, None)
+            == f"is a {name}, not a plain nn.Linear: no pass reads weights packed as its are"
+        )
