@@ -11,6 +11,7 @@ from lora_kernels.bench.cases.block import BLOCKS
 from lora_kernels.bench.cases.layer import Settings
 from lora_kernels.bench.providers import block as block_providers
 from lora_kernels.bench.providers import layer as providers
+from lora_kernels.bench.providers.layer import of_format
 from lora_kernels.measure import presets
 from lora_kernels.measure.presets import Dims, HostedDims, Shape
 
@@ -77,16 +78,17 @@ def names(level: str, settings: Settings, r: int, subject: Shape | Dims | None =
     Raises:
         ValueError: `settings.only` has a provider that the level does not have.
     """
-    unknown = [name for name in settings.only if name not in _OF_LEVEL[level]]
-    if unknown:
+    known = of_format(_OF_LEVEL[level], settings.quantise)
+    if unknown := [name for name in settings.only if name not in known]:
         option = "--block" if level in BLOCKS else "--level"
-        raise ValueError(f"--providers {' '.join(unknown)}: {option} {level} has {', '.join(_OF_LEVEL[level])}")
+        having = f" --quantise {settings.quantise}" * bool(settings.quantise)
+        raise ValueError(f"--providers {' '.join(unknown)}: {option} {level}{having} has {', '.join(known)}")
     if level == "layer":
         return settings.names(r)
     if level == "kernel":
         return list(settings.only or kernel_case.PROVIDERS)
     if level in BLOCKS:
-        return list(settings.only) or block_providers.names_for(settings.dtype, settings.compiled)
+        return list(settings.only) or block_providers.names_for(settings.dtype, settings.compiled, settings.quantise)
     hosted = isinstance(subject, HostedDims)
     return list(settings.only) or model_case.names_for(settings.dtype, settings.compiled, hosted)
 

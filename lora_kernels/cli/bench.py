@@ -6,12 +6,14 @@ split as LoRAFusion splits it. Each is checked against float64 first; a baseline
 are relative to a matmul measured in this run. Other levels time each launch alone (kernel), a whole decoder layer
 (decoder), and training steps of a small model (model). --model times training steps of transformers' Llama with PEFT's
 adapters, stock and patched. --block times the layers of a block together: q, k and v of one input (qkv), the gated MLP
-(mlp), a decoder layer (layer). On a CPU that other processes use, set OMP_NUM_THREADS=1: times are then the CPU time of
+(mlp), a decoder layer (layer). --quantise stores the frozen weights in 4 or 8 bits, beside PEFT over bitsandbytes,
+bitsandbytes' dequantisation and a chain of addmm, and Unsloth's order of calls; the floor stays dense. On a CPU that other processes use, set OMP_NUM_THREADS=1: times are then the CPU time of
 that one thread, which is steadier.
 
   lora-kernels bench                                              a preset that fits this machine
   lora-kernels bench --preset cpu-sweep --no-compile              a sweep for a CPU: 10 shapes, 2 ranks, dropout or none
   lora-kernels bench --block qkv --shape 512x512x512+128+128      your own: out_features of q, k and v
+  lora-kernels bench --model tiny --quantise nf4                  QLoRA: training steps over weights in NF4
 For a GPU; on a CPU these take long, and bench warns:
   lora-kernels bench --preset lorafusion --m 2048 8192            a published sweep, two of its row counts
   lora-kernels bench --shape 8192x4096x4096 --r 16 --p 0 0.1      your own: rows x in_features x out_features
@@ -37,6 +39,7 @@ from lora_kernels.bench import estimate, levels
 from lora_kernels.bench.cases.kernel import LAUNCHES
 from lora_kernels.bench.cases.layer import Settings
 from lora_kernels.bench.providers import hosted
+from lora_kernels.bench.providers.quantised import FORMATS
 from lora_kernels.bench.show import levels as level_tables
 from lora_kernels.bench.show import plot, tables
 from lora_kernels.console import on_stdout
@@ -79,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--target-modules", nargs="+", metavar="NAME", help="of a model: q_proj v_proj; all by default")
     what.add_argument("--r", type=int, nargs="+", metavar="RANK", help="ranks; the preset's, or 16")
     what.add_argument("--p", type=float, nargs="+", metavar="P", help="dropout probabilities; the preset's, or 0")
+    what.add_argument("--quantise", choices=FORMATS, help="format of the frozen weights; dense by default")
     what.add_argument("--dtype", choices=DTYPES, help="of x and W; bf16 on a GPU, fp32 on a CPU by default")
     what.add_argument("--backend", choices=plan.BACKENDS, default="auto", help="of this package's own rows")
     what.add_argument("--pass", dest="passes", choices=timing.PASSES, nargs="+")
@@ -176,7 +180,7 @@ def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) ->
 def _write(args: argparse.Namespace, settings: Settings, done: list, skipped: list, complete: bool) -> None:
     if args.json:
         write_json(args.json, {
-            "command": "bench", "level": args.level, "preset": _preset_name(args), "model": args.model,
+            "command": "bench", "level": args.level, "preset": _preset_name(args), "model": args.model, "quantise": args.quantise,
             "complete": complete, "skipped": skipped, "method": _method(settings), "peaks": settings.peaks,
             "speedups": tables.speedups(done), "unsteady": tables.unsteady(done),
             "host_bound": tables.host_bound(done), "cases": done,
@@ -234,13 +238,22 @@ def _settings(args: argparse.Namespace, chosen: set[str]) -> Settings:
     if "kernel" in chosen and (args.passes or args.memory_only):
         raise ValueError("--level kernel: a launch has neither passes nor memory of its own")
     if (models := chosen & {"decoder", "model"}) and (args.backend != "auto" or args.cache == "rotate"):
-        level = models.pop()
+        level = min(models)
         raise ValueError(
             f"--level {level}: a model takes --backend auto (or LORA_KERNELS_BACKEND), and caches flushed or warm"
         )
     targets = tuple(args.target_modules or PROJECTIONS)
     if unknown := [name for name in targets if name.removesuffix("_proj") not in PROJECTIONS]:
         raise ValueError(f"--target-modules {' '.join(unknown)}: a model has {', '.join(PROJECTIONS)}")
+    if args.quantise and "kernel" in chosen:
+        raise ValueError("--quantise: of layers, blocks and models, not of --level kernel")
+    if args.quantise == "fp8" and models:
+        raise ValueError(
+            "--quantise fp8: of layers, --block qkv and mlp, because PEFT's layers over transformers' FP8Linear quantise "
+            "x as well and so compute something else"
+        )
+    if args.quantise and models and (missing := hosted.missing_bitsandbytes()):
+        raise RuntimeError(f"--quantise {args.quantise} {missing}")
     if args.model and hosted.missing_requirement():
         raise RuntimeError(f"--model {args.model} {hosted.missing_requirement()}")
     if args.plot and plot.missing_requirement():
@@ -256,7 +269,7 @@ def _settings(args: argparse.Namespace, chosen: set[str]) -> Settings:
     settings = Settings(
         device, dtype, args.backend, () if args.memory_only else passes, rounds,
         not (args.no_compile or args.model), args.cuda_graph, only=tuple(args.providers),
-        cache=args.cache or ("flush" if on_gpu else "warm"), targets=targets,
+        cache=args.cache or ("flush" if on_gpu else "warm"), targets=targets, quantise=args.quantise or "",
     )  # fmt: skip
     for level in chosen:
         # raise now if a provider does not exist at this level

@@ -51,10 +51,8 @@ def _four_bits(weight: Any, w: Tensor, part: int) -> None:
 
 def _pairs(code: Tensor) -> Tensor:
     """Return the two fp32 values of each byte, as one int64."""
-    pairs = torch.empty(16, 16, 2, dtype=torch.float32, device=code.device)
-    pairs.select(2, 0).copy_(code.view(16, 1))
-    pairs.select(2, 1).copy_(code.view(16))
-    return pairs.view(torch.int64).view(-1)
+    # A complex number is a pair.
+    return torch.complex(code.view(16, 1), code.view(1, 16)).view(torch.int64).view(-1)
 
 
 def _look_up(pairs: Tensor, codes: Tensor, found: Tensor) -> None:

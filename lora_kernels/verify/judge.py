@@ -14,6 +14,7 @@ mask alone decides where dx is zero:
             dx is D(ds A) of that block of h, times a factor that the activation makes of a positive x
 
 The same seed draws the same masks, whatever values the operands hold. A mask that keeps a share far from 1 - p fails.
+Weights that are stored quantised are changed with the dense ones: every format holds 0 and 1 exactly.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dropout import drop_probability
-from lora_kernels.verify import numerics
+from lora_kernels.verify import numerics, stored
 from lora_kernels.verify.block_problems import BlockProblem, Keeps, check_projections, outputs
 from lora_kernels.verify.numerics import Finding, Problem
 from lora_kernels.verify.provider import Provider, Rounding
@@ -203,18 +204,16 @@ def find_masks(problem: Problem | BlockProblem, leaves: dict[str, Tensor], run: 
 
 
 def _of_projection(problem: Problem | BlockProblem, name: str, run: Run) -> Tensor:
-    weights = [q.weight for q in problem.layers.values()]
     alone = tuple(
         dy if other == name else torch.zeros_like(dy) for other, dy in zip(problem.layers, problem.dys, strict=True)
     )
-    with _change(weights, lambda t: t.zero_()):
+    with _change_weights(problem, list(problem.layers), lambda t: t.zero_()):
         # one layer is quick to run, so its mask is always seen twice
         return _nonzero(run, alone, _FEW if isinstance(problem, BlockProblem) else 0)
 
 
 def _of_input(problem: BlockProblem, leaves: dict[str, Tensor], name: str, run: Run) -> Tensor:
     gate, up, _ = problem.layers
-    pair = [problem.layers[gate].weight, problem.layers[up].weight]
     quiet = _present(leaves, (up if name == gate else gate,))
     keep = torch.zeros_like(problem.x, dtype=torch.bool)
     with _change(quiet, lambda t: t.zero_()), _change([leaves["dx"]], lambda t: t.abs_().add_(0.5)):
@@ -224,7 +223,7 @@ def _of_input(problem: BlockProblem, leaves: dict[str, Tensor], name: str, run: 
                 t.zero_()
                 t[:, column] = 1
 
-            with _change(pair, one_column):
+            with _change_weights(problem, [gate, up], one_column):
                 seen = _nonzero(run, problem.dys)
             # the weights, not the mask, decide this column; the other iteration shows its mask
             seen[:, column] = False
@@ -233,11 +232,12 @@ def _of_input(problem: BlockProblem, leaves: dict[str, Tensor], name: str, run: 
 
 
 def _of_down(problem: BlockProblem, leaves: dict[str, Tensor], run: Run) -> Tensor:
-    gate, up, down = problem.layers.values()
-    (hidden, k), blocks = gate.weight.shape, []
+    gate, up, down = problem.layers
+    (hidden, k), blocks = problem.layers[gate].weight.shape, []
     quiet = _present(leaves, list(problem.layers)[:2])
     with (
-        _change([down.weight, *quiet], lambda t: t.zero_()),
+        _change_weights(problem, [down], lambda t: t.zero_()),
+        _change(quiet, lambda t: t.zero_()),
         _change([leaves["dx"]], lambda t: t.abs_().add_(0.5)),
     ):
         for first in range(0, hidden, k):
@@ -247,7 +247,7 @@ def _of_down(problem: BlockProblem, leaves: dict[str, Tensor], run: Run) -> Tens
                 t.zero_()
                 t[first : first + width, :width].fill_diagonal_(1)
 
-            with _change([gate.weight, up.weight], unit):
+            with _change_weights(problem, [gate, up], unit):
                 blocks.append(_nonzero(run, problem.dys)[:, :width])
     return torch.cat(blocks, 1)
 
@@ -265,6 +265,22 @@ def _nonzero(run: Run, dys: tuple[Tensor, ...], few: int = _FEW) -> Tensor:
     """
     seen = run(dys) != 0
     return seen if seen.numel() < few else seen | (run(tuple(dy.roll(1, 0) for dy in dys)) != 0)
+
+
+@contextlib.contextmanager
+def _change_weights(
+    problem: Problem | BlockProblem, names: Sequence[str], change: Callable[[Tensor], object]
+) -> Iterator[None]:
+    """Change weights to zeros and ones, dense and as they are stored, and restore both on exit."""
+    quantised = [(problem.stored[name], problem.layers[name].weight) for name in names if name in problem.stored]
+    stored_tensors = [t for weight, _ in quantised for t in stored.changeable(weight)]
+    with (
+        _change([problem.layers[name].weight for name in names], change),
+        _change(stored_tensors, lambda t: None),
+    ):
+        for weight, dense in quantised:
+            stored.write(weight, dense)
+        yield
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from lora_kernels.dropout import drop_probability
 from lora_kernels.measure.presets import MLP, QKV, Shape
 from lora_kernels.passes.layer import Projection
 from lora_kernels.verify import judge
-from lora_kernels.verify.block_problems import BlockProblem
+from lora_kernels.verify.block_problems import BlockProblem, quantised
 from lora_kernels.verify.provider import Provider
 
 __all__ = ["BLOCKS", "admit", "clone", "cost_of", "draw", "run_case"]
@@ -38,9 +38,11 @@ def draw(block: str, shape: Shape, r: int, p: float, settings: Settings) -> Bloc
     m, k, n = shape.m, shape.k, shape.n
     if block == "mlp":
         layers = dict(zip(MLP, (layer(k, n), layer(k, n), layer(n, k)), strict=True))
-        return BlockProblem(normal(m, k), layers, (normal(m, k),), "silu")
+        problem = BlockProblem(normal(m, k), layers, (normal(m, k),), "silu")
+        return quantised(problem, settings.quantise) if settings.quantise else problem
     layers = dict(zip(QKV, (layer(k, width) for width in shape.widths), strict=True))
-    return BlockProblem(normal(m, k), layers, tuple(normal(m, width) for width in shape.widths))
+    problem = BlockProblem(normal(m, k), layers, tuple(normal(m, width) for width in shape.widths))
+    return quantised(problem, settings.quantise) if settings.quantise else problem
 
 
 def clone(problem: BlockProblem) -> BlockProblem:
@@ -49,7 +51,8 @@ def clone(problem: BlockProblem) -> BlockProblem:
         name: q._replace(weight=q.weight.clone(), lora_A=q.lora_A.clone(), lora_B=q.lora_B.clone())
         for name, q in problem.layers.items()
     }
-    return replace(problem, x=problem.x.clone(), layers=layers, dys=tuple(dy.clone() for dy in problem.dys))
+    stored, dys = layer_case.clone_stored(problem), tuple(dy.clone() for dy in problem.dys)
+    return replace(problem, x=problem.x.clone(), layers=layers, dys=dys, stored=stored)
 
 
 def run_case(
@@ -71,7 +74,7 @@ def run_case(
     problem, truth = draw(block, shape, r, p, settings), judge.Truth()
     copies = layer_case.copies_of(problem, clone, settings)
     rows = layer_case.run_all(
-        list(settings.only) or block_providers.names_for(settings.dtype, settings.compiled),
+        list(settings.only) or block_providers.names_for(settings.dtype, settings.compiled, settings.quantise),
         lambda name: admit(name, lambda: build(name, problem, settings.backend), truth, r, settings),
         lambda name: [build(name, copy, settings.backend) for copy in copies[1:]], truth.forget, settings, tick,
     )  # fmt: skip
@@ -81,9 +84,9 @@ def run_case(
     return {
         "level": block, "copies": len(copies),
         "shape": {"m": shape.m, "k": shape.k, "n": shape.n, "label": shape.label, "others": list(shape.others)},
-        "r": r, "p": p, "dtype": str(settings.dtype).removeprefix("torch."),
+        "r": r, "p": p, "dtype": str(settings.dtype).removeprefix("torch."), "quantise": settings.quantise,
         "flops": dict(zip(("forward", "backward"), work, strict=True)),
-        "floor_bytes": block_cost.COSTS["floor"](cost, p > 0).total,
+        "floor_bytes": layer_case.with_stored(block_cost.COSTS["floor"](cost, p > 0), "", problem).total,
         "providers": rows,
     }  # fmt: skip
 
@@ -117,7 +120,10 @@ def admit(
 
     def cost(provider: Provider) -> block_cost.Cost | None:
         dropout = any(q.dropout_p for q in provider.problem.adapted_layers.values())
-        return block_cost.COSTS[provider.cost](cost_of(provider.problem, r), dropout) if provider.cost else None
+        if not provider.cost:
+            return None
+        moved = block_cost.COSTS[provider.cost](cost_of(provider.problem, r), dropout)
+        return layer_case.with_stored(moved, provider.cost, provider.problem)
 
     return layer_case.examine(
         name, construct, lambda provider: judge.judge(provider, truth), saved_bytes, settings, cost

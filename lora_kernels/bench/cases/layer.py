@@ -11,23 +11,28 @@ from torch import Tensor
 
 from lora_kernels import plan
 from lora_kernels.bench.cost import layer as layer_cost
+from lora_kernels.bench.cost import stored as stored_cost
 from lora_kernels.bench.providers import layer as providers
+from lora_kernels.bench.providers import quantised as quantised_providers
 from lora_kernels.dropout import drop_probability
 from lora_kernels.measure import timing
 from lora_kernels.measure.presets import PROJECTIONS, Shape
+from lora_kernels.quantized import QuantizedWeight
 from lora_kernels.verify import judge
-from lora_kernels.verify.block_problems import BlockProblem
+from lora_kernels.verify.block_problems import BlockProblem, quantised
 from lora_kernels.verify.numerics import Problem
 from lora_kernels.verify.provider import Provider
 
 __all__ = [
-    "SCALING", "Settings", "admit", "clone", "compare", "copies_of", "draw", "examine", "first_line", "forget_compiled",
-    "held_bytes", "peak_bytes", "ready", "run_all", "run_case", "saved_bytes",
+    "SCALING", "Settings", "admit", "clone", "clone_stored", "compare", "copies_of", "draw", "examine", "first_line",
+    "forget_compiled", "held_bytes", "peak_bytes", "ready", "run_all", "run_case", "saved_bytes", "with_stored",
 ]  # fmt: skip
 
 # Scaling of the low-rank term in every case.
 SCALING = 2.0
 _OPERANDS = ("x", "weight", "lora_A", "lora_B", "dy")
+# formulas of libraries that dequantise by kernels of their own
+_OF_OTHERS = ("peft", "addmm", "unsloth")
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Settings:
         only: Names of the providers; all that apply if empty.
         cache: One of `timing.CACHES`.
         targets: The projections of a model that get an adapter.
+        quantise: Format of the frozen weights, see `verify.stored.FORMATS`; "" for dense ones.
     """
 
     device: torch.device
@@ -61,6 +67,7 @@ class Settings:
     only: tuple[str, ...] = ()
     cache: str = "warm"
     targets: tuple[str, ...] = PROJECTIONS
+    quantise: str = ""
 
     def clock(self) -> timing.Measure:
         """Return the function that times a call."""
@@ -69,7 +76,7 @@ class Settings:
     def names(self, r: int) -> list[str]:
         """List the providers of a case of rank r, in the tables' order."""
         chosen = plan.choose(self.device, self.dtype, r, False, self.backend)
-        return list(self.only) or providers.names_for(self.dtype, chosen, self.compiled)
+        return list(self.only) or providers.names_for(self.dtype, chosen, self.compiled, self.quantise)
 
 
 def draw(shape: Shape, r: int, p: float, settings: Settings) -> Problem:
@@ -83,7 +90,7 @@ def draw(shape: Shape, r: int, p: float, settings: Settings) -> Problem:
     def normal(*size: int, scale: float = 1.0) -> Tensor:
         return torch.randn(size, generator=generator, device=settings.device).mul_(scale).to(settings.dtype)
 
-    return Problem(
+    problem = Problem(
         x=normal(shape.m, shape.k),
         weight=normal(shape.n, shape.k, scale=shape.k**-0.5),
         lora_A=normal(r, shape.k, scale=shape.k**-0.5),
@@ -92,6 +99,7 @@ def draw(shape: Shape, r: int, p: float, settings: Settings) -> Problem:
         scaling=SCALING,
         dropout_p=drop_probability(p),
     )
+    return quantised(problem, settings.quantise) if settings.quantise else problem
 
 
 def run_case(
@@ -111,9 +119,9 @@ def run_case(
     return {
         "level": "layer", "copies": len(copies),
         "shape": {"m": shape.m, "k": shape.k, "n": shape.n, "label": shape.label}, "r": r, "p": p,
-        "dtype": str(settings.dtype).removeprefix("torch."),
+        "dtype": str(settings.dtype).removeprefix("torch."), "quantise": settings.quantise,
         "flops": dict(zip(("forward", "backward"), work, strict=True)),
-        "split_minimum_bytes": layer_cost.split_minimum(_size(problem)).total,
+        "split_minimum_bytes": with_stored(layer_cost.split_minimum(_size(problem)), "", problem).total,
         "providers": rows,
     }  # fmt: skip
 
@@ -129,13 +137,36 @@ def copies_of(problem: Any, clone: Callable[[Any], Any], settings: Settings) -> 
     """Return the problem of a layer or a block and, if the buffers are rotated, the copies that `clone` makes of it."""
     if settings.cache != "rotate" or not settings.passes:
         return [problem]
-    size = sum(t.nbytes for t in _operands(problem))
+    # A quantised problem's dense weights are read by the floor alone.
+    of_floor = sum(problem.layers[name].weight.nbytes for name in problem.stored)
+    size = sum(t.nbytes for t in _operands(problem)) - of_floor
     return [problem, *(clone(problem) for _ in range(timing.copies_for(size) - 1))]
 
 
+def clone_stored(problem: Problem | BlockProblem) -> dict[str, QuantizedWeight]:
+    """Copy the stored weights of a problem to memory of their own."""
+    return {name: w.with_tensors([t.clone() for t in w.tensors()]) for name, w in problem.stored.items()}
+
+
 def _operands(problem: Problem | BlockProblem) -> list[Tensor]:
-    of_layers = (t for q in problem.layers.values() for t in (q.weight, q.lora_A, q.lora_B, q.bias))
-    return [problem.x, *problem.dys, *(t for t in of_layers if t is not None)]
+    of_layers = [t for q in problem.layers.values() for t in (q.weight, q.lora_A, q.lora_B, q.bias)]
+    stored = [t for w in problem.stored.values() for t in w.tensors()]
+    return [problem.x, *problem.dys, *stored, *(t for t in of_layers if t is not None)]
+
+
+def with_stored(cost: layer_cost.Cost, formula: str, problem: Problem | BlockProblem) -> layer_cost.Cost:
+    """Add to a cost the launches that make the dense weights of a quantised problem, once a pass.
+
+    Args:
+        cost: The cost with dense weights.
+        formula: `Provider.cost`; formulas of other libraries dequantise as `providers.quantised` does.
+        problem: The problem.
+    """
+    made = []
+    for weight in problem.stored.values():
+        by = quantised_providers.maker(weight) if formula in _OF_OTHERS else "ours"
+        made += quantised_providers.cost_of(weight, by, problem.x.element_size())
+    return stored_cost.over(cost, tuple(made)) if made else cost
 
 
 def run_all(
@@ -176,7 +207,8 @@ def run_all(
 
 def clone(problem: Problem) -> Problem:
     """Copy the problem to memory of its own."""
-    return replace(problem, **{name: getattr(problem, name).clone() for name in _OPERANDS})
+    copied = {name: getattr(problem, name).clone() for name in _OPERANDS}
+    return replace(problem, **copied, stored=clone_stored(problem))
 
 
 def ready(copies: list[timing.Calls], settings: Settings, turn: Iterator[int]) -> timing.Calls:
@@ -204,7 +236,10 @@ def admit(
     """
 
     def cost(provider: Provider) -> layer_cost.Cost | None:
-        return costs[provider.cost](_size(provider.problem), problem.dropout_p > 0) if provider.cost else None
+        if not provider.cost:
+            return None
+        moved = costs[provider.cost](_size(provider.problem), problem.dropout_p > 0)
+        return with_stored(moved, provider.cost, provider.problem)
 
     return examine(
         name, lambda: settings.build(name, problem, settings.backend), lambda provider: judge.judge(provider, truth),

@@ -26,9 +26,18 @@ from lora_kernels import plan
 from lora_kernels.bench.cases.layer import SCALING, Settings, examine, forget_compiled, held_bytes, run_all
 from lora_kernels.bench.providers.hosted import HostedModel
 from lora_kernels.bench.providers.layer import short
-from lora_kernels.bench.providers.llama import Adapters, LanguageModel, Stack, copy_with_adapters, draw_adapters
+from lora_kernels.bench.providers.llama import (
+    Adapters,
+    LanguageModel,
+    Stack,
+    copy_with_adapters,
+    draw_adapters,
+    store,
+    stored_tensors,
+)
 from lora_kernels.dropout import drop_probability
 from lora_kernels.measure.presets import Dims, HostedDims
+from lora_kernels.quantized import layers as quantized_layers
 from lora_kernels.verify.judge import BY_RMS, Verdict, check_rms
 from lora_kernels.verify.numerics import rms
 
@@ -83,6 +92,8 @@ class Bench:
             else:
                 base = (LanguageModel(dims) if whole else Stack(dims)).to(settings.dtype)
             self.base = base.requires_grad_(False)
+            # what the adapters stand over; `base` then has the same weights, dense
+            self.adapted = store(self.base, settings.quantise) if settings.quantise else self.base
             self.x = torch.randn(dims.batch, dims.seq, dims.hidden).to(settings.dtype)
             self.dy = torch.randn(dims.batch, dims.seq, dims.hidden).to(settings.dtype)
             self.tokens, self.targets = torch.randint(dims.vocab, (2, dims.batch, dims.seq))
@@ -91,12 +102,12 @@ class Bench:
 
     def trial(self, name: str) -> Trial:
         """Build a provider of `PROVIDERS`; raises if this machine cannot run it."""
-        form = name.removesuffix("_compiled").removesuffix("_fp32")
+        form, stored = name.removesuffix("_compiled").removesuffix("_fp32"), bool(self.settings.quantise)
         dtype = torch.float32 if "fp32" in name else self.settings.dtype
         words = short(dtype)
         r = next(iter(self.adapters.values()))[0].shape[0]
         if form == "frozen":
-            label = "frozen model"
+            label = "frozen dense model" if stored else "frozen model"
         elif form in ("ours", "per_layer"):
             chosen = plan.choose(self.settings.device, self.settings.dtype, r, False, "auto")
             what = "lora_kernels" if form == "ours" else "lora_linear alone"
@@ -106,10 +117,13 @@ class Bench:
             elif isinstance(self.dims, HostedDims):
                 form, label = "patched", f"patched PEFT {words} [{chosen}]"
         else:
-            label = f"PEFT {words}"
+            label = f"PEFT {'over bitsandbytes ' * stored}{words}"
+        base = self.base if form == "frozen" else self.adapted
         try:
-            model, held = copy_with_adapters(self.base, form, self.adapters, dtype, SCALING, self.p)
+            model, held = copy_with_adapters(base, form, self.adapters, dtype, SCALING, self.p)
         except ImportError:
+            if stored:
+                raise
             model, held = copy_with_adapters(self.base, "arithmetic", self.adapters, dtype, SCALING, self.p)
             label = f"PEFT arithmetic {words}"
         if name.endswith("_compiled"):
@@ -208,7 +222,8 @@ def run_case(
             taken["tokens_per_second"] = dims.tokens / taken["median"]
     return {
         "level": "model" if whole else "decoder", "model": asdict(dims), "tokens": dims.tokens, "r": r, "p": p,
-        "targets": list(settings.targets), "dtype": str(settings.dtype).removeprefix("torch."), "providers": rows,
+        "targets": list(settings.targets), "dtype": str(settings.dtype).removeprefix("torch."),
+        "quantise": settings.quantise, "providers": rows,
     }  # fmt: skip
 
 
@@ -216,18 +231,29 @@ def _admit(name: str, bench: Bench) -> tuple[dict[str, Any], Trial | None]:
     """Return a provider's row, and its trial if it may be timed."""
 
     def held(trial: Trial) -> int:
-        given = (*bench.base.parameters(), *bench.base.buffers(), *trial.leaves.values())
-        return held_bytes(trial.forward, given)
+        given = (*bench.base.parameters(), *bench.base.buffers(), *stored_tensors(bench.adapted))
+        return held_bytes(trial.forward, (*given, *trial.leaves.values()))
 
     return examine(name, lambda: bench.trial(name), lambda trial: check(trial, bench), held, bench.settings)
+
+
+def _train(model: nn.Module, mode: bool) -> None:
+    """Switch a model's dropout on or off; quantised layers stay in training mode.
+
+    In eval mode bitsandbytes packs a weight anew for a CPU with AVX512, for all models that share the weight.
+    """
+    model.train(mode)
+    for module in model.modules():
+        if quantized_layers.kind_of(module):
+            module.train()
 
 
 def check(trial: Trial, bench: Bench) -> Verdict:
     """Judge a provider's outputs, and how far its dropout moves the output."""
     adapters = len(trial.leaves) > 1
-    trial.model.train(not bench.p)
+    _train(trial.model, not bench.p)
     actual = trial.outputs()
-    trial.model.train()
+    _train(trial.model, True)
     exact, eager = bench.reference(True, adapters), bench.reference(False, adapters)
     # summed=0: the allowance of one rounding
     verdict = Verdict.of(check_rms(actual, exact, eager, bench.settings.dtype, summed=0), BY_RMS, most=3)

@@ -247,4 +247,5 @@ def floor(z: Size) -> Cost:
 
 COSTS: dict[str, Callable[[Size, bool], Cost]] = {
     "frozen": _frozen_layer, "peft": _peft, "addmm": _addmm, "split": _split, "triton": _kernels, "torch": _operators,
+    "unsloth": lambda z, dropout: unsloth(z),
 }  # fmt: skip

@@ -6,13 +6,16 @@ tensors.
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels import plan
-from lora_kernels.bench.providers.layer import addmm_chain, short, under_compile
+from lora_kernels.bench.providers import unsloth
+from lora_kernels.bench.providers.layer import addmm_chain, chain_label, of_format, short, under_compile
+from lora_kernels.bench.providers.quantised import dequantiser, linear4bit
 from lora_kernels.functional import lora_linear, lora_mlp, lora_qkv
 from lora_kernels.verify.block_problems import BlockProblem, compose, leaves_of
 from lora_kernels.verify.provider import Provider, Rounding
@@ -25,20 +28,21 @@ def build(name: str, problem: BlockProblem, backend: str = "auto") -> Provider:
     return PROVIDERS[name](problem, backend)
 
 
-def names_for(dtype: torch.dtype, compiled: bool) -> list[str]:
+def names_for(dtype: torch.dtype, compiled: bool, quantise: str = "") -> list[str]:
     """List the providers that apply: no fp32-adapter rows where x is fp32."""
-    names = [name for name in PROVIDERS if compiled or "compiled" not in name]
+    names = [name for name in of_format(tuple(PROVIDERS), quantise) if compiled or "compiled" not in name]
     return names if dtype.itemsize == 2 else [name for name in names if "fp32" not in name]
 
 
 def _frozen_block(problem: BlockProblem, backend: str) -> Provider:
-    problem = problem.without_adapters()
+    label = "frozen dense block" if problem.stored else "frozen block"
+    problem = replace(problem.without_adapters(), stored={})
     leaves = leaves_of(problem)
 
     def forward() -> tuple[Tensor, ...]:
         return compose(problem, leaves["dx"], lambda name, x: F.linear(x, problem.layers[name].weight))
 
-    return Provider("frozen block", problem, forward, leaves, cost="frozen")
+    return Provider(label, problem, forward, leaves, cost="frozen")
 
 
 def _backend(problem: BlockProblem, backend: str) -> str:
@@ -54,7 +58,8 @@ def _tag(problem: BlockProblem, chosen: str) -> str:
 def _ours(problem: BlockProblem, backend: str) -> Provider:
     chosen, leaves = _backend(problem, backend), leaves_of(problem)
     layers = {
-        name: q._replace(lora_A=leaves[f"dA {name}"], lora_B=leaves[f"dB {name}"]) for name, q in problem.layers.items()
+        name: q._replace(lora_A=leaves[f"dA {name}"], lora_B=leaves[f"dB {name}"])
+        for name, q in problem.kept_layers.items()
     }
     weights = [q.weight for q in layers.values()]
     numbers = {what: [getattr(q, what) for q in layers.values()] for what in ("scaling", "dropout_p")}
@@ -94,10 +99,10 @@ def _is_fused(problem: BlockProblem, backend: str) -> bool:
 
 
 def _per_layer(problem: BlockProblem, backend: str) -> Provider:
-    chosen, leaves = _backend(problem, backend), leaves_of(problem)
+    chosen, leaves, layers = _backend(problem, backend), leaves_of(problem), problem.kept_layers
 
     def apply(name: str, x: Tensor) -> Tensor:
-        q = problem.layers[name]
+        q = layers[name]
         return lora_linear(
             x, q.weight, leaves[f"dA {name}"], leaves[f"dB {name}"], scaling=q.scaling, dropout_p=q.dropout_p,
             backend=chosen,
@@ -111,8 +116,10 @@ def _peft(problem: BlockProblem, backend: str) -> Provider:
     """Build PEFT's own layers through PEFT; without PEFT installed, build its arithmetic."""
     leaves, dtype = leaves_of(problem), next(iter(problem.layers.values())).lora_A.dtype
     try:
-        model, words = _build_peft_module(problem, leaves), "PEFT"
+        model, words = _build_peft_module(problem, leaves), "PEFT over bitsandbytes" if problem.stored else "PEFT"
     except ImportError:
+        if problem.stored:
+            raise
         model, words = None, "PEFT arithmetic"
 
     def arithmetic(name: str, x: Tensor) -> Tensor:
@@ -131,24 +138,28 @@ def _peft(problem: BlockProblem, backend: str) -> Provider:
 def _addmm(problem: BlockProblem, backend: str) -> Provider:
     """Build the in-place addmm chain, layer by layer."""
     leaves = leaves_of(problem)
+    make = {name: dequantiser(q.weight, problem.x.dtype) for name, q in problem.kept_layers.items()}
 
     def apply(name: str, x: Tensor) -> Tensor:
         q = problem.layers[name]
-        return addmm_chain(x, q.weight, leaves[f"dA {name}"], leaves[f"dB {name}"], q.bias, q.scaling, q.dropout_p)
+        return addmm_chain(x, make[name], leaves[f"dA {name}"], leaves[f"dB {name}"], q.bias, q.scaling, q.dropout_p)
 
-    return Provider(
-        "in-place addmm chain", problem, lambda: compose(problem, leaves["dx"], apply), leaves, cost="addmm"
-    )
+    label = chain_label(bool(problem.stored))
+    return Provider(label, problem, lambda: compose(problem, leaves["dx"], apply), leaves, cost="addmm")
 
 
 def _build_peft_module(problem: BlockProblem, leaves: dict[str, Tensor]) -> nn.Module:
     """Build a module with one PEFT layer for each layer of the block; its adapters become the leaves."""
     peft = importlib.import_module("peft")
     model = nn.Module()
+    model.is_loaded_in_4bit = bool(problem.stored)
     for name, q in problem.layers.items():
-        n, k = q.weight.shape
-        linear = nn.Linear(k, n, bias=False, device="meta")
-        linear.weight = nn.Parameter(q.weight, requires_grad=False)
+        if name in problem.stored:
+            linear = linear4bit(problem.stored[name])
+        else:
+            n, k = q.weight.shape
+            linear = nn.Linear(k, n, bias=False, device="meta")
+            linear.weight = nn.Parameter(q.weight, requires_grad=False)
         setattr(model, name, linear)
     q = next(iter(problem.layers.values()))
     config = peft.LoraConfig(
@@ -177,4 +188,5 @@ PROVIDERS: dict[str, Callable[[BlockProblem, str], Provider]] = {
     "peft_compiled": lambda problem, backend: under_compile(_peft(problem, backend)),
     "peft_fp32_compiled": lambda problem, backend: under_compile(_peft(_fp32(problem), backend)),
     "addmm": _addmm,
+    "unsloth": unsloth.build_block,
 }

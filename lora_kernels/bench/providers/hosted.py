@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_kernels.measure.presets import HostedDims
 
-__all__ = ["HostedModel", "missing_requirement"]
+__all__ = ["HostedModel", "missing_bitsandbytes", "missing_requirement"]
 
 
 class HostedModel(nn.Module):
@@ -59,4 +59,13 @@ def missing_requirement() -> str:
             importlib.import_module(package)
         except ImportError as error:
             return f"needs transformers and PEFT: pip install 'peft>=0.19' brings both ({error})"
+    return ""
+
+
+def missing_bitsandbytes() -> str:
+    """Return why this machine cannot build a quantised model, or ""."""
+    try:
+        importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        return f"needs bitsandbytes: pip install bitsandbytes ({error})"
     return ""

@@ -1,6 +1,7 @@
 """The providers that `bench` times: this package, and its alternatives, each in its best form.
 
-A provider takes a `Problem` and supplies a forward; autograd derives the backward. All providers read the same tensors.
+A provider takes a `Problem` and supplies a forward; autograd derives the backward. All providers read the same tensors,
+and where W is quantised, the same stored ones; then the frozen layer, the floor, has a dense W.
 """
 
 import functools
@@ -14,14 +15,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_kernels import plan
+from lora_kernels.bench.providers import unsloth
+from lora_kernels.bench.providers.quantised import dequantiser, linear4bit
 from lora_kernels.constants import DTYPES, HALF
 from lora_kernels.functional import lora_linear
 from lora_kernels.verify.numerics import Problem
 from lora_kernels.verify.provider import Provider, Rounding
 
 __all__ = [
-    "PROVIDERS", "Build", "addmm_chain", "build", "chosen_backend", "fp32_adapters", "leaves_of", "names_for",
-    "scaled_mm", "short", "under_compile", "variants",
+    "PROVIDERS", "Build", "addmm_chain", "build", "chain_label", "chosen_backend", "fp32_adapters", "leaves_of",
+    "names_for", "of_format", "scaled_mm", "short", "under_compile", "variants",
 ]  # fmt: skip
 
 # builds a provider of a problem and a backend
@@ -33,13 +36,23 @@ def build(name: str, problem: Problem, backend: str = "auto") -> Provider:
     return PROVIDERS[name](problem, backend)
 
 
-def names_for(dtype: torch.dtype, backend: str, compiled: bool) -> list[str]:
+def names_for(dtype: torch.dtype, backend: str, compiled: bool, quantise: str = "") -> list[str]:
     """List the providers that apply: no fp32-adapter rows where x is fp32, and no row that would repeat another."""
-    names = [name for name in PROVIDERS if compiled or "compiled" not in name]
+    names = [name for name in of_format(tuple(PROVIDERS), quantise) if compiled or "compiled" not in name]
     if dtype not in HALF:
         names = [name for name in names if "fp32" not in name]
     # with the torch backend, "ours_torch" equals "ours" and "split" the addmm chain
     return [name for name in names if name not in ("ours_torch", "split") or backend == "triton"]
+
+
+def of_format(names: tuple[str, ...], quantise: str) -> tuple[str, ...]:
+    """Return the providers that can take weights in a format, or dense ones if it is "".
+
+    PEFT's layer over transformers' FP8Linear quantises x as well, so it computes something else. Unsloth has kernels of
+    its own for FP8. LoRAFusion has no quantised base.
+    """
+    refused = {"": ("unsloth",), "fp8": ("split", "unsloth", *(name for name in names if name.startswith("peft")))}
+    return tuple(name for name in names if name not in refused.get(quantise, ("split",)))
 
 
 def leaves_of(problem: Problem, *names: str) -> dict[str, Tensor]:
@@ -55,9 +68,10 @@ def fp32_adapters(problem: Problem) -> Problem:
 
 def _frozen_layer(problem: Problem, backend: str) -> Provider:
     leaves = leaves_of(problem, "dx")
-    problem = replace(problem, lora_B=torch.zeros_like(problem.lora_B), dropout_p=0.0)
+    label = "frozen dense linear" if problem.stored else "frozen linear"
+    problem = replace(problem, lora_B=torch.zeros_like(problem.lora_B), dropout_p=0.0, stored={})
     return Provider(
-        "frozen linear", problem, lambda: F.linear(leaves["dx"], problem.weight, problem.bias), leaves,
+        label, problem, lambda: F.linear(leaves["dx"], problem.weight, problem.bias), leaves,
         cost="frozen",
     )  # fmt: skip
 
@@ -68,11 +82,11 @@ def chosen_backend(problem: Problem, backend: str) -> str:
 
 
 def _ours(problem: Problem, backend: str) -> Provider:
-    chosen, leaves = chosen_backend(problem, backend), leaves_of(problem)
+    chosen, leaves, weight = chosen_backend(problem, backend), leaves_of(problem), problem.kept_weight
 
     def forward() -> Tensor:
         return lora_linear(
-            leaves["dx"], problem.weight, leaves["d_lora_A"], leaves["d_lora_B"],
+            leaves["dx"], weight, leaves["d_lora_A"], leaves["d_lora_B"],
             scaling=problem.scaling, bias=problem.bias, dropout_p=problem.dropout_p, backend=chosen,
         )  # fmt: skip
 
@@ -87,13 +101,18 @@ def _peft(problem: Problem, backend: str) -> Provider:
     try:
         peft = importlib.import_module("peft")
     except ImportError:
+        if problem.stored:
+            raise
         return _peft_arithmetic(problem)
     (r, k), n = problem.lora_A.shape, problem.weight.shape[0]
     model = nn.Module()
-    model.linear = nn.Linear(k, n, bias=problem.bias is not None, device="meta")
-    model.linear.weight = nn.Parameter(problem.weight, requires_grad=False)
-    if problem.bias is not None:
-        model.linear.bias = nn.Parameter(problem.bias, requires_grad=False)
+    if stored := problem.stored.get(""):
+        model.linear, model.is_loaded_in_4bit = linear4bit(stored, problem.bias), True
+    else:
+        model.linear = nn.Linear(k, n, bias=problem.bias is not None, device="meta")
+        model.linear.weight = nn.Parameter(problem.weight, requires_grad=False)
+        if problem.bias is not None:
+            model.linear.bias = nn.Parameter(problem.bias, requires_grad=False)
     config = peft.LoraConfig(
         r=r, lora_alpha=problem.scaling * r, lora_dropout=problem.dropout_p, target_modules=["linear"],
         init_lora_weights=False,
@@ -103,7 +122,7 @@ def _peft(problem: Problem, backend: str) -> Provider:
     for which, tensor in (("A", problem.lora_A), ("B", problem.lora_B)):
         module = getattr(layer, f"lora_{which}")["default"]
         module.weight = leaves[f"d_lora_{which}"] = nn.Parameter(tensor.detach())
-    label = f"PEFT {short(problem.lora_A.dtype)}"
+    label = f"PEFT {'over bitsandbytes ' * bool(problem.stored)}{short(problem.lora_A.dtype)}"
     return Provider(label, problem, lambda: layer(leaves["dx"]), leaves, cost="peft")
 
 
@@ -127,23 +146,26 @@ def under_compile(provider: Provider) -> Provider:
 
 
 class _AddmmChain(torch.autograd.Function):
-    """The best chain without custom kernels: low-rank products accumulated in place, s kept for backward."""
+    """The best chain without custom kernels: low-rank products accumulated in place, s kept for backward.
+
+    `make` makes W, once a pass.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, scaling, p):
-        y = F.linear(x, weight, bias)
+    def forward(ctx, x, make, lora_A, lora_B, bias, scaling, p):
+        y = F.linear(x, make(), bias)
         x_d, keep = torch.native_dropout(x, p, True) if p else (x, None)
         s = scaled_mm(x_d, lora_A.t(), scaling)
         y.addmm_(s, lora_B.t())
-        ctx.save_for_backward(x_d, weight, lora_A, lora_B, s, keep)
-        ctx.scaling, ctx.p = scaling, p
+        ctx.save_for_backward(x_d, lora_A, lora_B, s, keep)
+        ctx.make, ctx.scaling, ctx.p = make, scaling, p
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x_d, weight, lora_A, lora_B, s, keep = ctx.saved_tensors
+        x_d, lora_A, lora_B, s, keep = ctx.saved_tensors
         ds = scaled_mm(dy, lora_B, ctx.scaling)
-        dx = dy @ weight
+        dx = dy @ ctx.make()
         if keep is None:
             dx.addmm_(ds, lora_A)
         else:
@@ -152,10 +174,18 @@ class _AddmmChain(torch.autograd.Function):
 
 
 def addmm_chain(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, p: float
+    x: Tensor, make: Callable[[], Tensor], lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, p: float
 ) -> Tensor:
-    """Compute y `[M, out]` of x `[M, in]` by the best chain of library calls we know, forward and backward."""
-    return _AddmmChain.apply(x, weight, lora_A, lora_B, bias, scaling, p)
+    """Compute y `[M, out]` of x `[M, in]` by the best chain of library calls we know, forward and backward.
+
+    `make` returns W, `[out, in]`, which `providers.quantised.dequantiser` makes of a stored one in each pass.
+    """
+    return _AddmmChain.apply(x, make, lora_A, lora_B, bias, scaling, p)
+
+
+def chain_label(quantised: bool) -> str:
+    """Return the name of `addmm_chain` in the tables."""
+    return "dequantise + addmm chain" if quantised else "in-place addmm chain"
 
 
 def scaled_mm(left: Tensor, right: Tensor, alpha: float) -> Tensor:
@@ -165,13 +195,13 @@ def scaled_mm(left: Tensor, right: Tensor, alpha: float) -> Tensor:
 
 
 def _addmm(problem: Problem, backend: str) -> Provider:
-    leaves = leaves_of(problem)
+    leaves, make = leaves_of(problem), dequantiser(problem.kept_weight, problem.x.dtype)
 
     def forward() -> Tensor:
         x, a, b = leaves.values()
-        return addmm_chain(x, problem.weight, a, b, problem.bias, problem.scaling, problem.dropout_p)
+        return addmm_chain(x, make, a, b, problem.bias, problem.scaling, problem.dropout_p)
 
-    return Provider("in-place addmm chain", problem, forward, leaves, cost="addmm")
+    return Provider(chain_label(bool(problem.stored)), problem, forward, leaves, cost="addmm")
 
 
 class _SplitGraph(torch.autograd.Function):
@@ -261,5 +291,6 @@ PROVIDERS: dict[str, Build] = {
     "frozen": _frozen_layer,
     **variants(_ours, _peft),
     "addmm": _addmm,
+    "unsloth": unsloth.build_layer,
     "split": _split,
 }

@@ -15,14 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_kernels import reference
+from lora_kernels.bench.providers.quantised import linear4bit
 from lora_kernels.demo.model import MLP
 from lora_kernels.functional import lora_mlp, lora_qkv
 from lora_kernels.measure.presets import PROJECTIONS, Dims
 from lora_kernels.modules.linear import LoRALinear
 from lora_kernels.passes.layer import Projection
 from lora_kernels.peft import patch_peft
+from lora_kernels.quantized import layers as quantized_layers
+from lora_kernels.verify.stored import quantise
 
-__all__ = ["Adapters", "LanguageModel", "Stack", "copy_with_adapters", "draw_adapters", "projections"]
+__all__ = [
+    "Adapters", "LanguageModel", "Stack", "copy_with_adapters", "draw_adapters", "projections", "store", "stored_tensors",
+]  # fmt: skip
 
 # Name of a projection to its A and B.
 Adapters = dict[str, tuple[Tensor, Tensor]]
@@ -57,7 +63,7 @@ class BlockAttention(GroupedAttention):
         layers = [_projection(layer) for layer in (self.q, self.k, self.v)]
         adapters = [None if q.lora_A is None else (q.lora_A, q.lora_B) for q in layers]
         numbers = {what: [getattr(q, what) for q in layers] for what in ("scaling", "dropout_p")}
-        return lora_qkv(x, [q.weight for q in layers], adapters, **numbers)
+        return lora_qkv(x, [_weight(q) for q in layers], adapters, **numbers)
 
 
 class BlockMLP(MLP):
@@ -68,11 +74,18 @@ class BlockMLP(MLP):
         return lora_mlp(x, *map(_projection, (self.gate, self.up, self.down)))
 
 
+def _weight(layer: nn.Module) -> Any:
+    """Return W as a call takes it."""
+    if isinstance(layer, LoRALinear):
+        return layer.whole_weight()
+    return quantized_layers.read(layer) if quantized_layers.kind_of(layer) else layer.weight
+
+
 def _projection(layer: nn.Module) -> Projection:
     if not isinstance(layer, LoRALinear):
-        return Projection(layer.weight)
+        return Projection(_weight(layer))
     p = layer.lora_dropout if layer.training else 0.0
-    return Projection(layer.weight, layer.lora_A, layer.lora_B, None, layer.scaling, p)
+    return Projection(_weight(layer), layer.lora_A, layer.lora_B, None, layer.scaling, p)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -133,6 +146,32 @@ def projections(model: nn.Module, targets: Sequence[str] = PROJECTIONS) -> dict[
     return {
         name: module for name, module in model.named_modules() if name.rpartition(".")[2].removesuffix("_proj") in short
     }
+
+
+def store(base: nn.Module, kind: str) -> nn.Module:
+    """Quantise the projections of a model, and return a copy with bitsandbytes' layers in their places.
+
+    Args:
+        base: A frozen model; the weights of its projections are rounded in place to what the copy's layers hold, and
+            the copy shares all others.
+        kind: "nf4" or "fp4".
+    """
+    shared = {id(t): t for t in itertools.chain(base.parameters(), base.buffers())}
+    model = copy.deepcopy(base, shared)
+    for name, linear in projections(base).items():
+        weight = quantise(linear.weight, kind)
+        linear.weight.data.copy_(reference.dequantize(weight, weight.dtype))
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, linear4bit(weight))
+    # PEFT reads this of the model that it adapts.
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def stored_tensors(model: nn.Module) -> list[Tensor]:
+    """Return the tensors of all quantised weights of a model."""
+    kept = (module for module in model.modules() if quantized_layers.kind_of(module))
+    return [t for module in kept for t in quantized_layers.read(module).tensors()]
 
 
 def draw_adapters(model: nn.Module, r: int, targets: Sequence[str] = PROJECTIONS, seed: int = 3) -> Adapters:

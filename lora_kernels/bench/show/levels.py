@@ -7,6 +7,7 @@ from rich.text import Text
 
 from lora_kernels.bench.show.tables import (
     case_table,
+    dtype_words,
     labels_of,
     last_pass,
     median_ms,
@@ -81,7 +82,7 @@ def model_title(case: dict[str, Any]) -> str:
     where = "" if targets == PROJECTIONS else f" on {' '.join(targets)}"
     return (
         f"{name}{depth}: {width}; {d['batch']} x {d['seq']} tokens, r={case['r']}{where}, p={case['p']:g}, "
-        f"{case['dtype']}"
+        f"{dtype_words(case)}"
     )
 
 

@@ -12,7 +12,7 @@ from lora_kernels.measure import timing
 
 __all__ = [
     "SPEEDUPS", "case_table", "host_bound", "host_bound_words", "labels_of", "last_pass", "median_ms", "mib",
-    "overview", "pass_name", "plain", "quotient", "shape_words", "show_speedups", "speedups", "sweep_table",
+    "dtype_words", "overview", "pass_name", "plain", "quotient", "shape_words", "show_speedups", "speedups", "sweep_table",
     "unsteady", "unsteady_words", "with_spread",
 ]  # fmt: skip
 
@@ -32,6 +32,7 @@ _SWEEP_COLUMNS = (
     "peft_compiled",
     "peft_fp32_compiled",
     "addmm",
+    "unsloth",
     "split",
 )
 
@@ -60,7 +61,12 @@ def case_title(case: dict[str, Any]) -> str:
     """Describe a case in words: block, rows x in x out, label, rank, p and dtype."""
     label = f" ({case['shape']['label']})" if case["shape"]["label"] else ""
     what = {"qkv": "Queries, keys and values: ", "mlp": "Gated MLP: "}.get(case["level"], "")
-    return f"{what}{shape_words(case)}{label}, r={case['r']}, p={case['p']:g}, {case['dtype']}"
+    return f"{what}{shape_words(case)}{label}, r={case['r']}, p={case['p']:g}, {dtype_words(case)}"
+
+
+def dtype_words(case: dict[str, Any]) -> str:
+    """Format the dtype of a case, and the format of its frozen weights if they are quantised."""
+    return case["dtype"] + (f" over {case['quantise'].upper()}" if case.get("quantise") else "")
 
 
 def last_pass(cases: list[dict[str, Any]]) -> str:
