@@ -12,9 +12,9 @@ __all__ = ["broken_budgets"]
 _LOOPS = {"sm_90": 100, "sm_100": 140}
 # Extra instructions for each source beyond two, for its select.
 _SOURCE = 7
-# Most instructions for a weight to dequantise to 16 bits, and to fp32, which takes longer to write. A multiprocessor of
-# an H200 has 128 lanes, and its share of the memory moves 7.5 weights from 4 bits to 16 in a clock.
-_PER_WEIGHT = 12, 13
+# Most instructions to dequantise a weight. A multiprocessor of an H200 has 128 lanes, and its share of the memory moves
+# 7.5 weights from 4 bits to 16 in a clock.
+_PER_WEIGHT = 12
 # A dot of fewer rows cannot use Hopper's asynchronous tensor-core instructions.
 _FAST_ROWS = 64
 
@@ -63,9 +63,8 @@ def _dequantize(kernel: Kernel) -> Iterator[str]:
     if kernel.case.by_element or kernel.arch == "gfx942":
         return
     a_thread = constants["BLOCK"] // (32 * kernel.num_warps)
-    most = _PER_WEIGHT[kernel.case.dtype == "fp32"]
-    if facts.instructions > most * a_thread:
-        yield f"takes {facts.instructions / a_thread:.1f} instructions a weight, more than {most}"
+    if facts.instructions > _PER_WEIGHT * a_thread:
+        yield f"takes {facts.instructions} instructions for {a_thread} weights, more than {_PER_WEIGHT} a weight"
     packed = a_thread // 2 if constants["FORMAT"] == "4 bits" else a_thread
     if facts.loads.get(128, 0) * 16 < packed:
         yield f"loads the storage in fewer than 128 bits a thread: {facts.loads}"

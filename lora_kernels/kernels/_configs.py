@@ -64,7 +64,7 @@ class DequantizeConfig:
 
 
 def dequantize_config(inner: int, columns: int, four_bits: bool) -> DequantizeConfig:
-    """Pick the share of a program that dequantises a weight: 32 weights a thread, 2 at least where rows are short.
+    """Pick the share of a program that dequantises a weight: 32 weights a thread, fewer where rows are short.
 
     Args:
         inner: Weights of a row as the kernel takes them: of the whole weight in 4 bits, of a row in 8 bits.
@@ -74,7 +74,11 @@ def dequantize_config(inner: int, columns: int, four_bits: bool) -> DequantizeCo
     # 16 bytes of storage, or as many as a power of two leaves in one block
     most = 32 if four_bits else 16
     unit = most if columns >= inner else min(most, columns & -columns)
-    return DequantizeConfig(max(256, min(4096, 1 << (inner - 1).bit_length())), unit, 4)
+    if inner < 1024:
+        return DequantizeConfig(max(256, 1 << (inner - 1).bit_length()), unit, 1)
+    # of the last program of a row little is left idle: 14336 weights are 7 programs of 2048, 5120 are 5 of 1024
+    block = next((block for block in (4096, 2048) if -inner % block <= inner // 8), 1024)
+    return DequantizeConfig(block, unit, block // 1024)
 
 
 def descriptor_path(capability: tuple[int, int] | None, dtype: torch.dtype) -> tuple[bool, str]:

@@ -53,22 +53,18 @@ def _dequantize_kernel(
     FORMAT: tl.constexpr, NESTED: tl.constexpr, E8M0: tl.constexpr, SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # bytes of a unit and of a program
-    UNIT_BYTES: tl.constexpr = UNIT // 2 if FORMAT == "4 bits" else UNIT
-    BYTES: tl.constexpr = BLOCK // UNIT * UNIT_BYTES
     # Storage of 4 bits is one row, which may have more programs than a grid's second axis has.
     row, position = (0, tl.program_id(0)) if FORMAT == "4 bits" else (tl.program_id(0), tl.program_id(1))
+    if SCALE_ROWS:
+        scale_ptr += tl.cast(row // SCALE_ROWS, tl.int64) * scale_pitch
     row, position = tl.cast(row, tl.int64), position.to(tl.int64)
     first, here = position * BLOCK, tl.arange(0, BLOCK)
     # What is left of the row, a program's share at most, so that offsets within a program fit 32 bits.
     left = tl.minimum(inner - first, BLOCK).to(tl.int32)
-    bytes_left = tl.minimum(stored - position * BYTES, BYTES).to(tl.int32)
     unit = tl.arange(0, BLOCK // UNIT)
     block = (unit * 0).to(tl.int64)
     if SCALE_COLUMNS:
         block += first // SCALE_COLUMNS + ((first % SCALE_COLUMNS).to(tl.int32) + unit * UNIT) // SCALE_COLUMNS
-    if SCALE_ROWS:
-        scale_ptr += row // SCALE_ROWS * scale_pitch
     scale = tl.load(scale_ptr + block, mask=unit * UNIT < left, other=0)
     if NESTED:
         # The product and the sum are rounded one after the other.
@@ -79,18 +75,21 @@ def _dequantize_kernel(
         scale = _e8m0(scale)
     else:
         scale = scale.to(tl.float32)
-    byte = unit[:, None] * UNIT_BYTES + tl.arange(0, UNIT_BYTES)[None, :]
-    packed_ptr += row * stored + position * BYTES
-    codes = tl.load(packed_ptr + byte, mask=byte < bytes_left, other=0)
+    start = row * inner + first
     if FORMAT == "4 bits":
-        codes = codes.to(tl.uint32)
+        byte = unit[:, None] * (UNIT // 2) + tl.arange(0, UNIT // 2)[None, :]
+        bytes_left = tl.minimum(stored - position * (BLOCK // 2), BLOCK // 2).to(tl.int32)
+        packed_ptr += position * (BLOCK // 2)
+        codes = tl.load(packed_ptr + byte, mask=byte < bytes_left, other=0).to(tl.uint32)
         w = tl.join(tl.load(code_ptr + (codes >> 4)), tl.load(code_ptr + (codes & 15))) * scale[:, None, None]
-    elif FORMAT == "fp8":
-        w = _e4m3(codes) * scale[:, None]
     else:
-        w = codes.to(tl.float32) * scale[:, None] * (1 / 127)
-    w_ptr += row * inner + first
-    tl.store(w_ptr + here, tl.reshape(w, (BLOCK,)).to(w_ptr.dtype.element_ty), mask=here < left)
+        inside = unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+        codes = tl.load(packed_ptr + start + inside, mask=inside < left, other=0)
+        if FORMAT == "fp8":
+            w = _e4m3(codes) * scale[:, None]
+        else:
+            w = codes.to(tl.float32) * scale[:, None] * (1 / 127)
+    tl.store(w_ptr + start + here, tl.reshape(w, (BLOCK,)).to(w_ptr.dtype.element_ty), mask=here < left)
 
 
 @triton.jit
