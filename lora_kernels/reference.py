@@ -28,7 +28,6 @@ from lora_kernels.dropout import PHILOX_ROUNDS, keep_scale, threshold
 
 __all__ = [
     "Layer",
-    "Stored",
     "activated",
     "dequantize",
     "dropped",
@@ -75,7 +74,7 @@ class Layer(Protocol):
     dropout_p: float
 
 
-class Stored(Protocol):
+class _Stored(Protocol):
     """A weight in 4 or 8 bits, for example a `lora_kernels.quantized.QuantizedWeight`, which documents the fields."""
 
     format: str
@@ -88,7 +87,7 @@ class Stored(Protocol):
     nested: Any
 
 
-def dequantize(weight: Stored, dtype: torch.dtype | None = None) -> Tensor:
+def dequantize(weight: _Stored, dtype: torch.dtype | None = None) -> Tensor:
     """Compute W, `[out, in]`, of a stored weight: products in fp32, and one rounding to `dtype` or to the weight's own.
 
         nf4, fp4    W = code[nibble] · absmax[i // block]         i = n · in + k, even i in the high nibble

@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import lora_kernels
 from lora_kernels import LoRALinear, Projection, explain, reference
+from lora_kernels.quantized import QuantizedWeight
 
 IN, OUT, R, SCALING = 12, 7, 3, 0.5
 _draw = torch.Generator().manual_seed(0)
@@ -24,6 +25,7 @@ X, DY, WEIGHT, BIAS, A, B, BASE, SQUARE = (
 )
 Y = X @ WEIGHT.T + BIAS + SCALING * (X @ A.T) @ B.T
 LAYER = Projection(WEIGHT, A, B, BIAS, SCALING)
+STORED = QuantizedWeight.from_int8(torch.full((2, 3), 127, dtype=torch.int8), torch.tensor([1.0, 2.0]))
 
 same = torch.testing.assert_close
 
@@ -155,10 +157,6 @@ def gradients():
     x, a, b, weight, bias = leaves
     y = reference.forward(x, weight, a, b, bias, SCALING, KEEP, 0.5)
     return dict(zip(("x", "a", "b", "weight", "bias"), torch.autograd.grad(y, leaves, DY), strict=True))
-
-
-def protocol(cls):
-    assert set(cls.__annotations__) == {"weight", "lora_A", "lora_B", "bias", "scaling", "dropout_p"}
 
 
 # What is made for PEFT, and what writes and reads its files
@@ -297,7 +295,9 @@ CALLS = {
     },
     "lora_kernels.parallel": {"LoRAColwise": parallel, "LoRARowwise": parallel},
     "lora_kernels.reference": LAYERS | {
-        "Layer": protocol, "activated": activating, "dropped": dropping,
+        "activated": activating, "dropped": dropping,
+        "Layer": lambda cls: same(len(set(cls.__annotations__) ^ set(Projection._fields)), 0),
+        "dequantize": lambda dequantize: same(dequantize(STORED, torch.float32)[:, 0], STORED.scale),
         "forward": lambda forward: same(forward(X, WEIGHT, A, B, BIAS, SCALING), Y),
         "grad_bias": lambda grad: same(grad(DY), gradients()["bias"]),
         "grad_lora_A": lambda grad: same(grad(DY, X, B, SCALING, KEEP, 0.5), gradients()["a"]),
@@ -305,6 +305,10 @@ CALLS = {
         "grad_weight": lambda grad: same(grad(DY, X), gradients()["weight"]),
         "grad_x": lambda grad: same(grad(DY, WEIGHT, A, B, SCALING, KEEP, 0.5), gradients()["x"]),
         "keep_mask": mask, "lora_add": add, "philox4x32": random_words,
+    },
+    "lora_kernels.quantized": {
+        "Nested": lambda cls: same(cls(A, B, X).blocksize, 256),
+        "QuantizedWeight": lambda cls: same(STORED.dequantize(torch.float32)[:, 0], STORED.scale),
     },
 }  # fmt: skip
 
