@@ -74,21 +74,10 @@ class Layer(Protocol):
     dropout_p: float
 
 
-class _Stored(Protocol):
-    """A weight in 4 or 8 bits, for example a `lora_kernels.quantized.QuantizedWeight`, which documents the fields."""
+def dequantize(weight: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Compute W, `[out, in]`, of a `lora_kernels.quantized.QuantizedWeight`.
 
-    format: str
-    packed: Tensor
-    shape: torch.Size
-    dtype: torch.dtype
-    scale: Tensor
-    block: Any
-    code: Any
-    nested: Any
-
-
-def dequantize(weight: _Stored, dtype: torch.dtype | None = None) -> Tensor:
-    """Compute W, `[out, in]`, of a stored weight: products in fp32, and one rounding to `dtype` or to the weight's own.
+    Products are of fp32, and W is rounded once, to `dtype` or to the weight's own.
 
         nf4, fp4    W = code[nibble] · absmax[i // block]         i = n · in + k, even i in the high nibble
                     nested: absmax[b] = code2[scale[b]] · absmax2[b // blocksize] + offset, rounded twice

@@ -1,6 +1,7 @@
 """Every public function, class and operator is there under its name, and a call of it does what it did."""
 
 import contextlib
+import dataclasses
 import importlib
 import json
 
@@ -15,7 +16,6 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import lora_kernels
 from lora_kernels import LoRALinear, Projection, explain, reference
-from lora_kernels.quantized import QuantizedWeight
 
 IN, OUT, R, SCALING = 12, 7, 3, 0.5
 _draw = torch.Generator().manual_seed(0)
@@ -25,7 +25,6 @@ X, DY, WEIGHT, BIAS, A, B, BASE, SQUARE = (
 )
 Y = X @ WEIGHT.T + BIAS + SCALING * (X @ A.T) @ B.T
 LAYER = Projection(WEIGHT, A, B, BIAS, SCALING)
-STORED = QuantizedWeight.from_int8(torch.full((2, 3), 127, dtype=torch.int8), torch.tensor([1.0, 2.0]))
 
 same = torch.testing.assert_close
 
@@ -138,6 +137,25 @@ def mask(keep_mask):
     assert torch.equal(keep, keep_mask(1, 40, 50, 0.3))
 
 
+def quantized(cls):
+    """Of the storage 0x1F: nibbles 1 and 15, the second value of NF4 and 1."""
+    made = cls.nf4(torch.tensor([0x1F], dtype=torch.uint8), torch.tensor([2.0]), shape=(1, 2), dtype=torch.float32)
+    same(made.dequantize(), torch.tensor([[-2 * 0.6961928, 2.0]]))
+    return made
+
+
+def nesting(nested):
+    part = nested(torch.arange(256.0), torch.tensor([0.5]), torch.tensor(1.0))
+    made = quantized(importlib.import_module("lora_kernels.quantized").QuantizedWeight)
+    made = dataclasses.replace(made, scale=torch.tensor([6], dtype=torch.uint8), nested=part)
+    same(made.dequantize()[0, 1], torch.tensor(4.0))
+
+
+def dequantizing(dequantize):
+    made = quantized(importlib.import_module("lora_kernels.quantized").QuantizedWeight)
+    assert torch.equal(dequantize(made, torch.bfloat16), made.dequantize().bfloat16())
+
+
 KEEP = torch.arange(X.numel()).view(X.shape) % 3 > 0
 
 
@@ -157,6 +175,10 @@ def gradients():
     x, a, b, weight, bias = leaves
     y = reference.forward(x, weight, a, b, bias, SCALING, KEEP, 0.5)
     return dict(zip(("x", "a", "b", "weight", "bias"), torch.autograd.grad(y, leaves, DY), strict=True))
+
+
+def protocol(cls):
+    assert set(cls.__annotations__) == {"weight", "lora_A", "lora_B", "bias", "scaling", "dropout_p"}
 
 
 # What is made for PEFT, and what writes and reads its files
@@ -294,10 +316,9 @@ CALLS = {
         "accelerated": accelerated,
     },
     "lora_kernels.parallel": {"LoRAColwise": parallel, "LoRARowwise": parallel},
+    "lora_kernels.quantized": {"Nested": nesting, "QuantizedWeight": quantized},
     "lora_kernels.reference": LAYERS | {
-        "activated": activating, "dropped": dropping,
-        "Layer": lambda cls: same(len(set(cls.__annotations__) ^ set(Projection._fields)), 0),
-        "dequantize": lambda dequantize: same(dequantize(STORED, torch.float32)[:, 0], STORED.scale),
+        "Layer": protocol, "activated": activating, "dequantize": dequantizing, "dropped": dropping,
         "forward": lambda forward: same(forward(X, WEIGHT, A, B, BIAS, SCALING), Y),
         "grad_bias": lambda grad: same(grad(DY), gradients()["bias"]),
         "grad_lora_A": lambda grad: same(grad(DY, X, B, SCALING, KEEP, 0.5), gradients()["a"]),
@@ -305,10 +326,6 @@ CALLS = {
         "grad_weight": lambda grad: same(grad(DY, X), gradients()["weight"]),
         "grad_x": lambda grad: same(grad(DY, WEIGHT, A, B, SCALING, KEEP, 0.5), gradients()["x"]),
         "keep_mask": mask, "lora_add": add, "philox4x32": random_words,
-    },
-    "lora_kernels.quantized": {
-        "Nested": lambda cls: same(cls(A, B, X).blocksize, 256),
-        "QuantizedWeight": lambda cls: same(STORED.dequantize(torch.float32)[:, 0], STORED.scale),
     },
 }  # fmt: skip
 
