@@ -85,11 +85,19 @@ def test_parts_of_operators_join(part, monkeypatch):
         assert torch.equal(weight.dequantize(dtype, "torch"), theirs(weight, dtype))
 
 
-def test_weights_that_divide_by_none_of_their_threads():
-    """A gather has a thread for a row of bytes, and their number may be odd."""
-    for shape in ((1, 2), (3, 2), (1, 194), (127, 2)):
-        weight = quantise("fp4", False, 64, shape)
-        assert torch.equal(weight.dequantize(torch.float32, "torch"), theirs(weight, torch.float32))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bytes_that_divide_by_none_of_the_threads(threads):
+    """A gather has a thread for a row of bytes, and the number of bytes may be odd."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for shape, nested, dtype in itertools.product(
+            ((1, 2), (3, 2), (127, 2), (64, 96)), (False, True), DTYPES.values()
+        ):
+            weight = quantise("fp4", nested, 64, shape)
+            assert torch.equal(weight.dequantize(dtype, "torch"), theirs(weight, dtype))
+    finally:
+        torch.set_num_threads(before)
 
 
 def linear(**changes):
