@@ -139,11 +139,14 @@ def base_reason(base: Any, x: Tensor | None, name: str = "the base layer") -> st
 
 def part_reason(module: nn.Module, kinds: tuple[type, ...]) -> str:
     """Return why a part of a layer, exactly of one of the classes, has to be called; "" if it need not be."""
-    if type(module) not in kinds:
-        return f"is a {type(module).__name__}, not a plain nn.{kinds[-1].__name__}"
+    kind, plain = type(module), kinds[-1].__name__
+    if kind not in kinds:
+        # Other tuners call their layers Linear as well.
+        name = f"{kind.__module__}.{plain}" if kind.__name__ == plain else kind.__name__
+        return f"is a {name}, not a plain nn.{plain}"
     if "forward" in vars(module):
         return "has its forward replaced on the instance"
-    return "" if rules.bare(module, type(module)) else "has a hook"
+    return "" if rules.bare(module, kind) else "has a hook"
 
 
 def _name(t: Tensor) -> str:
