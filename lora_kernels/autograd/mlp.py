@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels import plan
+from lora_kernels import plan, reference
 from lora_kernels.autograd import packing
 from lora_kernels.autograd.common import (
     Context,
     autocast_off,
     backward_products,
+    by_reference,
     gradients,
     guard_backward,
+    is_exporting_to_onnx,
     register,
     register_flops,
 )
@@ -113,6 +115,11 @@ def _mlp(
     recompute: bool, backend: str,
 ) -> Tensor:  # fmt: skip
     """Compute y `[*, out]` from arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
+    if is_exporting_to_onnx():
+        layers: Any = weights, lora_As, lora_Bs, biases, scalings, dropout_ps
+        gate, *up = by_reference(x, *(own[:-1] for own in layers))
+        h = reference.activated(gate, up[0] if up else None, activation)
+        return by_reference(h, *(own[-1:] for own in layers))[0]
     register_flops({mlp_forward: _forward_flops, mlp_backward: _backward_flops})
     given = x, weights, lora_As, lora_Bs, biases, scalings, backend
     chosen, tensors, places, numbers = packing.prepare("lora_mlp", *given)

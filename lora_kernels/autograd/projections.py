@@ -25,8 +25,10 @@ from lora_kernels.autograd.common import (
     Context,
     autocast_off,
     backward_products,
+    by_reference,
     gradients,
     guard_backward,
+    is_exporting_to_onnx,
     register,
     register_flops,
 )
@@ -127,6 +129,8 @@ def _projections(
     biases: Sequence[Tensor | None], scalings: Sequence[float], dropout_ps: Sequence[float], backend: str,
 ) -> list[Tensor]:  # fmt: skip
     """Compute each y `[*, outᵢ]` from arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
+    if is_exporting_to_onnx():
+        return by_reference(x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps)
     register_flops({projections_forward: _forward_flops, projections_backward: _backward_flops})
     given = x, weights, lora_As, lora_Bs, biases, scalings, backend
     backend, tensors, places, numbers = packing.prepare("lora_projections", *given)

@@ -1,6 +1,5 @@
 """Helpers at the entry of each call: collectives, autocast, and the detection of transforms, traces and modes."""
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from lora_kernels.passes.layer import Projection
 
 __all__ = [
     "BACKENDS", "as_autocast", "as_number", "base_only", "cast", "check_backend_runs", "check_transforms",
-    "is_exporting_to_onnx", "is_proxy", "is_transforming", "is_watched", "nothing", "record", "takes_reference",
+    "is_proxy", "is_transforming", "is_watched", "nothing", "record", "takes_reference",
     "wait_for", "without_autocast",
 ]  # fmt: skip
 
@@ -85,13 +84,6 @@ def check_transforms(call: str, backend: str) -> None:
             'use backend="auto" inside them.'
         )
     checks.check_backend(call, backend, BACKENDS)
-
-
-def is_exporting_to_onnx() -> bool:
-    """Return whether the exporter to ONNX, which knows PyTorch's operators alone, traces by `torch.export`."""
-    if not torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling() or "torch.onnx" not in sys.modules:
-        return False
-    return torch.onnx.is_in_onnx_export()
 
 
 def is_watched() -> bool:
