@@ -29,10 +29,12 @@ from lora_kernels.autograd.common import (
     Context,
     autocast_off,
     backward_products,
+    by_reference,
     contiguous,
     fake_gradients,
     gradient,
     guard_backward,
+    is_exporting_to_onnx,
     plain_scaling,
     register,
     register_flops,
@@ -122,6 +124,8 @@ def _linear(
     tables: Sequence[Tensor] | None = None, form: str = "",
 ) -> Tensor:  # fmt: skip
     """Compute y `[*, out]` from arguments that `functional.lora_linear` has checked and cast; see `_linear_forward`."""
+    if is_exporting_to_onnx():
+        return by_reference(x, [join(weight, tables, form)], [lora_A], [lora_B], [bias], [scaling], [dropout_p])[0]
     register_flops({linear_forward: _forward_flops, linear_backward: _backward_flops})
     # `int` compiles the rank into a graph; all other sizes may vary.
     rank = int(lora_A.shape[0])

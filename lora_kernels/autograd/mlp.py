@@ -15,18 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels import plan
+from lora_kernels import plan, reference
 from lora_kernels.autograd import packing
 from lora_kernels.autograd.common import (
     Context,
     autocast_off,
     backward_products,
+    by_reference,
     gradients,
     guard_backward,
+    is_exporting_to_onnx,
     register,
     register_flops,
 )
-from lora_kernels.autograd.stored import given, no_gradients, save_tensors, saved_tensors, shape_of
+from lora_kernels.autograd.stored import given, join_all, no_gradients, save_tensors, saved_tensors, shape_of
 from lora_kernels.dropout import keep_scale
 from lora_kernels.passes import mlp as mlp_pass
 from lora_kernels.passes.layer import SAVED_WITH_BIAS, Projection, SavedLayer, by_layer, rows
@@ -116,6 +118,11 @@ def _mlp(
     recompute: bool, backend: str, tables: Sequence[Tensor] | None = None, forms: Sequence[str] | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute y `[*, out]` from arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
+    if is_exporting_to_onnx():
+        layers: Any = join_all(weights, tables, forms), lora_As, lora_Bs, biases, scalings, dropout_ps
+        gate, *up = by_reference(x, *(own[:-1] for own in layers))
+        h = reference.activated(gate, up[0] if up else None, activation)
+        return by_reference(h, *(own[-1:] for own in layers))[0]
     register_flops({mlp_forward: _forward_flops, mlp_backward: _backward_flops})
     layers = weights, lora_As, lora_Bs, biases, scalings
     chosen, tensors, places, numbers = packing.prepare("lora_mlp", x, *layers, backend, forms)

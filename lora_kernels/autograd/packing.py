@@ -81,8 +81,6 @@ def unpack_layers(
 ) -> list[Sequence[Any]]:  # fmt: skip
     """Undo `pack_layers`; no forms mean that all weights are plain tensors."""
     groups = unpack(tensors, places, count, each)
-    if not tables or not forms:
-        return groups
     weights = join_all([group[at] for group in groups], tables, forms)
     return [[*group[:at], weight, *group[at + 1 :]] for group, weight in zip(groups, weights, strict=True)]
 

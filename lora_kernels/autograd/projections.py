@@ -25,12 +25,14 @@ from lora_kernels.autograd.common import (
     Context,
     autocast_off,
     backward_products,
+    by_reference,
     gradients,
     guard_backward,
+    is_exporting_to_onnx,
     register,
     register_flops,
 )
-from lora_kernels.autograd.stored import given, no_gradients, save_tensors, saved_tensors, shape_of
+from lora_kernels.autograd.stored import given, join_all, no_gradients, save_tensors, saved_tensors, shape_of
 from lora_kernels.dropout import keep_scale
 from lora_kernels.passes import projections as projections_pass
 from lora_kernels.passes.layer import GIVEN, SAVED, Part, Projection, by_layer, rows, tensors_to_save
@@ -130,6 +132,8 @@ def _projections(
     tables: Sequence[Tensor] | None = None, forms: Sequence[str] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Compute each y `[*, outᵢ]` from arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
+    if is_exporting_to_onnx():
+        return by_reference(x, join_all(weights, tables, forms), lora_As, lora_Bs, biases, scalings, dropout_ps)
     register_flops({projections_forward: _forward_flops, projections_backward: _backward_flops})
     layers = weights, lora_As, lora_Bs, biases, scalings
     backend, tensors, places, numbers = packing.prepare("lora_projections", x, *layers, backend, forms)

@@ -86,8 +86,10 @@ def split_all(weights: Sequence[Weight | None]) -> tuple[list[Any], list[Tensor]
     return [t for t, _, _ in parts], [table for _, own, _ in parts for table in own], [form for *_, form in parts]
 
 
-def join_all(tensors: Sequence[Any], tables: Sequence[Tensor], forms: Sequence[str]) -> list[Any]:
-    """Undo `split_all`."""
+def join_all(tensors: Sequence[Any], tables: Sequence[Tensor] | None, forms: Sequence[str] | None) -> Sequence[Any]:
+    """Undo `split_all`; without forms all weights are plain tensors."""
+    if not tables or not forms:
+        return tensors
     rest = iter(tables)
     return [
         join(tensor, tuple(itertools.islice(rest, count_tables(form))), form)

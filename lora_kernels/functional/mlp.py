@@ -17,7 +17,6 @@ from lora_kernels.functional import checks
 from lora_kernels.functional.gate import (
     BACKENDS,
     cast,
-    is_exporting_to_onnx,
     is_proxy,
     is_transforming,
     is_watched,
@@ -153,7 +152,7 @@ def _backends(x: Tensor, entries: list[Projection], backend: str) -> tuple[str |
         return None, None
     empty = x.numel() == 0 or any(0 in q.weight.shape for q in entries)
     if is_watched():
-        return None if empty or is_exporting_to_onnx() else plan.requested_backend(backend), None
+        return None if empty else plan.requested_backend(backend), None
     chosen = plan.choose(x.device, x.dtype, max(q.lora_A.shape[0] for q in adapted), empty, backend, "lora_mlp")
     if chosen == "torch" and all(is_small(x, q) for q in adapted):
         return None, chosen

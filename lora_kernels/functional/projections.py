@@ -17,7 +17,6 @@ from lora_kernels.functional.gate import (
     as_number,
     cast,
     check_backend_runs,
-    is_exporting_to_onnx,
     is_proxy,
     is_watched,
     record,
@@ -186,8 +185,6 @@ def _backends(call: str, x: Tensor, entries: list[Projection], backend: str) -> 
     if len(entries) < 2 or not adapted or checks.is_sharded(x):
         return None, None
     if is_watched():
-        if is_exporting_to_onnx():
-            return None, None
         backend = plan.requested_backend(backend)
         check_backend_runs(call, x, [q.weight for q in entries], [q.lora_A for q in adapted], backend)
         return backend, None

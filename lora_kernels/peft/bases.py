@@ -87,7 +87,9 @@ def quantized_base(base: Any, x: Tensor | None) -> Base | str:
     if kind is None:
         name = type(base).__name__
         why = next((why for part, why in _CALLED.items() if part in name), "")
-        return f"is a {name}, not a plain nn.Linear{why}"
+        # Other tuners call their layers Linear as well.
+        full = f"{type(base).__module__}.{name}" if name == "Linear" else name
+        return f"is a {full}, not a plain nn.Linear{why}"
     if "forward" in vars(base):
         return "has its forward replaced on the instance"
     if not bare(base, type(base)):

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -194,7 +194,11 @@ def _uses(cls: type[nn.Module]) -> tuple[set[Path], set[Path]]:
         # `fast_path` sees to the reads of this forward; those in a subclass's own forward are read.
         if function is nn.TransformerEncoderLayer.forward:
             continue
-        uses = _source_uses(getattr(function, "fget", None) or getattr(function, "__func__", None) or function)
+        function = getattr(function, "fget", None) or getattr(function, "__func__", None) or function
+        # A list or dictionary of the class has neither source nor hash.
+        if not callable(function) or not isinstance(function, Hashable):
+            continue
+        uses = _source_uses(function)
         reads |= uses.reads
         calls |= uses.calls
         todo += [(cls.__mro__, own) for own in uses.own]

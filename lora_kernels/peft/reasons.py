@@ -42,10 +42,7 @@ def _class_reason(module: nn.Module) -> str:
 def forward_reason(module: nn.Module) -> str:
     """Return why no patched forward computes a module, "" if one does."""
     cls = type(module)
-    # accelerate's device hook sets `forward`, which calls `_old_forward`; its removal leaves the old one in `forward`.
-    methods = (vars(module).get(name) for name in ("forward", "_old_forward"))
-    own = next((m.__func__ for m in methods if inspect.ismethod(m) and m.__self__ is module), None)
-    forward: Any = own if "forward" in vars(module) else cls.forward
+    forward: Any = _wrapped_forward(module) if "forward" in vars(module) else cls.forward
     if is_ours(forward):
         other = replacement(forward)
         if other is stock_forward(forward):
@@ -55,6 +52,22 @@ def forward_reason(module: nn.Module) -> str:
         set_on_ours = "_lora_kernels_class" in vars(cls)
         return f"the forward of its class was replaced by {describe(forward)}" if set_on_ours else UNPATCHED
     return "its forward is replaced on the instance (X-LoRA, or a hook from before)"
+
+
+def _wrapped_forward(module: nn.Module) -> Any:
+    """Return the function behind a forward that is set on the instance and calls it, None if it is not known.
+
+    accelerate's device hook sets a forward that calls `_old_forward`, and leaves the old one in its place when it goes.
+    Others, as the hooks of diffusers, say by `__wrapped__` what they call.
+    """
+    forward: Any = vars(module)["forward"]
+    if not inspect.ismethod(forward):
+        forward = vars(module).get("_old_forward", forward)
+    while forward is not None:
+        if inspect.ismethod(forward) and forward.__self__ is module:
+            return forward.__func__
+        forward = getattr(forward, "__wrapped__", None)
+    return None
 
 
 def _state_reason(module: Any) -> str:
@@ -146,11 +159,14 @@ def base_reason(base: Any, x: Tensor | None, name: str = "the base layer") -> st
 
 def part_reason(module: nn.Module, kinds: tuple[type, ...]) -> str:
     """Return why a part of a layer, exactly of one of the classes, has to be called; "" if it need not be."""
-    if type(module) not in kinds:
-        return f"is a {type(module).__name__}, not a plain nn.{kinds[-1].__name__}"
+    kind, plain = type(module), kinds[-1].__name__
+    if kind not in kinds:
+        # Other tuners call their layers Linear as well.
+        name = f"{kind.__module__}.{plain}" if kind.__name__ == plain else kind.__name__
+        return f"is a {name}, not a plain nn.{plain}"
     if "forward" in vars(module):
         return "has its forward replaced on the instance"
-    return "" if bare(module, type(module)) else "has a hook"
+    return "" if bare(module, kind) else "has a hook"
 
 
 def _name(t: Tensor) -> str:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from lora_kernels.activations import ACTIVATIONS, activated
 from lora_kernels.peft.forwards import is_called_plainly
-from lora_kernels.peft.names import Names, names_of
+from lora_kernels.peft.names import Names, is_fixed, names_of
 
 __all__ = ["ATTENTION", "FixedMember", "FixedModule", "Structure", "call_sites", "members", "structure"]
 
@@ -47,7 +47,6 @@ _OTHERS = (
     ("mlp", ("gate_up_proj", "down_proj"), "one layer holds gate and up: gate_up_proj"),
 )
 _CHOICES = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-_PLAIN = (bool, int, float, str, type(None), torch.dtype)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -104,11 +103,12 @@ def structure(module: nn.Module, forward: Callable[..., Any]) -> Structure | Non
         forward: The forward function of the module's class.
     """
     children = module._modules.keys()
+    own = "" if is_fixed(forward) else f"its forward is a {type(forward).__name__}, not a function"
     if children >= set(ATTENTION):
-        return Structure("attention", ATTENTION, _attention_reason(forward))
+        return Structure("attention", ATTENTION, own or _attention_reason(forward))
     for layers in _MLPS:
         if children >= set(layers):
-            return _mlp(module, forward, layers)
+            return Structure("mlp", layers, own) if own else _mlp(module, forward, layers)
     for kind, layers, reason in _OTHERS:
         if children >= set(layers):
             return Structure(kind, layers, reason)
@@ -117,10 +117,19 @@ def structure(module: nn.Module, forward: Callable[..., Any]) -> Structure | Non
 
 def _record_module(module: nn.Module) -> FixedModule:
     """Record the present state of a module beside the layers."""
-    own = ((name, value) for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE)
-    constants = tuple((name, _identity(value)) for name, value in own if isinstance(value, _PLAIN) or callable(value))
-    kind = type(module)
+    kind, constants = type(module), tuple((name, _identity(value)) for name, value in _own(module))
     return FixedModule(kind, kind.forward, names_of(kind.forward, kind), constants)
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes of a module that not every module has."""
+    return ((name, value) for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE)
+
+
+def _loose(module: nn.Module) -> str:
+    """Return the name of what a module beside the layers uses that can change and stay the same object, or ""."""
+    kind, values = type(module), (*_own(module), ("its forward", type(module).forward))
+    return next((name for name, value in values if not is_fixed(value)), "") or names_of(kind.forward, kind).loose
 
 
 def _identity(value: Any) -> Any:
@@ -243,11 +252,16 @@ def _mlp(module: nn.Module, forward: Callable[..., Any], layers: tuple[str, ...]
         of_class = name not in fields and hasattr(kind, name) and not hasattr(nn.Module, name)
         value = getattr(kind, name) if of_class else fields.get(name)
         # The forward was run, so what a property reads is among the names.
-        if not (isinstance(value, (*_PLAIN, property)) or callable(value)):
+        if not is_fixed(value):
             return replace(other, reason=f"its forward reads {name}, which may change")
         values[name] = FixedMember(value) if of_class else value
     own: type = vars(kind).get("_lora_kernels_class", kind)
-    values["what its forward names"] = names_of(forward, own)
+    names = values["what its forward names"] = names_of(forward, own)
+    if names.loose:
+        return replace(other, reason=f"its forward reads {names.loose}, which may change")
+    for name, child in rest.items():
+        if loose := _loose(child):
+            return replace(other, reason=f"{name} uses {loose}, which may change")
     others = (*((name, _record_module(child)) for name, child in rest.items()), *values.items())
     return replace(other, reason="", activation=found.pop(), others=others)
 

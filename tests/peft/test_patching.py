@@ -1,6 +1,7 @@
 """Patching changes nothing but the forward, is undone without a trace, and costs less than it may."""
 
 import copy
+import functools
 import io
 import pickle
 import sys
@@ -298,3 +299,28 @@ def test_the_guard_costs_about_what_a_small_linear_layer_costs():
         guards.append(timeit.timeit(lambda: (forward_module.read(one, x), bases.base_of(one.base_layer, x)), number=50))
         linears.append(timeit.timeit(lambda: linear(small), number=50))
     assert min(guards) < 1.5 * min(linears)
+
+
+def wrap(module):
+    """Set a forward on the instance that doubles the result, and says what it calls, as the hooks of diffusers do."""
+
+    def new_forward(module, *args, **kwargs):
+        return 2 * before(*args, **kwargs)
+
+    before = module.forward
+    module.forward = functools.update_wrapper(functools.partial(new_forward, module), before)
+
+
+@pytest.mark.parametrize("first", ["patched", "hooked"])
+def test_a_report_looks_through_hooks_that_say_what_they_call(first, x, monkeypatch):
+    model, stock, called = tiny(), tiny(), []
+    linear = forward_module.lora_linear
+    monkeypatch.setattr(forward_module, "lora_linear", lambda *args, **how: called.append(1) or linear(*args, **how))
+    if first == "patched":
+        patch_peft(model)
+    for one in (model, model, stock, stock):
+        wrap(layer(one))
+    patch_peft(model)
+    torch.testing.assert_close(model(x), stock(x))
+    assert len(called) == (first == "patched")
+    assert is_fast(model, x) == (first == "patched")
