@@ -119,10 +119,10 @@ def _mlp(
 ) -> Tensor:  # fmt: skip
     """Compute y `[*, out]` from arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
     if is_exporting_to_onnx():
-        layers: Any = join_all(weights, tables, forms), lora_As, lora_Bs, biases, scalings, dropout_ps
-        gate, *up = by_reference(x, *(own[:-1] for own in layers))
+        each: Any = join_all(weights, tables, forms), lora_As, lora_Bs, biases, scalings, dropout_ps
+        gate, *up = by_reference(x, *(own[:-1] for own in each))
         h = reference.activated(gate, up[0] if up else None, activation)
-        return by_reference(h, *(own[-1:] for own in layers))[0]
+        return by_reference(h, *(own[-1:] for own in each))[0]
     register_flops({mlp_forward: _forward_flops, mlp_backward: _backward_flops})
     layers = weights, lora_As, lora_Bs, biases, scalings
     chosen, tensors, places, numbers = packing.prepare("lora_mlp", x, *layers, backend, forms)
