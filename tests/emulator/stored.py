@@ -4,12 +4,12 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from oracles import stored
 
 from emulator.cases import Case
 from lora_kernels import reference
 from lora_kernels.constants import DTYPES
 from lora_kernels.kernels import dequantize
+from lora_kernels.verify import stored
 
 __all__ = ["grid", "quick", "table"]
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from oracles import stored
 
 from bench import roofline
 from lora_kernels import Projection, lora_mlp, lora_projections
@@ -13,6 +12,7 @@ from lora_kernels.kernels import _configs, dequantize, matmul_expand, shrink, sh
 from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig
 from lora_kernels.kernels._launch import num_sms
 from lora_kernels.kernels._wgrad_config import WgradConfig
+from lora_kernels.verify import stored
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter, which a GPU bypasses")
 

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from oracles import stored
 
 from lora_kernels import reference
 from lora_kernels.constants import DTYPES
 from lora_kernels.quantized import QuantizedWeight
+from lora_kernels.verify import stored
 
 BLOCKS = [((128, 384), (128, 128)), ((48, 96), (16, 32)), ((16, 5000), (8, 1000))]
 RAGGED = [((130, 300), (128, 128)), ((33, 101), (16, 32)), ((7, 5), (128, 128)), ((10, 4500), (3, 7))]

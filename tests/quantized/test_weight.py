@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from oracles import stored
 
 from lora_kernels import reference
 from lora_kernels.quantized import Nested, QuantizedWeight
+from lora_kernels.verify import stored
 
 NF4 = dict(shape=(33, 101), block=64, nested=True)
 
