@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from emulator import drawn
 
 from bench import roofline
 from lora_kernels import Projection, lora_mlp, lora_projections
@@ -12,7 +13,6 @@ from lora_kernels.kernels import _configs, dequantize, matmul_expand, shrink, sh
 from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig
 from lora_kernels.kernels._launch import num_sms
 from lora_kernels.kernels._wgrad_config import WgradConfig
-from lora_kernels.verify import stored
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter, which a GPU bypasses")
 
@@ -109,7 +109,7 @@ def test_a_split_wgrad(rows_per_split, shrinks, log):
     ],
 )  # fmt: skip
 def test_a_stored_weight(format, shape, block, nested, log):
-    weight = stored.draw(format, shape, block, nested)
+    weight = drawn.draw(format, shape, block, nested)
     if nested:
         # every entry of the table
         weight.scale.copy_(torch.arange(weight.scale.numel()) % 256)
