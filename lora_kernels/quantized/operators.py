@@ -13,8 +13,8 @@ from lora_kernels.quantized.checks import FOUR_BITS
 
 __all__ = ["dequantize"]
 
-# Weights of a part: two megabytes in fp32 on a CPU; elsewhere so many that few operators are launched.
-_PART = {"cpu": 1 << 19}
+# Weights of a part: four megabytes in fp32 on a CPU; elsewhere so many that few operators are launched.
+_PART = {"cpu": 1 << 20}
 _ELSEWHERE = 1 << 24
 # Rows of a part, for threads to share.
 _ROWS = 64

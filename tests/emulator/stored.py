@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from oracles import stored
 
+from emulator import drawn
 from emulator.cases import Case
 from lora_kernels import reference
 from lora_kernels.constants import DTYPES
@@ -20,11 +20,11 @@ def weight(dtype: str, format: str, shape: tuple[int, int], block, **more) -> Ca
     """A weight of random bytes; `more` as in `stored.draw`."""
 
     def launch() -> torch.Tensor:
-        return dequantize(stored.draw(format, shape, block, **more), DTYPES[dtype])
+        return dequantize(drawn.draw(format, shape, block, **more), DTYPES[dtype])
 
     def judge() -> str:
-        got, want = launch(), reference.dequantize(stored.draw(format, shape, block, **more), DTYPES[dtype])
-        if stored.same(got, want):
+        got, want = launch(), reference.dequantize(drawn.draw(format, shape, block, **more), DTYPES[dtype])
+        if drawn.same(got, want):
             return ""
         wrong = ~((got == want) | (got.isnan() & want.isnan()))
         at = tuple(int(i) for i in wrong.nonzero()[0])

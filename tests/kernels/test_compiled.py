@@ -95,6 +95,8 @@ PLANTED = {
     "too many programs": ["launches 264 programs at once and 132 fit"],
     "narrow loads": ["narrower than 128 bits"],
     "no pipeline": ["is not pipelined"],
+    "a contracted scale": ["contracts a product and a sum, which are rounded apart, 1 times"],
+    "a contracted scale on AMD": ["contracts a product and a sum"],
 }
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import stored
+from emulator import drawn
 
 from bench import roofline
 from lora_kernels import Projection, lora_mlp, lora_projections
@@ -109,7 +109,7 @@ def test_a_split_wgrad(rows_per_split, shrinks, log):
     ],
 )  # fmt: skip
 def test_a_stored_weight(format, shape, block, nested, log):
-    weight = stored.draw(format, shape, block, nested)
+    weight = drawn.draw(format, shape, block, nested)
     if nested:
         # every entry of the table
         weight.scale.copy_(torch.arange(weight.scale.numel()) % 256)

@@ -3,6 +3,7 @@
 Prints as JSON, for each fault, the budgets that `lora-kernels inspect` finds broken.
 """
 
+import importlib
 import json
 import os
 
@@ -12,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.inspect.compiled import describe
+from lora_kernels.inspect.compiled import _dequantize, describe
 from lora_kernels.inspect.kernel import Case
 from lora_kernels.kernels import matmul_expand, shrink
 from lora_kernels.kernels._configs import MatmulConfig
@@ -61,6 +62,18 @@ def strided_shrink():
     shrink(empty(512, 8192)[:, ::2], empty(16, 4096), 1.0)
 
 
+def contracting():
+    """Dequantise with products contracted, as all other kernels are launched."""
+    module = importlib.import_module("lora_kernels.kernels.dequantize")
+    stock = module.Launch
+    module.Launch = lambda *rest: stock(*rest[:4], rest[4] | {"enable_fp_fusion": True}, rest[5])
+    try:
+        _dequantize(STORED)
+    finally:
+        module.Launch = stock
+
+
+STORED = Case(0, 512, 512, 0, storage="nf4 nested")
 FAULTS = {
     "a 32-bit product": ("sm_90", lambda: _narrow_kernel[(1,)](empty(9), empty(9), 3), Case(1, 16, 16, 1)),
     "TF32": ("sm_90", lambda: _tf32_kernel[(1,)](*(empty(64, 64, dtype=torch.float32),) * 2, PRECISION="ieee"),
@@ -72,6 +85,8 @@ FAULTS = {
     "too many programs": ("sm_90", lambda: matmul(MatmulConfig(128, 256, 64, 8, 2, 8, 4, 2)), Case(1, 16, 16, 1)),
     "narrow loads": ("sm_90", strided_shrink, Case(1, 16, 16, 1)),
     "no pipeline": ("sm_80", lambda: matmul(MatmulConfig(64, 64, 32, 8, 1, 4, 1)), Case(1, 16, 16, 1)),
+    "a contracted scale": ("sm_90", contracting, STORED),
+    "a contracted scale on AMD": ("gfx942", contracting, STORED),
     "none": ("sm_90", lambda: matmul(MatmulConfig(64, 128, 64, 8, 1, 4, 4)), Case(1, 16, 16, 1)),
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from oracles import stored
+from emulator import drawn
 
 from lora_kernels import reference
 from lora_kernels.constants import DTYPES
@@ -84,14 +84,14 @@ def test_an_fp8_linear_of_transformers(transformers):
 @pytest.mark.parametrize("scales", [torch.bfloat16, torch.float16, torch.float8_e8m0fnu], ids=str)
 @pytest.mark.parametrize("block", [(16, 32), (33, 101), (1, 101)])
 def test_scales_of_other_dtypes(scales, block, device):
-    weight = stored.draw("fp8", (33, 101), block, scales=scales)
+    weight = drawn.draw("fp8", (33, 101), block, scales=scales)
     expected = reference.dequantize(weight, torch.float32)
     grid = weight.scale.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:33, :101]
-    assert stored.same(expected, weight.packed.float() * grid)
+    assert drawn.same(expected, weight.packed.float() * grid)
     on_device = weight.with_tensors([t.to(device) for t in weight.tensors()])
     for dtype in DTYPES.values():
-        assert stored.same(weight.dequantize(dtype, "torch"), expected.to(dtype))
-        assert stored.same(on_device.dequantize(dtype, "triton").cpu(), expected.to(dtype))
+        assert drawn.same(weight.dequantize(dtype, "torch"), expected.to(dtype))
+        assert drawn.same(on_device.dequantize(dtype, "triton").cpu(), expected.to(dtype))
 
 
 def test_every_byte(device):
@@ -105,8 +105,8 @@ def test_every_byte(device):
     for weight in (one, powers):
         expected = reference.dequantize(weight, torch.float32)
         on_device = weight.with_tensors([t.to(device) for t in weight.tensors()])
-        assert stored.same(weight.dequantize(torch.float32, "torch"), expected)
-        assert stored.same(on_device.dequantize(torch.float32, "triton").cpu(), expected)
+        assert drawn.same(weight.dequantize(torch.float32, "torch"), expected)
+        assert drawn.same(on_device.dequantize(torch.float32, "triton").cpu(), expected)
     assert expected[-1].isnan().all()
 
 
@@ -127,5 +127,5 @@ def test_parts_of_operators_join(monkeypatch):
         (1, 100, 5000), (("fp8", (7, 20)), ("fp8", (1, 101)), ("int8", (1, 101)))
     ):
         monkeypatch.setitem(operators._PART, "cpu", part)
-        weight = stored.draw(format, (33, 101), block)
-        assert stored.same(weight.dequantize(torch.float16, "torch"), reference.dequantize(weight, torch.float16))
+        weight = drawn.draw(format, (33, 101), block)
+        assert drawn.same(weight.dequantize(torch.float16, "torch"), reference.dequantize(weight, torch.float16))

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from oracles import stored
+from emulator import drawn
 
 from lora_kernels import reference
 from lora_kernels.quantized import Nested, QuantizedWeight
@@ -17,7 +17,7 @@ NF4 = dict(shape=(33, 101), block=64, nested=True)
 
 def nf4(**changes):
     """A weight with changed fields."""
-    return dataclasses.replace(stored.draw("nf4", **NF4), **changes)
+    return dataclasses.replace(drawn.draw("nf4", **NF4), **changes)
 
 
 def test_it_is_frozen_and_equal_to_itself_alone():
@@ -36,7 +36,7 @@ def test_it_is_frozen_and_equal_to_itself_alone():
 
 @pytest.mark.parametrize(
     ("weight", "count"),
-    [(nf4(), 6), (stored.draw("fp4", (4, 6), 2), 3), (stored.draw("fp8", (4, 6), (2, 2)), 2)],
+    [(nf4(), 6), (drawn.draw("fp4", (4, 6), 2), 3), (drawn.draw("fp8", (4, 6), (2, 2)), 2)],
     ids=["nested", "fp4", "fp8"],
 )
 def test_tensors_in_a_fixed_order_make_the_weight_again(weight, count):
@@ -48,10 +48,10 @@ def test_tensors_in_a_fixed_order_make_the_weight_again(weight, count):
     assert all(left is right for left, right in zip(again.tensors(), tensors, strict=True))
     for field in ("format", "shape", "dtype", "block"):
         assert getattr(again, field) == getattr(weight, field)
-    assert stored.same(again.dequantize(), weight.dequantize())
+    assert drawn.same(again.dequantize(), weight.dequantize())
     assert not weight.with_tensors([torch.zeros_like(t) for t in tensors]).dequantize().any()
     assert weight.dequantize().nan_to_num().any()
-    assert stored.same(copy.deepcopy(weight).dequantize(), weight.dequantize())
+    assert drawn.same(copy.deepcopy(weight).dequantize(), weight.dequantize())
 
 
 def test_a_parameter_stays_that_parameter():
@@ -102,7 +102,7 @@ def nested(**changes):
 
 
 def fp8(**changes):
-    return dataclasses.replace(stored.draw("fp8", (33, 101), (16, 32)), **changes)
+    return dataclasses.replace(drawn.draw("fp8", (33, 101), (16, 32)), **changes)
 
 
 BYTES = torch.zeros(1667, dtype=torch.uint8)
