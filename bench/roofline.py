@@ -218,9 +218,9 @@ def _quantised() -> list[str]:
     bits = stored_cost.launches("nf4", 4096, 4096, element=0)[0] / 4096**2
     parts = [
         "## Bytes of each block over a quantised base",
-        "The same blocks over weights in NF4 with nested scales, MiB, forward + backward. Each chain dequantises each W "
-        f"once a pass, and its product reads the dense W: of a weight {bits:.3f} bytes are read and 2 written, then 2 "
-        "read. bitsandbytes dequantises in three launches, the first two of which make the scales. *Dequantised* are "
+        "The same blocks over weights in NF4 with nested scales, MiB, forward + backward. Each chain dequantises each "
+        f"W once a pass, and its product reads the dense W: of a weight {bits:.3f} bytes are read and 2 written, then "
+        "2 read. bitsandbytes dequantises in three launches, the first two of which make the scales. *Dequantised* are "
         "the bytes of those launches alone, and are in the sums.",
     ]
     for title, block in BLOCKS.items():

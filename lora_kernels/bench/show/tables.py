@@ -11,9 +11,26 @@ from lora_kernels.console import DASH, SplitTable
 from lora_kernels.measure import timing
 
 __all__ = [
-    "SPEEDUPS", "case_table", "host_bound", "host_bound_words", "labels_of", "last_pass", "median_ms", "mib",
-    "dtype_words", "overview", "pass_name", "plain", "quotient", "shape_words", "show_speedups", "speedups", "sweep_table",
-    "unsteady", "unsteady_words", "with_spread",
+    "SPEEDUPS",
+    "case_table",
+    "dtype_words",
+    "host_bound",
+    "host_bound_words",
+    "labels_of",
+    "last_pass",
+    "median_ms",
+    "mib",
+    "overview",
+    "pass_name",
+    "plain",
+    "quotient",
+    "shape_words",
+    "show_speedups",
+    "speedups",
+    "sweep_table",
+    "unsteady",
+    "unsteady_words",
+    "with_spread",
 ]  # fmt: skip
 
 SPEEDUPS = "Speed of lora_kernels over the others (geometric mean; above 1 is faster)"
