@@ -6,6 +6,7 @@ The page is arithmetic on shapes and counts of executed instructions; it needs n
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,7 @@ _COUNTED = (  # cases of `tests/emulator/counting.py`
     ("A layer of few rows with dropout", "sm_90 16x1024x1024 r=16 bf16 p=0.1"),
     ("Queries, keys and values with dropout", "sm_90 256x512x512+128+128 r=16 bf16 p=0.1 tile 0"),
     ("A gated MLP with dropout", "sm_90 256x256x512 r=16 bf16 p=0.1 mlp silu tile 0"),
+    ("A weight in NF4 with nested scales", "sm_90 512x512 bf16 from nf4 nested"),
 )
 
 
@@ -104,7 +106,7 @@ def seconds(cost: Cost, z: Size, limits: Limits) -> float:
 
 def render() -> str:
     """Render the page."""
-    parts = [_HEAD, *_launches(), *_counters(), *_chains(), *_blocks(), *_quantised(), *_forms()]
+    parts = [_HEAD, *_launches(), *_stored(), *_counters(), *_chains(), *_blocks(), *_quantised(), *_forms()]
     for name, limits in GPUS.items():
         parts += _times(name, limits)
     return "\n".join(part.strip("\n") + "\n" for part in parts)
@@ -133,6 +135,24 @@ def _launches() -> list[str]:
         "count."
     )
     return parts
+
+
+def _stored() -> list[str]:
+    """Tabulate the launch that reads a weight in 4 or 8 bits."""
+    shape, rows = (14336, 4096), []
+    formats = {
+        "NF4, blocks of 64": dict(block=64), "NF4, nested scales": dict(block=64, nested=True),
+        "FP8, 128 x 128": dict(bits=8, block=(128, 128)), "FP8 or int8, by row": dict(bits=8, block=(1, shape[1])),
+    }  # fmt: skip
+    for name, how in formats.items():
+        moved = traffic.dequantize(*shape, 2, **how)
+        each = (moved.touched, moved.stored, moved.total)
+        rows.append([name, *(f"{value / MIB:.1f}" for value in each), f"{moved.total / math.prod(shape):.3f}"])
+    return [
+        "**A weight in 4 or 8 bits**: `dequantize` of 14336 x 4096 to bf16, MiB, once in forward and once in backward. "
+        "Lookups in the tables of nibbles and scales hit L1 and are not in these columns.",
+        _table(["format", "touched", "stored", "sum", "bytes a weight"], rows),
+    ]
 
 
 def _counters() -> list[str]:

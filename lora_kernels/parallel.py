@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from lora_kernels.modules.linear import LoRALinear
+from lora_kernels.quantized import QuantizedWeight
 
 __all__ = ["LoRAColwise", "LoRARowwise"]
 
@@ -52,12 +53,17 @@ class _LoRAStyle(ParallelStyle):
         self.use_local_output = use_local_output
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        style, ranks = type(self).__name__, device_mesh.size()
+        style = type(self).__name__
         if type(module) is not LoRALinear:
             raise TypeError(f"{style}: expected a LoRALinear, got {type(module).__name__}.")
         if module.merged:
             raise RuntimeError(f"{style}: LoRALinear is merged; call unmerge() before parallelizing it.")
+        if isinstance(module.whole_weight(), QuantizedWeight):
+            raise TypeError(
+                f"{style}: weight is quantised, and its blocks would lie across ranks; leave the layer whole."
+            )
         parameters = dict(module.named_parameters())
+        ranks = device_mesh.size()
         for name, dim in self.shards.items():
             if name in parameters and parameters[name].shape[dim] % ranks:
                 raise ValueError(

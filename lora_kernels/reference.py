@@ -93,13 +93,12 @@ def dequantize(weight: Any, dtype: torch.dtype | None = None) -> Tensor:
         absmax = weight.scale.reshape(-1)
         if weight.nested is not None:
             code, inner, offset, blocksize = weight.nested
-            absmax = code[absmax.long()] * inner.reshape(-1).repeat_interleave(blocksize)[
-                : absmax.numel()
-            ] + offset.reshape(())
+            factor = inner.reshape(-1).repeat_interleave(blocksize)[: absmax.numel()]
+            absmax = code[absmax.long()] * factor + offset.reshape(())
         value = weight.code[nibbles.long()] * absmax.repeat_interleave(block)[:numel]
     else:
         rows, columns = block
-        scale = weight.scale.float().reshape(-(-out_features // rows), -(-in_features // columns))
+        scale = weight.scale.float().reshape(-1, max(1, -(-in_features // columns)))
         scale = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[:out_features, :in_features]
         value = weight.packed.float() * scale
         value = value * (1 / 127) if weight.format == "int8" else value

@@ -114,6 +114,8 @@ def composes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
         and dtype == lora_A.dtype == lora_B.dtype
         and dtype not in HALF
         and x.device.type == "cpu"
+        # Where W alone takes x, `autograd.written.watch` has no place to look whether x was written.
+        and (lora_A.requires_grad or x.requires_grad or not weight.requires_grad)
     )
 
 

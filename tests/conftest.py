@@ -75,7 +75,7 @@ def plans():
     """No test takes the plans or settled launches of another, which may belong to what that test put in their place."""
     if "lora_kernels.kernels" in sys.modules:
         plan.forget()
-        for contraction in ("shrink", "matmul_expand", "wgrad"):
+        for contraction in ("shrink", "matmul_expand", "wgrad", "dequantize"):
             sys.modules[f"lora_kernels.kernels.{contraction}"]._settle.cache_clear()
 
 

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels import plan
+from lora_kernels import plan, reference
 from lora_kernels.autograd.common import (
     Context,
     autocast_off,
     contiguous,
     fake_gradients,
     guard_backward,
+    is_exporting_to_onnx,
     plain_scaling,
     register,
     register_flops,
@@ -93,6 +94,9 @@ def _add(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str
 ) -> Tensor:
     """Compute y `[*, out]` from arguments that `functional.lora_add` has checked and cast."""
+    if is_exporting_to_onnx():
+        a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        return reference.lora_add(base, x, a, b, scaling=scaling, dropout_p=dropout_p)
     register_flops({add_forward: _forward_flops, add_backward: _backward_flops})
     # `int` compiles the rank into a graph; all other sizes may vary.
     rank = int(lora_A.shape[0])

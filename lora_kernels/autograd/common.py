@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from lora_kernels import reference
 from lora_kernels.autograd.stored import save_tensors
 from lora_kernels.autograd.written import explained
 from lora_kernels.passes.layer import Weight, tensors_to_save
 
 __all__ = [
-    "Context", "autocast_off", "autocasts", "backward_products", "contiguous", "fake_gradients", "gradient",
-    "gradients", "guard_backward", "plain_scaling", "register", "register_flops", "save",
+    "Context", "autocast_off", "autocasts", "backward_products", "by_reference", "contiguous", "fake_gradients",
+    "gradient", "gradients", "guard_backward", "is_exporting_to_onnx", "plain_scaling", "register", "register_flops",
+    "save",
 ]  # fmt: skip
 
 
@@ -246,6 +248,25 @@ def save(
     ctx.adapter_dtypes = lora_A.dtype, lora_B.dtype
 
 
+def is_exporting_to_onnx() -> bool:
+    """Return whether the exporter to ONNX, which knows PyTorch's operators alone, takes operators apart."""
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+
+
+def by_reference(
+    x: Tensor, weights: Sequence[Weight], lora_As: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None], scalings: Sequence[float], dropout_ps: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    """Compute layers that read one x by PyTorch's own operators alone, with adapters in x's dtype."""
+    dense = [w if isinstance(w, Tensor) else reference.dequantize(w, x.dtype) for w in weights]
+    pairs: Any = [
+        None if A is None else (A.to(x.dtype), B.to(x.dtype))  # type: ignore[union-attr]
+        for A, B in zip(lora_As, lora_Bs, strict=True)
+    ]
+    how = dict(biases=list(biases), scaling=list(scalings), dropout_p=list(dropout_ps))
+    return list(reference.lora_projections(x, dense, pairs, **how))  # type: ignore[arg-type]
+
+
 def register(
     library: torch.library.Library, name: str, *, composed: Callable, forward: Callable, backward: Callable,
     fake_forward: Callable, fake_backward: Callable, save: Callable, differentiate: Callable,
@@ -256,7 +277,7 @@ def register(
         library: The library that has the schemas.
         name: Name of the first operator, which a compiler traces through; the others are `name`_forward and
             `name`_backward. The public call is lora_`name`.
-        composed: Chooses a backend, draws noise and calls `name`_forward.
+        composed: Chooses a backend, draws noise and calls `name`_forward; for ONNX, calls the reference.
         forward: A pure function of its arguments.
         backward: The derivative of `forward`.
         fake_forward: `forward` for shapes without values.

@@ -29,17 +29,19 @@ from lora_kernels.autograd.common import (
     Context,
     autocast_off,
     backward_products,
+    by_reference,
     contiguous,
     fake_gradients,
     gradient,
     guard_backward,
+    is_exporting_to_onnx,
     plain_scaling,
     register,
     register_flops,
     save,
 )
 from lora_kernels.autograd.noise import draw_noise
-from lora_kernels.autograd.stored import join, saved_tensors, shape_of, split
+from lora_kernels.autograd.stored import given, join, no_gradients, saved_tensors, shape_of, split
 from lora_kernels.dropout import keep_scale
 from lora_kernels.passes import linear as linear_pass
 from lora_kernels.passes.layer import Weight, rows
@@ -122,6 +124,8 @@ def _linear(
     tables: Sequence[Tensor] | None = None, form: str = "",
 ) -> Tensor:  # fmt: skip
     """Compute y `[*, out]` from arguments that `functional.lora_linear` has checked and cast; see `_linear_forward`."""
+    if is_exporting_to_onnx():
+        return by_reference(x, [join(weight, tables, form)], [lora_A], [lora_B], [bias], [scaling], [dropout_p])[0]
     register_flops({linear_forward: _forward_flops, linear_backward: _backward_flops})
     # `int` compiles the rank into a graph; all other sizes may vary.
     rank = int(lora_A.shape[0])
@@ -131,7 +135,7 @@ def _linear(
     if dropout_p > 0:
         noise = draw_noise(x, torch.empty(0, device=x.device), backend, dropout_shard)
     lora_A, scaling = plain_scaling(lora_A, scaling)
-    return linear_forward(x, weight, lora_A, lora_B, bias, noise, scaling, dropout_p, backend, tables, form)[0]
+    return linear_forward(x, weight, lora_A, lora_B, bias, noise, scaling, dropout_p, backend, *given(tables, form))[0]
 
 
 def _linear_forward(
@@ -190,13 +194,14 @@ def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
     _, s, keep = output
     alpha, whole = scaling * keep_scale(dropout_p), join(weight, tables, form)
     save(ctx, x, whole, lora_A, lora_B, s, keep, alpha, backend, ctx.needs_input_grad[:4])
+    ctx.of_stored = no_gradients(tables, form)
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Context, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 11
+        return *(None,) * 9, *ctx.of_stored
     with autocast_off(dy):
         return _gradients(ctx, dy)
 
@@ -208,10 +213,10 @@ def _gradients(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
     if need_x or need_A or need_B:
         weight, tables, form = split(weight)
         how = ctx.alpha, ctx.backend, *ctx.adapter_dtypes, [need_x, need_A, need_B]
-        dx, d_lora_A, d_lora_B = linear_backward(dy, x if need_A else None, weight, *saved, *how, tables, form)
+        dx, d_lora_A, d_lora_B = linear_backward(dy, x if need_A else None, weight, *saved, *how, *given(tables, form))
     dweight = torch.mm(rows(dy).t(), rows(x)) if need_weight else None
     dbias = rows(dy).sum(0) if need_bias else None
-    return dx, dweight, d_lora_A, d_lora_B, dbias, *(None,) * 6
+    return dx, dweight, d_lora_A, d_lora_B, dbias, *(None,) * 4, *ctx.of_stored
 
 
 linear, linear_forward, linear_backward = register(

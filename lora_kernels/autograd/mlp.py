@@ -15,18 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels import plan
+from lora_kernels import plan, reference
 from lora_kernels.autograd import packing
 from lora_kernels.autograd.common import (
     Context,
     autocast_off,
     backward_products,
+    by_reference,
     gradients,
     guard_backward,
+    is_exporting_to_onnx,
     register,
     register_flops,
 )
-from lora_kernels.autograd.stored import save_tensors, saved_tensors, shape_of
+from lora_kernels.autograd.stored import given, join_all, no_gradients, save_tensors, saved_tensors, shape_of
 from lora_kernels.dropout import keep_scale
 from lora_kernels.passes import mlp as mlp_pass
 from lora_kernels.passes.layer import SAVED_WITH_BIAS, Projection, SavedLayer, by_layer, rows
@@ -116,14 +118,19 @@ def _mlp(
     recompute: bool, backend: str, tables: Sequence[Tensor] | None = None, forms: Sequence[str] | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute y `[*, out]` from arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
+    if is_exporting_to_onnx():
+        each: Any = join_all(weights, tables, forms), lora_As, lora_Bs, biases, scalings, dropout_ps
+        gate, *up = by_reference(x, *(own[:-1] for own in each))
+        h = reference.activated(gate, up[0] if up else None, activation)
+        return by_reference(h, *(own[-1:] for own in each))[0]
     register_flops({mlp_forward: _forward_flops, mlp_backward: _backward_flops})
-    given = x, weights, lora_As, lora_Bs, biases, scalings, backend, forms
-    chosen, tensors, places, numbers = packing.prepare("lora_mlp", *given)
+    layers = weights, lora_As, lora_Bs, biases, scalings
+    chosen, tensors, places, numbers = packing.prepare("lora_mlp", x, *layers, backend, forms)
     # A placeholder with the shape of h but without its memory.
     h = x.new_empty(1).expand(*x.shape[:-1], shape_of(weights[-1].shape, forms[-1] if forms else "")[1])
     noise = packing.draw(x, chosen, lora_As[:-1], dropout_ps[:-1])
     noise_down = packing.draw(h, chosen, lora_As[-1:], dropout_ps[-1:])
-    how = activation, recompute, chosen, tables, forms
+    how = activation, recompute, chosen, *given(tables, forms)
     return mlp_forward(x, tensors, places, noise, noise_down, numbers, dropout_ps, *how)[0]
 
 
@@ -245,11 +252,12 @@ def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Non
     shrunk = [*packing.columns(s, of[:-1], backend), *packing.columns(s_down, of[-1:], backend)]
     keeps = [next(drawn) if rank and q.dropout_p > 0 else None for q, rank in zip(layers, of, strict=True)]
     save_tensors(ctx, mlp_pass.to_save(x, layers, outs, shrunk, keeps, need_x, needs, recompute))
+    ctx.of_stored = no_gradients(tables, forms)
     ctx.mark_non_differentiable(*outs, s, s_down)
     ctx.set_materialize_grads(False)
     ctx.alphas = [scaling * keep_scale(p) for scaling, p in zip(scalings, dropout_ps, strict=True)]
     ctx.activation, ctx.backend, ctx.places = activation, backend, places
-    ctx.dtypes = [t.dtype for t in tensors]
+    ctx.dtypes, ctx.widest = [t.dtype for t in tensors], packing.widest(x, layers)
 
 
 def _differentiate(ctx: Context, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -258,7 +266,7 @@ def _differentiate(ctx: Context, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dy is not None:
         with autocast_off(dy):
             dx, grads = _gradients(ctx, dy)
-    return dx, grads, *(None,) * 10
+    return dx, grads, *(None,) * 8, *ctx.of_stored
 
 
 def _gradients(ctx: Context, dy: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -267,8 +275,8 @@ def _gradients(ctx: Context, dy: Tensor) -> tuple[Tensor | None, list[Tensor | N
     needs = [need for own in packing.needs_by_layer(flags, ctx.places, len(ctx.alphas)) for need in own]
     x, *saved = saved_tensors(ctx)
     end = SAVED_WITH_BIAS * len(ctx.alphas)
-    tensors, places, *stored = packing.pack_layers(by_layer(saved[:end], SAVED_WITH_BIAS))
-    how = ctx.alphas, ctx.activation, ctx.backend, packing.widest(ctx.dtypes), need_x, needs, *stored
+    tensors, places, tables, forms = packing.pack_layers(by_layer(saved[:end], SAVED_WITH_BIAS))
+    how = ctx.alphas, ctx.activation, ctx.backend, ctx.widest, need_x, needs, *given(tables, forms)
     results = iter(mlp_backward(dy, x, saved[end:], tensors, places, *how))
     dx = next(results) if need_x else None
     grads = [next(results) if need else None for need in needs]

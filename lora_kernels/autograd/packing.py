@@ -81,8 +81,6 @@ def unpack_layers(
 ) -> list[Sequence[Any]]:  # fmt: skip
     """Undo `pack_layers`; no forms mean that all weights are plain tensors."""
     groups = unpack(tensors, places, count, each)
-    if not tables or not forms:
-        return groups
     weights = join_all([group[at] for group in groups], tables, forms)
     return [[*group[:at], weight, *group[at + 1 :]] for group, weight in zip(groups, weights, strict=True)]
 
@@ -101,9 +99,10 @@ def needs_by_layer(flags: Sequence[bool], places: Sequence[int], count: int) -> 
     return [list(map(bool, four)) for four in unpack(flags, places, count)]
 
 
-def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+def widest(x: Tensor, layers: Iterable[Projection]) -> torch.dtype:
     """Return the dtype in which dA and dB are computed: the adapters' dtype if any adapter is wider than x."""
-    return functools.reduce(torch.promote_types, dtypes)
+    adapters = (t.dtype for q in layers for t in (q.lora_A, q.lora_B) if t is not None)
+    return functools.reduce(torch.promote_types, adapters, x.dtype)
 
 
 def gradients_of(

@@ -25,12 +25,14 @@ from lora_kernels.autograd.common import (
     Context,
     autocast_off,
     backward_products,
+    by_reference,
     gradients,
     guard_backward,
+    is_exporting_to_onnx,
     register,
     register_flops,
 )
-from lora_kernels.autograd.stored import save_tensors, saved_tensors, shape_of
+from lora_kernels.autograd.stored import given, join_all, no_gradients, save_tensors, saved_tensors, shape_of
 from lora_kernels.dropout import keep_scale
 from lora_kernels.passes import projections as projections_pass
 from lora_kernels.passes.layer import GIVEN, SAVED, Part, Projection, by_layer, rows, tensors_to_save
@@ -130,11 +132,14 @@ def _projections(
     tables: Sequence[Tensor] | None = None, forms: Sequence[str] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Compute each y `[*, outᵢ]` from arguments that `functional` has checked and cast; `dropout_ps` are below 1."""
+    if is_exporting_to_onnx():
+        return by_reference(x, join_all(weights, tables, forms), lora_As, lora_Bs, biases, scalings, dropout_ps)
     register_flops({projections_forward: _forward_flops, projections_backward: _backward_flops})
-    given = x, weights, lora_As, lora_Bs, biases, scalings, backend, forms
-    backend, tensors, places, numbers = packing.prepare("lora_projections", *given)
+    layers = weights, lora_As, lora_Bs, biases, scalings
+    backend, tensors, places, numbers = packing.prepare("lora_projections", x, *layers, backend, forms)
     noise = packing.draw(x, backend, lora_As, dropout_ps)
-    return projections_forward(x, tensors, places, noise, numbers, dropout_ps, backend, tables, forms)[0]
+    stored = given(tables, forms)
+    return projections_forward(x, tensors, places, noise, numbers, dropout_ps, backend, *stored)[0]
 
 
 def _projections_forward(
@@ -229,20 +234,21 @@ def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Non
     need_rows = any(need_weight or need_A for need_weight, need_A, _, _ in needs)
     need_s = any(need_B for _, _, need_B, _ in needs)
     save_tensors(ctx, [x if need_rows else None, s if need_s else None, *saved])
+    ctx.of_stored = no_gradients(tables, forms)
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
     ctx.alphas = [scaling * keep_scale(p) for scaling, p in zip(scalings, dropout_ps, strict=True)]
     ctx.ranks, ctx.backend, ctx.places = packing.ranks(entries), backend, places
-    ctx.dtypes = [t.dtype for t in tensors]
+    ctx.dtypes, ctx.widest = [t.dtype for t in tensors], packing.widest(x, entries)
 
 
 def _differentiate(ctx: Context, dys: Sequence[Tensor | None], *_: Any) -> tuple[Any, ...]:
     there = [dy for dy in dys if dy is not None]
     if not there:
-        return None, [None] * len(ctx.dtypes), *(None,) * 7
+        return None, [None] * len(ctx.dtypes), *(None,) * 5, *ctx.of_stored
     with autocast_off(there[0]):
         dx, grads = _gradients(ctx, dys)
-    return dx, packing.gradients_of(grads, ctx.places, ctx.dtypes), *(None,) * 7
+    return dx, packing.gradients_of(grads, ctx.places, ctx.dtypes), *(None,) * 5, *ctx.of_stored
 
 
 def _gradients(ctx: Context, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -262,7 +268,7 @@ def _gradients(ctx: Context, dys: Sequence[Tensor | None]) -> tuple[Tensor | Non
     results = iter(())
     if need_x or any(need_A or need_B for _, need_A, need_B, _ in needs):
         tensors, places, tables, forms = packing.pack_layers(groups, 1)
-        how = alphas, ctx.backend, packing.widest(ctx.dtypes), need_x, need_As, tables, forms
+        how = alphas, ctx.backend, ctx.widest, need_x, need_As, *given(tables, forms)
         results = iter(projections_backward(x if any(need_As) else None, tensors, places, *how))
     dx = next(results) if need_x else None
     grads: list[Tensor | None] = []

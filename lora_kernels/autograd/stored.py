@@ -12,9 +12,19 @@ from typing import Any
 from torch import Tensor
 
 from lora_kernels.passes.layer import Weight
-from lora_kernels.quantized import QuantizedWeight, count_tables, shape_of_form
+from lora_kernels.quantized.weight import QuantizedWeight, count_tables, shape_of_form
 
-__all__ = ["join", "join_all", "save_tensors", "saved_tensors", "shape_of", "split", "split_all"]
+__all__ = [
+    "given",
+    "join",
+    "join_all",
+    "no_gradients",
+    "save_tensors",
+    "saved_tensors",
+    "shape_of",
+    "split",
+    "split_all",
+]
 
 
 def save_tensors(ctx: Any, tensors: Sequence[Any]) -> None:
@@ -42,6 +52,16 @@ def saved_tensors(ctx: Any) -> Sequence[Any]:
     return found
 
 
+def given(tables: Sequence[Tensor] | None, forms: str | Sequence[str] | None) -> tuple[Any, ...]:
+    """Return the last arguments of an operator: the tables and forms, or nothing if all weights are plain tensors."""
+    return (tables, forms) if forms and any(forms) else ()
+
+
+def no_gradients(tables: Sequence[Tensor] | None, forms: str | Sequence[str] | None) -> tuple[Any, ...]:
+    """Return the gradients of what `given` returned: PyTorch asks for one of each argument that was given."""
+    return ([None] * len(tables or ()), None) if forms and any(forms) else ()
+
+
 def split(weight: Weight | None) -> tuple[Any, list[Tensor], str]:
     """Return the tensor in the place of W, the tables and the form."""
     if not isinstance(weight, QuantizedWeight):
@@ -66,8 +86,10 @@ def split_all(weights: Sequence[Weight | None]) -> tuple[list[Any], list[Tensor]
     return [t for t, _, _ in parts], [table for _, own, _ in parts for table in own], [form for *_, form in parts]
 
 
-def join_all(tensors: Sequence[Any], tables: Sequence[Tensor], forms: Sequence[str]) -> list[Any]:
-    """Undo `split_all`."""
+def join_all(tensors: Sequence[Any], tables: Sequence[Tensor] | None, forms: Sequence[str] | None) -> Sequence[Any]:
+    """Undo `split_all`; without forms all weights are plain tensors."""
+    if not tables or not forms:
+        return tensors
     rest = iter(tables)
     return [
         join(tensor, tuple(itertools.islice(rest, count_tables(form))), form)

@@ -40,7 +40,7 @@ Compiled properties, not performance."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lora-kernels inspect`."""
     parser.add_argument("--arch", choices=_ARCHES, nargs="+", default=_ARCHES, help="only for these (default: all)")
-    parser.add_argument("--kernel", choices=("shrink", "matmul_expand", "wgrad"), help="only this kernel")
+    parser.add_argument("--kernel", choices=("shrink", "matmul_expand", "wgrad", "dequantize"), help="only this kernel")
     parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
     parser.add_argument("--quick", action="store_true", help="a few shapes for every kernel")
     parser.add_argument("--jobs", type=int, metavar="N", help="compile in so many processes (default: one a core)")

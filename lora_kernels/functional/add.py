@@ -9,7 +9,6 @@ from lora_kernels.functional import checks
 from lora_kernels.functional.gate import (
     as_number,
     check_transforms,
-    is_exporting_to_onnx,
     is_proxy,
     is_watched,
     nothing,
@@ -69,7 +68,7 @@ def _add(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, backend: str
 ) -> Tensor:
     """Choose a backend for a checked call, and call it."""
-    if takes_reference(backend) or (is_watched() and is_exporting_to_onnx()):
+    if takes_reference(backend):
         check_transforms("lora_add", backend)
         a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
         return reference.lora_add(base, x, a, b, scaling=scaling, dropout_p=dropout_p)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lora_kernels import autograd, passes, plan, reference
 from lora_kernels.autograd.stored import split
-from lora_kernels.functional.gate import is_exporting_to_onnx, is_watched, nothing, takes_reference
+from lora_kernels.functional.gate import is_watched, nothing, takes_reference
 from lora_kernels.passes.layer import Projection, Weight
 
 __all__ = ["base", "base_only"]
@@ -16,7 +16,7 @@ def base(call: str, x: Tensor, weight: Weight, bias: Tensor | None, backend: str
     """Compute y = x Wᵀ + bias, `[*, out]`; a quantised W is dequantised in forward, and again in backward."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
-    if takes_reference(backend) or is_exporting_to_onnx():
+    if takes_reference(backend):
         return F.linear(x, reference.dequantize(weight, x.dtype), bias)
     if is_watched():
         packed, tables, form = split(weight)

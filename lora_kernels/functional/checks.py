@@ -56,8 +56,6 @@ def check_call(
     tensors = (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
     device = x.device if isinstance(x, Tensor) else None
     for t in tensors:
-        if type(t) is QuantizedWeight and t.device == device:
-            continue
         if type(t) not in _PLAIN or t.layout is not _STRIDED or t.dtype not in _SUPPORTED or t.device != device:
             sharded = all(map(is_sharded, tensors))
             _check_tensors(dict(zip(_TENSORS, tensors, strict=False)), call, sharded)

@@ -1,6 +1,5 @@
 """Helpers at the entry of each call: collectives, autocast, and the detection of transforms, traces and modes."""
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,8 +14,8 @@ from lora_kernels.functional import checks
 from lora_kernels.passes.layer import Projection, Weight
 
 __all__ = [
-    "BACKENDS", "as_autocast", "as_number", "cast", "check_backend_runs", "check_transforms",
-    "is_exporting_to_onnx", "is_proxy", "is_transforming", "is_watched", "nothing", "record", "takes_reference",
+    "BACKENDS", "as_autocast", "as_number", "cast", "check_backend_runs", "check_transforms", "is_proxy",
+    "is_transforming", "is_watched", "nothing", "record", "takes_reference",
     "wait_for", "without_autocast",
 ]  # fmt: skip
 
@@ -84,13 +83,6 @@ def check_transforms(call: str, backend: str) -> None:
             'use backend="auto" inside them.'
         )
     checks.check_backend(call, backend, BACKENDS)
-
-
-def is_exporting_to_onnx() -> bool:
-    """Return whether the exporter to ONNX, which knows PyTorch's operators alone, traces by `torch.export`."""
-    if not torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling() or "torch.onnx" not in sys.modules:
-        return False
-    return torch.onnx.is_in_onnx_export()
 
 
 def is_watched() -> bool:

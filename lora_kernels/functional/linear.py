@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels import autograd, passes, plan, reference, torch_backend
-from lora_kernels.autograd.common import autocasts
+from lora_kernels import autograd, passes, plan, torch_backend
+from lora_kernels.autograd.common import autocasts, by_reference
 from lora_kernels.autograd.noise import draw_shard
-from lora_kernels.autograd.stored import split
+from lora_kernels.autograd.stored import given, split
 from lora_kernels.autograd.written import watch
 from lora_kernels.functional import checks
 from lora_kernels.functional.base import base_only
@@ -17,7 +17,6 @@ from lora_kernels.functional.gate import (
     as_number,
     check_backend_runs,
     check_transforms,
-    is_exporting_to_onnx,
     is_proxy,
     is_watched,
     record,
@@ -116,7 +115,7 @@ def compute(
     """Compute one layer of a checked call; choose a backend, unless the call has `chosen` one for all its layers."""
     if takes_reference(backend):
         check_transforms(call, backend)
-        return _by_reference(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+        return by_reference(x, [weight], [lora_A], [lora_B], [bias], [scaling], [dropout_p])[0]
     rank = lora_A.shape[0]
     adds_nothing = dropout_p == 1 or rank == 0
     sharded = type(x) is not Tensor and checks.is_sharded(x)
@@ -125,15 +124,13 @@ def compute(
         # This import registers the sharding rules, and waits until there are DTensors.
         from lora_kernels.autograd import sharding  # noqa: F401
     if sharded or is_watched():
-        if is_exporting_to_onnx():
-            return _by_reference(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
         backend = plan.requested_backend(backend)
         if adds_nothing:
             return base_only(call, x, weight, lora_A, lora_B, bias, backend)
         check_backend_runs(call, x, [weight], [lora_A], backend)
-        tensor, *stored = split(weight)
-        numbers = as_number(scaling), as_number(dropout_p)
-        return autograd.linear.linear(x, tensor, lora_A, lora_B, bias, *numbers, backend, dropout_shard, *stored)
+        tensor, tables, form = split(weight)
+        how = as_number(scaling), as_number(dropout_p), backend, dropout_shard, *given(tables, form)
+        return autograd.linear.linear(x, tensor, lora_A, lora_B, bias, *how)
     scaling, dropout_p = float(scaling), float(dropout_p)
     if chosen is None:
         empty = x.numel() == 0 or weight.shape[0] == 0
@@ -154,12 +151,3 @@ def compute(
     else:
         y, _, _ = passes.linear.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, chosen, noise)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _by_reference(
-    x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float
-) -> Tensor:
-    """Compute one layer by PyTorch's own operators alone."""
-    a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    weight = weight if isinstance(weight, Tensor) else reference.dequantize(weight, x.dtype)
-    return reference.lora_linear(x, weight, a, b, scaling=scaling, bias=bias, dropout_p=dropout_p)

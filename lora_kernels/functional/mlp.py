@@ -17,7 +17,6 @@ from lora_kernels.functional import checks
 from lora_kernels.functional.gate import (
     BACKENDS,
     cast,
-    is_exporting_to_onnx,
     is_proxy,
     is_transforming,
     is_watched,
@@ -127,8 +126,8 @@ def _mlp(
             return checkpoint(functools.partial(compose, x), use_reentrant=False)
         return checkpoint(compose, x, use_reentrant=False) if again else compose(x)
     if is_watched():
-        given, stored = arguments(entries)
-        return autograd.mlp.mlp(x, *given, activation, recompute, shared, *stored)
+        plain, stored = arguments(entries)
+        return autograd.mlp.mlp(x, *plain, activation, recompute, shared, *stored)
     entries = list(map(with_floats, entries))
     tensors: list[Any] = list(itertools.chain.from_iterable(q[:GIVEN] for q in entries))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
@@ -153,7 +152,7 @@ def _backends(x: Tensor, entries: list[Projection], backend: str) -> tuple[str |
         return None, None
     empty = x.numel() == 0 or any(0 in q.weight.shape for q in entries)
     if is_watched():
-        return None if empty or is_exporting_to_onnx() else plan.requested_backend(backend), None
+        return None if empty else plan.requested_backend(backend), None
     chosen = plan.choose(x.device, x.dtype, max(q.lora_A.shape[0] for q in adapted), empty, backend, "lora_mlp")
     if chosen == "torch" and all(is_small(x, q) for q in adapted):
         return None, chosen

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_kernels import autograd, passes, plan, torch_backend
 from lora_kernels.autograd.common import autocasts
-from lora_kernels.autograd.stored import split_all
+from lora_kernels.autograd.stored import given, split_all
 from lora_kernels.constants import MAX_OUTPUTS
 from lora_kernels.functional import checks
 from lora_kernels.functional.base import base
@@ -17,7 +17,6 @@ from lora_kernels.functional.gate import (
     as_number,
     cast,
     check_backend_runs,
-    is_exporting_to_onnx,
     is_proxy,
     is_watched,
     record,
@@ -186,8 +185,6 @@ def _backends(call: str, x: Tensor, entries: list[Projection], backend: str) -> 
     if len(entries) < 2 or not adapted or checks.is_sharded(x):
         return None, None
     if is_watched():
-        if is_exporting_to_onnx():
-            return None, None
         backend = plan.requested_backend(backend)
         check_backend_runs(call, x, [q.weight for q in entries], [q.lora_A for q in adapted], backend)
         return backend, None
@@ -200,8 +197,8 @@ def _backends(call: str, x: Tensor, entries: list[Projection], backend: str) -> 
 def _together(x: Tensor, entries: list[Projection], backend: str, added: list[bool]) -> list[Tensor]:
     """Compute several projections in the same launches, by a Function if a gradient may be needed."""
     if is_watched():
-        given, stored = arguments(entries)
-        return autograd.projections.projections(x, *given, backend, *stored)
+        plain, stored = arguments(entries)
+        return autograd.projections.projections(x, *plain, backend, *stored)
     entries = list(map(with_floats, entries))
     tensors = [t for q in entries for t in q[:GIVEN]]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
@@ -220,11 +217,11 @@ def with_floats(q: Projection) -> Projection:
     return q._replace(scaling=float(q.scaling), dropout_p=float(q.dropout_p))
 
 
-def arguments(entries: list[Projection]) -> tuple[tuple[list, ...], tuple[list, list]]:
-    """Return the arguments of operators: weights, lora_As, lora_Bs, biases, scalings, dropout_ps; tables and forms."""
+def arguments(entries: list[Projection]) -> tuple[tuple[list, ...], tuple[Any, ...]]:
+    """Return the arguments of operators: weights to dropout_ps, as lists, and those of quantised weights."""
     weights, *tensors, scalings, ps = map(list, zip(*entries, strict=True))
     plain, tables, forms = split_all(weights)
-    return (plain, *tensors, [*map(as_number, scalings)], [*map(as_number, ps)]), (tables, forms)
+    return (plain, *tensors, [*map(as_number, scalings)], [*map(as_number, ps)]), given(tables, forms)
 
 
 def alone(
@@ -247,7 +244,7 @@ def _no_adapter(x: Tensor, weight: Any) -> tuple[Any, Any]:
     """Return adapters of rank 0 for the checks; return a weight that is no matrix as given, for the checks to name."""
     if isinstance(weight, QuantizedWeight) and isinstance(x, Tensor):
         out_features, in_features = weight.shape
-        return x.new_empty(0, in_features), x.new_empty(out_features, 0)
+        return x.new_zeros(0, in_features), x.new_zeros(out_features, 0)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         return weight, weight
     return weight[:0], weight[:, :0]

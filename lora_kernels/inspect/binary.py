@@ -21,6 +21,9 @@ from lora_kernels.inspect.pipeline import taken_both_ways
 
 __all__ = ["BinaryFacts", "Loop", "late_stores", "narrow_products", "read"]
 
+# Products and sums of fp32 with one rounding, on NVIDIA and on AMD.
+_CONTRACTED = ("FFMA", "v_fma_f32", "v_fmac_f32", "v_pk_fma_f32", "v_mad_f32", "v_mac_f32")
+_FILLING = ("NOP", "BRA")
 _MMA = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA", "v_mfma")
 
 
@@ -70,6 +73,8 @@ class BinaryFacts:
         both_ways: Buffered tiles that tensor cores read from shared memory and that are loaded into registers as well.
         overwritten: Instructions that write a register of an operand that Hopper's tensor cores may still read.
         late_stores: Barriers before an atomic that do not wait for each wave's own stores, on AMD.
+        instructions: All instructions of a thread that takes no branch, without those that fill the end.
+        contracted: Instructions that multiply and add fp32 with one rounding.
     """
 
     registers: int
@@ -89,6 +94,8 @@ class BinaryFacts:
     both_ways: list[str] = field(default_factory=list)
     overwritten: list[str] = field(default_factory=list)
     late_stores: int = 0
+    instructions: int = 0
+    contracted: int = 0
 
 
 def read(kernel: Any, shared_per_sm: int) -> BinaryFacts:
@@ -137,6 +144,8 @@ def _nvidia(kernel: Any, narrow: list[str], shared_per_sm: int) -> BinaryFacts:
         warnings=sorted(set(re.findall(r"\((C75\d\d)\)", said))),
         both_ways=taken_both_ways(kernel.asm["ttgir"]),
         overwritten=find_overwrites(sass),
+        instructions=sum(not name.startswith(_FILLING) for name in names),
+        contracted=sum(name.startswith(_CONTRACTED) for name in names),
     )
 
 
@@ -185,6 +194,8 @@ def _amd(kernel: Any, narrow: list[str], shared_per_sm: int) -> BinaryFacts:
         narrow_products=narrow,
         tf32=any(name.startswith("v_mfma") and name.endswith("xf32") for name in names),
         late_stores=late_stores(kernel.asm["amdgcn"]),
+        instructions=len(names),
+        contracted=sum(name.startswith(_CONTRACTED) for name in names),
     )
 
 

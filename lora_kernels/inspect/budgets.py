@@ -12,6 +12,9 @@ __all__ = ["broken_budgets"]
 _LOOPS = {"sm_90": 100, "sm_100": 140}
 # Extra instructions for each source beyond two, for its select.
 _SOURCE = 7
+# Most instructions to dequantise a weight. A multiprocessor of an H200 has 128 lanes, and its share of the memory moves
+# 7.5 weights from 4 bits to 16 in a clock.
+_PER_WEIGHT = 12
 # A dot of fewer rows cannot use Hopper's asynchronous tensor-core instructions.
 _FAST_ROWS = 64
 
@@ -40,12 +43,33 @@ def broken_budgets(kernel: Kernel, gpu: Any) -> Iterator[str]:
     if facts.late_stores:
         yield f"counts programs in while stores of other waves are on their way, {facts.late_stores} times"
     yield from _dependent_launch(kernel)
-    yield from _tensor_cores(kernel)
     yield from _occupancy(kernel, gpu)
+    if kernel.name == "dequantize":
+        yield from _dequantize(kernel)
+        return
+    yield from _tensor_cores(kernel)
     if kernel.name == "matmul_expand":
         yield from _matmul(kernel)
     elif kernel.case.dtype != "fp32" and not kernel.case.by_element:
         yield from _streams(kernel)
+
+
+def _dequantize(kernel: Kernel) -> Iterator[str]:
+    """Check that a weight takes few instructions and wide accesses, so that memory is the limit, and its roundings."""
+    facts, constants = kernel.facts, kernel.constants
+    if facts.contracted:
+        yield f"contracts a product and a sum, which are rounded apart, {facts.contracted} times"
+    # On gfx942 a tile goes through other instructions. Ragged rows and blocks are read and written weight by weight.
+    if kernel.case.by_element or kernel.arch == "gfx942":
+        return
+    a_thread = constants["BLOCK"] // (32 * kernel.num_warps)
+    if facts.instructions > _PER_WEIGHT * a_thread:
+        yield f"takes {facts.instructions} instructions for {a_thread} weights, more than {_PER_WEIGHT} a weight"
+    packed = a_thread // 2 if constants["FORMAT"] == "4 bits" else a_thread
+    if facts.loads.get(128, 0) * 16 < packed:
+        yield f"loads the storage in fewer than 128 bits a thread: {facts.loads}"
+    if set(facts.stores) != {128}:
+        yield f"stores W in fewer than 128 bits a thread: {facts.stores}"
 
 
 def _spills(kernel: Kernel) -> int:

@@ -22,11 +22,14 @@ _SMALL = (2048, 1024, 1024)
 _MLP = (8192, 4096, 14336)
 # Keys and values of Llama-8B, beside its queries.
 _QKV = (1024, 1024)
+# Weights as they are stored: how a `Case` names them.
+STORED = ("nf4", "nf4 nested", "fp8 block", "fp8 row", "int8")
 # Cases for every kernel and every rule of the budgets.
 QUICK = (
     Case(*_LARGE, 16, bias=True, place=0), Case(*_LARGE, 16, p=0.1, place=0), Case(16, 4096, 4096, 16, p=0.1),
     Case(*_SMALL, 16, "fp32", p=0.1), Case(*_LARGE, 16, p=0.1, others=_QKV), Case(*_MLP, 16, p=0.1, activation="silu"),
     Case(*_LARGE, 16, p=0.1, others=_QKV, mixed=True), Case(*_MLP, 16, activation="silu"),
+    *(Case(*_LARGE, 0, storage=storage) for storage in STORED), Case(*_SMALL, 0, "fp32", storage="nf4 nested"),
 )  # fmt: skip
 # Cases for every tile of every path and for every flag.
 CASES = (
@@ -71,6 +74,10 @@ CASES = (
     *(Case(*_LARGE, r, p=p, others=_QKV, fp32_adapters=True) for r in (16, 32) for p in (0.0, 0.1)),
     Case(*_LARGE, 64, p=0.1, others=_QKV, fp32_adapters=True),
     *(Case(*_MLP, 16, p=p, activation="silu", fp32_adapters=True) for p in (0.0, 0.1)),
+    *(Case(*_SMALL, 0, "fp16", storage=storage) for storage in STORED),
+    *(Case(*shape, 0, "fp32", storage=storage) for shape in (_SMALL, _LARGE) for storage in STORED),
+    # rows off 16 elements, and a last block that is short
+    *(Case(8, 1033, 1023, 0, storage=storage) for storage in STORED),
 )  # fmt: skip
 
 
@@ -133,8 +140,33 @@ def describe(launch: Any, case: Case, arch: str, backward: bool = False) -> Kern
     return replace(kernel, broken=tuple(broken_budgets(kernel, GPUS[arch])))
 
 
+def _dequantize(case: Case) -> None:
+    """Dequantise a weight of zeros, so that lookups are the same from run to run."""
+    from lora_kernels.kernels import dequantize
+    from lora_kernels.quantized import Nested, QuantizedWeight
+
+    (n, k), (kind, *how) = (case.n, case.k), case.storage.split()
+    if kind == "nf4":
+        packed, blocks = torch.zeros(-(-n * k // 2), 1, dtype=torch.uint8), -(-n * k // 64)
+        nested = Nested(torch.zeros(256), torch.zeros(-(-blocks // 256)), torch.zeros(())) if how else None
+        absmax = torch.zeros(blocks, dtype=torch.uint8 if how else torch.float32)
+        weight = QuantizedWeight.nf4(packed, absmax, shape=(n, k), nested=nested)
+    elif kind == "fp8":
+        scales = (-(-n // 128), -(-k // 128)) if how == ["block"] else (n,)
+        weight = QuantizedWeight.from_fp8(torch.zeros(n, k, dtype=torch.float8_e4m3fn), torch.zeros(scales))
+    else:
+        weight = QuantizedWeight.from_int8(torch.zeros(n, k, dtype=torch.int8), torch.zeros(n))
+    dequantize(weight, DTYPES[case.dtype])
+
+
 def _forward(case: Case) -> tuple[torch.Tensor, ...]:
-    """Run the forward pass on tensors that are allocated and never touched; return the output of each projection."""
+    """Run the forward pass on tensors that are allocated and never touched; return the output of each projection.
+
+    A stored weight is dequantised, and nothing is returned.
+    """
+    if case.storage:
+        _dequantize(case)
+        return ()
     from lora_kernels.autograd.linear import LoRALinearFunction
     from lora_kernels.autograd.mlp import LoRAMLPFunction
     from lora_kernels.autograd.projections import LoRAProjectionsFunction

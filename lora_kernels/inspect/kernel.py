@@ -30,6 +30,8 @@ class Case:
         activation: Activation of a gated MLP with n out_features in gate and up and k in down; "" for no MLP.
         fp32_adapters: Whether A and B are in fp32, whatever the dtype of x.
         mixed: Whether only the first of several projections has dropout.
+        storage: A stored weight `[n, k]` to dequantise in place of a layer: "nf4", "nf4 nested", "fp8 block", "fp8 row"
+            or "int8"; "" for a layer.
     """
 
     m: int
@@ -48,6 +50,7 @@ class Case:
     activation: str = ""
     fp32_adapters: bool = False
     mixed: bool = False
+    storage: str = ""
 
     @property
     def unaligned(self) -> bool:
@@ -60,6 +63,8 @@ class Case:
         return self.strided or self.unaligned
 
     def __str__(self) -> str:
+        if self.storage:
+            return f"{self.n}x{self.k} {self.dtype} from {self.storage}"
         words = _flag_words(self, "bias", "strided", "tf32", "accumulate", "fp32_adapters", "mixed")
         tile = [] if self.place is None else [f"tile {self.place}"]
         widths = "+".join(map(str, (self.n, *self.others)))
@@ -73,7 +78,7 @@ class Kernel:
 
     Attributes:
         arch: "sm_90" or "gfx942".
-        name: "shrink", "matmul_expand" or "wgrad".
+        name: "shrink", "matmul_expand", "wgrad" or "dequantize".
         case: The first case that launches it.
         backward: Whether the first launch is in the backward pass.
         constants: Compile-time constants by name.
@@ -116,6 +121,7 @@ class Kernel:
         words += [f"{n} {word}" for n, word, usual in counts if n > usual]
         tf32 = self.constants.get("PRECISION") == "tf32"
         words += ["tf32"] if tf32 else []
+        words += [self.case.storage] if self.case.storage else []
         return " ".join([*words, *_flag_words(self.case, "strided", "unaligned", "fp32_adapters", "mixed")])
 
     def __str__(self) -> str:
@@ -137,6 +143,7 @@ _SIDES = {
     "shrink": ("BLOCK_M", "BLOCK_K", "BLOCK_R"),
     "matmul_expand": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
     "wgrad": ("BLOCK_M", "BLOCK_W", "BLOCK_T"),
+    "dequantize": ("BLOCK",),
 }
 _FLAGS = {"USE_TMA": "tma", "HAS_BIAS": "bias", "HAS_KEEP": "masked", "NUM_MASKED": "masked", "HAS_DROPOUT": "dropout",
           "HAS_SHRINK": "shrinks", "ACCUMULATE": "adds"}  # fmt: skip

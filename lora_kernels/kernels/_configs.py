@@ -13,9 +13,9 @@ import torch
 from lora_kernels.constants import ONE_READ_RANK
 
 __all__ = [
-    "LEAST_SHARED", "PROGRAMS", "SHARED", "TINY", "MatmulConfig", "ShrinkConfig",
-    "count_stages", "count_tiles", "descriptor_path", "fit", "matmul_config", "matmul_configs", "shrink_config",
-    "shrink_wgrad_pays", "split_sum",
+    "LEAST_SHARED", "PROGRAMS", "SHARED", "TINY", "DequantizeConfig", "MatmulConfig", "ShrinkConfig",
+    "count_stages", "count_tiles", "dequantize_config", "descriptor_path", "fit", "matmul_config", "matmul_configs",
+    "shrink_config", "shrink_wgrad_pays", "split_sum",
 ]  # fmt: skip
 
 TINY = 16
@@ -52,6 +52,33 @@ class ShrinkConfig:
     k_per_split: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class DequantizeConfig:
+    """Weights of a program, and weights in one block of a scale, for which the program reads the scale once."""
+
+    block: int
+    unit: int
+    num_warps: int
+
+
+def dequantize_config(inner: int, columns: int, four_bits: bool) -> DequantizeConfig:
+    """Pick the share of a program that dequantises a weight: 32 weights a thread, fewer where rows are short.
+
+    Args:
+        inner: Weights of a row as the kernel takes them: of the whole weight in 4 bits, of a row in 8 bits.
+        columns: Weights of a row that share a scale.
+        four_bits: Whether a weight has 4 bits.
+    """
+    # 16 bytes of storage, or as many as a power of two leaves in one block
+    most = 32 if four_bits else 16
+    unit = most if columns >= inner else min(most, columns & -columns)
+    if inner < 1024:
+        return DequantizeConfig(max(256, 1 << (inner - 1).bit_length()), unit, 1)
+    # of the last program of a row little is left idle: 14336 weights are 7 programs of 2048, 5120 are 5 of 1024
+    block = next((block for block in (4096, 2048) if -inner % block <= inner // 8), 1024)
+    return DequantizeConfig(block, unit, block // 1024)
 
 
 def descriptor_path(capability: tuple[int, int] | None, dtype: torch.dtype) -> tuple[bool, str]:

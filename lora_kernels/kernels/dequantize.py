@@ -1,8 +1,8 @@
 """Dequantise: a frozen weight from its storage in 4 or 8 bits to `[out, in]`, in one launch.
 
-    nf4, fp4    W[i]    = round(code[nibble i] · absmax[i // COLUMNS])              i = n · in + k
+    nf4, fp4    W[i]    = round(code[nibble i] · absmax[i // block])                i = n · in + k
                 absmax  = scale, or nested: code2[scale[b]] · absmax2[b // 256] + offset, rounded twice
-    fp8         W[n, k] = round(e4m3(packed[n, k]) · scale[n // rows, k // COLUMNS])
+    fp8         W[n, k] = round(e4m3(packed[n, k]) · scale[n // rows, k // columns])
     int8        W[n, k] = round(packed[n, k] · scale[n] · (1 / 127))                rounded twice before
 
     packed  4 bits: ceil(out · in / 2) bytes in any storage dtype, the even i in the high nibble; 8 bits: [out, in]
@@ -10,9 +10,9 @@
     code    [16], fp32; code2 [256], absmax2 [ceil(blocks / 256)] and offset [1], fp32
     W       [out, in], contiguous, bf16, fp16 or fp32: rounded once from the fp32 product
 
-Blocks of 4-bit weights are flat: they go on from one row to the next, and the last one may be short. So the kernel takes
-4-bit storage for one row of out · in weights, and 8-bit storage for `out` rows. A program dequantises BLOCK weights of a
-row. It reads one scale for each UNIT of them, which lie in one block.
+Blocks of 4-bit weights are flat: they go on from one row to the next, and the last one may be short. So the kernel
+takes 4-bit storage for one row of out · in weights, and 8-bit storage for `out` rows. A program dequantises BLOCK
+weights of a row. It reads one scale for each UNIT of them, which lie in one block.
 
 A nibble is looked up by a load: the 64 bytes of the table are one line of the L1 cache, and a weight takes some ten
 instructions, where a tree of selects takes 26 and would be slower than the memory. e4m3 is decoded in integers, because
@@ -38,38 +38,33 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels import _launch
+from lora_kernels.kernels._configs import dequantize_config
 from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, facts
 from lora_kernels.quantized import QuantizedWeight
 
 __all__ = ["dequantize"]
 
-# 32 weights for each of 128 threads.
-_BLOCK, _WARPS = 4096, 4
 _FOUR_BITS = ("nf4", "fp4")
 
 
 @triton.jit
 def _dequantize_kernel(
     w_ptr, packed_ptr, scale_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, inner, stored, scale_pitch,
-    FORMAT: tl.constexpr, NESTED: tl.constexpr, E8M0: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    FORMAT: tl.constexpr, NESTED: tl.constexpr, E8M0: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # bytes of a unit and of a program
-    UNIT_BYTES: tl.constexpr = UNIT // 2 if FORMAT == "4 bits" else UNIT
-    BYTES: tl.constexpr = BLOCK // UNIT * UNIT_BYTES
     # Storage of 4 bits is one row, which may have more programs than a grid's second axis has.
     row, position = (0, tl.program_id(0)) if FORMAT == "4 bits" else (tl.program_id(0), tl.program_id(1))
+    if SCALE_ROWS:
+        scale_ptr += tl.cast(row // SCALE_ROWS, tl.int64) * scale_pitch
     row, position = tl.cast(row, tl.int64), position.to(tl.int64)
     first, here = position * BLOCK, tl.arange(0, BLOCK)
     # What is left of the row, a program's share at most, so that offsets within a program fit 32 bits.
     left = tl.minimum(inner - first, BLOCK).to(tl.int32)
-    bytes_left = tl.minimum(stored - position * BYTES, BYTES).to(tl.int32)
     unit = tl.arange(0, BLOCK // UNIT)
     block = (unit * 0).to(tl.int64)
-    if COLUMNS:
-        block += first // COLUMNS + ((first % COLUMNS).to(tl.int32) + unit * UNIT) // COLUMNS
-    if ROWS:
-        scale_ptr += row // ROWS * scale_pitch
+    if SCALE_COLUMNS:
+        block += first // SCALE_COLUMNS + ((first % SCALE_COLUMNS).to(tl.int32) + unit * UNIT) // SCALE_COLUMNS
     scale = tl.load(scale_ptr + block, mask=unit * UNIT < left, other=0)
     if NESTED:
         # The product and the sum are rounded one after the other.
@@ -80,18 +75,21 @@ def _dequantize_kernel(
         scale = _e8m0(scale)
     else:
         scale = scale.to(tl.float32)
-    byte = unit[:, None] * UNIT_BYTES + tl.arange(0, UNIT_BYTES)[None, :]
-    packed_ptr += row * stored + position * BYTES
-    codes = tl.load(packed_ptr + byte, mask=byte < bytes_left, other=0)
+    start = row * inner + first
     if FORMAT == "4 bits":
-        codes = codes.to(tl.uint32)
+        byte = unit[:, None] * (UNIT // 2) + tl.arange(0, UNIT // 2)[None, :]
+        bytes_left = tl.minimum(stored - position * (BLOCK // 2), BLOCK // 2).to(tl.int32)
+        packed_ptr += position * (BLOCK // 2)
+        codes = tl.load(packed_ptr + byte, mask=byte < bytes_left, other=0).to(tl.uint32)
         w = tl.join(tl.load(code_ptr + (codes >> 4)), tl.load(code_ptr + (codes & 15))) * scale[:, None, None]
-    elif FORMAT == "fp8":
-        w = _e4m3(codes) * scale[:, None]
     else:
-        w = codes.to(tl.float32) * scale[:, None] * (1 / 127)
-    w_ptr += row * inner + first
-    tl.store(w_ptr + here, tl.reshape(w, (BLOCK,)).to(w_ptr.dtype.element_ty), mask=here < left)
+        inside = unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+        codes = tl.load(packed_ptr + start + inside, mask=inside < left, other=0)
+        if FORMAT == "fp8":
+            w = _e4m3(codes) * scale[:, None]
+        else:
+            w = codes.to(tl.float32) * scale[:, None] * (1 / 127)
+    tl.store(w_ptr + start + here, tl.reshape(w, (BLOCK,)).to(w_ptr.dtype.element_ty), mask=here < left)
 
 
 @triton.jit
@@ -153,18 +151,17 @@ def _settle(
     rows, inner = (1, shape[0] * shape[1]) if four_bits else shape
     block_rows, columns = (1, block) if four_bits else block
     pitch = triton.cdiv(inner, columns)
-    # a power of two of weights that lie in one block and take 16 bytes at most
-    unit = min(32 if four_bits else 16, columns & -columns if columns < inner else 16)
-    size = max(unit, min(_BLOCK, triton.next_power_of_2(inner)))
-    across = triton.cdiv(inner, size)
+    config = dequantize_config(inner, columns, four_bits)
+    across = triton.cdiv(inner, config.block)
     stored = triton.cdiv(inner, 2) if four_bits else inner
     launch = Launch(
         _dequantize_kernel, (across,) if four_bits else (rows, across), (inner, stored, pitch),
         dict(
             FORMAT="4 bits" if four_bits else format, NESTED=tensors[-1] is not None, E8M0=e8m0,
-            ROWS=block_rows if block_rows < rows else 0, COLUMNS=columns if columns < inner else 0, UNIT=unit, BLOCK=size,
+            SCALE_ROWS=block_rows if block_rows < rows else 0, SCALE_COLUMNS=columns if columns < inner else 0,
+            UNIT=config.unit, BLOCK=config.block,
         ),
-        dict(num_warps=_WARPS, num_stages=1, **_launch.launch_options(False) | {"enable_fp_fusion": False}), device,
+        dict(num_warps=config.num_warps, num_stages=1, enable_fp_fusion=False), device,
     )  # fmt: skip
     return SettledDequantize(launch, allocator(shape, dtype, device))
 

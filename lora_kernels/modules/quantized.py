@@ -50,7 +50,7 @@ def merged_weight(layer: Any, update: Tensor) -> nn.Parameter:
     if hasattr(layer, "weight_scale_inv"):
         raise TypeError("LoRALinear.merge: an FP8 weight cannot take the update; dequantise the model first.")
     warnings.warn(
-        "LoRALinear.merge: the sum is quantised to 4 bits again, and so rounded; unmerge() restores the weight exactly.",
+        "LoRALinear.merge: the sum is quantised again, to 4 bits, and rounded; unmerge() restores the weight exactly.",
         stacklevel=4,
     )
     weight = layer.weight

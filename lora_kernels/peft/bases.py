@@ -1,8 +1,8 @@
 """Base layers whose product is computed with the low-rank term: plain, 4-bit and FP8 linear layers.
 
     nn.Linear                     its weight
-    bitsandbytes' Linear4bit      NF4 and FP4, dequantised once a pass. As in the layer's own forward, x is cast to
-                                  `compute_dtype` and y to x's dtype
+    bitsandbytes' Linear4bit      NF4 and FP4, dequantised once a pass. Outside autocast, a layer with a `compute_dtype`
+                                  other than x's dtype is called: PEFT computes the low-rank term in x's dtype
     transformers' FP8Linear       dequantised once a pass; x is not quantised, as it is in the layer's own forward, so y
                                   is more exact and not the same
 
@@ -19,15 +19,21 @@ from torch import Tensor, nn
 from lora_kernels.autograd.common import autocasts
 from lora_kernels.constants import DTYPES, HALF
 from lora_kernels.passes.layer import Weight
-from lora_kernels.peft.forwards import describe, is_defined_by
+from lora_kernels.peft.forwards import describe, is_called_plainly, is_defined_by
 from lora_kernels.quantized import layers
 
-__all__ = ["FEW_ROWS", "bare", "base_of", "quantized_base"]
+__all__ = ["FEW_ROWS", "bare", "base_of", "quantized_base", "storage"]
 
 # Without gradients and below so many rows, a layer's own kernel is faster than a dense W and a product: bitsandbytes'
 # own measurements on H100 put the crossover at 16 to 64 rows (bitsandbytes-foundation/bitsandbytes#1949).
 FEW_ROWS = 64
 _STRIDED = torch.strided
+# By parts of their names, quantised layers that are called, and why.
+_PACKED = ": no pass reads weights packed as its are"
+_CALLED = {
+    "8bitLt": ": LLM.int8 quantises x as well, so its product is x Wᵀ of no W",
+    "Quant": _PACKED, "WQLinear": _PACKED, "HQQ": _PACKED, "Eetq": _PACKED,
+}  # fmt: skip
 
 # W, the bias, and the dtype in which a quantised layer computes; None for that of x.
 Base = tuple[Weight, Tensor | None, torch.dtype | None]
@@ -57,7 +63,7 @@ def base_of(base: nn.Module, x: Tensor) -> Base | None:
     if not bare(base, nn.Linear):
         found = quantized_base(base, x)
         return None if isinstance(found, str) else found
-    own = base.__dict__["_parameters"]
+    own, dtype = base.__dict__["_parameters"], x.dtype
     if "weight" not in own or "bias" not in own:
         return None
     for t in (own["weight"], own["bias"]):
@@ -65,7 +71,7 @@ def base_of(base: nn.Module, x: Tensor) -> Base | None:
             continue
         if type(t) is not nn.Parameter or t.layout is not _STRIDED:
             return None
-        if not (t.dtype is x.dtype or autocasts(x.device.type)):
+        if not (t.dtype is dtype or autocasts(x.device.type)):
             return None
     return own["weight"], own["bias"], None
 
@@ -79,13 +85,19 @@ def quantized_base(base: Any, x: Tensor | None) -> Base | str:
     """
     kind = layers.kind_of(base)
     if kind is None:
-        return f"is a {type(base).__name__}, not a plain nn.Linear"
+        name = type(base).__name__
+        why = next((why for part, why in _CALLED.items() if part in name), "")
+        # Other tuners call their layers Linear as well.
+        full = f"{type(base).__module__}.{name}" if name == "Linear" else name
+        return f"is a {full}, not a plain nn.Linear{why}"
     if "forward" in vars(base):
         return "has its forward replaced on the instance"
     if not bare(base, type(base)):
         return "has a hook"
     if not is_defined_by(type(base).forward, kind):
         return f"has a class whose forward was replaced by {describe(type(base).forward)}"
+    if not is_called_plainly(type(base)):
+        return "has a class whose call was replaced"
     try:
         weight = layers.read(base)
     except (TypeError, ValueError) as error:
@@ -102,6 +114,11 @@ def quantized_base(base: Any, x: Tensor | None) -> Base | str:
     return weight, bias if bias is None or bias.dtype is dtype else bias.to(dtype), dtype
 
 
+def storage(base: Any) -> str:
+    """Return how a pass reads the weight of a base layer that it computes, "" for a plain weight."""
+    return "" if type(base) is nn.Linear else f"{layers.read(base).format.upper()}, dequantised a pass"
+
+
 def _work_dtype(base: Any, x: Tensor) -> torch.dtype | str:
     """Return the dtype in which a quantised layer computes a call, or why a pass cannot compute in the same."""
     own = getattr(base, "compute_dtype", None) or x.dtype
@@ -110,9 +127,10 @@ def _work_dtype(base: Any, x: Tensor) -> torch.dtype | str:
         if x.dtype.is_floating_point and x.itemsize <= 4 and (own is dtype or own is torch.float32):
             return dtype
         return f"computes in {_name(own)}, inside autocast to {_name(dtype)} and with x in {_name(x.dtype)}"
-    if own in DTYPES.values() and (own is x.dtype or (own in HALF and x.dtype is torch.float32)):
+    if own is x.dtype and own in DTYPES.values():
         return own
-    return f"computes in {_name(own)}, and x is {_name(x.dtype)}"
+    hint = ": inside torch.autocast one pass computes both" if x.dtype is torch.float32 and own in HALF else ""
+    return f"computes in {_name(own)}, and x is {_name(x.dtype)}{hint}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,24 +1,27 @@
 """The forward of a block whose layers belong together: one call of `lora_projections` or of `lora_mlp`.
 
     MLP         the forward is two or three layers and an activation: `lora_mlp` computes all of it
-    attention   the block's own forward runs. While it does, `self.q_proj`, `self.k_proj` and `self.v_proj` are
-                stand-ins for the layers: the first one that forward calls computes all three results, and each result
-                is returned once. From then on the block has its layers again
+    attention   the block's own forward runs. At its calls of `self.q_proj`, `self.k_proj` and `self.v_proj` it finds a
+                function in the layer's place: the first of these calls computes all three results, and each result is
+                returned once
 
-So whatever the forward hands its `self` to (attention functions, caches, hooks) gets the model's own module. The
-stand-ins belong to one call of one thread. So concurrent calls, calls that end by an exception and calls repeated by
-checkpointing do not affect each other, and no result outlives its call.
+Those three instructions of the forward's code call the function at once, and every other reader (attention functions,
+caches, hooks, the rest of forward) gets the model's own layer. The results belong to one call of one thread. So
+concurrent calls, calls that end by an exception and calls repeated by checkpointing do not affect each other, and no
+result outlives its call.
 
 Each call begins with the question whether the class still has the forward that was recognised; if not, the forward in
 force runs. `layer.projection` then decides whether the layers can be computed together. If one cannot, the block's own
 forward calls the layers one by one. An attention block also does so under a compiler or a dispatch mode, because
-torch.compile cannot trace the stand-ins.
+torch.compile cannot trace the search for the reader.
 """
 
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import Any
 
 import torch
@@ -31,7 +34,7 @@ from lora_kernels.peft.bases import bare
 from lora_kernels.peft.forwards import call_replacement, is_ours, replacement
 from lora_kernels.peft.layer import projection
 from lora_kernels.peft.names import Names
-from lora_kernels.peft.structure import ATTENTION, FixedMember, FixedModule, Structure, members
+from lora_kernels.peft.structure import ATTENTION, FixedMember, FixedModule, Structure, call_sites, members
 
 __all__ = ["block_forward", "block_members", "changed_part", "patched_structure"]
 
@@ -62,8 +65,8 @@ def block_forward(stock: Callable[..., Any], found: Structure, backend: str) -> 
 
 
 def block_members(found: Structure) -> dict[str, property]:
-    """Return the members of a patched block's class that hand out the stand-ins of a call."""
-    return {name: _stand_in_of(name) for name in found.layers if found.kind == "attention"}
+    """Return the members of a patched block's class by which its forward gets joint results."""
+    return {name: _layer_or_result(name) for name in found.layers if found.kind == "attention"}
 
 
 def patched_structure(forward: Callable[..., Any]) -> Structure | None:
@@ -129,10 +132,12 @@ def _mlp_forward(stock: Callable[..., Any], found: Structure, backend: str) -> C
 
 
 def _attention_forward(stock: Callable[..., Any], found: Structure, backend: str) -> Callable[..., Any]:
+    code, sites = call_sites(stock)
+
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_watched():
             return stock(self, *args, **kwargs)
-        calls, call = _running.calls, _Call(self, backend)
+        calls, call = _running.calls, _Call(self, code, sites, backend)
         calls.append(call)
         try:
             return stock(self, *args, **kwargs)
@@ -156,23 +161,19 @@ _running = _Running()
 class _Call:
     """One call of an attention block: its projections of one x, from the first to the last that forward calls."""
 
-    __slots__ = ("_backend", "_ready", "_version", "_x", "block")
+    __slots__ = ("_backend", "_ready", "_version", "_x", "block", "code", "sites")
     # None before the first projection; the `_Call` itself when closed.
     _x: Any
     _version: int | None
     _ready: dict[str, Tensor]
 
-    def __init__(self, block: nn.Module, backend: str) -> None:
-        self.block, self._backend = block, backend
+    def __init__(self, block: nn.Module, code: CodeType, sites: frozenset[int], backend: str) -> None:
+        self.block, self.code, self.sites, self._backend = block, code, sites, backend
         self._x, self._version, self._ready = None, None, {}
 
     def close(self) -> None:
         """Drop all results; from now on each layer is called."""
         self._x, self._ready = self, {}
-
-    def layer(self, name: str) -> nn.Module:
-        """Return the block's layer of a name."""
-        return self.block.__dict__["_modules"][name]
 
     def waits_for(self, name: str) -> bool:
         """Return whether a call of a layer would get a joint result."""
@@ -193,43 +194,23 @@ class _Call:
                 )  # fmt: skip
                 ys = ys if dtype is None else [y.to(x.dtype) for y in ys]
                 self._ready = dict(zip(ATTENTION, ys, strict=True))
-        same = x is self._x and _version(x) == self._version
-        y = self._ready.pop(name, None) if same else None
-        return self.layer(name)(x) if y is None else y
+        y = self._ready.pop(name, None)
+        if y is None or x is not self._x or _version(x) != self._version:
+            return self.block.__dict__["_modules"][name](x)
+        return y
 
 
-class _Layer:
-    """A stand-in for a projection during a call of its block: returns the joint result, and else acts as the layer."""
-
-    __slots__ = ("_call", "_name")
-
-    def __init__(self, name: str, call: _Call) -> None:
-        self._name, self._call = name, call
-
-    # Like a mock, the stand-in reports the class of another object.
-    @property  # type: ignore[misc]
-    def __class__(self) -> type[nn.Module]:  # type: ignore[override]
-        """Return the layer's class, for a forward that uses `isinstance`."""
-        return type(self._call.layer(self._name))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        if len(args) == 1 and not kwargs:
-            return self._call.project(self._name, args[0])
-        return self._call.layer(self._name)(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._call.layer(self._name), name)
-
-
-def _stand_in_of(name: str) -> property:
-    """Return a property that is a layer of a block, or the layer's stand-in during a call of the block."""
+def _layer_or_result(name: str) -> property:
+    """Return a property that is a layer of a block; at the forward's call of the layer, a function in its place."""
 
     def look_up(block: nn.Module) -> Any:
         # A compiler cannot trace the state of a thread, and calls the layers one by one.
         if not torch.compiler.is_compiling():
             calls = _running.calls
-            if calls and calls[-1].block is block and calls[-1].waits_for(name):
-                return _Layer(name, calls[-1])
+            if calls and (call := calls[-1]).block is block and call.waits_for(name):
+                reader = sys._getframe(1)
+                if reader.f_code is call.code and reader.f_lasti in call.sites:
+                    return functools.partial(call.project, name)
         try:
             return block.__dict__["_modules"][name]
         except KeyError:

@@ -9,17 +9,23 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 __all__ = [
-    "call_replacement", "describe", "is_defined_by", "is_in_force", "is_ours", "mark", "parts_are_own", "replaced_part",
-    "replacement", "stock_forward",
+    "at_work", "call_replacement", "describe", "is_called_plainly", "is_defined_by", "is_in_force", "is_ours", "mark",
+    "parts_are_own", "replaced_part", "replacement", "stock_forward",
 ]  # fmt: skip
 
 
 _PARTS: tuple[Any, ...] = (nn.Linear, nn.Dropout, nn.Identity)
-# The forwards that torch.nn defines for the parts, once they have been seen in force.
-_own: tuple[Any, ...] = (None, None, None)
+# What PyTorch defines for the parts, once that has been seen in force; in the order of `parts_are_own`.
+_own: tuple[Any, ...] = (None,) * 7
+
+
+# The forward of ours that is set on each class itself and computes; others may have wrapped it, or keep an earlier one.
+at_work: dict[type, Any] = {}
 
 
 class _Mark(NamedTuple):
@@ -47,7 +53,7 @@ def mark(forward: Any, stock: Callable[..., Any], cls: type | None) -> Any:
         forward: Our forward.
         stock: The forward that ours computes faster.
         cls: The class whose forward `stock` is, if ours is the forward of a subclass; None if ours is set on the class
-            itself, where a later one takes its place.
+            itself, and computes only while it is `at_work`.
     """
     forward._lora_kernels_mark = _Mark(forward, stock, cls)
     return forward
@@ -65,15 +71,19 @@ def stock_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_in_force(forward: Any) -> bool:
-    """Return whether a forward is ours, and the class still has the forward that ours stands for."""
+    """Return whether a forward is ours, and computes what it stands for."""
     return is_ours(forward) and replacement(forward) is None
 
 
 def replacement(forward: Any) -> Callable[..., Any] | None:
-    """Return the forward that others have set on the class behind one of ours, or None."""
+    """Return the forward to call in place of one of ours, or None.
+
+    It is the one that others have set on the class behind ours; or the stock forward, if ours was set on the class
+    itself and that has ended.
+    """
     _, stock, cls = forward._lora_kernels_mark
     if cls is None:
-        return None
+        return None if forward in at_work.values() else stock
     current = cls.forward
     return None if current is stock or stock_forward(current) is stock else current
 
@@ -109,21 +119,41 @@ def is_defined_by(forward: Any, cls: type) -> bool:
 
 
 def parts_are_own() -> bool:
-    """Return whether nn.Linear, nn.Dropout and nn.Identity, the parts of LoRA layers, have their own forwards."""
-    # Every call of a layer asks, so the usual answer takes three comparisons.
-    linear, dropout, identity = _own
+    """Return whether a call of nn.Linear, nn.Dropout or nn.Identity, the parts of LoRA layers, runs PyTorch's own code.
+
+    Others may set forward, `__call__` or `_call_impl` of these classes, or `F.linear` or `F.dropout`.
+    """
+    # Every call of a layer asks, so the usual answer takes comparisons alone.
+    linear, dropout, identity, f_linear, f_dropout, call, impl = _own
     return (
         nn.Linear.forward is linear and nn.Dropout.forward is dropout and nn.Identity.forward is identity
+        and F.linear is f_linear and F.dropout is f_dropout
+        and nn.Linear.__call__ is call and nn.Dropout.__call__ is call and nn.Identity.__call__ is call
+        and nn.Linear._call_impl is impl and nn.Dropout._call_impl is impl and nn.Identity._call_impl is impl
     ) or replaced_part() is None  # fmt: skip
 
 
-def replaced_part() -> type[nn.Module] | None:
-    """Return a class of torch.nn that is a part of LoRA layers and has a forward that others set on it, or None."""
+def replaced_part() -> tuple[str, Any] | None:
+    """Return what a call of the parts of LoRA layers runs and others have set: its name and the function; or None."""
     global _own
-    replaced = next((kind for kind in _PARTS if not is_defined_by(kind.forward, kind)), None)
-    if replaced is None:
-        _own = tuple(kind.forward for kind in _PARTS)
-    return replaced
+    for kind in _PARTS:
+        if not is_defined_by(kind.forward, kind):
+            return f"the forward of nn.{kind.__name__}", kind.forward
+        for name in ("__call__", "_call_impl"):
+            current, own = getattr(kind, name), getattr(nn.Module, name)
+            if current is not own or getattr(current, "__globals__", None) is not vars(torch.nn.modules.module):
+                return f"nn.{kind.__name__}.{name}", current
+    if F.linear is not torch._C._nn.linear:
+        return "torch.nn.functional.linear", F.linear
+    if getattr(F.dropout, "__globals__", None) is not vars(F):
+        return "torch.nn.functional.dropout", F.dropout
+    _own = *(kind.forward for kind in _PARTS), F.linear, F.dropout, nn.Module.__call__, nn.Module._call_impl
+    return None
+
+
+def is_called_plainly(kind: type[nn.Module]) -> bool:
+    """Return whether a call of a module of a class is nn.Module's, and not one of the class's own."""
+    return kind.__call__ is nn.Module.__call__ and kind._call_impl is nn.Module._call_impl
 
 
 def describe(forward: Any) -> str:
@@ -131,3 +161,7 @@ def describe(forward: Any) -> str:
     code, module = getattr(forward, "__code__", None), getattr(forward, "__globals__", {}).get("__name__", "")
     name = getattr(code, "co_qualname", getattr(forward, "__qualname__", type(forward).__name__))
     return f"{module}.{name}" if module else name
+
+
+# Seen now, because a compiler that traces a first call could not look these up.
+replaced_part()

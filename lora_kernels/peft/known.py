@@ -12,8 +12,8 @@ from lora_kernels.functional import checks
 from lora_kernels.peft.forwards import is_defined_by, stock_forward
 
 __all__ = [
-    "check_backend", "check_model", "check_no_wrapper", "check_not_peft", "classes", "is_supported", "lora_layer",
-    "multihead_attention",
+    "check_backend", "check_model", "check_no_wrapper", "check_not_peft", "classes", "imported_lora_layer",
+    "is_supported", "lora_layer", "multihead_attention",
 ]  # fmt: skip
 
 # From the source of PEFT 0.19 to 0.21. These classes differ (cast, clone, when the sum is rounded) by at most one
@@ -33,6 +33,12 @@ def lora_layer() -> type[Any]:
         ImportError: PEFT is not installed.
     """
     return _peft("layer").LoraLayer
+
+
+def imported_lora_layer() -> tuple[type[Any], ...]:
+    """Return `lora_layer` in a tuple, for `isinstance`; () if PEFT is not imported, because no model then has one."""
+    module = sys.modules.get("peft.tuners.lora.layer")
+    return (module.LoraLayer,) if module else ()
 
 
 def multihead_attention() -> type[Any]:
@@ -69,10 +75,8 @@ def check_not_peft(call: str, model: nn.Module) -> None:
     Raises:
         ValueError: The model has a PEFT LoRA layer, or a module that PEFT has wrapped; the message names it.
     """
-    # If PEFT is not imported yet, no model has its layers.
-    module = sys.modules.get("peft.tuners.lora.layer")
-    kind = module.LoraLayer if module else ()
-    name = next((name for name, layer in model.named_modules() if isinstance(layer, kind)), None)
+    kinds = imported_lora_layer()
+    name = next((name for name, layer in model.named_modules() if isinstance(layer, kinds)), None)
     if name is not None:
         raise ValueError(
             f"{call}: the model has PEFT LoRA layers ({name or 'it is one'}), in whose parts no others are put. "

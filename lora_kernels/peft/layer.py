@@ -32,7 +32,14 @@ from lora_kernels.constants import HALF
 from lora_kernels.functional import lora_add, lora_linear
 from lora_kernels.passes.layer import Projection
 from lora_kernels.peft.bases import bare, base_of
-from lora_kernels.peft.forwards import call_replacement, is_in_force, is_ours, parts_are_own
+from lora_kernels.peft.forwards import (
+    call_replacement,
+    is_called_plainly,
+    is_in_force,
+    is_ours,
+    parts_are_own,
+    replacement,
+)
 
 __all__ = [
     "accelerated_forward", "dtypes_fit", "is_dense", "is_function_mode_active", "is_plain_variant",
@@ -47,20 +54,17 @@ _STRIDED = torch.strided
 _PLAIN_VARIANTS = ("MiCALinearVariant",)
 
 
-def accelerated_forward(
-    stock: Callable[..., Tensor], backend: str, instead: Callable[[Any], Callable[..., Tensor] | None]
-) -> Any:
-    """Make a forward that takes the fused path if possible, and otherwise calls `stock`.
+def accelerated_forward(stock: Callable[..., Tensor], backend: str) -> Any:
+    """Make a forward that takes the fused path if possible, and otherwise calls `stock`; it needs a `mark`.
 
     Args:
         stock: The forward of a PEFT layer class.
         backend: Backend for `lora_linear`.
-        instead: Takes this forward, at each call, and returns one to call in its place, or None.
     """
 
     @functools.wraps(stock)
     def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if (other := instead(forward)) is stock:
+        if (other := replacement(forward)) is stock:
             return stock(self, x, *args, **kwargs)
         if other is not None:
             called, y = call_replacement(other, forward, self, x, *args, **kwargs)
@@ -103,12 +107,10 @@ def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
             return None
         if not (bare(lora_A, nn.Linear) and bare(lora_B, nn.Linear)):
             return None
-        if bare(dropout, nn.Identity):
-            dropout_p = 0.0
-        elif bare(dropout, nn.Dropout):
-            dropout_p = dropout.p if dropout.training else 0.0
-        else:
+        kind = type(dropout)
+        if (kind is not nn.Dropout and kind is not nn.Identity) or not bare(dropout, kind):
             return None
+        dropout_p = dropout.p if kind is nn.Dropout and dropout.training else 0.0
         own_A, own_B = lora_A.__dict__["_parameters"], lora_B.__dict__["_parameters"]
         A, B = own_A.get("weight"), own_B.get("weight")
         if type(A) is not nn.Parameter or type(B) is not nn.Parameter:
@@ -142,7 +144,7 @@ def projection(layer: nn.Module, x: Tensor) -> tuple[Projection, torch.dtype | N
     base, terms = layer, None
     if not is_ours(type(layer).forward):
         terms = [(None, None, 1.0, 0.0)] if is_dense(x) and parts_are_own() and not is_traced() else None
-    elif is_in_force(type(layer).forward) and bare(layer, type(layer)):
+    elif is_in_force(type(layer).forward) and bare(layer, type(layer)) and is_called_plainly(type(layer)):
         base, terms = layer.__dict__["_modules"]["base_layer"], read(layer, x)
     if terms is not None and len(terms) > 1:
         terms = _join_terms(terms)

@@ -1,24 +1,21 @@
 """Patch PEFT models: give each LoRA layer a class that differs only in its forward, and give the old class back.
 
-Blocks whose layers belong together are patched in the same way. The class of a patched module is a subclass of the
-module's own class with the same name, so `isinstance`, `repr`, `state_dict`, merging, saving and all else in PEFT are
+Blocks whose layers belong together are patched in the same way; see `classes`. Merging, saving and all else in PEFT are
 unchanged. Pickling writes the unpatched module, so the file loads without this library. Call `patch_peft` again on a
 model loaded from the file.
 """
 
 import contextlib
-import copy
-import functools
-import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from lora_kernels.peft import known, readers
+from lora_kernels.peft import fast_path, known, readers
 from lora_kernels.peft.blocks import block_forward, block_members
-from lora_kernels.peft.forwards import is_defined_by, is_ours, mark, replacement, stock_forward
+from lora_kernels.peft.classes import give_back, give_class, members_of_others, patched_class, stock_class
+from lora_kernels.peft.forwards import at_work, is_defined_by, is_ours, mark, stock_forward
 from lora_kernels.peft.layer import accelerated_forward
 from lora_kernels.peft.report import Report, report
 from lora_kernels.peft.structure import Structure, members, structure
@@ -38,9 +35,9 @@ def patch_peft(model: nn.Module, backend: str = "auto", blocks: bool = True) -> 
     Q, K and V of an attention block share one call of `lora_projections`, and an MLP is one call of `lora_mlp`, if the
     block's forward computes exactly that. The names of the blocks' classes do not matter.
 
-    An `nn.TransformerEncoderLayer` with LoRA layers inside calls these layers in eval mode as well: its fast path,
-    which reads their weights and passes the adapters by, is off until `unpatch_peft`. A `UserWarning` names the layers
-    whose weights their module reads by its source, without a call, because an adapter has no effect there.
+    An `nn.TransformerEncoderLayer` calls LoRA layers inside in eval mode as well: its fast path, which reads their
+    weights and passes the adapters by, is off as long as they are there, until `unpatch_peft`. A `UserWarning` names
+    the layers whose weights their module reads by its source, without a call, because an adapter has no effect there.
 
     Args:
         model: A `PeftModel`, or any module that holds PEFT's LoRA layers.
@@ -66,18 +63,21 @@ def patch_peft(model: nn.Module, backend: str = "auto", blocks: bool = True) -> 
             "patch_peft: the model has no PEFT LoRA layers. Call it after get_peft_model(model, LoraConfig(...)) or "
             "PeftModel.from_pretrained(...); for layers of this library use lora_kernels.swap_linear."
         )
-    for layer in layers:
-        cls = _stock_class(type(layer))
-        if cls is not None and known.is_supported(cls):
-            _give_class(layer, _patched_class(cls, stock_forward(cls.forward), backend, alone=not blocks))
-    for block in (module for module in model.modules() if not isinstance(module, known.lora_layer())):
-        cls = _stock_class(type(block))
-        found = structure(block, cls.forward) if blocks and cls is not None else None
-        if found and not found.reason and any(isinstance(m, known.lora_layer()) for m in members(block, found.layers)):
-            _give_class(block, _patched_class(cls, cls.forward, backend, found))
-        elif cls is not None and cls is not type(block):
-            _give_class(block, cls)
-    readers.call_adapted(model, _is_lora)
+    for module in list(model.modules()):
+        cls = stock_class(type(module))
+        # A module whose patched class others have changed keeps the class, and the report names what they have set.
+        if cls is None or isinstance(module, fast_path.CallsLayers) or members_of_others(type(module)):
+            continue
+        if isinstance(module, known.lora_layer()):
+            if known.is_supported(cls):
+                give_class(module, _accelerated_class(cls, backend, None, alone=not blocks))
+            continue
+        found = structure(module, cls.forward) if blocks else None
+        if found and not found.reason and any(isinstance(m, known.lora_layer()) for m in members(module, found.layers)):
+            give_class(module, _accelerated_class(cls, backend, found))
+        elif cls is not type(module):
+            give_class(module, cls)
+    fast_path.call_adapted(model)
     names = {name: module for name, module in model.named_modules() if isinstance(module, known.lora_layer())}
     if lost := readers.without_effect(names, readers.peft_readings(model)):
         warnings.warn(
@@ -89,10 +89,12 @@ def patch_peft(model: nn.Module, backend: str = "auto", blocks: bool = True) -> 
 
 
 def unpatch_peft(model: nn.Module) -> int:
-    """Give every patched layer, and every patched block, its own class back.
+    """Give every patched layer, block and encoder its own class back.
+
+    A `UserWarning` names a forward, or another member, that others have set on a patched class since.
 
     Args:
-        model: A model that `patch_peft` has patched.
+        model: A model that `patch_peft` has patched; its adapters may be merged and unloaded since.
 
     Returns:
         The number of layers that were patched.
@@ -102,24 +104,11 @@ def unpatch_peft(model: nn.Module) -> int:
         RuntimeError: A patched module was given a subclass of its patched class (`fully_shard` does that).
     """
     known.check_model("unpatch_peft", model)
-    count = 0
-    for name, module in model.named_modules():
-        if not isinstance(module, _Patched):
-            continue
-        stock = _stock_class(type(module))
-        if stock is None:
-            raise RuntimeError(
-                f"unpatch_peft: {name} was given another class, {type(module).__name__}, after patch_peft; "
-                "undo that first."
-            )
-        _give_class(module, stock)
-        count += isinstance(module, known.lora_layer())
-    readers.allow_fast_path(model)
-    return count
-
-
-# The forward of ours that is set on each class and at work; others may have wrapped it.
-_at_work: dict[type, Any] = {}
+    # A model of `swap_linear` needs its encoders as they are.
+    given = give_back(
+        "unpatch_peft", model, lambda one: not isinstance(one, fast_path.CallsLayers) or fast_path.is_free(one)
+    )
+    return sum(isinstance(module, known.lora_layer()) for module in given)
 
 
 def accelerate(on: bool = True, backend: str = "auto") -> None:
@@ -139,11 +128,11 @@ def accelerate(on: bool = True, backend: str = "auto") -> None:
     for cls in _classes_with_forward():
         stock = stock_forward(cls.forward)
         if not on:
-            _at_work.pop(cls, None)
+            at_work.pop(cls, None)
             cls.forward = stock
         elif is_defined_by(stock, cls):
             # Subclasses that inherit the forward follow.
-            cls.forward = _at_work[cls] = _forward_of_class(cls, stock, backend)
+            cls.forward = at_work[cls] = mark(accelerated_forward(stock, backend), stock, None)
 
 
 @contextlib.contextmanager
@@ -159,15 +148,15 @@ def accelerated(backend: str = "auto") -> Iterator[None]:
         ImportError: PEFT is not installed.
         ValueError: `backend` is unknown.
     """
-    before = {cls: (cls.forward, _at_work.get(cls)) for cls in _classes_with_forward()}
+    before = {cls: (cls.forward, at_work.get(cls)) for cls in _classes_with_forward()}
     accelerate(True, backend)
     try:
         yield
     finally:
         for cls, (forward, ours) in before.items():
-            _at_work.pop(cls, None)
+            at_work.pop(cls, None)
             if ours is not None:
-                _at_work[cls] = ours
+                at_work[cls] = ours
             if is_ours(cls.forward):
                 cls.forward = forward
 
@@ -177,65 +166,14 @@ def _classes_with_forward() -> list[Any]:
     return [cls for cls in known.classes() if "forward" in vars(cls)]
 
 
-def _forward_of_class(cls: type, stock: Callable[..., Any], backend: str) -> Any:
-    """Make a forward that is set on the class itself, and calls `stock` where it is not at work any more."""
+def _accelerated_class(cls: type[nn.Module], backend: str, block: Structure | None, alone: bool = False) -> type[Any]:
+    """Return the patched class for a class of layers or blocks, whose forward in force is accelerated."""
+    stock = stock_forward(cls.forward)
 
-    def ended(forward: Any) -> Callable[..., Any] | None:
-        return None if _at_work.get(cls) is forward else stock
+    def members() -> dict[str, Any]:
+        own = block_forward(stock, block, backend) if block else accelerated_forward(stock, backend)
+        # `alone` is for the report: `patch_peft` was told to leave the layer's block alone.
+        made = {"forward": mark(own, stock, cls), "_lora_kernels_alone": alone}
+        return made | (block_members(block) if block else {})
 
-    return mark(accelerated_forward(stock, backend, ended), stock, None)
-
-
-def _is_lora(module: nn.Module) -> bool:
-    return isinstance(module, known.lora_layer())
-
-
-class _Patched:
-    """The mix-in of patched classes: copies stay patched, and pickles do not."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        twin: Any = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
-        return twin
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Protocols after 1 insist on the object's exact class.
-        reduced: Any = super().__reduce_ex__(1)
-        build, (cls, *args), *state = reduced
-        return build, (_stock_class(cls) or cls, *args), *state
-
-
-@functools.cache
-def _patched_class(
-    cls: type[nn.Module], stock: Callable[..., Any], backend: str, block: Structure | None = None, alone: bool = False
-) -> type[nn.Module]:
-    """Return the subclass of a class whose forward, now, is `stock`."""
-    own = block_forward(stock, block, backend) if block else accelerated_forward(stock, backend, replacement)
-    body = {
-        "forward": mark(own, stock, cls),
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "_lora_kernels_class": cls,
-        # For the report: `patch_peft` was told to leave the layer's block alone.
-        "_lora_kernels_alone": alone,
-        **(block_members(block) if block else {}),
-    }
-    return type(cls.__name__, (_Patched, cls), body)
-
-
-def _give_class(module: Any, cls: type[nn.Module]) -> None:
-    """Set a module's class, and replace a forward that accelerate's device hook keeps or has left on the instance."""
-    before = types.MethodType(type(module).forward, module)
-    for name in ("forward", "_old_forward"):
-        if vars(module).get(name) == before:
-            setattr(module, name, types.MethodType(cls.forward, module))
-    module.__class__ = cls
-
-
-def _stock_class(cls: type) -> Any:
-    """Return the class behind a patched class, any other class itself, or None for a subclass of a patched class."""
-    if not issubclass(cls, _Patched):
-        return cls
-    return vars(cls).get("_lora_kernels_class")
+    return patched_class(cls, (stock, backend, block, alone), members)

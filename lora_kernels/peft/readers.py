@@ -5,9 +5,7 @@
     Mamba, DeBERTa, and others    read dt_proj.weight, in_proj.weight, by their source
 
 `readings` looks for `self.<layer>.weight` in the source of a module's forward and of the methods that the forward
-uses. `call_adapted` switches the fast path off where it would pass an adapter by; `allow_fast_path` is the way back.
-`called_layers` calls the model and sees which layers are called. It uses no hooks, because the fast path is not taken
-in a module with hooks.
+uses. `fast_path` sees to the fast path. `called_layers` calls the model and sees which layers are called.
 """
 
 import ast
@@ -15,7 +13,7 @@ import contextlib
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,21 +22,11 @@ from torch import nn
 from lora_kernels.peft import known
 
 __all__ = [
-    "Reading", "allow_fast_path", "call_adapted", "called_layers", "fast_layers", "fast_path_off", "grouped",
-    "peft_readings", "readings", "without_effect",
+    "Reading", "call_watched", "called_layers", "grouped", "peft_readings", "readings", "without_effect",
 ]  # fmt: skip
 
 # What one may ask of a weight without computing by it.
 _FACTS = ("dtype", "device", "shape", "ndim", "size", "dim", "numel", "is_meta", "is_cuda", "requires_grad", "layout")
-# In a switched-off module: the value of the field that switches its fast path.
-_KEPT = "_lora_kernels_fast_path"
-_SWITCHES: tuple[tuple[type[nn.Module], str, Any], ...] = (
-    # 0 means an activation that the fused kernel does not have; forward itself calls `self.activation`.
-    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
-    # The encoder would pass nested tensors to its layers.
-    (nn.TransformerEncoder, "use_nested_tensor", False),
-)
-
 Path = tuple[str, ...]
 
 
@@ -123,78 +111,66 @@ def grouped(names: Mapping[str, nn.Module], found: Mapping[int, Reading]) -> dic
     return groups
 
 
-@contextlib.contextmanager
-def fast_path_off() -> Iterator[None]:
-    """Let PyTorch's transformer modules call their layers in eval mode, inside a `with` block."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def fast_layers(model: nn.Module, is_adapted: Callable[[nn.Module], bool]) -> list[nn.Module]:
-    """List the modules that have an adapted layer inside and a fast path that may pass it by."""
-    return [
-        module
-        for module in model.modules()
-        for kind, field, _ in _SWITCHES
-        if isinstance(module, kind) and getattr(module, field, False) and any(map(is_adapted, module.modules()))
-    ]
-
-
-def call_adapted(model: nn.Module, is_adapted: Callable[[nn.Module], bool]) -> None:
-    """Let PyTorch's transformer encoders call their layers, where a layer inside is adapted, in eval mode as well."""
-    for module in fast_layers(model, is_adapted):
-        for kind, field, off in _SWITCHES:
-            if isinstance(module, kind):
-                setattr(module, _KEPT, getattr(module, field))
-                setattr(module, field, off)
-
-
-def allow_fast_path(model: nn.Module, is_adapted: Callable[[nn.Module], bool] = lambda _: False) -> None:
-    """Undo `call_adapted`, but for modules in which a layer is adapted."""
-    for module in model.modules():
-        if _KEPT in vars(module) and not any(map(is_adapted, module.modules())):
-            for kind, field, _ in _SWITCHES:
-                if isinstance(module, kind):
-                    setattr(module, field, vars(module).pop(_KEPT))
-
-
 def called_layers(
     model: nn.Module, layers: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> set[str]:
-    """Call the model, without gradients, and return the names of the layers that are called.
-
-    The next call draws the same random numbers again. A layer is seen by a forward set on its instance.
-    """
+    """Call the model as `call_watched` does, and return the names of the layers that are called."""
     seen: set[str] = set()
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with contextlib.ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.enter_context(_watched(layer, functools.partial(seen.add, name)))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(list(devices), device_type="cuda"))
-        model(*args, **kwargs)
+
+    def look(name: str) -> Callable[..., None]:
+        return lambda *_, **__: seen.add(name)
+
+    call_watched(model, [(layer, look(name)) for name, layer in layers.items()], args, kwargs)
     return seen
 
 
+def call_watched(
+    model: nn.Module, watched: Iterable[tuple[nn.Module, Callable[..., None]]],
+    args: tuple[Any, ...], kwargs: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Call the model once, without gradients; the next call draws the same random numbers again.
+
+    Args:
+        model: The model.
+        watched: Modules of the model, each with a function that gets the arguments of the module's forward at each
+            call, before the forward runs. In the meantime the module is as it is without a watch.
+        args: Arguments of the call.
+        kwargs: Keyword arguments of the call.
+    """
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with contextlib.ExitStack() as stack:
+        for module, look in watched:
+            stack.enter_context(_watched(module, look))
+        stack.enter_context(torch.no_grad())
+        # A compiler would trace what watches, too.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.random.fork_rng(list(devices), device_type="cuda"))
+        model(*args, **kwargs)
+
+
 @contextlib.contextmanager
-def _watched(layer: Any, note: Callable[[], None]) -> Iterator[None]:
-    fields, forward = vars(layer), layer.forward
+def _watched(module: Any, look: Callable[..., None]) -> Iterator[None]:
+    # By a forward on the instance, because PyTorch's encoders do not take their fast path where a module has a hook.
+    fields, forward = vars(module), module.forward
+    before = {"forward": fields["forward"]} if "forward" in fields else {}
+
+    def end() -> None:
+        fields.pop("forward", None)
+        fields.update(before)
 
     def noted(*args: Any, **kwargs: Any) -> Any:
-        note()
-        return forward(*args, **kwargs)
+        end()
+        try:
+            look(*args, **kwargs)
+            return forward(*args, **kwargs)
+        finally:
+            fields["forward"] = noted
 
-    before = {"forward": fields["forward"]} if "forward" in fields else {}
     fields["forward"] = noted
     try:
         yield
     finally:
-        del fields["forward"]
-        fields.update(before)
+        end()
 
 
 def _member(module: nn.Module, path: Path) -> nn.Module | None:
@@ -215,10 +191,14 @@ def _uses(cls: type[nn.Module]) -> tuple[set[Path], set[Path]]:
             continue
         seen.add((line[place], name))
         function = vars(line[place])[name]
-        # `call_adapted` sees to the reads of this forward; those in a subclass's own forward are read.
+        # `fast_path` sees to the reads of this forward; those in a subclass's own forward are read.
         if function is nn.TransformerEncoderLayer.forward:
             continue
-        uses = _source_uses(getattr(function, "fget", None) or getattr(function, "__func__", None) or function)
+        function = getattr(function, "fget", None) or getattr(function, "__func__", None) or function
+        # A list or dictionary of the class has neither source nor hash.
+        if not callable(function) or not isinstance(function, Hashable):
+            continue
+        uses = _source_uses(function)
         reads |= uses.reads
         calls |= uses.calls
         todo += [(cls.__mro__, own) for own in uses.own]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_kernels.peft import known
 from lora_kernels.peft import layer as rules
 from lora_kernels.peft.bases import bare, base_of, quantized_base
-from lora_kernels.peft.forwards import describe, is_ours, replaced_part, replacement
+from lora_kernels.peft.forwards import describe, is_ours, replaced_part, replacement, stock_forward
 
 __all__ = ["UNPATCHED", "base_reason", "forward_reason", "part_reason", "stock_reason"]
 
@@ -42,17 +42,32 @@ def _class_reason(module: nn.Module) -> str:
 def forward_reason(module: nn.Module) -> str:
     """Return why no patched forward computes a module, "" if one does."""
     cls = type(module)
-    # accelerate's device hook sets `forward`, which calls `_old_forward`; its removal leaves the old one in `forward`.
-    methods = (vars(module).get(name) for name in ("forward", "_old_forward"))
-    own = next((m.__func__ for m in methods if inspect.ismethod(m) and m.__self__ is module), None)
-    forward = own if "forward" in vars(module) else cls.forward
+    forward: Any = _wrapped_forward(module) if "forward" in vars(module) else cls.forward
     if is_ours(forward):
         other = replacement(forward)
+        if other is stock_forward(forward):
+            return "its forward is from a time of accelerate() or accelerated() that has ended"
         return f"the forward of its class was replaced by {describe(other)}" if other else ""
     if forward is cls.forward:
         set_on_ours = "_lora_kernels_class" in vars(cls)
         return f"the forward of its class was replaced by {describe(forward)}" if set_on_ours else UNPATCHED
     return "its forward is replaced on the instance (X-LoRA, or a hook from before)"
+
+
+def _wrapped_forward(module: nn.Module) -> Any:
+    """Return the function behind a forward that is set on the instance and calls it, None if it is not known.
+
+    accelerate's device hook sets a forward that calls `_old_forward`, and leaves the old one in its place when it goes.
+    Others, as the hooks of diffusers, say by `__wrapped__` what they call.
+    """
+    forward: Any = vars(module)["forward"]
+    if not inspect.ismethod(forward):
+        forward = vars(module).get("_old_forward", forward)
+    while forward is not None:
+        if inspect.ismethod(forward) and forward.__self__ is module:
+            return forward.__func__
+        forward = getattr(forward, "__wrapped__", None)
+    return None
 
 
 def _state_reason(module: Any) -> str:
@@ -98,7 +113,8 @@ def _adapter_reason(module: Any, name: str) -> str:
 
 def _call_reason(module: Any, x: Tensor | None) -> str:
     if part := replaced_part():
-        return f"the forward of nn.{part.__name__} was replaced by {describe(part.forward)}"
+        name, other = part
+        return f"{name} was replaced by {describe(other)}"
     if rules._has_any_global_hook():
         return "a hook on all modules is registered"
     if rules.is_function_mode_active():
@@ -143,11 +159,14 @@ def base_reason(base: Any, x: Tensor | None, name: str = "the base layer") -> st
 
 def part_reason(module: nn.Module, kinds: tuple[type, ...]) -> str:
     """Return why a part of a layer, exactly of one of the classes, has to be called; "" if it need not be."""
-    if type(module) not in kinds:
-        return f"is a {type(module).__name__}, not a plain nn.{kinds[-1].__name__}"
+    kind, plain = type(module), kinds[-1].__name__
+    if kind not in kinds:
+        # Other tuners call their layers Linear as well.
+        name = f"{kind.__module__}.{plain}" if kind.__name__ == plain else kind.__name__
+        return f"is a {name}, not a plain nn.{plain}"
     if "forward" in vars(module):
         return "has its forward replaced on the instance"
-    return "" if bare(module, type(module)) else "has a hook"
+    return "" if bare(module, kind) else "has a hook"
 
 
 def _name(t: Tensor) -> str:

@@ -1,20 +1,18 @@
 """Reports of how a model's LoRA layers and blocks are computed, in their present state or in an observed call."""
 
-import itertools
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lora_kernels.functional.gate import is_watched
-from lora_kernels.peft import known, readers
+from lora_kernels.peft import fast_path, known, readers
+from lora_kernels.peft.bases import storage
 from lora_kernels.peft.blocks import changed_part, patched_structure
-from lora_kernels.peft.forwards import stock_forward
+from lora_kernels.peft.forwards import is_called_plainly, stock_forward
 from lora_kernels.peft.reasons import UNPATCHED, base_reason, forward_reason, part_reason, stock_reason
 from lora_kernels.peft.structure import Structure, members, structure
 
@@ -34,12 +32,14 @@ class LayerReport:
         kind: The classes of the layer and of its base layer.
         form: "fused", "low-rank" or "stock", see `FORMS`.
         reason: Why the layer is not "fused"; "" if it is.
+        note: How the weight is read, if the layer is "fused" over a quantised one; else "".
     """
 
     name: str
     kind: str
     form: str
     reason: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ class Report:
     def __str__(self) -> str:
         counts = ", ".join(f"{self.count(form)} {form}" for form in FORMS)
         lines = [f"{len(self.layers)} LoRA layers: {counts}"]
+        for note, n in Counter(layer.note for layer in self.layers if layer.note).items():
+            lines.append(f"  {n} fused ({note})")
         for (form, reason), n in Counter((layer.form, layer.reason) for layer in self.layers if layer.reason).items():
             lines.append(f"  {n} {form}: {reason}")
         if self.blocks:
@@ -114,8 +116,9 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     Args:
         model: Any module that holds PEFT's LoRA layers, patched or not.
         *args: Arguments for a call of the model, without gradients. The table then describes that call, in which the
-            dtypes, autocast and arguments that reached each layer decide as well. The next call draws the same random
-            numbers again.
+            dtypes, autocast and arguments that reached each layer decide as well. Of a layer that is called several
+            times with different outcomes, the table has the slowest form, and all outcomes as the reason. The model is
+            called once, and the next call draws the same random numbers again.
         **kwargs: Keyword arguments for that call.
 
     Returns:
@@ -140,7 +143,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     table = Table(first, "class", "computed", "reason", title=str(found).splitlines()[0], title_justify="left")
     colours = {"fused": "green", "low-rank": "cyan", "stock": "yellow"}
     for layer in found.layers:
-        table.add_row(layer.name, layer.kind, f"[{colours[layer.form]}]{layer.form}[/]", layer.reason)
+        form = f"{layer.form} ({layer.note})" if layer.note else layer.form
+        table.add_row(layer.name, layer.kind, f"[{colours[layer.form]}]{form}[/]", layer.reason)
     console.print(table)
     if found.blocks:
         table = Table(Column("block", overflow="fold"), "kind", "computed", "reason")
@@ -157,7 +161,9 @@ def _layer_report(name: str, module: nn.Module, reason: str, x: Tensor | None) -
     if reason:
         return LayerReport(name, kind, "stock", reason)
     reason = base_reason(base, x)
-    return LayerReport(name, kind, "low-rank" if reason else "fused", reason)
+    return (
+        LayerReport(name, kind, "low-rank", reason) if reason else LayerReport(name, kind, "fused", "", storage(base))
+    )
 
 
 def _block_reports(
@@ -210,74 +216,84 @@ def _member_reason(own: str, layer: Any, found: LayerReport) -> str:
         return f"{own} is {found.form}: {found.reason}"
     if listened := part_reason(layer, (type(layer),)):
         return f"{own} {listened}"
+    if not is_called_plainly(type(layer)):
+        return f"{own} is called by another __call__ than nn.Module's"
     active = [layer.lora_dropout[name] for name in layer.active_adapters if name in layer.lora_A]
     masks = sum(dropout.training and getattr(dropout, "p", 0) > 0 for dropout in active)
     return f"{own} has {len(active)} active adapters, and dropout" if len(active) > 1 and masks else ""
 
 
 def _observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
-    """Call the model and inspect each layer as its forward begins, because its parameters are gathered then.
-
-    Arguments that a hook adds to the call, for example PEFT's `adapter_names`, may come later, so these are inspected
-    as the forward ends.
-    """
+    """Call the model and inspect each layer at each of its calls, because its parameters are gathered then."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, known.lora_layer())}
-    # The hooks below would switch the fast path off, so look without them first.
-    fast = readers.fast_layers(model, lambda module: isinstance(module, known.lora_layer()))
-    passed_by = set(layers) - readers.called_layers(model, layers, args, kwargs) if fast else set()
-    plain = {
-        id(child): (own, child)
+    names = {id(module): name for name, module in layers.items()}
+    idle = {one.name: one for one in report(model).layers}
+    seen: dict[str, list[_Outcome]] = {name: [] for name in layers}
+    plain: dict[int, list[_Outcome]] = {}
+    passed_by = _Outcome("stock", _PASSED_BY)
+
+    def layer_called(name: str) -> Callable[..., None]:
+        def look(*given: Any, **named: Any) -> None:
+            x = given[0] if given else named.get("x")
+            more = [*(f"argument {i}" for i in range(1, len(given))), *(key for key in named if key != "x")]
+            found = _layer_report(name, layers[name], stock_reason(layers[name], x), x)
+            if found.form != "stock" and more:
+                found = replace(found, form="stock", reason=f"called with {', '.join(more)}")
+            if passed_by in seen[name][-1:]:
+                seen[name].pop()
+            seen[name].append(_Outcome(found.form, found.reason))
+
+        return look
+
+    def encoder_layer_called(module: nn.Module) -> Callable[..., None]:
+        def look(*_: Any, **__: Any) -> None:
+            for child in module.children() if not module.training else ():
+                # If the layer is called, its own look takes this back.
+                if id(child) in names:
+                    seen[names[id(child)]].append(passed_by)
+
+        return look
+
+    def plain_called(own: str, module: nn.Module) -> Callable[..., None]:
+        def look(*given: Any, **_: Any) -> None:
+            reason = base_reason(module, given[0] if given else None, own)
+            plain.setdefault(id(module), []).append(_Outcome("low-rank" if reason else "fused", reason))
+
+        return look
+
+    watched = [(module, layer_called(name)) for name, module in layers.items()]
+    watched += [(one, encoder_layer_called(one)) for one in fast_path.fast_layers(model)]
+    watched += {
+        id(child): (child, plain_called(own, child))
         for _, module, block in _blocks(model)
         for own, child in zip(block.layers, members(module, block.layers), strict=True)
-        if not isinstance(child, known.lora_layer())
-    }
-    seen: dict[str, LayerReport] = {}
-    called: dict[int, str] = {}
-
-    def begins(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            x = given[0] if given else named.get("x")
-            seen[name] = _layer_report(name, module, stock_reason(module, x), x)
-
-        return look
-
-    def ends(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], y: Any) -> None:
-            more = (f"argument {i}" for i in range(1, len(given))), (key for key in named if key != "x")
-            if seen[name].form != "stock" and (added := ", ".join(itertools.chain(*more))):
-                seen[name] = replace(seen[name], form="stock", reason=f"called with {added}")
-
-        return look
-
-    def watch(own: str, module: nn.Module) -> RemovableHandle:
-        def look(module: nn.Module, given: tuple[Any, ...]) -> None:
-            # This hook must not count as a reason; other hooks do.
-            handle.remove()
-            called[id(module)] = base_reason(module, given[0] if given else None, own)
-
-        handle = module.register_forward_pre_hook(look)
-        return handle
-
-    handles = [watch(*one) for one in plain.values()] + [
-        handle
-        for name, module in layers.items()
-        for handle in (
-            module.register_forward_pre_hook(begins(name), with_kwargs=True),
-            module.register_forward_hook(ends(name), with_kwargs=True),
-        )
-    ]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.no_grad(), torch.random.fork_rng(list(devices), device_type="cuda"):
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name in passed_by & seen.keys():
-        seen[name] = replace(seen[name], form="stock", reason=_PASSED_BY)
-    idle = report(model)
-    for module in idle.layers:
-        if module.name not in seen:
-            seen[module.name] = LayerReport(module.name, module.kind, "stock", module.reason or "not called")
-    by_layer = {id(module): seen[name] for name, module in layers.items()}
+        if id(child) not in names
+    }.values()
+    readers.call_watched(model, watched, args, kwargs)
+    for name, one in idle.items():
+        outcome = _joined(seen[name]) if seen[name] else _Outcome("stock", one.reason or "not called")
+        note = storage(layers[name].base_layer) if outcome.form == "fused" else ""
+        idle[name] = replace(one, form=outcome.form, reason=outcome.reason, note=note)
+    by_layer = {id(module): idle[name] for name, module in layers.items()}
+    called = {key: _joined(outcomes).reason for key, outcomes in plain.items()}
     return Report(tuple(by_layer.values()), _block_reports(model, by_layer, called))
+
+
+class _Outcome(NamedTuple):
+    """How one call of a layer is computed."""
+
+    form: str
+    reason: str
+
+
+def _joined(outcomes: Sequence[_Outcome]) -> _Outcome:
+    """Return what to report of the calls of a layer: the slowest form, and how often the calls had which outcome."""
+    counts, order = Counter(outcomes), list(FORMS)
+    form = max((one.form for one in counts), key=order.index)
+    if len(counts) == 1:
+        return outcomes[0]
+    texts = (
+        f"{one.form} " * (one.form != form) + f"in {n} of {len(outcomes)} calls" + f": {one.reason}" * bool(one.reason)
+        for one, n in sorted(counts.items(), key=lambda item: -order.index(item[0].form))
+    )
+    return _Outcome(form, "; ".join(texts))

@@ -5,9 +5,9 @@
                 fc2(act(fc1(x)))                             the forward is run with stand-ins for its layers
 
 The forward of an attention block does much else, so only its three calls are checked, in the order of its statements.
-Each call must occur once, outside branches and inner functions, and nothing else may use x or the three layers from the
-first call to the last. No decision depends on a first call, because checkpointing compares the tensors that a forward
-saves with those of its second run.
+Each call must occur once, outside branches and inner functions, and nothing else may use x or the three layers until
+the last call. `call_sites` finds the instructions of these calls. No decision depends on a first call, because
+checkpointing compares the tensors that a forward saves with those of its second run.
 
 The forward of an MLP may do nothing else, and may not even inspect x or the result, because `lora_mlp` replaces the
 forward. All attributes of the module that the forward reads are recorded, because a number that is 1 today may change
@@ -16,20 +16,24 @@ tomorrow.
 
 import ast
 import copy
+import dis
 import functools
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.activations import ACTIVATIONS, activated
-from lora_kernels.peft.names import Names, names_of
+from lora_kernels.peft.forwards import is_called_plainly
+from lora_kernels.peft.names import Names, is_fixed, names_of
 
-__all__ = ["ATTENTION", "FixedMember", "FixedModule", "Structure", "members", "structure"]
+__all__ = ["ATTENTION", "FixedMember", "FixedModule", "Structure", "call_sites", "members", "structure"]
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 # The layers of an MLP, the last layer last, and the computation.
@@ -43,7 +47,6 @@ _OTHERS = (
     ("mlp", ("gate_up_proj", "down_proj"), "one layer holds gate and up: gate_up_proj"),
 )
 _CHOICES = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-_PLAIN = (bool, int, float, str, type(None), torch.dtype)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -61,7 +64,7 @@ class FixedModule(NamedTuple):
     def still(self, module: nn.Module) -> bool:
         """Return whether a module of that class still has the same forward, names and constants."""
         fields = module.__dict__
-        same = self.kind.forward is self.forward and self.names.still()
+        same = self.kind.forward is self.forward and is_called_plainly(self.kind) and self.names.still()
         return same and all(_identity(fields.get(name)) == value for name, value in self.constants)
 
 
@@ -100,11 +103,12 @@ def structure(module: nn.Module, forward: Callable[..., Any]) -> Structure | Non
         forward: The forward function of the module's class.
     """
     children = module._modules.keys()
+    own = "" if is_fixed(forward) else f"its forward is a {type(forward).__name__}, not a function"
     if children >= set(ATTENTION):
-        return Structure("attention", ATTENTION, _attention_reason(forward))
+        return Structure("attention", ATTENTION, own or _attention_reason(forward))
     for layers in _MLPS:
         if children >= set(layers):
-            return _mlp(module, forward, layers)
+            return Structure("mlp", layers, own) if own else _mlp(module, forward, layers)
     for kind, layers, reason in _OTHERS:
         if children >= set(layers):
             return Structure(kind, layers, reason)
@@ -113,10 +117,19 @@ def structure(module: nn.Module, forward: Callable[..., Any]) -> Structure | Non
 
 def _record_module(module: nn.Module) -> FixedModule:
     """Record the present state of a module beside the layers."""
-    own = ((name, value) for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE)
-    constants = tuple((name, _identity(value)) for name, value in own if isinstance(value, _PLAIN) or callable(value))
-    kind = type(module)
+    kind, constants = type(module), tuple((name, _identity(value)) for name, value in _own(module))
     return FixedModule(kind, kind.forward, names_of(kind.forward, kind), constants)
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes of a module that not every module has."""
+    return ((name, value) for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE)
+
+
+def _loose(module: nn.Module) -> str:
+    """Return the name of what a module beside the layers uses that can change and stay the same object, or ""."""
+    kind, values = type(module), (*_own(module), ("its forward", type(module).forward))
+    return next((name for name, value in values if not is_fixed(value)), "") or names_of(kind.forward, kind).loose
 
 
 def _identity(value: Any) -> Any:
@@ -136,6 +149,28 @@ def members(module: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
 
 
 @functools.cache
+def call_sites(forward: Callable[..., Any]) -> tuple[CodeType, frozenset[int]]:
+    """Return the code of an attention block's forward, and where in it q_proj, k_proj and v_proj are read and called.
+
+    The sites are values of `frame.f_lasti`. Only the reads of direct calls, `self.q_proj(x)`, are among them: there
+    Python loads a method and calls it at once, so what is loaded cannot be kept.
+    """
+    code: CodeType = inspect.unwrap(forward).__code__
+    instructions = list(dis.get_instructions(code))
+    ends = [following.offset for following in instructions[1:]] + [len(code.co_code)]
+    # Python 3.12 may count the caches that follow an instruction as part of what it has run.
+    sites = (range(one.offset, end) for one, end in zip(instructions, ends, strict=True) if _loads_projection(one))
+    return code, frozenset(offset for site in sites for offset in site)
+
+
+def _loads_projection(one: dis.Instruction) -> bool:
+    """Return whether an instruction loads q_proj, k_proj or v_proj of an object to call it as a method."""
+    # Since Python 3.12 the lowest bit of the argument says that a method is loaded.
+    marked = sys.version_info >= (3, 12) and one.opname == "LOAD_ATTR" and bool(one.arg and one.arg & 1)
+    return (marked or one.opname == "LOAD_METHOD") and one.argval in ATTENTION
+
+
+@functools.cache
 def _attention_reason(forward: Callable[..., Any]) -> str:
     """Return why a forward's calls of q_proj, k_proj and v_proj cannot be one call; "" if they can."""
     try:
@@ -147,7 +182,7 @@ def _attention_reason(forward: Callable[..., Any]) -> str:
         return "its forward does not call each of q_proj, k_proj and v_proj once"
     called, end = [call.func for call in calls], max(call.lineno for call in calls)
     read = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in ATTENTION)
-    # Until its call, a layer is a stand-in.
+    # The first call computes all three results, so the layers may not change after it.
     if any(node not in called and node.lineno <= end for node in read):
         return "its forward does more with q_proj, k_proj and v_proj before the last of them is called than call them"
     given = [call.args[0] for call in calls if len(call.args) == 1 and not call.keywords]
@@ -165,6 +200,9 @@ def _attention_reason(forward: Callable[..., Any]) -> str:
         return "its forward does not call q_proj, k_proj and v_proj one after another, come what may"
     if sum(isinstance(node, ast.Name) and node.id == given[0].id for node in nodes) > len(given):
         return f"its forward uses {given[0].id} between q_proj, k_proj and v_proj"
+    # What stands in a `finally` is compiled twice, and another object's v_proj may be this block's.
+    if sum(map(_loads_projection, dis.get_instructions(inspect.unwrap(forward)))) != len(calls):
+        return "its forward does not call each of q_proj, k_proj and v_proj once"
     return ""
 
 
@@ -214,11 +252,16 @@ def _mlp(module: nn.Module, forward: Callable[..., Any], layers: tuple[str, ...]
         of_class = name not in fields and hasattr(kind, name) and not hasattr(nn.Module, name)
         value = getattr(kind, name) if of_class else fields.get(name)
         # The forward was run, so what a property reads is among the names.
-        if not (isinstance(value, (*_PLAIN, property)) or callable(value)):
+        if not is_fixed(value):
             return replace(other, reason=f"its forward reads {name}, which may change")
         values[name] = FixedMember(value) if of_class else value
     own: type = vars(kind).get("_lora_kernels_class", kind)
-    values["what its forward names"] = names_of(forward, own)
+    names = values["what its forward names"] = names_of(forward, own)
+    if names.loose:
+        return replace(other, reason=f"its forward reads {names.loose}, which may change")
+    for name, child in rest.items():
+        if loose := _loose(child):
+            return replace(other, reason=f"{name} uses {loose}, which may change")
     others = (*((name, _record_module(child)) for name, child in rest.items()), *values.items())
     return replace(other, reason="", activation=found.pop(), others=others)
 

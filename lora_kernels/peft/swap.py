@@ -12,7 +12,8 @@ from lora_kernels.constants import HALF
 from lora_kernels.functional.checks import is_sharded
 from lora_kernels.modules import quantized
 from lora_kernels.modules.linear import LoRALinear, check_base
-from lora_kernels.peft import known, readers, tied, trained
+from lora_kernels.peft import fast_path, known, readers, tied, trained
+from lora_kernels.peft.classes import give_back
 from lora_kernels.peft.targets import (
     ALL_LINEAR,
     check_targets,
@@ -46,7 +47,7 @@ def swap_linear(
     An adapter has an effect only where its layer is called. A `UserWarning` names the layers whose weights their module
     reads by its source, without a call (`nn.MultiheadAttention` and `out_proj`, Mamba and `dt_proj`); "all-linear"
     leaves out those that are never called. An `nn.TransformerEncoderLayer` with a `LoRALinear` inside calls it in eval
-    mode as well: its fast path is off until `merge_and_unload`.
+    mode as well: its fast path is off as long as the layer is there.
 
     Args:
         model: The model. Its parameters stop requiring grad, except for existing adapters and modules that an earlier
@@ -182,7 +183,7 @@ def swap_named(
             "of its own.",
             stacklevel=3,
         )
-    readers.call_adapted(model, _is_lora)
+    fast_path.call_adapted(model)
     lost = readers.without_effect(targets, read, called or ())
     silent = [name for name in targets if called is not None and name not in called and id(targets[name]) not in read]
     if silent:
@@ -243,17 +244,13 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         )
     if not layers[0][0]:
         return made[id(layers[0][1])]
-    readers.allow_fast_path(model, _is_lora)
+    give_back("merge_and_unload", model, fast_path.is_free)
     return model
 
 
 def _sharing(shared: Mapping[str, Sequence[str]]) -> str:
     texts = (f"{f'{name}.weight'.lstrip('.')} is shared with {', '.join(others)}" for name, others in shared.items())
     return "; ".join(texts)
-
-
-def _is_lora(module: nn.Module) -> bool:
-    return isinstance(module, LoRALinear)
 
 
 def _called(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: object) -> set[str]:
@@ -267,7 +264,7 @@ def _called(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: o
             "swap_linear: example_inputs must be a tensor, a tuple of positional arguments or a mapping of keyword "
             f"arguments, got {type(example_inputs).__name__}."
         )
-    with readers.fast_path_off():
+    with fast_path.fast_path_off():
         return readers.called_layers(unwrap(model), layers, args, kwargs)
 
 

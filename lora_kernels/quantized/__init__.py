@@ -4,6 +4,6 @@
 tensor, row or block, and int8 weights with scales by row. `lora_kernels.kernels.dequantize` has the formulas.
 """
 
-from lora_kernels.quantized.weight import Nested, QuantizedWeight, count_tables, shape_of_form
+from lora_kernels.quantized.weight import Nested, QuantizedWeight
 
-__all__ = ["Nested", "QuantizedWeight", "count_tables", "shape_of_form"]
+__all__ = ["Nested", "QuantizedWeight"]

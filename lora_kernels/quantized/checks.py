@@ -123,7 +123,7 @@ def _check_eight_bits(weight: Any) -> None:
     grid = tuple(-(-size // part) for size, part in zip(weight.shape, block, strict=True))
     # a grid of one column, or one row, may have any shape that is read in the same order
     fits = scale.shape == grid or (1 in grid and scale.numel() == grid[0] * grid[1])
-    if not fits:
+    if not fits and 0 not in weight.shape:
         raise ValueError(
             f"QuantizedWeight: scale is {tuple(scale.shape)} but must be {grid}: one number for each block of "
             f"{block[0]} x {block[1]} of a weight {tuple(weight.shape)}."

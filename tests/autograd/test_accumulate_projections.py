@@ -64,3 +64,20 @@ def test_a_graph_of_backward_gets_gradients_of_its_own(backend, device):
         assert torch.equal(before, torch.ones_like(leaf))
         torch.testing.assert_close(leaf.grad, gradient + 1)
         leaf.grad = None  # holds the graph, which holds the leaf
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradients_of_an_unused_output_s_adapter_are_not_touched(backend, device):
+    """Neither their values nor their versions, which other backwards compare."""
+    block, _ = draw(CASES["two"], torch.float32, device)
+    for leaf in block.leaves():
+        leaf.grad = torch.ones_like(leaf)
+    ys = block.together(backend, functools.partial(lora_projections, accumulate_grad=True))
+    used, unused = block.adapters
+    before = [t.grad._version for t in (*used, *unused)]
+    torch.autograd.backward(ys[:1], block.dys[:1])
+    assert all(torch.equal(t.grad, torch.ones_like(t)) for t in unused)
+    assert not any(torch.equal(t.grad, torch.ones_like(t)) for t in used)
+    added = [t.grad._version - was for t, was in zip((*used, *unused), before, strict=True)]
+    assert min(added[:2]) > 0
+    assert added[2:] == [0, 0]

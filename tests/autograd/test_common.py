@@ -1,7 +1,10 @@
 """What all Functions share: sums into gradients of any kind, and a backward that autocast does not change."""
 
+import contextlib
+
 import pytest
 import torch
+from operator_samples import Watch
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import Projection, lora_linear, lora_mlp, lora_projections, lora_qkv
@@ -58,13 +61,17 @@ def test_a_sum_is_added_to_a_16_bit_gradient_before_it_is_rounded(backend, devic
         assert torch.equal(t.grad, torch.full_like(t, 258))
 
 
+@pytest.mark.parametrize("operator", [False, True])
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_around_backward_changes_nothing(backend, call, device):
+def test_autocast_around_backward_changes_nothing(backend, call, operator, device):
+    """Of a plain call and of the registered operator, which a dispatch mode sees."""
     found = []
     for enabled in (False, True):
         x, w, a, b = operands(device)
-        y = CALLS[call](x, w, a, b, backend=backend).sum()
+        with Watch() if operator else contextlib.nullcontext() as seen:
+            y = CALLS[call](x, w, a, b, backend=backend).sum()
+        assert not operator or any("lora_kernels" in str(name) for name in seen.seen)
         with torch.autocast(device, torch.bfloat16, enabled=enabled):
             y.backward()
         found.append([x.grad, a.grad, b.grad])

@@ -340,3 +340,19 @@ def test_sizes_of_zero_more_than_a_launch_holds_and_none_that_joins(device):
         assert all(map(torch.equal, *ys))
     ys = torch.compile(lambda x: lora_projections(x, weights[:3], [None] * 3), backend="eager", fullgraph=True)(x)
     assert all(torch.equal(y, nn.functional.linear(x, w)) for y, w in zip(ys, weights, strict=False))
+
+
+def test_the_padding_of_s_is_zero(device):
+    """A compiler's or a checker's copy of s would hold what stood in the memory before; here that is NaN."""
+    kind, ranks = dict(dtype=torch.bfloat16, device=device), (5, 3)
+    x, w = torch.ones(6, K, **kind), torch.ones(8, K, **kind)
+    tensors = [t for r in ranks for t in (w, torch.ones(r, K, **kind), torch.ones(8, r, **kind))]
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        given = [0, 1, 2, 4, 5, 6], None, [1.0, 1.0], [0.0, 0.0], "triton"
+        _, s, _ = autograd.projections.projections_forward(x, tensors, *given)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert s.shape[1] > sum(ranks)
+    assert s.unique().tolist() == [0, K]

@@ -16,6 +16,7 @@ from lora_kernels.bench.cases import model as model_case
 from lora_kernels.bench.cost import block as block_cost
 from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.bench.cost import stored as stored_cost
+from lora_kernels.bench.cost import traffic
 from lora_kernels.bench.providers import llama, quantised, unsloth
 from lora_kernels.cli import bench
 from lora_kernels.measure.presets import MODELS, Dims, HostedDims, Shape
@@ -52,6 +53,17 @@ def test_bytes_of_a_weight_of_nf4():
 )  # fmt: skip
 def test_bytes_of_each_launch(kind, by, nested, element, launches):
     assert stored_cost.launches(kind, 3, 100, by, element, nested) == launches
+
+
+@pytest.mark.parametrize(("kind", "how", "tables"), [
+    # the 16 nibbles; nested: the 256 values of a scale and their mean
+    ("nf4", dict(block=64, nested=True), 64 + 1024 + 4), ("nf4", dict(block=64), 64),
+    ("fp8", dict(bits=8, block=(128, 128)), 0), ("int8", dict(bits=8, block=(1, 4096)), 0),
+])  # fmt: skip
+def test_one_launch_of_ours_moves_what_the_kernel_touches(kind, how, tables):
+    moved = traffic.dequantize(1024, 4096, 2, **how)
+    (launch,) = stored_cost.launches(kind, 1024, 4096, nested=how.get("nested", False))
+    assert moved.touched + moved.stored == launch + tables
 
 
 def test_both_passes_dequantise():

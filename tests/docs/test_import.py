@@ -22,11 +22,11 @@ def audit(event, args):
         if "__pycache__" not in str(args[0]):
             events.append((event, str(args[0])))
 sys.addaudithook(audit)
-import lora_kernels, lora_kernels.peft
+import lora_kernels, lora_kernels.peft, lora_kernels.quantized
 if {probe}:
     open({path!r}, "w").close()
 assert not events, events
-loaded = [name for name in ("triton", "rich", "matplotlib", "peft", "safetensors") if name in sys.modules]
+loaded = [name for name in ("triton", "rich", "matplotlib", "peft", "safetensors", "bitsandbytes") if name in sys.modules]
 assert not loaded, loaded
 assert not torch.cuda.is_initialized()
 """

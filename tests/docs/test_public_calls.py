@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import lora_kernels
 from lora_kernels import LoRALinear, Projection, explain, reference
+from lora_kernels.quantized import QuantizedWeight
 
 IN, OUT, R, SCALING = 12, 7, 3, 0.5
 _draw = torch.Generator().manual_seed(0)
@@ -79,9 +80,8 @@ def qkv(lora_qkv):
 
 
 def mlp(lora_mlp):
-    down = Projection(SQUARE)
-    same(lora_mlp(X, LAYER, LAYER, down, activation="silu"), (nn.functional.silu(Y) * Y) @ SQUARE.T)
-    same(lora_mlp(X, None, LAYER, down, activation="relu2"), Y.relu().square() @ SQUARE.T)
+    same(lora_mlp(X, LAYER, LAYER, Projection(SQUARE)), (nn.functional.silu(Y) * Y) @ SQUARE.T)
+    same(lora_mlp(X, None, LAYER, Projection(SQUARE), activation="relu2"), Y.relu().square() @ SQUARE.T)
 
 
 def projection(cls):
@@ -100,16 +100,14 @@ def module(cls):
         same(one(X), Y)
     one.unmerge()
     same(one.weight, WEIGHT)
-    base = nn.Linear(IN, OUT)
-    same(cls.from_linear(base, r=R, lora_alpha=1, lora_dropout=0.1, use_rslora=True)(X), base(X))
+    same(cls.from_linear(base := nn.Linear(IN, OUT), r=R, lora_alpha=1, lora_dropout=0.1, use_rslora=True)(X), base(X))
 
 
 def module_of_qkv(cls):
     block = randomised(cls(IN, 8, 4, r=R, lora_alpha=6, targets=["q_proj", "v_proj"]))
     children = block.q_proj, block.k_proj, block.v_proj
     assert [type(child) is LoRALinear for child in children] == [True, False, True]
-    for found, child in zip(block(X), children, strict=True):
-        same(found, child(X))
+    same(list(block(X)), [child(X) for child in children])
     same(cls.from_linears(*children)(X)[0], block.q_proj(X))
 
 
@@ -134,6 +132,11 @@ def mask(keep_mask):
     assert (keep.shape, keep.dtype) == ((40, 50), torch.bool)
     assert 0.65 < keep.float().mean() < 0.75
     assert torch.equal(keep, keep_mask(1, 40, 50, 0.3))
+
+
+def quantized(cls, dequantize=QuantizedWeight.dequantize):
+    made = cls.nf4(torch.tensor([0x1F], dtype=torch.uint8), torch.tensor([2.0]), shape=(1, 2))
+    same(dequantize(made, torch.float32), torch.tensor([[-2 * 0.6961928, 2.0]]))  # the second value of NF4, and 1
 
 
 KEEP = torch.arange(X.numel()).view(X.shape) % 3 > 0
@@ -296,8 +299,9 @@ CALLS = {
         "accelerated": accelerated,
     },
     "lora_kernels.parallel": {"LoRAColwise": parallel, "LoRARowwise": parallel},
+    "lora_kernels.quantized": {"Nested": lambda cls: same(cls(A, B, BIAS).blocksize, 256), "QuantizedWeight": quantized},
     "lora_kernels.reference": LAYERS | {
-        "Layer": protocol, "activated": activating, "dropped": dropping,
+        "Layer": protocol, "activated": activating, "dequantize": lambda call: quantized(QuantizedWeight, call), "dropped": dropping,
         "forward": lambda forward: same(forward(X, WEIGHT, A, B, BIAS, SCALING), Y),
         "grad_bias": lambda grad: same(grad(DY), gradients()["bias"]),
         "grad_lora_A": lambda grad: same(grad(DY, X, B, SCALING, KEEP, 0.5), gradients()["a"]),

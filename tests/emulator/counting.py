@@ -16,7 +16,7 @@ from emulator.launches import Seen, recorded
 from lora_kernels import plan
 from lora_kernels.bench.cost import traffic
 from lora_kernels.constants import DTYPES
-from lora_kernels.inspect.compiled import _forward
+from lora_kernels.inspect.compiled import STORED, _forward
 from lora_kernels.inspect.kernel import Case
 from lora_kernels.kernels._imagined import GPUS
 
@@ -31,6 +31,7 @@ _MLP = (256, 256, 512)
 QUICK = (
     Case(*_LAYER, 16, place=0), Case(*_LAYER, 16, p=0.1, place=0), Case(16, 1024, 1024, 16, p=0.1),
     Case(256, 512, 512, 16, p=0.1, others=_QKV, place=0), Case(*_MLP, 16, p=0.1, activation="silu", place=0),
+    Case(0, 512, 512, 0, storage="nf4 nested"),
 )  # fmt: skip
 # every kernel and dtype with each of its ways; tiles are filled, in some by fewer rows than they have
 CASES = (
@@ -45,6 +46,8 @@ CASES = (
     Case(256, 256, 256, 16, "fp32", p=0.1), Case(256, 256, 256, 16, "fp32", p=0.1, tf32=True, place=0),
     Case(128, 128, 256, 16, "fp32", p=0.1, activation="silu"),
     Case(128, 256, 256, 16, "fp32", p=0.1, strided=True),
+    *(Case(0, 512, 512, 0, storage=storage) for storage in STORED if storage != "nf4 nested"),
+    Case(0, 512, 512, 0, "fp32", storage="nf4 nested"),
 )  # fmt: skip
 
 
@@ -108,6 +111,8 @@ def _seeds(one: Seen, counters: dict) -> int:
 
 def _tile(one: Seen) -> str:
     sides = dict(one.sides)
+    if one.kernel == "dequantize":
+        return str(sides["BLOCK"])
     names = {"shrink": "MKR", "matmul_expand": "MNK", "wgrad": "MWT"}[one.kernel]
     return "x".join(str(sides[f"BLOCK_{side}"]) for side in names)
 
@@ -117,6 +122,8 @@ def _formulas(case: Case, arch: str) -> list[traffic.Moved] | None:
     if case.strided or case.accumulate or case.tf32 or case.strategy != "fused" or case.fp32_adapters or case.mixed:
         return None
     dtype, gpu = DTYPES[case.dtype], GPUS[arch]
+    if case.storage:
+        return [_stored(case, dtype.itemsize)]
     tma = arch != "sm_80" and dtype.itemsize == 2
     bias = dtype.itemsize * case.bias
     ways = dtype, case.p > 0, gpu.num_sms, tma
@@ -126,3 +133,9 @@ def _formulas(case: Case, arch: str) -> list[traffic.Moved] | None:
         widths = case.n, *case.others
         return traffic.block(case.m, case.k, widths, (case.r,) * len(widths), *ways, bias, place=case.place)
     return traffic.layer(case.m, case.k, case.n, case.r, *ways, bias=bias, place=case.place)
+
+
+def _stored(case: Case, itemsize: int) -> traffic.Moved:
+    blocks = {"fp8 block": (128, 128), "fp8 row": (1, case.k), "int8": (1, case.k)}
+    bits, block = (8, blocks[case.storage]) if case.storage in blocks else (4, 64)
+    return traffic.dequantize(case.n, case.k, itemsize, bits, block, nested=case.storage == "nf4 nested")

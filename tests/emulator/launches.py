@@ -15,12 +15,13 @@ _SHIPPED = "BLOCK_M", "BLOCK_N", "BLOCK_K", "SUBTILES"
 # what a kernel is compiled for beside its tile; of a tuple, one for each row, whether any is set
 _FLAGS = (
     "ACTIVATION", "HAS_BIAS", "HAS_DROPOUT", "HAS_KEEP", "HAS_SHRINK", "IS_SPLIT", "ACCUMULATE", "READY", "PRECISION",
-    "NUM_OUTPUTS", "NUM_SOURCES", "NUM_MASKED", "ROWS", "USE_TMA", "STORE_TMA", "Q_ROWS_ARE_N",
+    "NUM_OUTPUTS", "NUM_SOURCES", "NUM_MASKED", "ROWS", "USE_TMA", "STORE_TMA", "Q_ROWS_ARE_N", "FORMAT", "NESTED",
+    "E8M0",
 )  # fmt: skip
 # by these a kernel's rule picks another tile, so each tile is executed with each
 _OF_TILES = {
     "matmul_expand": ("PRECISION", "USE_TMA"), "shrink": ("HAS_DROPOUT", "ROWS"),
-    "wgrad": ("HAS_KEEP", "HAS_SHRINK", "PRECISION", "ROWS"),
+    "wgrad": ("HAS_KEEP", "HAS_SHRINK", "PRECISION", "ROWS"), "dequantize": ("FORMAT",),
 }  # fmt: skip
 
 
@@ -28,7 +29,7 @@ class Seen(NamedTuple):
     """A kernel as it was launched.
 
     Attributes:
-        kernel: "matmul_expand", "shrink" or "wgrad".
+        kernel: "matmul_expand", "shrink", "wgrad" or "dequantize".
         itemsize: Bytes an element of its operands.
         sides: Its tile's sides and slices, by name.
         warps: Warps a program.
@@ -45,7 +46,7 @@ class Seen(NamedTuple):
 
     def tile(self) -> tuple[str, str]:
         """Kernel and bits of an element; the tile in words, such as 128x256x64/8w4s."""
-        sides = "x".join(str(value) for name, value in self.sides if name.startswith("BLOCK_"))
+        sides = "x".join(str(value) for name, value in self.sides if name.startswith("BLOCK"))
         return f"{self.kernel} {8 * self.itemsize} bit", f"{sides}/{self.warps}w{self.stages}s"
 
     def features(self) -> set[tuple]:
@@ -77,7 +78,7 @@ def recorded(dry: bool = False) -> Iterator[list[Seen]]:
 
 def _seen(launch: Launch, arguments: tuple) -> Seen:
     flags, options = launch.flags, launch.options
-    sides = tuple((name, value) for name, value in flags.items() if name.startswith("BLOCK_") or name == "SUBTILES")
+    sides = tuple((name, value) for name, value in flags.items() if name.startswith("BLOCK") or name == "SUBTILES")
     return Seen(
         launch.kernel.__name__.strip("_").removesuffix("_kernel"), _itemsize(arguments), sides,
         options["num_warps"], options["num_stages"], tuple((name, _any(flags[name])) for name in _FLAGS if name in flags),

@@ -6,7 +6,7 @@ Widths that are multiples of 16 take other ways through Triton than those that a
 import itertools
 from collections.abc import Iterator
 
-from emulator import exact
+from emulator import exact, stored
 from emulator.cases import Case, block, layer, ungated
 from lora_kernels.constants import DTYPES
 from lora_kernels.verify.layer_matrix import LAYOUTS
@@ -35,6 +35,7 @@ def quick(arch: str) -> Iterator[Case]:
     yield ungated("fp32", 40, 64, 48, 16, "gelu_tanh")
     yield exact.projections("bf16", 100, 144, (200,), (16,), accumulate=True)
     yield exact.projections("fp32", 150, 208, (272,), (16,), precision="tf32")
+    yield from stored.quick()
 
 
 def table(arch: str) -> Iterator[Case]:
@@ -44,6 +45,7 @@ def table(arch: str) -> Iterator[Case]:
     yield from _tiles(arch)
     yield from _exact(arch)
     yield from _blocks(arch)
+    yield from stored.table()
 
 
 def _layers() -> Iterator[Case]:

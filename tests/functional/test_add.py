@@ -134,6 +134,15 @@ def test_an_fp32_base_and_its_gradient_are_never_rounded(backend, mode, device):
     assert torch.equal(base.grad, dy)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_sum_over_a_16_bit_base_is_rounded_once(backend, device):
+    """1 + 2^-10 is added to 256: the sum lies above the middle of two bf16 neighbours, with a rounded term on it."""
+    base = torch.full((4, 8), 256.0, dtype=torch.bfloat16, device=device)
+    x, a = torch.ones(4, 8, device=device), torch.full((1, 8), 0.125, device=device)
+    b = torch.full((8, 1), 1 + 2.0**-10, device=device)
+    assert torch.equal(lora_add(base, x, a, b, backend=backend), torch.full_like(base, 258))
+
+
 def test_inputs_are_not_written():
     tensors = case(torch.float32)
     copies = [t.detach().clone() for t in tensors]

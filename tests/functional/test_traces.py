@@ -141,24 +141,41 @@ def test_fx_records_each_call(name):
     assert all(p.grad is not None for n, p in module.named_parameters() if "lora_" in n)
 
 
+def by_onnx(exported, x, path, **how):
+    """Export to ONNX, and run the file by its own runtime."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(exported, (x,), path, input_names=["x"], verbose=False, **how)
+    model = pytest.importorskip("onnx").load(path)
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+    session = pytest.importorskip("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x: torch.cat([torch.from_numpy(y) for y in session.run(None, {"x": x.numpy()})], -1)
+
+
 @pytest.mark.parametrize("dynamo", [False, True])
 @pytest.mark.parametrize("name", MODULES)
 def test_onnx_gets_operators_that_it_knows(name, dynamo, tmp_path):
-    """Where the exporter's packages are installed: a model without a domain of ours, that ONNX computes as we do."""
-    onnx = pytest.importorskip("onnx")
-    evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
-    if dynamo:
-        pytest.importorskip("onnxscript")
+    """A model without a domain of ours, of any number of rows, that ONNX's runtime computes as we do."""
+    pytest.importorskip("onnxscript")
+    module, rows = made(name).eval(), {0: torch.export.Dim("rows", min=2, max=64)}
+    how = dict(dynamic_shapes=(rows,)) if dynamo else dict(dynamic_axes={"x": {0: "rows"}})
+    run = by_onnx(module, torch.randn(5, WIDTH), tmp_path / "m.onnx", dynamo=dynamo, **how)
+    for x in (torch.randn(5, WIDTH), torch.randn(9, WIDTH)):
+        torch.testing.assert_close(run(x), joined(module(x)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch.export's own
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_onnx_takes_a_program_that_was_exported_before(name, strict, tmp_path):
+    """The program itself keeps our operators, and chooses its backend where it runs."""
+    pytest.importorskip("onnxscript")
     module, x = made(name).eval(), torch.randn(5, WIDTH)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(module, (x,), tmp_path / "m.onnx", dynamo=dynamo, input_names=["x"], verbose=False)
-    model = onnx.load(tmp_path / "m.onnx")
-    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
-    ys = evaluator(model).run(None, {"x": x.numpy()})
-    torch.testing.assert_close(
-        torch.cat([torch.from_numpy(y) for y in ys], -1), joined(module(x)), rtol=1e-4, atol=1e-4
-    )
+    program = torch.export.export(module, (x,), strict=strict)
+    assert any("lora_kernels" in str(node.target) for node in program.graph.nodes)
+    run = by_onnx(program, x, tmp_path / "m.onnx", dynamo=True)
+    torch.testing.assert_close(run(x), joined(module(x)), rtol=1e-4, atol=1e-4)
+    assert any("lora_kernels" in str(node.target) for node in program.run_decompositions().graph.nodes)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,5 +1,6 @@
 """Every budget of `lora-kernels inspect` can be broken, the stored ones too, and its options say what is wrong."""
 
+import itertools
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from lora_kernels.cli import inspect
 from lora_kernels.inspect.binary import BinaryFacts, Loop, late_stores
 from lora_kernels.inspect.budgets import broken_budgets
 from lora_kernels.inspect.compiled import CASES, QUICK
+from lora_kernels.inspect.compiled import STORED as STORAGES
 from lora_kernels.inspect.kernel import Case, Kernel
 from lora_kernels.inspect.stored import budget_file, regressions, renew
 
@@ -24,6 +26,9 @@ def kernel(name, constants, case=None, arch="sm_90", programs=132, **changes):
     else:
         mma, loop = {"HGMMA.64x16x16": 8}, Loop(137, 8, 1, 1, 0, 10, {128: 10})
     facts = BinaryFacts(160, 0, 100_000, 2, mma, 8, 0, {128: 20}, {128: 4}, loop, [], False, "waits")
+    if name == "dequantize":
+        # 32 weights a thread
+        changes = dict(mma={}, loop=None, instructions=12 * 32, loads={128: 1, 32: 35, 8: 1}) | changes
     of_loop = {field.removeprefix("loop_"): changes.pop(field) for field in list(changes) if field.startswith("loop_")}
     facts = replace(facts, **{"loop": replace(loop, **of_loop), **changes})
     return Kernel(arch, name, case or Case(8192, 4096, 4096, 16), False, constants, 4, 4, programs, "hash", facts)
@@ -34,6 +39,8 @@ MATMUL = dict(
 )
 SHRINK = dict(HAS_DROPOUT=False, PRECISION="ieee", BLOCK_M=64, BLOCK_K=128, BLOCK_R=16)
 WGRAD = dict(HAS_KEEP=False, HAS_SHRINK=False, PRECISION="ieee", BLOCK_M=64, BLOCK_W=128, BLOCK_T=16)
+DEQUANTIZE = dict(FORMAT="4 bits", NESTED=True, BLOCK=4096)
+STORED = Case(8192, 4096, 4096, 0, storage="nf4 nested")
 FP32 = Case(8192, 4096, 4096, 16, "fp32")
 STRIDED = Case(8192, 4096, 4096, 16, strided=True)
 
@@ -52,6 +59,9 @@ GOOD = [
     kernel("wgrad", WGRAD | dict(HAS_KEEP=True), loop_loads={128: 9, 32: 2}, loop_async_copies=11, loop_waits=4),
     kernel("wgrad", WGRAD | dict(HAS_SHRINK=True), loop_waits=2, loop_arrives=2),
     kernel("wgrad", WGRAD | dict(BLOCK_M=16), loop_loads={128: 2, 32: 1}),  # 32 bits a thread are all there is
+    kernel("dequantize", DEQUANTIZE, STORED),
+    kernel("dequantize", DEQUANTIZE, replace(STORED, k=4095), instructions=20 * 32, loads={8: 16}, stores={16: 32}),
+    kernel("dequantize", DEQUANTIZE | dict(FORMAT="fp8"), replace(STORED, storage="fp8 row"), loads={128: 2, 32: 2}),
 ]
 
 SEVERAL = {  # kernels of several projections, and what tells them from a layer's
@@ -110,6 +120,16 @@ BAD = [
     (kernel("matmul_expand", MATMUL | dict(USE_TMA=False, PDL=False), arch="sm_80"), "is not pipelined"),
     (kernel("shrink", SHRINK, loop_loads={128: 8, 64: 4}), "loads {64: 4} (bits: count) in the K loop"),
     (kernel("shrink", SHRINK, loop_loads={128: 7}), "loads the wide tile in fewer than 128 bits"),
+    (
+        kernel("dequantize", DEQUANTIZE, STORED, instructions=12 * 32 + 1),
+        "takes 385 instructions for 32 weights, more than 12 a",
+    ),
+    (kernel("dequantize", DEQUANTIZE, STORED, contracted=1), "contracts a product and a sum"),
+    (kernel("dequantize", DEQUANTIZE, STORED, arch="gfx942", contracted=2), "contracts a product and a sum"),
+    (kernel("dequantize", DEQUANTIZE, STORED, loads={32: 35, 8: 17}), "loads the storage in fewer than 128 bits"),
+    (kernel("dequantize", DEQUANTIZE | dict(FORMAT="int8"), STORED, loads={128: 1}), "loads the storage in fewer"),
+    (kernel("dequantize", DEQUANTIZE, STORED, stores={128: 2, 64: 4}), "stores W in fewer than 128 bits"),
+    (kernel("dequantize", DEQUANTIZE, STORED, spills=8), "spills 8"),
     (kernel("wgrad", WGRAD, loop_loads={128: 8, 32: 4}), "narrower than 128 bits"),
     (kernel("wgrad", WGRAD | dict(HAS_KEEP=True), loop_loads={128: 9, 8: 8}, loop_async_copies=17), "narrower than"),
     (kernel("wgrad", WGRAD | dict(HAS_KEEP=True), loop_loads={128: 9, 32: 2}, loop_async_copies=9), "of these 9 ahead"),
@@ -192,6 +212,14 @@ def test_kernels_of_several_projections_go_by_names_of_their_own(flags):
     assert list(broken_budgets(SEVERAL[flags], GPU)) == []
 
 
+def test_stored_weights_are_among_the_cases_and_have_names_of_their_own():
+    assert {case.storage for case in QUICK} >= set(STORAGES)
+    assert {(case.storage, case.dtype) for case in CASES} >= set(itertools.product(STORAGES, ("bf16", "fp16", "fp32")))
+    assert str(STORED) == "4096x4096 bf16 from nf4 nested"
+    named = kernel("dequantize", DEQUANTIZE, STORED)
+    assert str(named) == "sm_90 dequantize bf16 4096 4 warps 4 stages nf4 nested"
+
+
 def test_several_projections_are_among_the_cases():
     blocks = [case for case in CASES if case.others]
     assert {len(case.others) for case in blocks} == {1, 2, 3}
@@ -255,7 +283,7 @@ def test_the_command_renews_and_holds_stored_budgets(inspected, tmp_path):
     assert f"--budgets {tmp_path} --renew" in shown.replace("\n", "")
 
 
-@pytest.mark.parametrize(("width", "tables"), [(80, 3), (120, 2), (160, 1)])
+@pytest.mark.parametrize(("width", "tables"), [(80, 5), (120, 2), (160, 1)])
 def test_the_table_fits(width, tables):
     console = inspect.Console(width=width, highlight=False)
     table = inspect._table("sm_90", [*GOOD, *(bad for bad, _ in BAD)])
@@ -264,8 +292,8 @@ def test_the_table_fits(width, tables):
     lines = captured.get().splitlines()
     assert max(map(len, lines)) <= width
     assert "…" not in captured.get()
-    # a line a kernel: two of the title, and for each table its header, two gaps between kernels, and one to the next
-    assert len(lines) == 2 + tables * (2 + len(GOOD) + len(BAD) + 2 + 1) - 1
+    # a line a kernel: two of the title, and for each table its header, three gaps between kernels, and one to the next
+    assert len(lines) == 2 + tables * (2 + len(GOOD) + len(BAD) + 3 + 1) - 1
     words = captured.get().split()
     assert words.count("ok") == len(GOOD) + len(BAD)  # those of BAD are not held to their budgets here
     assert set(words) >= {"regs", "spills", "smem", "TMA", "loads", "stores"}

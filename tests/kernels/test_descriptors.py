@@ -70,12 +70,18 @@ def test_what_tma_cannot_read_is_copied(turned):
         torch.testing.assert_close(made.base, changed.t() if turned else changed, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("pitch", [0, 8, 24, 32])
-def test_rows_that_overlap_are_copied(pitch):
+def test_rows_that_overlap_are_copied(pitch, turned, keeps):
     """A window that slides over a signal, or one row expanded to many; of rows that just touch nothing is copied."""
     signal = torch.arange(16 * 32, dtype=torch.bfloat16)
     rows = signal.as_strided((16, 32), (pitch, 1))
-    made = Describe(facts(rows), (16, 32), turned=False, keeps=False)(rows)
+    given = rows.t() if turned else rows
+    describe = Describe(facts(given).t() if turned else facts(given), (16, 32), turned, keeps)
+    made = describe(given)
     assert (made.base.data_ptr() == signal.data_ptr()) == (pitch == 32)
-    assert made.strides == [32, 1]
-    assert torch.equal(made.base, rows)
+    assert (made.shape, made.strides) == ([16, 32], [32, 1])
+    assert bool(describe.known) == (keeps and pitch == 32), "a descriptor of a copy is not kept"
+    if pitch < 32:
+        assert torch.equal(made.base, rows)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from oracles import stored
 
 from bench import roofline
 from lora_kernels import Projection, lora_mlp, lora_projections
 from lora_kernels.autograd.linear import LoRALinearFunction
 from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.bench.cost import traffic
-from lora_kernels.kernels import _configs, matmul_expand, shrink, shrink_wgrad, wgrad
+from lora_kernels.kernels import _configs, dequantize, matmul_expand, shrink, shrink_wgrad, wgrad
 from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig
 from lora_kernels.kernels._launch import num_sms
 from lora_kernels.kernels._wgrad_config import WgradConfig
@@ -98,6 +99,29 @@ def test_a_split_wgrad(rows_per_split, shrinks, log):
     else:
         wgrad(dy, s, torch.float16, config=config)
     check(log, [traffic.wgrad(60, 70, 20, 4, 2, config, shrinks=shrinks)])
+
+
+@pytest.mark.parametrize(
+    ("format", "shape", "block", "nested"),
+    [
+        ("nf4", (130, 132), 64, False), ("fp4", (333, 101), 32, True), ("nf4", (3, 1700), 20, False),
+        ("fp8", (40, 300), (16, 128), False), ("fp8", (3, 5000), (3, 5000), False), ("int8", (40, 97), (1, 97), False),
+    ],
+)  # fmt: skip
+def test_a_stored_weight(format, shape, block, nested, log):
+    weight = stored.draw(format, shape, block, nested)
+    if nested:
+        # every entry of the table
+        weight.scale.copy_(torch.arange(weight.scale.numel()) % 256)
+    dequantize(weight, torch.float16)
+    check(log, [traffic.dequantize(*shape, 2, 4 if isinstance(block, int) else 8, block, nested)])
+
+
+def test_a_weight_in_4_bits_moves_a_quarter_more_than_its_16_bit_copy():
+    """An NF4 weight of Llama-8B: half a byte, its scales, and two bytes written."""
+    moved = traffic.dequantize(14336, 4096, 2, nested=True)
+    assert moved.total / (14336 * 4096) == pytest.approx(0.5 + 1 / 64 + 4 / 64 / 256 + 2, rel=1e-4)
+    assert traffic.dequantize(14336, 4096, 2, 8, (128, 128)).total / (14336 * 4096) == pytest.approx(3.0, rel=1e-3)
 
 
 @pytest.mark.parametrize("tma", [False, True])

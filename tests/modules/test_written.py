@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 from lora_kernels import LoRALinear, LoRAMLP, LoRAQKV, Projection, lora_linear, lora_mlp, reference, swap_linear
 from lora_kernels.functional import lora_add
 
+pytestmark = pytest.mark.small
 WIDTH = 16
 # Calls of the first are composed of operators, those of the second run a Function.
 ROWS = (4, 5000)

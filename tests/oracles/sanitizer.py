@@ -18,6 +18,7 @@ import torch
 OUTPUTS = {
     "_shrink_kernel": {"s_ptrs", "keep_ptrs", "parts_ptr", "h_ptr"},
     "_matmul_expand_kernel": {"y0", "y1", "y2", "y3"},
+    "_dequantize_kernel": {"w_ptr"},
     "_wgrad_kernel": {"g_ptrs", "ds_ptrs", "g_parts_ptr", "ds_parts_ptr", "dgate_ptr", "dup_ptr"},
 }
 PARTS = {"parts_ptr", "g_parts_ptr", "ds_parts_ptr"}

@@ -99,6 +99,8 @@ def test_peft_s_files_into_new_and_into_standing_layers(name, tmp_path):
         for n in names:
             other = theirs.get_submodule(f"base_model.model.{n}")
             assert model.get_submodule(n).scaling == other.scaling["default"]
+            assert model.get_submodule(n).lora_alpha == other.lora_alpha["default"]
+            assert model.get_submodule(n).use_rslora == SWAPS[name].get("use_rslora", False)
             assert torch.equal(model.get_submodule(n).lora_A, other.lora_A["default"].weight)
     assert {p for n, p in bare.named_parameters() if p.requires_grad} == {
         p for n, p in bare.named_parameters() if "lora" in n

@@ -208,7 +208,7 @@ def test_a_layer_is_taken_out_and_put_in(joined):
 
 
 def test_a_block_within_a_block(joined):
-    """Of the calls that a thread is in, the innermost one has its stand-ins; the outer one goes on after it."""
+    """Of the calls that a thread is in, the innermost one has its results; the outer one goes on after it."""
     model, outer = block(Between())
     inner_model, inner = block(Attention())
     for one in (model, inner_model):

@@ -102,6 +102,10 @@ FALLBACKS = {
     "hook on B": (edited(lambda one: hook(one.lora_B["default"])), "lora_B.default has a hook"),
     "pre-hook on A": (edited(lambda one: pre_hook(one.lora_A["default"])), "lora_A.default has a hook"),
     "backward hook on B": (edited(lambda one: backward_hook(one.lora_B["default"])), "lora_B.default has a hook"),
+    "backward pre-hook on A": (
+        edited(lambda one: one.lora_A["default"].register_full_backward_pre_hook(lambda module, got: None)),
+        "lora_A.default has a hook",
+    ),
     "hook on dropout": (edited(lambda one: hook(one.lora_dropout["default"])), "lora_dropout.default has a hook"),
     "forward of A": (
         edited(lambda one: replaced_forward(one.lora_A["default"])),

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 import peft.tuners.lora as lora
 from block_samples import WIDTH, Attention, Block, Gated, adapted, block
-from foreign_samples import PARTS, own_forwards, part_and_x, same, twice, unpatched_blocks  # noqa: F401 a fixture
+from foreign_samples import PARTS, alike, own_forwards, part_and_x, same, twice  # noqa: F401 a fixture
 from peft_samples import IN, tiny
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
@@ -40,7 +40,7 @@ def test_a_block_whose_class_was_given_a_forward_before_the_patch(part, earlier,
     (model, _), x = part_and_x(part)
     patched = copy.deepcopy(model)
     report = patch_peft(patched)
-    same(unpatched_blocks(patched), model, x)
+    alike(patched, model, x)
     assert not joined
     assert [one.form for one in report.blocks] == ["per layer"]
     assert "forward" in report.blocks[0].reason or "it is not" in report.blocks[0].reason
@@ -84,7 +84,7 @@ def test_a_block_whose_class_is_given_a_forward_after_the_patch(part, joined):
     part.forward = twice(part.forward)
     patched(x)
     joined.clear()
-    same(unpatched_blocks(patched), model, x)
+    alike(patched, model, x)
     assert not joined
     (found,) = explain(patched, x).blocks
     assert found.form == "per layer"
@@ -287,6 +287,24 @@ def test_accelerated_inside_accelerated(computed):
         assert len(computed) == 2
     model(x)
     assert len(computed) == 2
+
+
+@pytest.mark.parametrize("place", ["layer", "class"])
+def test_a_forward_that_a_library_keeps_from_an_accelerated_that_has_ended(place, computed):
+    model, x = tiny(), torch.randn(5, IN)
+    owner, expected = model.base_model.model.lin if place == "layer" else lora.Linear, model(x)
+    with accelerated():
+        kept = owner.forward
+        model(x)
+    assert len(computed) == 1
+    owner.forward = kept
+    assert torch.equal(model(x), expected)
+    for found in (explain(model), explain(model, x)):
+        assert (found.layers[0].form, "has ended" in found.layers[0].reason) == ("stock", True)
+    with accelerated():
+        assert explain(model, x).count("fused") == (place == "class")
+        model(x)
+    assert len(computed) == 1 + 2 * (place == "class")
 
 
 def test_a_patched_model_under_accelerated_is_patched(computed):

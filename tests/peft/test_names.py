@@ -11,7 +11,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from block_samples import WIDTH, Gated, block
-from foreign_samples import own_forwards, part_and_x, same, unpatched_blocks  # noqa: F401 a fixture
+from foreign_samples import alike, own_forwards, part_and_x  # noqa: F401 a fixture
 
 from lora_kernels import patch_peft
 from lora_kernels.peft import explain
@@ -27,7 +27,7 @@ def test_an_activation_whose_class_is_given_another_forward(joined):
     patched, x = copy.deepcopy(model), torch.randn(3, WIDTH)
     patch_peft(patched)
     nn.SiLU.forward = lambda self, t: torch.tanh(t)
-    same(unpatched_blocks(patched), model, x)
+    alike(patched, model, x)
     assert not joined
     (found,) = explain(patched, x).blocks
     assert found.form == "per layer"
@@ -51,7 +51,7 @@ def test_a_method_of_an_mlp_is_replaced(joined):
     own = Methodical.act
     try:
         Methodical.act = lambda self, t: torch.tanh(t)
-        same(unpatched_blocks(patched), model, x)
+        alike(patched, model, x)
         assert not joined
     finally:
         Methodical.act = own
@@ -105,12 +105,23 @@ class Child(Gated):
         return super().forward(x)
 
 
+class Nested(Gated):
+    """An MLP whose activation is reached inside an inner function."""
+
+    def forward(self, x):
+        def act(t):
+            return helper(t)
+
+        return self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))
+
+
 def tanh(*args):
     return torch.tanh(args[-1])
 
 
 REACHED = {
     "a global function": (Derived, lambda: globals(), "helper"),
+    "a global function of an inner function": (Nested, lambda: globals(), "helper"),
     "a base class's method": (Derived, lambda: Base, "act"),
     "a constant by the class's name": (Derived, lambda: Derived, "LIMIT"),
     "F.silu": (Derived, lambda: F, "silu"),
@@ -134,7 +145,7 @@ def test_what_the_forward_of_an_mlp_reaches_by_name(what, joined, monkeypatch):
         monkeypatch.setitem(place, name, new)
     else:
         monkeypatch.setattr(place, name, new)
-    same(unpatched_blocks(patched), model, x)
+    alike(patched, model, x)
     assert joined == ["lora_mlp"]
     assert explain(patched).count("joined") == 0
 
@@ -145,7 +156,7 @@ def test_a_function_that_an_activation_keeps(joined):
     assert patch_peft(patched).count("joined") == 1
     for m in (model, patched):
         m.base_model.model.part.act_fn.act = torch.tanh
-    same(unpatched_blocks(patched), model, x)
+    alike(patched, model, x)
     assert not joined
 
 

@@ -1,6 +1,7 @@
 """Patching changes nothing but the forward, is undone without a trace, and costs less than it may."""
 
 import copy
+import functools
 import io
 import pickle
 import sys
@@ -14,10 +15,10 @@ pytest.importorskip("peft")
 
 import peft
 from peft.tuners.lora.layer import Linear
-from peft_samples import IN, Tiny, config, layer, tiny
+from peft_samples import IN, Foreign, Tiny, config, layer, tiny
 
 import lora_kernels
-from lora_kernels.peft import accelerate, accelerated, explain, patch_peft, unpatch_peft
+from lora_kernels.peft import accelerate, accelerated, bases, explain, patch_peft, unpatch_peft
 from lora_kernels.peft import layer as forward_module
 
 STOCK_FORWARD = Linear.forward
@@ -77,14 +78,6 @@ def test_deepcopy_stays_patched_and_shares_nothing(x):
     assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.parameters()}
     assert unpatch_peft(twin) == 1
     assert is_fast(model, x)
-
-
-class Foreign(pickle.Unpickler):
-    """Where this library is not."""
-
-    def find_class(self, module, name):
-        assert not module.startswith("lora_kernels")
-        return super().find_class(module, name)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -276,7 +269,7 @@ def test_errors():
     patch_peft(model)
     layer(model).__class__ = type("FSDPLinear", (type(layer(model)),), {})
     with pytest.raises(
-        RuntimeError, match=r"base_model\.model\.lin was given another class, FSDPLinear, after patch_peft"
+        RuntimeError, match=r"base_model\.model\.lin was given another class, FSDPLinear, after it was patched"
     ):
         unpatch_peft(model)
 
@@ -300,11 +293,34 @@ def test_the_guard_costs_about_what_a_small_linear_layer_costs():
     model = tiny(lora_dropout=0.1)
     one, x, linear, small = layer(model), torch.randn(2, IN), nn.Linear(8, 8), torch.randn(2, 8)
     assert forward_module.read(one, x)
-    assert forward_module.fusable(one.base_layer, x)
+    assert bases.base_of(one.base_layer, x)
     guards, linears = [], []
     for _ in range(60):
-        guards.append(
-            timeit.timeit(lambda: (forward_module.read(one, x), forward_module.fusable(one.base_layer, x)), number=50)
-        )
+        guards.append(timeit.timeit(lambda: (forward_module.read(one, x), bases.base_of(one.base_layer, x)), number=50))
         linears.append(timeit.timeit(lambda: linear(small), number=50))
     assert min(guards) < 1.5 * min(linears)
+
+
+def wrap(module):
+    """Set a forward on the instance that doubles the result, and says what it calls, as the hooks of diffusers do."""
+
+    def new_forward(module, *args, **kwargs):
+        return 2 * before(*args, **kwargs)
+
+    before = module.forward
+    module.forward = functools.update_wrapper(functools.partial(new_forward, module), before)
+
+
+@pytest.mark.parametrize("first", ["patched", "hooked"])
+def test_a_report_looks_through_hooks_that_say_what_they_call(first, x, monkeypatch):
+    model, stock, called = tiny(), tiny(), []
+    linear = forward_module.lora_linear
+    monkeypatch.setattr(forward_module, "lora_linear", lambda *args, **how: called.append(1) or linear(*args, **how))
+    if first == "patched":
+        patch_peft(model)
+    for one in (model, model, stock, stock):
+        wrap(layer(one))
+    patch_peft(model)
+    torch.testing.assert_close(model(x), stock(x))
+    assert len(called) == (first == "patched")
+    assert is_fast(model, x) == (first == "patched")

@@ -222,7 +222,7 @@ def test_a_layer_s_class_is_its_own(joined):
     patch_peft(patched, backend="torch")
     x = torch.randn(3, WIDTH)
     torch.testing.assert_close(patched(x), stock(x))
-    assert not joined, "until its call a layer would be a stand-in"
+    assert not joined, "the layers may not change once the first of them is called"
 
 
 def test_what_others_add_changes_nothing(joined):

@@ -107,6 +107,23 @@ def test_a_layer_made_by_hand_is_found_when_the_model_is_merged():
     assert torch.equal(model.embed.weight, embedding)
 
 
+def test_weights_of_two_dtypes_in_one_storage_are_compared_in_bytes():
+    """Side by side they share nothing, though the first one's elements are more than the second one's offset."""
+    flat, end = torch.zeros(3 * D * D, dtype=torch.bfloat16), D * D
+    model = nn.Sequential(nn.Linear(D, D, dtype=torch.bfloat16), nn.Linear(D, D))
+    model[0].weight.data, model[1].weight.data = (t.view(D, D) for t in (flat[:end], flat[end:].view(torch.float32)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        swap_linear(model, "all-linear", r=2)
+    model = nn.Sequential(nn.Linear(D, D, dtype=torch.bfloat16), nn.Linear(D, D))
+    flat = torch.zeros(3 * D * D, dtype=torch.bfloat16)
+    model[0].weight.data, model[1].weight.data = (
+        t.view(D, D) for t in (flat[2 * end - 2 :][: D * D], flat[: 2 * end].view(torch.float32))
+    )
+    with pytest.warns(UserWarning, match=r"0\.weight is shared with 1\.weight"):
+        swap_linear(model, "all-linear", r=2)
+
+
 def test_what_is_not_shared_is_not_named():
     class Views(nn.Module):
         """Layers that lie side by side in one storage, one of them under two names."""

@@ -1,6 +1,7 @@
 """Small PEFT models, and one call of them with every gradient, for the tests of lora_kernels.peft."""
 
 import copy
+import pickle
 from contextlib import nullcontext
 
 import torch
@@ -32,6 +33,14 @@ def tiny(dtype=torch.float32, bias=True, lin=None, autocast_adapter_dtype=True, 
     """A PEFT model with an adapter whose B is not zero."""
     torch.manual_seed(0)
     return get_peft_model(Tiny(dtype, bias, lin), config(**changes), autocast_adapter_dtype=autocast_adapter_dtype)
+
+
+class Foreign(pickle.Unpickler):
+    """Where this library is not."""
+
+    def find_class(self, module, name):
+        assert not module.startswith("lora_kernels")
+        return super().find_class(module, name)
 
 
 def layer(model):

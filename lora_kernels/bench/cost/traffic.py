@@ -19,7 +19,7 @@ from lora_kernels.kernels import _configs
 from lora_kernels.kernels._configs import MatmulConfig, ShrinkConfig
 from lora_kernels.kernels._wgrad_config import WgradCase, WgradConfig, wgrad_config
 
-__all__ = ["Moved", "block", "layer", "matmul_expand", "mlp", "outputs", "shrink", "wgrad"]
+__all__ = ["Moved", "block", "dequantize", "layer", "matmul_expand", "mlp", "outputs", "shrink", "wgrad"]
 
 # Bytes per element of a part, which is in fp32.
 _PART = 4
@@ -141,6 +141,37 @@ def outputs(
     shared = (len(each) - 1) * m * k * e
     touched, issued, stored = (sum(getattr(y, name) for y in each) for name in ("touched", "issued", "stored"))
     return Moved("matmul_expand", touched - shared, issued, stored)
+
+
+def dequantize(
+    n: int, k: int, e: int, bits: int = 4, block: int | tuple[int, int] = 64, nested: bool = False, scale: int = 4
+) -> Moved:
+    """Count the bytes of W `[N, K]` from its storage; every entry of a table is touched.
+
+    Args:
+        n: N.
+        k: K.
+        e: Bytes an element of W.
+        bits: 4 or 8.
+        block: Weights for a scale: a length for 4 bits, (rows, columns) for 8.
+        nested: Whether scales are bytes, with 256 values and a second scale for each 256.
+        scale: Bytes of a scale that is not nested.
+    """
+    four_bits = isinstance(block, int)
+    (rows, inner), (tall, wide) = ((1, n * k), (1, block)) if isinstance(block, int) else ((n, k), block)
+    config = _configs.dequantize_config(inner, wide, four_bits)
+    packed, blocks = _blocks(n * k * bits, 8), _blocks(rows, tall) * _blocks(inner, wide)
+    touched = packed + blocks * (1 if nested else scale)
+    # A program reads a scale for each unit, and looks up a nibble in each lane, inside of W or not.
+    lanes = rows * _blocks(inner, config.block) * config.block
+    units = rows * _blocks(inner, config.unit)
+    issued = packed + units * (1 if nested else scale)
+    if four_bits:
+        touched, issued = touched + 16 * 4, issued + lanes * 4
+    if nested:
+        touched += 256 * 4 + _blocks(blocks, 256) * 4 + 4
+        issued += lanes // config.unit * 4 + units * 4 + lanes // config.block * 4
+    return Moved("dequantize", touched, issued, n * k * e)
 
 
 def block(

@@ -238,6 +238,7 @@ static void halves() {
 }
 
 static void conversions() {
+  ONE(float, s16, "cvt.f32.s16", a);
   ONE(float, s32, "cvt.f32.s32", a);
   ONE(float, u32, "cvt.f32.u32", a);
   ONE(float, s64, "cvt.f32.s64", a);
