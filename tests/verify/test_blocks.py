@@ -100,7 +100,7 @@ def test_the_command_shows_blocks(tmp_path, capsys, monkeypatch):
     argv = ["verify", "--quick", "--device", "cpu", "--backend", "torch", "--dtype", "fp32", "--json", str(file)]
     assert cli.main(argv) == 0
     qkv, mlp, *stored = (line for line in capsys.readouterr().out.splitlines() if line.startswith("torch"))
-    assert [line.split()[4:-4] for line in stored] == [["qkv", "nf4"], ["mlp", "silu", "nf4"]]
+    assert [line.split()[4:-4] for line in stored] == [["qkv", "nf4"], ["mlp", "nf4"]]
     assert qkv.split()[2:6] == ["96x160x160+32+32", "r8/3/5", "qkv", "bias"]
     assert mlp.split()[2:7] == ["96x160x224", "r8", "mlp", "silu", "0.1"]
     records = json.loads(file.read_text())["cases"]
