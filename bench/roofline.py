@@ -17,6 +17,7 @@ import torch
 from bench import counted
 from lora_kernels.bench.cost import block as block_cost
 from lora_kernels.bench.cost import layer as layer_cost
+from lora_kernels.bench.cost import stored as stored_cost
 from lora_kernels.bench.cost import traffic
 from lora_kernels.bench.cost.layer import Cost, Size
 from lora_kernels.plan import model
@@ -62,6 +63,13 @@ BLOCK_CHAINS = {
     "lora_linear for each": ("triton", 2), "lora_kernels": ("ours", 2), "frozen layers": ("frozen", 2),
     "floor": ("floor", 2),
 }  # fmt: skip
+# chain over a quantised base to a formula, the adapters' bytes an element, and who dequantises
+QUANTISED_CHAINS = {
+    "PEFT over bitsandbytes, fp32 adapters": ("peft", 4, "bitsandbytes"),
+    "PEFT over bitsandbytes": ("peft", 2, "bitsandbytes"),
+    "Unsloth": ("unsloth", 2, "bitsandbytes"), "dequantise + addmm chain": ("addmm", 2, "bitsandbytes"),
+    "lora_linear for each": ("triton", 2, "ours"), "lora_kernels": ("ours", 2, "ours"),
+}  # fmt: skip
 BLOCKS = {
     "queries, keys and values, 4096 to 4096, 1024 and 1024": lambda adapter: block_cost.projections(
         8192, 4096, (4096, 1024, 1024), 16, 2, adapter
@@ -98,7 +106,7 @@ def seconds(cost: Cost, z: Size, limits: Limits) -> float:
 
 def render() -> str:
     """Render the page."""
-    parts = [_HEAD, *_launches(), *_stored(), *_counters(), *_chains(), *_blocks(), *_forms()]
+    parts = [_HEAD, *_launches(), *_stored(), *_counters(), *_chains(), *_blocks(), *_quantised(), *_forms()]
     for name, limits in GPUS.items():
         parts += _times(name, limits)
     return "\n".join(part.strip("\n") + "\n" for part in parts)
@@ -215,6 +223,37 @@ def _blocks() -> list[str]:
                 cells[1::2] = ["-"] * 3
             rows.append([name, *cells])
         head = ["chain", "p = 0", "p = 0.1", "launches, p = 0", "p = 0.1", "over it, µs, p = 0", "p = 0.1"]
+        parts += [f"**{title[0].upper()}{title[1:]}**", _table(head, rows)]
+    return parts
+
+
+def quantised_cost(block: block_cost.BlockSize, formula: str, by: str, dropout: bool, kind: str = "nf4") -> Cost:
+    """Return the cost of a block whose weights are stored in `kind`, each dequantised once a pass."""
+    made = [launch for z in block.layers for launch in stored_cost.launches(kind, z.n, z.k, by, z.element)]
+    return stored_cost.over(block_cost.COSTS[formula](block, dropout), tuple(made))
+
+
+def _quantised() -> list[str]:
+    """Tabulate the bytes of blocks over NF4 weights."""
+    bits = stored_cost.launches("nf4", 4096, 4096, element=0)[0] / 4096**2
+    parts = [
+        "## Bytes of each block over a quantised base",
+        "The same blocks over weights in NF4 with nested scales, MiB, forward + backward. Each chain dequantises each "
+        f"W once a pass, and its product reads the dense W: of a weight {bits:.3f} bytes are read and 2 written, then "
+        "2 read. bitsandbytes dequantises in three launches, the first two of which make the scales. *Dequantised* are "
+        "the bytes of those launches alone, and are in the sums.",
+    ]
+    for title, block in BLOCKS.items():
+        rows = []
+        for name, (formula, adapter, by) in QUANTISED_CHAINS.items():
+            sizes = block(adapter)
+            costs = [quantised_cost(sizes, formula, by, dropout) for dropout in (False, True)]
+            alone = costs[0].total - block_cost.COSTS[formula](sizes, False).total
+            cells = [f"{cost.total / MIB:.0f}" for cost in costs] + [str(cost.launches) for cost in costs]
+            if name in WITHOUT_DROPOUT:
+                cells[1::2] = ["-"] * 2
+            rows.append([name, *cells, f"{alone / MIB:.0f}"])
+        head = ["chain", "p = 0", "p = 0.1", "launches, p = 0", "p = 0.1", "dequantised"]
         parts += [f"**{title[0].upper()}{title[1:]}**", _table(head, rows)]
     return parts
 

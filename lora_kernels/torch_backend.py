@@ -46,8 +46,8 @@ __all__ = [
     "wgrad_all",
 ]
 
-# Elements of x or dy per block: half a megabyte in fp32.
-_BLOCK = 1 << 17
+# Elements of x or dy per block: a megabyte in fp32.
+_BLOCK = 1 << 18
 # Elements of a mask per draw.
 _DRAWN = 1 << 19
 # `linear_by_operators` is faster up to this number of elements of x or y.

@@ -7,8 +7,8 @@ are relative to a matmul measured in this run. Other levels time each launch alo
 (decoder), and training steps of a small model (model). --model times training steps of transformers' Llama with PEFT's
 adapters, stock and patched. --block times the layers of a block together: q, k and v of one input (qkv), the gated MLP
 (mlp), a decoder layer (layer). --quantise stores the frozen weights in 4 or 8 bits, beside PEFT over bitsandbytes,
-bitsandbytes' dequantisation and a chain of addmm, and Unsloth's order of calls; the floor stays dense. On a CPU that other processes use, set OMP_NUM_THREADS=1: times are then the CPU time of
-that one thread, which is steadier.
+bitsandbytes' dequantisation and a chain of addmm, and Unsloth's order of calls; the floor stays dense. On a CPU that
+other processes use, set OMP_NUM_THREADS=1: times are then the CPU time of that one thread, which is steadier.
 
   lora-kernels bench                                              a preset that fits this machine
   lora-kernels bench --preset cpu-sweep --no-compile              a sweep for a CPU: 10 shapes, 2 ranks, dropout or none
@@ -180,7 +180,8 @@ def _run_all(args: argparse.Namespace, settings: Settings, cases: list[Case]) ->
 def _write(args: argparse.Namespace, settings: Settings, done: list, skipped: list, complete: bool) -> None:
     if args.json:
         write_json(args.json, {
-            "command": "bench", "level": args.level, "preset": _preset_name(args), "model": args.model, "quantise": args.quantise,
+            "command": "bench", "level": args.level, "preset": _preset_name(args), "model": args.model,
+            "quantise": args.quantise,
             "complete": complete, "skipped": skipped, "method": _method(settings), "peaks": settings.peaks,
             "speedups": tables.speedups(done), "unsteady": tables.unsteady(done),
             "host_bound": tables.host_bound(done), "cases": done,
@@ -249,8 +250,8 @@ def _settings(args: argparse.Namespace, chosen: set[str]) -> Settings:
         raise ValueError("--quantise: of layers, blocks and models, not of --level kernel")
     if args.quantise == "fp8" and models:
         raise ValueError(
-            "--quantise fp8: of layers, --block qkv and mlp, because PEFT's layers over transformers' FP8Linear quantise "
-            "x as well and so compute something else"
+            "--quantise fp8: of layers, --block qkv and mlp, because PEFT's layers over transformers' FP8Linear "
+            "quantise x as well and so compute something else"
         )
     if args.quantise and models and (missing := hosted.missing_bitsandbytes()):
         raise RuntimeError(f"--quantise {args.quantise} {missing}")

@@ -26,33 +26,36 @@ def dequantize(weight: Any, dtype: torch.dtype, slot: None = None) -> Tensor:
     """Compute W of a `QuantizedWeight`, contiguous `[out, in]`, in `dtype`; see `lora_kernels.kernels.dequantize`."""
     w = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     if w.numel():
-        part = _PART.get(weight.device.type, _ELSEWHERE)
-        (_four_bits if weight.format in FOUR_BITS else _eight_bits)(weight, w, part)
+        part = _PART.get(w.device.type, _ELSEWHERE)
+        # A parameter of another library may replace PyTorch's functions at a cost, as `Params4bit` does.
+        with torch._C.DisableTorchFunctionSubclass():
+            (_four_bits if weight.format in FOUR_BITS else _eight_bits)(weight, w, part)
     return w
 
 
 def _four_bits(weight: Any, w: Tensor, part: int) -> None:
     """Write W = code[nibble] · absmax[i // block] into w."""
     block, numel = weight.block, w.numel()
-    codes, flat, absmax = weight.packed.detach().view(-1).view(torch.uint8), w.view(-1), _absmax(weight)
-    pairs = _pairs(weight.code)
+    codes, flat, absmax = weight.packed.detach().view(torch.uint8).view(-1), w.view(-1), _absmax(weight)
+    # A complex number is a pair of fp32 numbers: those of each byte.
+    pairs = torch.complex(weight.code.view(16, 1), weight.code.view(16)).view(torch.int64).view(-1)
     # fp32 pairs of whole bytes are looked up in place
     in_place = w.dtype == torch.float32 and numel % 2 == 0
     step = max(1, part // block) * block
     for start in range(0, numel, step):
         end = min(start + step, numel)
-        found = codes[start // 2 : (end + 1) // 2]
-        values = flat[start:end] if in_place else torch.empty(2 * len(found), dtype=torch.float32, device=w.device)
+        # Slices are left out where they would be the whole: on a CPU they take a good part of a small weight's time.
+        whole = end - start == numel
+        # a wider storage may end in bytes that are no weights
+        exact = whole and codes.numel() == (end + 1) // 2
+        found = codes if exact else codes[start // 2 : (end + 1) // 2]
+        here = flat if whole else flat[start:end]
+        values = here if in_place else torch.empty(2 * found.numel(), dtype=torch.float32, device=w.device)
         _look_up(pairs, found, values.view(torch.int64))
-        _scale(values[: end - start], absmax[start // block :], block)
+        kept = values if values.numel() == end - start else values[: end - start]
+        _scale(kept, absmax if whole else absmax[start // block :], block)
         if not in_place:
-            flat[start:end].copy_(values[: end - start])
-
-
-def _pairs(code: Tensor) -> Tensor:
-    """Return the two fp32 values of each byte, as one int64."""
-    # A complex number is a pair.
-    return torch.complex(code.view(16, 1), code.view(1, 16)).view(torch.int64).view(-1)
+            here.copy_(kept)
 
 
 def _look_up(pairs: Tensor, codes: Tensor, found: Tensor) -> None:
@@ -69,10 +72,11 @@ def _look_up(pairs: Tensor, codes: Tensor, found: Tensor) -> None:
 
 def _scale(values: Tensor, absmax: Tensor, block: int) -> None:
     """Multiply each block of values by its scale, in place; the last block may be short."""
-    full = values.numel() // block
+    full, rest = divmod(values.numel(), block)
     if full:
-        values[: full * block].view(full, block).mul_(absmax[:full, None])
-    if full * block < values.numel():
+        blocks = values[: full * block] if rest else values
+        blocks.view(full, block).mul_(absmax[:full].view(full, 1))
+    if rest:
         values[full * block :].mul_(absmax[full])
 
 

@@ -164,7 +164,8 @@ class QuantizedWeight:
     @property
     def device(self) -> torch.device:
         """Return the device of all tensors."""
-        return self.packed.device
+        # `scale` is a plain tensor; a look at a `Params4bit` costs much more.
+        return self.scale.device
 
     @property
     def requires_grad(self) -> bool:

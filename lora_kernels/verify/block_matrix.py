@@ -59,9 +59,9 @@ class BlockCase:
 
     @property
     def layout(self) -> str:
-        """Return the table's layout column: the block and its weights' format, then bias, fp32 adapters and strides."""
-        block = f"mlp {self.activation}" if self.activation else "qkv"
-        block += f" {self.stored}" * bool(self.stored)
+        """Return the table's layout column: the block, then its weights' format, bias, fp32 adapters and strides."""
+        # where weights are stored, the activation of an MLP is silu
+        block = f"mlp {self.stored or self.activation}" if self.activation else f"qkv {self.stored}".strip()
         return block + (" fp32" if self.fp32_adapters else " bias" * self.bias) + " strided" * self.strided
 
     @property
@@ -109,7 +109,7 @@ def matrix(backend: str, dtype: str, on_gpu: bool, quick: bool) -> list[BlockCas
     ]  # fmt: skip
     for stored in FORMATS:
         cases += [
-            qkv(same, (0.0, 0.0, 0.0), stored=stored), qkv(some, (0.1, 0.0, 0.3), bias=True, stored=stored),
+            qkv(same, (0.0, 0.0, 0.0), stored=stored), qkv(some, (0.1, 0.0, 0.3), stored=stored),
             mlp("silu", same, (0.0, 0.0, 0.0), stored=stored), mlp("silu", some, (0.1, 0.0, 0.3), stored=stored),
         ]  # fmt: skip
     if dtype != "fp32":

@@ -21,9 +21,10 @@ LAYOUTS = (
 )  # fmt: skip
 # layouts of a quantised W, each with the arguments of `block_problems.quantised`
 STORED = {
-    "nf4": ("nf4",), "nf4 unnested": ("nf4", False, 32), "nf4, fp32 adapters": ("nf4",), "fp4": ("fp4",),
+    "nf4": ("nf4",), "nf4 unnested": ("nf4", False, 32), "nf4 fp32": ("nf4",), "fp4": ("fp4",),
     "fp8": ("fp8", False, 16), "int8": ("int8",),
 }  # fmt: skip
+_FP32_ADAPTERS = ("fp32 adapters", "nf4 fp32")
 _QUICK_LAYOUTS = ("x transposed", "x 4-D", "bias", "all sliced", "nf4", "fp8")
 _OPERANDS = ("x", "weight", "lora_A", "lora_B", "dy", "bias")
 
@@ -57,7 +58,7 @@ def matrix(backend: str, dtype: str, on_gpu: bool, quick: bool) -> list[LayerCas
         shapes, base = _GPU_SHAPES, (1000, 1024, 1536, 16)
     else:
         shapes, base = _INTERPRETER_SHAPES, (40, 48, 56, 8)
-    layouts = [one for one in (*LAYOUTS[1:], *STORED) if dtype != "fp32" or not one.endswith("fp32 adapters")]
+    layouts = [one for one in (*LAYOUTS[1:], *STORED) if dtype != "fp32" or one not in _FP32_ADAPTERS]
     if quick:
         first, second = shapes[0], shapes[3]
         cases = [LayerCase(backend, dtype, *shape, p=p) for shape, p in ((first, 0.0), (first, 0.1), (second, 0.1))]
@@ -126,7 +127,7 @@ def draw(case: LayerCase, device: torch.device, seed: int) -> Problem:
     batch = (2, case.m // 4, 2) if case.layout == "x 4-D" else (case.m,)
     problem = make_problem(
         batch, case.k, case.n, case.r, DTYPES[case.dtype], str(device), bias=case.layout == "bias",
-        adapter_dtype=torch.float32 if case.layout.endswith("fp32 adapters") else None, dropout_p=case.p, seed=seed,
+        adapter_dtype=torch.float32 if case.layout in _FP32_ADAPTERS else None, dropout_p=case.p, seed=seed,
     )  # fmt: skip
     return lay_out(problem, case.layout)
 

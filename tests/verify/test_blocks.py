@@ -34,7 +34,7 @@ def test_every_kind_of_block_is_in_the_matrix(backend, dtype):
     assert any(0 in case.ranks for case in blocks)
     assert any(len(set(case.ps)) == 3 for case in blocks)
     assert any(case.fp32_adapters for case in cases) == (dtype == "bf16")
-    assert len(matrix(backend, dtype, on_gpu=True, quick=True)) == 2
+    assert len(matrix(backend, dtype, on_gpu=True, quick=True)) == 4
 
 
 @pytest.mark.parametrize("case", [QKV, MLP], ids=str)
@@ -99,13 +99,14 @@ def test_the_command_shows_blocks(tmp_path, capsys, monkeypatch):
     file = tmp_path / "v.json"
     argv = ["verify", "--quick", "--device", "cpu", "--backend", "torch", "--dtype", "fp32", "--json", str(file)]
     assert cli.main(argv) == 0
-    qkv, mlp = (line for line in capsys.readouterr().out.splitlines() if line.startswith("torch"))
+    qkv, mlp, *stored = (line for line in capsys.readouterr().out.splitlines() if line.startswith("torch"))
+    assert [line.split()[4:-4] for line in stored] == [["qkv", "nf4"], ["mlp", "nf4"]]
     assert qkv.split()[2:6] == ["96x160x160+32+32", "r8/3/5", "qkv", "bias"]
     assert mlp.split()[2:7] == ["96x160x224", "r8", "mlp", "silu", "0.1"]
     records = json.loads(file.read_text())["cases"]
     assert all(0 < record["rule_1"] <= 1 for record in records)
     assert float(mlp.split()[7]) == pytest.approx(records[1]["rule_1"], abs=0.005)
-    assert [record["activation"] for record in records] == ["", "silu"]
+    assert [record["activation"] for record in records] == ["", "silu"] * 2
     assert records[0]["ranks"] == [8, 3, 5]
     monkeypatch.setattr(torch_backend, "matmul_expand_all", lambda *args, **more: 1 / 0)
     assert cli.main(argv) == 1

@@ -1,6 +1,6 @@
 """Bytes that it takes to make a dense W of a stored one, launch by launch; the model is that of `cost.layer`.
 
-    nf4, fp4    half a byte a weight, a scale for each 64; nested: a byte a scale, and an fp32 number for each 256 of them
+    nf4, fp4    half a byte a weight, a scale for each 64; nested: a byte a scale, and an fp32 number for each 256
     fp8         a byte a weight, an fp32 scale for each block of 128 x 128
     int8        a byte a weight, an fp32 scale for each row
 

@@ -27,7 +27,8 @@ from lora_kernels.quantized import layers as quantized_layers
 from lora_kernels.verify.stored import quantise
 
 __all__ = [
-    "Adapters", "LanguageModel", "Stack", "copy_with_adapters", "draw_adapters", "projections", "store", "stored_tensors",
+    "Adapters", "LanguageModel", "Stack", "copy_with_adapters", "draw_adapters", "projections", "store",
+    "stored_tensors",
 ]  # fmt: skip
 
 # Name of a projection to its A and B.
