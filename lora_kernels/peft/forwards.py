@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 __all__ = [
-    "at_work", "call_replacement", "describe", "is_called_plainly", "is_defined_by", "is_in_force", "is_ours", "mark",
-    "parts_are_own", "replaced_part", "replacement", "stock_forward",
+    "at_work", "call_replacement", "class_forward", "describe", "is_called_plainly", "is_defined_by", "is_in_force",
+    "is_ours", "mark", "parts_are_own", "replaced_part", "replacement", "stock_forward",
 ]  # fmt: skip
 
 
@@ -57,6 +57,11 @@ def mark(forward: Any, stock: Callable[..., Any], cls: type | None) -> Any:
     """
     forward._lora_kernels_mark = _Mark(forward, stock, cls)
     return forward
+
+
+def class_forward(cls: type[nn.Module]) -> Any:
+    """Return the forward of a class, or None for the classes of `torch.jit`, whose modules alone have one."""
+    return getattr(cls, "forward", None)
 
 
 def is_ours(forward: Any) -> bool:
