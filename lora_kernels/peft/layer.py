@@ -30,7 +30,14 @@ from lora_kernels.autograd.common import autocast_off, autocasts
 from lora_kernels.constants import HALF
 from lora_kernels.functional import lora_add, lora_linear
 from lora_kernels.passes.layer import Projection
-from lora_kernels.peft.forwards import call_replacement, is_called_plainly, is_in_force, parts_are_own, replacement
+from lora_kernels.peft.forwards import (
+    call_replacement,
+    is_called_plainly,
+    is_in_force,
+    members_are_own,
+    parts_are_own,
+    replacement,
+)
 
 __all__ = [
     "accelerated_forward", "bare", "dtypes_fit", "fusable", "is_dense", "is_function_mode_active", "is_plain_variant",
@@ -76,7 +83,7 @@ def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
         layer: A layer of one of the classes in `known`.
         x: The layer's input.
     """
-    if not is_dense(x) or is_traced() or not parts_are_own():
+    if not is_dense(x) or is_traced() or not parts_are_own() or not members_are_own(type(layer)):
         return None
     fields = layer.__dict__
     try:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_kernels.peft import known
 from lora_kernels.peft import layer as rules
-from lora_kernels.peft.forwards import describe, is_ours, replaced_part, replacement, stock_forward
+from lora_kernels.peft.forwards import describe, is_ours, replaced_member, replaced_part, replacement, stock_forward
 
 __all__ = ["UNPATCHED", "base_reason", "forward_reason", "part_reason", "stock_reason"]
 
@@ -31,6 +31,8 @@ def stock_reason(module: nn.Module, x: Tensor | None = None) -> str:
 def _class_reason(module: nn.Module) -> str:
     cls: type = vars(type(module)).get("_lora_kernels_class", type(module))
     if known.is_supported(cls):
+        if theirs := replaced_member(cls):
+            return f"{theirs[0]} of its class is not PEFT's own, but {describe(theirs[1])}"
         return forward_reason(module)
     kind = next((kind for kind in known.classes() if kind in cls.__mro__ and not known.is_supported(kind)), None)
     if kind is not None:
