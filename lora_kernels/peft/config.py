@@ -129,10 +129,13 @@ def _check_expressions(path: Path, config: Mapping[str, Any]) -> None:
 def _check_unknown(path: Path, config: Mapping[str, Any]) -> None:
     for field, value in config.items():
         known = field in _READ or field in _WITHOUT_EFFECT or field in _BEYOND
-        # PEFT writes every field of its configuration; a method that is not used stands there as one of these.
-        if known or value is None or value is False or value in ([], {}):
+        if known:
             continue
-        if field in (defaults := _peft_defaults()) and defaults[field] == value:
+        defaults = _peft_defaults()
+        # PEFT writes every field of its configuration; a method that is not used stands there as one of these.
+        unused = value is None or value is False or value in ([], {})
+        # One that is used unless a file says otherwise has another default.
+        if defaults[field] == value or (unused and not defaults[field]) if field in defaults else unused:
             continue
         raise ValueError(
             f"load_adapter: {path} has {field}={value!r}, which is no field that load_adapter knows, and which may "

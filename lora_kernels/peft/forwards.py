@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 __all__ = [
-    "at_work", "call_replacement", "describe", "is_called_plainly", "is_defined_by", "is_in_force", "is_ours", "mark",
-    "parts_are_own", "replaced_part", "replacement", "stock_forward",
+    "at_work", "call_replacement", "class_forward", "describe", "is_called_plainly", "is_defined_by", "is_in_force",
+    "is_ours", "mark", "members_are_own", "parts_are_own", "replaced_member", "replaced_part", "replacement",
+    "stock_forward",
 ]  # fmt: skip
 
 
@@ -23,6 +24,10 @@ _PARTS: tuple[Any, ...] = (nn.Linear, nn.Dropout, nn.Identity)
 # What PyTorch defines for the parts, once that has been seen in force; in the order of `parts_are_own`.
 _own: tuple[Any, ...] = (None,) * 7
 
+# What the forward of PEFT's layers calls and reads of its class on the way that ours computes.
+_MEMBERS = ("_check_forward_args", "_cast_input_dtype", "active_adapters", "disable_adapters", "merged")
+# What PEFT defines for these, once that has been seen in force.
+_own_members: tuple[Any, ...] = (None,) * 5
 
 # The forward of ours that is set on each class itself and computes; others may have wrapped it, or keep an earlier one.
 at_work: dict[type, Any] = {}
@@ -57,6 +62,11 @@ def mark(forward: Any, stock: Callable[..., Any], cls: type | None) -> Any:
     """
     forward._lora_kernels_mark = _Mark(forward, stock, cls)
     return forward
+
+
+def class_forward(cls: type[nn.Module]) -> Any:
+    """Return the forward of a class, or None for the classes of `torch.jit`, whose modules alone have one."""
+    return getattr(cls, "forward", None)
 
 
 def is_ours(forward: Any) -> bool:
@@ -148,6 +158,32 @@ def replaced_part() -> tuple[str, Any] | None:
     if getattr(F.dropout, "__globals__", None) is not vars(F):
         return "torch.nn.functional.dropout", F.dropout
     _own = *(kind.forward for kind in _PARTS), F.linear, F.dropout, nn.Module.__call__, nn.Module._call_impl
+    return None
+
+
+def members_are_own(kind: Any) -> bool:
+    """Return whether what PEFT's forward calls and reads of a layer's class is PEFT's own code.
+
+    A subclass may have its own `_cast_input_dtype` or `active_adapters`, and others may set one on PEFT's classes.
+    """
+    check, cast, active, disabled, merged = _own_members
+    return (
+        kind._check_forward_args is check and kind._cast_input_dtype is cast and kind.active_adapters is active
+        and kind.disable_adapters is disabled and kind.merged is merged
+    ) or replaced_member(kind) is None  # fmt: skip
+
+
+def replaced_member(kind: type) -> tuple[str, Any] | None:
+    """Return the member that PEFT's forward calls or reads of a class and others have set: name, function; or None."""
+    global _own_members
+    for name in _MEMBERS:
+        owner = next(cls for cls in kind.__mro__ if name in vars(cls))
+        member = vars(owner)[name]
+        function, module = getattr(member, "fget", member), sys.modules.get(owner.__module__)
+        own = owner.__module__.startswith("peft.") and getattr(function, "__globals__", None) is vars(module)
+        if not own or function.__qualname__ != f"{owner.__qualname__}.{name}":
+            return name, function
+    _own_members = tuple(getattr(kind, name) for name in _MEMBERS)
     return None
 
 

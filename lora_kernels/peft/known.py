@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_kernels import plan
 from lora_kernels.functional import checks
-from lora_kernels.peft.forwards import is_defined_by, stock_forward
+from lora_kernels.peft.forwards import is_defined_by, replaced_member, stock_forward
 
 __all__ = [
     "check_backend", "check_model", "check_no_wrapper", "check_not_peft", "classes", "imported_lora_layer",
@@ -50,6 +50,8 @@ def multihead_attention() -> type[Any]:
 def classes() -> tuple[type[nn.Module], ...]:
     """Return the known classes that this PEFT has; some classes exist only if their quantisation library does."""
     found = (getattr(_peft(module, required=module == "layer"), name, None) for module, name in _CLASSES)
+    # Seen now, because a compiler that traces a first call could not look these up.
+    replaced_member(_peft("layer").Linear)
     return tuple(cls for cls in found if cls is not None)
 
 

@@ -37,6 +37,7 @@ from lora_kernels.peft.forwards import (
     is_called_plainly,
     is_in_force,
     is_ours,
+    members_are_own,
     parts_are_own,
     replacement,
 )
@@ -85,7 +86,7 @@ def read(layer: nn.Module, x: Tensor) -> list[Term] | None:
         layer: A layer of one of the classes in `known`.
         x: The layer's input.
     """
-    if not is_dense(x) or is_traced() or not parts_are_own():
+    if not is_dense(x) or is_traced() or not parts_are_own() or not members_are_own(type(layer)):
         return None
     fields = layer.__dict__
     try:

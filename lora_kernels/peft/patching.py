@@ -15,7 +15,7 @@ from torch import nn
 from lora_kernels.peft import fast_path, known, readers
 from lora_kernels.peft.blocks import block_forward, block_members
 from lora_kernels.peft.classes import give_back, give_class, members_of_others, patched_class, stock_class
-from lora_kernels.peft.forwards import at_work, is_defined_by, is_ours, mark, stock_forward
+from lora_kernels.peft.forwards import at_work, class_forward, is_defined_by, is_ours, mark, stock_forward
 from lora_kernels.peft.layer import accelerated_forward
 from lora_kernels.peft.report import Report, report
 from lora_kernels.peft.structure import Structure, members, structure
@@ -72,7 +72,7 @@ def patch_peft(model: nn.Module, backend: str = "auto", blocks: bool = True) -> 
             if known.is_supported(cls):
                 give_class(module, _accelerated_class(cls, backend, None, alone=not blocks))
             continue
-        found = structure(module, cls.forward) if blocks else None
+        found = structure(module, class_forward(cls)) if blocks else None
         if found and not found.reason and any(isinstance(m, known.lora_layer()) for m in members(module, found.layers)):
             give_class(module, _accelerated_class(cls, backend, found))
         elif cls is not type(module):

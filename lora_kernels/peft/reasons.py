@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_kernels.peft import known
 from lora_kernels.peft import layer as rules
 from lora_kernels.peft.bases import bare, base_of, quantized_base
-from lora_kernels.peft.forwards import describe, is_ours, replaced_part, replacement, stock_forward
+from lora_kernels.peft.forwards import describe, is_ours, replaced_member, replaced_part, replacement, stock_forward
 
 __all__ = ["UNPATCHED", "base_reason", "forward_reason", "part_reason", "stock_reason"]
 
@@ -32,6 +32,8 @@ def stock_reason(module: nn.Module, x: Tensor | None = None) -> str:
 def _class_reason(module: nn.Module) -> str:
     cls: type = vars(type(module)).get("_lora_kernels_class", type(module))
     if known.is_supported(cls):
+        if theirs := replaced_member(cls):
+            return f"{theirs[0]} of its class is not PEFT's own, but {describe(theirs[1])}"
         return forward_reason(module)
     kind = next((kind for kind in known.classes() if kind in cls.__mro__ and not known.is_supported(kind)), None)
     if kind is not None:
@@ -48,7 +50,8 @@ def forward_reason(module: nn.Module) -> str:
         if other is stock_forward(forward):
             return "its forward is from a time of accelerate() or accelerated() that has ended"
         return f"the forward of its class was replaced by {describe(other)}" if other else ""
-    if forward is cls.forward:
+    # A class may make its forward anew at each look, as `functools.partialmethod` does.
+    if "forward" not in vars(module):
         set_on_ours = "_lora_kernels_class" in vars(cls)
         return f"the forward of its class was replaced by {describe(forward)}" if set_on_ours else UNPATCHED
     return "its forward is replaced on the instance (X-LoRA, or a hook from before)"

@@ -12,7 +12,7 @@ from lora_kernels.functional.gate import is_watched
 from lora_kernels.peft import fast_path, known, readers
 from lora_kernels.peft.bases import storage
 from lora_kernels.peft.blocks import changed_part, patched_structure
-from lora_kernels.peft.forwards import is_called_plainly, stock_forward
+from lora_kernels.peft.forwards import class_forward, is_called_plainly, stock_forward
 from lora_kernels.peft.reasons import UNPATCHED, base_reason, forward_reason, part_reason, stock_reason
 from lora_kernels.peft.structure import Structure, members, structure
 
@@ -204,7 +204,7 @@ def _block_reports(
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Structure]]:
     """Yield the blocks that hold LoRA layers: name, module, and the structure when patched, or else the present one."""
     for name, module in model.named_modules():
-        forward = type(module).forward
+        forward = class_forward(type(module))
         block = patched_structure(forward) or structure(module, stock_forward(forward))
         if block and any(isinstance(child, known.lora_layer()) for child in members(module, block.layers)):
             yield name, module, block

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.activations import ACTIVATIONS, activated
-from lora_kernels.peft.forwards import is_called_plainly
+from lora_kernels.peft.forwards import class_forward, is_called_plainly
 from lora_kernels.peft.names import Names, is_fixed, names_of
 
 __all__ = ["ATTENTION", "FixedMember", "FixedModule", "Structure", "call_sites", "members", "structure"]
@@ -95,13 +95,15 @@ class Structure:
     others: tuple[tuple[str, Any], ...] = ()
 
 
-def structure(module: nn.Module, forward: Callable[..., Any]) -> Structure | None:
+def structure(module: nn.Module, forward: Callable[..., Any] | None) -> Structure | None:
     """Return the structure of a module, or None if the module is not a block.
 
     Args:
         module: Any module.
-        forward: The forward function of the module's class.
+        forward: The forward function of the module's class, None if it has none.
     """
+    if forward is None:
+        return None
     children = module._modules.keys()
     own = "" if is_fixed(forward) else f"its forward is a {type(forward).__name__}, not a function"
     if children >= set(ATTENTION):
@@ -128,8 +130,9 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _loose(module: nn.Module) -> str:
     """Return the name of what a module beside the layers uses that can change and stay the same object, or ""."""
-    kind, values = type(module), (*_own(module), ("its forward", type(module).forward))
-    return next((name for name, value in values if not is_fixed(value)), "") or names_of(kind.forward, kind).loose
+    kind, forward = type(module), class_forward(type(module))
+    values = (*_own(module), ("its forward", forward))
+    return next((name for name, value in values if not is_fixed(value)), "") or names_of(forward, kind).loose
 
 
 def _identity(value: Any) -> Any:

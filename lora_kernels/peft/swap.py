@@ -90,7 +90,8 @@ def swap_linear(
     whole = [*whole, *(trained.find_classifier(modules) if is_all_linear(target_modules) else ())]
     names = [n for n in select(model, target_modules, exclude_modules) if not trained.is_left_to_modules(n, whole)]
     if not names:
-        raise ValueError(no_match_message(model, f"target_modules={target_modules!r}", target_modules))
+        apart = f" outside of modules_to_save={whole!r}" if whole else ""
+        raise ValueError(no_match_message(model, f"target_modules={target_modules!r}{apart}", target_modules))
     layers = {name: modules[name] for name in names}
     called = None if example_inputs is None else _called(model, layers, example_inputs)
     left_out: dict[str, nn.Module] = {}

@@ -92,6 +92,8 @@ def test_the_installed_peft_is_asked_for_the_default_of_a_field_that_came_later(
     @dataclasses.dataclass
     class Later(LoraConfig):
         future_rate: float = 0.25
+        future_part: bool = True
+        future_method: dict | None = None
 
     edit(saved, future_rate=0.25)
     refused(saved, f"{CONFIG} has future_rate=0.25, which is no field that load_adapter knows")
@@ -100,7 +102,10 @@ def test_the_installed_peft_is_asked_for_the_default_of_a_field_that_came_later(
     load_adapter(Net(), saved)
     edit(saved, future_rate=0.5)
     refused(saved, f"{CONFIG} has future_rate=0.5")
-    edit(saved, future_rate=0.25)
+    edit(saved, future_rate=0.25, future_part=False)
+    refused(saved, f"{CONFIG} has future_part=False")
+    edit(saved, future_part=True, future_method={})
+    load_adapter(Net(), saved)
     rules._peft_defaults.cache_clear()
     monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
     refused(saved, f"{CONFIG} has future_rate=0.25")

@@ -91,6 +91,15 @@ def test_a_block_whose_class_is_given_a_forward_after_the_patch(part, joined):
     assert "foreign" in found.reason
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_a_forward_that_its_class_makes_anew_at_each_look(part):
+    """As `functools.partialmethod` does; it is set on the class, and not on the instance."""
+    part.forward = functools.partialmethod(lambda self, factor, x: factor * self.q_proj(x) * self.k_proj(x), 2.0)
+    (report,) = patch_peft(block(part())[0]).blocks
+    assert report.form == "per layer"
+    assert "instance" not in report.reason
+
+
 @pytest.mark.parametrize("kind", [LlamaAttention, LlamaMLP])
 def test_classes_of_transformers(kind, joined):
     """As LongLoRA, llm-foundry and Unsloth do it."""

@@ -1,5 +1,6 @@
 """Functions and calls of PyTorch that others have replaced: patched models run them, and the report says so."""
 
+import contextlib
 import copy
 import importlib.util
 import sys
@@ -15,10 +16,10 @@ pytest.importorskip("transformers")
 import peft.tuners.lora as lora
 from block_samples import WIDTH, Gated, adapted, block
 from foreign_samples import PARTS, part_and_x, same, twice
-from peft_samples import IN, tiny
+from peft_samples import IN, layer, tiny
 
 from lora_kernels import explain, patch_peft
-from lora_kernels.peft import forwards
+from lora_kernels.peft import accelerated, forwards
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*config.*:UserWarning")
 
@@ -82,6 +83,42 @@ def test_the_layers_of_a_block_run_what_others_set(place, part, joined, monkeypa
     same(patched, model, x)
     assert not joined
     assert [one.form for one in explain(patched, x).blocks] == ["per layer"]
+
+
+def _tripled(self, x, *args):
+    return 3 * x
+
+
+# What PEFT's forward calls and reads of its class, and another of the same name.
+MEMBERS = {
+    "_check_forward_args": lambda self, x, *args, **kwargs: x.mul_(2),
+    "_cast_input_dtype": _tripled,
+    "active_adapters": property(lambda self: []),
+    "disable_adapters": property(lambda self: True),
+    "merged": property(lambda self: True),
+}
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("place", ["a subclass", "PEFT's class"])
+@pytest.mark.parametrize("how", ["patch_peft", "accelerated"])
+def test_a_member_of_a_layer_s_class(name, place, how, computed, monkeypatch):
+    """PEFT's forward is in force, and calls and reads what a subclass or others have defined."""
+    stock, x = tiny(), torch.randn(5, IN)
+    if place == "a subclass":
+        layer(stock).__class__ = type("Linear", (lora.Linear,), {name: MEMBERS[name]})
+    patched = copy.deepcopy(stock)
+    if how == "patch_peft":
+        patch_peft(patched)
+    with accelerated() if how == "accelerated" else contextlib.nullcontext():
+        if place == "PEFT's class":
+            owner = next(kind for kind in lora.Linear.__mro__ if name in vars(kind))
+            monkeypatch.setattr(owner, name, MEMBERS[name])
+        y = patched(x.clone())
+        (found,) = explain(patched, x.clone()).layers
+    assert torch.equal(y, stock(x.clone()))
+    assert not computed
+    assert (found.form, name in found.reason) == ("stock", True)
 
 
 @pytest.mark.parametrize("kind", [nn.SiLU, lora.Linear])

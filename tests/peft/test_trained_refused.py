@@ -25,7 +25,10 @@ SWAPS = {
         dict(modules_to_save=["proj"]), ValueError,
         "takes layers.0.q_proj whole, and target_modules an adapter for layers.0.q_proj",
     ),
-    "all that is targeted": (dict(modules_to_save=["q_proj"]), ValueError, "no linear layer of Net matches target_modules"),
+    "all that is targeted": (
+        dict(modules_to_save=["q_proj"]), ValueError,
+        "no linear layer of Net matches target_modules=['q_proj'] outside of modules_to_save=['q_proj'].",
+    ),
     "one in another": (dict(modules_to_save=["tail", "tail.0"]), ValueError, "takes tail.0 as well as tail, in which it"),
 }  # fmt: skip
 
