@@ -51,7 +51,7 @@ def forward_reason(module: nn.Module) -> str:
             return "its forward is from a time of accelerate() or accelerated() that has ended"
         return f"the forward of its class was replaced by {describe(other)}" if other else ""
     # A class may make its forward anew at each look, as `functools.partialmethod` does.
-    if "forward" not in vars(module):
+    if "forward" not in vars(module) or forward is cls.forward:
         set_on_ours = "_lora_kernels_class" in vars(cls)
         return f"the forward of its class was replaced by {describe(forward)}" if set_on_ours else UNPATCHED
     return "its forward is replaced on the instance (X-LoRA, or a hook from before)"
