@@ -75,7 +75,7 @@ def merged_weight(layer: Any, update: Tensor) -> nn.Parameter:
 
 
 def put(layer: Any, weight: nn.Parameter) -> None:
-    """Give a layer another quantised weight, and the state to read should FSDP1 make a plain parameter of the weight."""
+    """Give a layer another quantised weight, and its state, which is read where FSDP1 makes plain parameters."""
     layer.weight = weight
     layer.quant_state = getattr(weight, "quant_state", None)
 

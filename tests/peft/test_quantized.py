@@ -142,7 +142,7 @@ def test_few_rows_without_gradients_go_to_the_layers_own_kernel(computed):
         patched(input_ids=ids[:1, :8])
         assert set(computed) == {"lora_add"}
         computed.clear()
-        patched(input_ids=ids)  # 96 rows
+        patched(input_ids=ids[:, :16])  # 64 rows
     assert "lora_add" not in computed
     found = explain(patched, input_ids=ids[:1, :8])
     assert {(layer.form, layer.note) for layer in found.layers} == {("low-rank", "")}
