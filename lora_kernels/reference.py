@@ -88,7 +88,9 @@ def dequantize(weight: Any, dtype: torch.dtype | None = None) -> Tensor:
     """
     (out_features, in_features), block = weight.shape, weight.block
     if weight.format in ("nf4", "fp4"):
-        numel, codes = out_features * in_features, weight.packed.reshape(-1).view(torch.uint8)
+        numel, codes = out_features * in_features, weight.packed.reshape(-1)
+        # `torch.jit.trace` cannot record a view as another dtype.
+        codes = codes if codes.dtype == torch.uint8 else codes.view(torch.uint8)
         nibbles = torch.stack((codes >> 4, codes & 15), -1).reshape(-1)[:numel]
         absmax = weight.scale.reshape(-1)
         if weight.nested is not None:

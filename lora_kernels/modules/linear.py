@@ -171,7 +171,8 @@ class LoRALinear(nn.Module):
             tied = None
             if self._shell is not None:
                 tied = self.weight
-                self.weight = quantized.merged_weight(self, self._update(self.lora_A, self.lora_B, self.scaling))
+                merged = quantized.merged_weight(self, self._update(self.lora_A, self.lora_B, self.scaling))
+                quantized.put(self, merged)
             elif self.shared_with:
                 tied = self.weight
                 self.weight = nn.Parameter(tied.clone(), requires_grad=tied.requires_grad)
@@ -191,8 +192,10 @@ class LoRALinear(nn.Module):
             lora_A, lora_B, scaling, tied = self._added
             if tied is None:
                 self._add_update(lora_A, lora_B, -scaling)
-            else:
+            elif self._shell is None:
                 self.weight = tied
+            else:
+                quantized.put(self, tied)
             self.merged, self._added = False, None
 
     def extra_repr(self) -> str:
@@ -284,6 +287,12 @@ def check_base(linear: nn.Module, what: str, way_out: str = "") -> None:
             "low-rank term to its result with lora_kernels.functional.lora_add"
         )
         raise TypeError(f"{what} is a {type(linear).__name__}, not exactly an nn.Linear{way_out}.")
+    kind = layers.kind_of(linear)
+    if kind is not None and type(linear).forward is not kind.forward:
+        raise TypeError(
+            f"{what} is a {type(linear).__name__} with a forward of its own, and may compute something else than "
+            f"{kind.__name__}{way_out}."
+        )
     lost = listened_to(linear)
     if lost:
         raise ValueError(

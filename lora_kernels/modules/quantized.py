@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_kernels.quantized import layers
 
-__all__ = ["adopt", "fill", "merged_weight", "save_state", "take_state"]
+__all__ = ["adopt", "fill", "merged_weight", "put", "save_state", "take_state"]
 
 # Between a parameter's name and those of the parts of its quant_state, in bitsandbytes' state dicts.
 _STATE = "weight."
@@ -21,10 +21,19 @@ _STATE = "weight."
 
 def adopt(layer: Any, source: Any) -> None:
     """Give a layer the parameters of a quantised one, frozen, and keep the rest of that one."""
-    # Read the weight, so that what cannot be read is refused before anything is changed.
-    layers.read(source)
+    # Read the weight, so that what cannot be read is refused with nothing changed. transformers makes FP8 weights that
+    # require grad, and a weight is read frozen.
+    trained = [p for p in source._parameters.values() if p is not None and p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        layers.read(source)
+    except (TypeError, ValueError):
+        for p in trained:
+            p.requires_grad_(True)
+        raise
     for name, p in source._parameters.items():
-        layer.register_parameter(name, p if p is None or not p.is_floating_point() else p.requires_grad_(False))
+        layer.register_parameter(name, p)
     layer.block_size = getattr(source, "block_size", None)
     # FSDP1 makes plain parameters of weights, and the state of the layer is then the one that is read.
     layer.quant_state = getattr(source, "quant_state", None)
@@ -38,6 +47,8 @@ def fill(layer: Any) -> nn.Module:
     """Return the layer that was adopted, with the parameters that `layer` has now."""
     shell = copy.copy(layer._shell[0])
     shell._parameters = {name: layer._parameters[name] for name in shell._parameters}
+    if layer.quant_state is not None:
+        shell.quant_state = getattr(layer.weight, "quant_state", layer.quant_state)
     return shell.train(layer.training)
 
 
@@ -63,6 +74,12 @@ def merged_weight(layer: Any, update: Tensor) -> nn.Parameter:
     return made.to(weight.device)
 
 
+def put(layer: Any, weight: nn.Parameter) -> None:
+    """Give a layer another quantised weight, and its state, which is read where FSDP1 makes plain parameters."""
+    layer.weight = weight
+    layer.quant_state = getattr(weight, "quant_state", None)
+
+
 def save_state(layer: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
     """Add the parts of a weight's quant_state to a state dict, as bitsandbytes does."""
     state = getattr(layer.weight, "quant_state", None)
@@ -76,4 +93,4 @@ def take_state(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
     parts = {key.removeprefix(start): state_dict.pop(key) for key in [*state_dict] if key.startswith(start)}
     if parts and (packed := state_dict.get(f"{prefix}weight")) is not None:
         kind, device = type(layer.weight), layer.weight.device
-        layer.weight = kind.from_prequantized(packed, parts, device=device)
+        put(layer, kind.from_prequantized(packed, parts, device=device))

@@ -128,6 +128,10 @@ def is_defined_by(forward: Any, cls: type) -> bool:
     ) is getattr(module, "__dict__", forward)
 
 
+# A compiler does not find the globals of a function to be those of its module.
+is_defined_by._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def parts_are_own() -> bool:
     """Return whether a call of nn.Linear, nn.Dropout or nn.Identity, the parts of LoRA layers, runs PyTorch's own code.
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_kernels.constants import DTYPES
 
-__all__ = ["check"]
+__all__ = ["check", "check_dequantize"]
 
 FOUR_BITS = ("nf4", "fp4")
 _FORMATS = (*FOUR_BITS, "fp8", "int8")
@@ -19,6 +19,9 @@ _SCALES = {
 # bitsandbytes' quant_storage, and bytes under other names
 _STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)
 _NESTED_BLOCK = 256
+_BACKENDS = ("auto", "triton", "torch")
+# What the constructors of 8-bit weights call `packed` and `scale`
+_ARGUMENTS = {"fp8": ("packed (weight)", "scale (weight_scale_inv)"), "int8": ("packed (CB)", "scale (SCB)")}
 
 
 def check(weight: Any) -> None:
@@ -32,18 +35,43 @@ def check(weight: Any) -> None:
         raise ValueError(f"QuantizedWeight: format={weight.format!r} is not one of: {', '.join(_FORMATS)}.")
     if weight.dtype not in DTYPES.values():
         raise TypeError(f"QuantizedWeight: dtype is {weight.dtype}; supported: bfloat16, float16, float32.")
-    if len(weight.shape) != 2 or not all(isinstance(n, int) and n >= 0 for n in weight.shape):
-        raise ValueError(f"QuantizedWeight: shape must be (out_features, in_features), got {tuple(weight.shape)}.")
-    _check_tensors(_named(weight))
+    shape = weight.shape
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"QuantizedWeight: shape must be (out_features, in_features), got {shape!r}.")
+    if len(shape) != 2 or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"QuantizedWeight: shape must be (out_features, in_features), got {tuple(shape)}.")
+    if weight.nested is not None and not hasattr(weight.nested, "blocksize"):
+        raise TypeError(
+            "QuantizedWeight: nested must be a lora_kernels.quantized.Nested(code, absmax, offset), "
+            f"got {type(weight.nested).__name__}."
+        )
+    _check_tensors(_named(weight), weight.packed)
     if weight.format in FOUR_BITS:
         _check_four_bits(weight)
     else:
         _check_eight_bits(weight)
 
 
+def check_dequantize(dtype: Any, backend: Any) -> None:
+    """Check the arguments of `QuantizedWeight.dequantize`.
+
+    Raises:
+        TypeError: `dtype` is not one of those that W can be computed in.
+        ValueError: `backend` is not a known name.
+    """
+    if dtype not in (*DTYPES.values(), torch.float64):
+        raise TypeError(
+            f"QuantizedWeight.dequantize: dtype is {dtype!r}; supported: bfloat16, float16, float32 (float64 with the "
+            'backend "torch").'
+        )
+    if backend not in _BACKENDS:
+        raise ValueError(f"QuantizedWeight.dequantize: backend={backend!r} is not one of: {', '.join(_BACKENDS)}.")
+
+
 def _named(weight: Any) -> dict[str, Tensor]:
     """Return the tensors of a weight by their names."""
-    named = {"packed": weight.packed, "scale": weight.scale}
+    stored, scales = _ARGUMENTS.get(weight.format, ("packed", "scale (absmax)"))
+    named = {stored: weight.packed, scales: weight.scale}
     if weight.code is not None:
         named["code"] = weight.code
     if weight.nested is not None:
@@ -51,7 +79,8 @@ def _named(weight: Any) -> dict[str, Tensor]:
     return named
 
 
-def _check_tensors(named: dict[str, Any]) -> None:
+def _check_tensors(named: dict[str, Any], packed: Any) -> None:
+    device = getattr(packed, "device", None)
     for name, t in named.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"QuantizedWeight: {name} must be a tensor, got {type(t).__name__}.")
@@ -68,10 +97,9 @@ def _check_tensors(named: dict[str, Any]) -> None:
             raise ValueError(
                 f"QuantizedWeight: {name} must be contiguous, got shape {tuple(t.shape)} with strides {t.stride()}."
             )
-        if t.device != named["packed"].device:
+        if t.device != device:
             raise ValueError(
-                f"QuantizedWeight: all tensors must be on one device; packed is on {named['packed'].device}, "
-                f"{name} on {t.device}."
+                f"QuantizedWeight: all tensors must be on one device; packed is on {device}, {name} on {t.device}."
             )
 
 
@@ -106,16 +134,17 @@ def _check_four_bits(weight: Any) -> None:
 
 def _check_eight_bits(weight: Any) -> None:
     kind, packed, scale, block = weight.format, weight.packed, weight.scale, weight.block
+    stored, scales = _ARGUMENTS[kind]
     if weight.code is not None or weight.nested is not None:
         raise ValueError(f"QuantizedWeight: {kind} has neither code nor nested.")
     if packed.dtype != _STORED[kind]:
         raise TypeError(
-            f"QuantizedWeight: packed has dtype {packed.dtype}; {kind} is stored in {_names([_STORED[kind]])}."
+            f"QuantizedWeight: {stored} has dtype {packed.dtype}; {kind} is stored in {_names([_STORED[kind]])}."
         )
     if packed.shape != weight.shape:
-        raise ValueError(f"QuantizedWeight: packed is {tuple(packed.shape)} and shape is {tuple(weight.shape)}.")
+        raise ValueError(f"QuantizedWeight: {stored} is {tuple(packed.shape)} and shape is {tuple(weight.shape)}.")
     if scale.dtype not in _SCALES[kind]:
-        raise TypeError(f"QuantizedWeight: scale has dtype {scale.dtype}; supported: {_names(_SCALES[kind])}.")
+        raise TypeError(f"QuantizedWeight: {scales} has dtype {scale.dtype}; supported: {_names(_SCALES[kind])}.")
     if not (isinstance(block, tuple) and len(block) == 2 and all(isinstance(n, int) for n in block)):
         raise TypeError(f"QuantizedWeight: block must be (rows, columns) for {kind}, got {block!r}.")
     if min(block) < 1:
@@ -125,7 +154,7 @@ def _check_eight_bits(weight: Any) -> None:
     fits = scale.shape == grid or (1 in grid and scale.numel() == grid[0] * grid[1])
     if not fits and 0 not in weight.shape:
         raise ValueError(
-            f"QuantizedWeight: scale is {tuple(scale.shape)} but must be {grid}: one number for each block of "
+            f"QuantizedWeight: {scales} is {tuple(scale.shape)} but must be {grid}: one number for each block of "
             f"{block[0]} x {block[1]} of a weight {tuple(weight.shape)}."
         )
 

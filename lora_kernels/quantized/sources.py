@@ -4,7 +4,6 @@ Sources: bitsandbytes 0.50, `functional.py` (QuantState) and `nn/modules.py`; De
 arXiv:2305.14314, appendix E (the 16 values of NF4); transformers 5.24, `integrations/finegrained_fp8.py`.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,6 @@ _FP8_BLOCK = (128, 128)
 _BITSANDBYTES = "QuantizedWeight.from_bitsandbytes"
 
 
-@functools.cache
 def nf4_code(device: torch.device) -> Tensor:
     """Return the 16 values of NF4, fp32."""
     return torch.tensor(_NF4, dtype=torch.float32, device=device)
@@ -113,7 +111,8 @@ def _block(weight: Tensor, scale: Tensor, block: Sequence[int] | None) -> tuple[
     if scale.numel() == 1 and (block is None or scale.dim() == 0):
         return max(1, out_features), max(1, in_features)
     if block is not None:
-        return tuple(block)  # type: ignore[return-value]
+        # The check of the weight names what is no pair.
+        return tuple(block) if isinstance(block, Sequence) else block  # type: ignore[return-value]
     if scale.shape in ((out_features,), (out_features, 1)):
         return 1, max(1, in_features)
     rows, columns = _FP8_BLOCK

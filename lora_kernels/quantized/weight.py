@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.quantized import sources
-from lora_kernels.quantized.checks import FOUR_BITS, check
+from lora_kernels.quantized.checks import FOUR_BITS, check, check_dequantize
 
 __all__ = ["Nested", "QuantizedWeight", "count_tables", "shape_of_form"]
 
@@ -148,8 +148,8 @@ class QuantizedWeight:
             TypeError: As the class.
             ValueError: As the class.
         """
-        code = sources.nf4_code(packed.device) if code is None else code
-        return cls("nf4", packed, torch.Size(shape), dtype, absmax, blocksize, code, nested)
+        code = sources.nf4_code(getattr(packed, "device", None)) if code is None else code
+        return cls("nf4", packed, shape, dtype, absmax, blocksize, code, nested)  # type: ignore[arg-type]
 
     @property
     def out_features(self) -> int:
@@ -212,13 +212,14 @@ class QuantizedWeight:
             backend: "auto", "triton" or "torch", as in `lora_linear`.
 
         Raises:
-            TypeError: "triton" was asked for and has no such dtype.
+            TypeError: `dtype` is none of these, or "triton" was asked for and has no such dtype.
             ValueError: `backend` is none of these.
             RuntimeError: "triton" was asked for and cannot run.
         """
         # by name, because the plan stands above the weights
         plan = importlib.import_module("lora_kernels.plan.backend")
         dtype = self.dtype if dtype is None else dtype
+        check_dequantize(dtype, backend)
         chosen = plan.choose(self.device, dtype, 1, 0 in self.shape, backend, "QuantizedWeight.dequantize")
         return plan.contractions(chosen).dequantize(self, dtype)
 

@@ -173,3 +173,13 @@ def test_wrong_shapes_and_devices_are_named(device):
         ValueError, match=r"lora_projections: projection 1: x has 48 features in its last dim but weight is \(48, 40\)"
     ):
         lora_projections(x, [w, weight("nf4", (48, 40), device)], [(A, B), (A, B)])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_trace_is_recorded(form, device):
+    w, x = weight(form, (40, 48), device), torch.randn(3, 48, device=device)
+    A, B = torch.randn(4, 48, device=device), torch.randn(40, 4, device=device)
+    traced = torch.jit.trace(lambda x: lora_linear(x, w, A, B), x)
+    other = torch.randn_like(x)
+    torch.testing.assert_close(traced(other), lora_linear(other, w, A, B))

@@ -176,3 +176,37 @@ def test_swap_save_load_and_unload(kind, tmp_path):
     assert {name: type(module) for name, module in merged.named_modules()} == kinds
     found = merged(input_ids=ids).logits
     assert (found - out.logits).norm() < 0.3 * out.logits.norm()
+
+
+def test_fp8_weights_that_require_grad_are_frozen():
+    """As transformers makes them."""
+    base = fp8(linear())
+    base.weight.requires_grad_(True), base.weight_scale_inv.requires_grad_(True)
+    made = LoRALinear.from_linear(base, r=4)
+    assert {n for n, p in made.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_subclass_with_a_forward_of_its_own_is_refused(kind):
+    base = CHANGES[kind](linear())
+    cls = type(base)
+    base.__class__ = type("Doubled", (cls,), {"forward": lambda self, x: 2 * cls.forward(self, x)})
+    with pytest.raises(TypeError, match=rf"is a Doubled with a forward of its own, .* than {cls.__name__}"):
+        LoRALinear.from_linear(base)
+    base.__class__ = type("Same", (cls,), {})
+    LoRALinear.from_linear(base)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantised again")
+def test_the_layers_state_is_that_of_its_weight():
+    """It is read where FSDP1 makes a plain parameter of the weight."""
+    made, other = adapted(four_bits), adapted(four_bits, seed=1)
+    made.load_state_dict(other.state_dict())
+    assert made.quant_state is made.weight.quant_state
+    before = made.quant_state
+    made.merge()
+    assert made.quant_state is made.weight.quant_state
+    bare = merge_and_unload(nn.Sequential(copy.deepcopy(made)))[0]
+    assert bare.quant_state is bare.weight.quant_state
+    made.unmerge()
+    assert made.quant_state is made.weight.quant_state is before

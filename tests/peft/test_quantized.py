@@ -142,7 +142,7 @@ def test_few_rows_without_gradients_go_to_the_layers_own_kernel(computed):
         patched(input_ids=ids[:1, :8])
         assert set(computed) == {"lora_add"}
         computed.clear()
-        patched(input_ids=ids)  # 96 rows
+        patched(input_ids=ids[:, :16])  # 64 rows
     assert "lora_add" not in computed
     found = explain(patched, input_ids=ids[:1, :8])
     assert {(layer.form, layer.note) for layer in found.layers} == {("low-rank", "")}
@@ -288,3 +288,26 @@ def test_layers_of_other_kinds_are_low_rank():
             quantized_base(other, None)
             == f"is a {name}, not a plain nn.Linear: no pass reads weights packed as its are"
         )
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own
+@pytest.mark.parametrize("change", [four_bits, fp8])
+def test_a_compiled_model_computes_what_the_report_says(change, monkeypatch):
+    """A compiler sees that the layer's forward is its library's own, and sees when it no longer is."""
+    model, ids, seen = quantised_llama(change=change), tokens()[0], []
+    patch_peft(model)
+    expected = model(input_ids=ids).logits
+
+    def keep(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes if "lora_kernels" in str(node.target))
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=keep, fullgraph=True)
+    torch.testing.assert_close(compiled(input_ids=ids).logits, expected)
+    assert sum(".mlp" in name for name in seen) == 2
+    assert sum(".linear" in name for name in seen) == 8
+    if change is four_bits:
+        plain = bnb.nn.Linear4bit.forward
+        monkeypatch.setattr(bnb.nn.Linear4bit, "forward", lambda self, x: 2 * plain(self, x))
+        torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -116,7 +116,7 @@ WRONG = {
     "storage": (lambda: nf4(packed=BYTES.long()), TypeError, r"packed has dtype torch\.int64; supported: uint8, int8"),
     "gaps": (lambda: nf4(packed=torch.zeros(1667, 2, dtype=torch.uint8)[:, 0]), ValueError, "packed must be contiguous"),
     "trained": (lambda: nf4(packed=torch.zeros(1667).half().requires_grad_()), ValueError, "packed requires grad"),
-    "a trained scale": (lambda: fp8(scale=torch.ones(3, 4, requires_grad=True)), ValueError, "scale requires grad"),
+    "a trained scale": (lambda: fp8(scale=torch.ones(3, 4, requires_grad=True)), ValueError, r"scale \(weight_scale_inv\) requires grad"),
     "another device": (lambda: nf4(code=torch.zeros(16, device="meta")), ValueError, "packed is on cpu, code on meta"),
     "odd blocks": (lambda: nf4(block=63), ValueError, "block=63 must be an even number"),
     "two-sided blocks": (lambda: nf4(block=(1, 64)), TypeError, r"block must be one int for nf4, got \(1, 64\)"),
@@ -129,16 +129,16 @@ WRONG = {
     "nested code": (lambda: nf4(nested=nested(code=torch.zeros(16))), ValueError, r"nested\.code has 16 elements and must have 256"),
     "nested absmax": (lambda: nf4(nested=nested(absmax=torch.zeros(2))), ValueError, r"nested\.absmax has 2 elements and must have 1"),
     "nested offset": (lambda: nf4(nested=nested(offset=0.5)), TypeError, r"nested\.offset must be a tensor, got float"),
-    "fp8 storage": (lambda: fp8(packed=torch.zeros(33, 101)), TypeError, r"packed has dtype torch\.float32; fp8 is stored in float8_e4m3fn"),
-    "fp8 shape": (lambda: fp8(shape=(101, 33)), ValueError, r"packed is \(33, 101\) and shape is \(101, 33\)"),
-    "fp8 scale": (lambda: fp8(scale=torch.ones(3, 4).double()), TypeError, r"scale has dtype torch\.float64; supported: float32, bfloat16"),
-    "fp8 grid": (lambda: fp8(scale=torch.ones(4, 3)), ValueError, r"scale is \(4, 3\) but must be \(3, 4\)"),
+    "fp8 storage": (lambda: fp8(packed=torch.zeros(33, 101)), TypeError, r"packed \(weight\) has dtype torch\.float32; fp8 is stored in float8_e4m3fn"),
+    "fp8 shape": (lambda: fp8(shape=(101, 33)), ValueError, r"packed \(weight\) is \(33, 101\) and shape is \(101, 33\)"),
+    "fp8 scale": (lambda: fp8(scale=torch.ones(3, 4).double()), TypeError, r"scale \(weight_scale_inv\) has dtype torch\.float64; supported: float32, bfloat16"),
+    "fp8 grid": (lambda: fp8(scale=torch.ones(4, 3)), ValueError, r"scale \(weight_scale_inv\) is \(4, 3\) but must be \(3, 4\)"),
     "fp8 code": (lambda: fp8(code=torch.zeros(16)), ValueError, "fp8 has neither code nor nested"),
     "fp8 block": (lambda: fp8(block=16), TypeError, r"block must be \(rows, columns\) for fp8, got 16"),
     "no block": (lambda: fp8(block=(0, 32)), ValueError, r"block=\(0, 32\) must be at least \(1, 1\)"),
     "e5m2": (
         lambda: QuantizedWeight.from_fp8(torch.zeros(4, 4).to(torch.float8_e5m2), torch.ones(())),
-        TypeError, r"packed has dtype torch\.float8_e5m2; fp8 is stored in float8_e4m3fn",
+        TypeError, r"packed \(weight\) has dtype torch\.float8_e5m2; fp8 is stored in float8_e4m3fn",
     ),
     "which blocks": (
         lambda: QuantizedWeight.from_fp8(fp8().packed, torch.ones(3, 4)),
@@ -150,11 +150,11 @@ WRONG = {
     "fp8 without a scale": (lambda: QuantizedWeight.from_fp8(fp8().packed, 3.0), TypeError, "must be tensors, got Tensor and float"),
     "int8 scale": (
         lambda: QuantizedWeight.from_int8(torch.zeros(4, 6, dtype=torch.int8), torch.ones(6)),
-        ValueError, r"scale is \(6,\) but must be \(4, 1\)",
+        ValueError, r"scale \(SCB\) is \(6,\) but must be \(4, 1\)",
     ),
     "int8 in fp16": (
         lambda: QuantizedWeight.from_int8(torch.zeros(4, 6, dtype=torch.int8), torch.ones(4).half()),
-        TypeError, r"scale has dtype torch\.float16; supported: float32",
+        TypeError, r"scale \(SCB\) has dtype torch\.float16; supported: float32",
     ),
     "int8 in one dim": (
         lambda: QuantizedWeight.from_int8(torch.zeros(6, dtype=torch.int8), torch.ones(6)),
@@ -247,3 +247,37 @@ def test_offsets_beyond_32_bits(kind, monkeypatch):
     monkeypatch.setattr(kernel, "_settle", last)
     kernel.dequantize(weight, torch.float16)
     assert torch.equal(w.view(-1)[-100:].float(), expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda p, s: QuantizedWeight.nf4([1], s, shape=(8, 16)), TypeError, "packed must be a tensor, got list"),
+        (lambda p, s: QuantizedWeight.nf4(p, s, shape=5), TypeError, r"shape must be \(out_features, in_features\), got 5"),
+        (lambda p, s: QuantizedWeight.nf4(p, s, shape=None), TypeError, "shape must be .*, got None"),
+        (lambda p, s: QuantizedWeight.nf4(p, s, shape=(8.0, 16)), ValueError, r"shape must be .*, got \(8.0, 16\)"),
+        (lambda p, s: QuantizedWeight.nf4(p, s.byte(), shape=(8, 16), nested=(s, s, s)), TypeError, "got tuple"),
+        (lambda p, s: QuantizedWeight.from_fp8(fp8_zeros(), s, block=5), TypeError, r"must be \(rows, columns\).*got 5"),
+        (lambda p, s: QuantizedWeight.from_fp8(fp8_zeros(), s, block=(4, 4)), ValueError, r"weight_scale_inv\) is \(2,"),
+        (lambda p, s: QuantizedWeight.from_int8(fp8_zeros().to(torch.int8), s), ValueError, r"\(SCB\) is \(2,\)"),
+        (lambda p, s: QuantizedWeight.nf4(p, s, shape=(8, 16)).dequantize(torch.int32), TypeError, "dtype is torch.int32"),
+        (lambda p, s: QuantizedWeight.nf4(p, s, shape=(8, 16)).dequantize("bf16"), TypeError, "dtype is 'bf16'"),
+        (lambda p, s: QuantizedWeight.nf4(p, s, shape=(8, 16)).dequantize(None, "reference"), ValueError,
+         "'reference' is not one of: auto, triton, torch[.]"),
+    ],
+)  # fmt: skip
+def test_what_no_constructor_can_read_is_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call(torch.zeros(64, dtype=torch.uint8), torch.ones(2))
+
+
+def fp8_zeros():
+    return torch.zeros(8, 16).to(torch.float8_e4m3fn)
+
+
+def test_the_table_of_nf4_serves_calls_after_inference_mode():
+    """One table for all weights would stay an inference tensor, which backward cannot save."""
+    parts = torch.zeros(64, dtype=torch.uint8), torch.ones(2)
+    with torch.inference_mode():
+        QuantizedWeight.nf4(*parts, shape=(8, 16))
+    assert not QuantizedWeight.nf4(*parts, shape=(8, 16)).code.is_inference()
