@@ -1,6 +1,7 @@
 """fp32 adapters over a 16-bit x, PEFT's default: read as they are, and rounded as a copy of them would have been."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -170,11 +171,15 @@ WAYS = ["a plain call", "an operator", "autocast"]
 @pytest.mark.parametrize("call", EXACT)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("way", WAYS)
-def test_gradients_are_fp32_sums_that_were_never_rounded(backend, call, way, device):
+@pytest.mark.parametrize("trained", ["A and B", "A", "B"])
+def test_gradients_are_fp32_sums_that_were_never_rounded(backend, call, way, trained, device):
     """Each term is exact in bf16 and their sum is not, so that a sum rounded on its way shows in every element."""
     x, w, a, b = (torch.ones(*s, device=device) for s in ((ROWS, SIDE), (SIDE, SIDE), (1, SIDE), (SIDE, 1)))
     x, w = (t if way == "autocast" else t.bfloat16() for t in (x, 0 * w))
-    found, exact = ([t.detach().to(kind).requires_grad_() for t in (a, b)] for kind in (WIDE, torch.float64))
+    found, exact = ([t.detach().to(kind) for t in (a, b)] for kind in (WIDE, torch.float64))
+    pairs = [pair for name, *pair in zip("AB", found, exact, strict=True) if name in trained.split(" and ")]
+    for t in itertools.chain(*pairs):
+        t.requires_grad_()
     modes = {"an operator": FlopCounterMode(display=False), "autocast": torch.autocast(device, torch.bfloat16)}
     with modes.get(way, contextlib.nullcontext()):
         y = EXACT[call](x, w, *found, backend)
@@ -183,7 +188,7 @@ def test_gradients_are_fp32_sums_that_were_never_rounded(backend, call, way, dev
     if call == "lora_mlp":
         y = y.relu().square() @ exact[0].T @ exact[1].T
     y.sum().backward()
-    for t, right in zip(found, exact, strict=True):
+    for t, right in pairs:
         assert t.grad.dtype == WIDE
         assert not torch.equal(right.grad, right.grad.bfloat16().double()), "the case shows nothing"
         assert torch.equal(t.grad.double(), right.grad)
