@@ -85,6 +85,23 @@ def test_a_file_of_another_dtype_is_read_in_the_model_s(tmp_path):
     torch.testing.assert_close(model.eval()(IDS), theirs(IDS))
 
 
+def test_a_target_whose_name_begins_with_a_saved_module_s_gets_an_adapter(tmp_path):
+    """As in PEFT; `head` is trained whole and `header`, and a layer in `heads`, are not."""
+
+    def make():
+        torch.manual_seed(0)
+        inner = nn.ModuleDict({"0": nn.Linear(8, 8)})
+        return nn.ModuleDict({"head": nn.Linear(8, 8), "header": nn.Linear(8, 8), "heads": inner})
+
+    how = dict(target_modules=["head", "header", "heads.0"], r=2, modules_to_save=["head"])
+    theirs = get_peft_model(make(), LoraConfig(**how))
+    adapted = {name.split(".", 2)[2] for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
+    names = swap_linear(model := make(), **how)
+    assert set(names) == adapted == {"header", "heads.0"}
+    save_adapter(model, tmp_path)
+    assert load_adapter(make(), tmp_path) == names
+
+
 HANDS = {
     "a head": ["lm_head"],
     "a norm": ["layers.1.norm"],
