@@ -121,6 +121,21 @@ def test_a_member_of_a_layer_s_class(name, place, how, computed, monkeypatch):
     assert (found.form, name in found.reason) == ("stock", True)
 
 
+class Theirs(lora.Linear):
+    def _cast_input_dtype(self, x, dtype):
+        return 3 * super()._cast_input_dtype(x, dtype)
+
+
+def test_a_member_that_another_library_s_subclass_defines(computed):
+    stock, x = tiny(), torch.randn(5, IN)
+    layer(stock).__class__ = Theirs
+    patched = copy.deepcopy(stock)
+    (found,) = patch_peft(patched).layers
+    same(patched, stock, x)
+    assert not computed
+    assert found.reason == f"_cast_input_dtype of its class is not PEFT's own, but {__name__}.Theirs._cast_input_dtype"
+
+
 @pytest.mark.parametrize("kind", [nn.SiLU, lora.Linear])
 @pytest.mark.parametrize("name", ["__call__", "_call_impl"])
 def test_a_call_of_one_class_in_a_block(kind, name, joined, monkeypatch):
