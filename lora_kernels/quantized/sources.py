@@ -21,7 +21,7 @@ _FP8_BLOCK = (128, 128)
 _BITSANDBYTES = "QuantizedWeight.from_bitsandbytes"
 
 
-def nf4_code(device: torch.device) -> Tensor:
+def nf4_code(device: torch.device | None) -> Tensor:
     """Return the 16 values of NF4, fp32."""
     return torch.tensor(_NF4, dtype=torch.float32, device=device)
 
