@@ -331,3 +331,14 @@ def test_autocast_to_another_dtype_than_the_layers_is_stocks():
         found = explain(patched, input_ids=tokens()[0])
     words = "the base layer computes in float16, inside autocast to bfloat16 and with x in "
     assert all(layer.reason.startswith(words) for layer in found.layers)
+
+
+def test_a_bias_of_another_dtype_is_cast_as_the_layer_does(computed):
+    stock = quantised_llama(torch.bfloat16)
+    for module in stock.modules():
+        if isinstance(module, bnb.nn.Linear4bit) and module.bias is not None:
+            module.bias = nn.Parameter(module.bias.float(), requires_grad=False)
+    patched = copy.deepcopy(stock)
+    patch_peft(patched)
+    near(outcome(patched), outcome(stock), 0.1)
+    assert "lora_add" not in computed
