@@ -183,3 +183,10 @@ def test_a_trace_is_recorded(form, device):
     traced = torch.jit.trace(lambda x: lora_linear(x, w, A, B), x)
     other = torch.randn_like(x)
     torch.testing.assert_close(traced(other), lora_linear(other, w, A, B))
+
+
+def test_a_bias_alone_gets_its_gradient(device):
+    bias = torch.zeros(40, device=device, requires_grad=True)
+    x, none = torch.randn(9, 48, device=device), torch.empty(0, 48, device=device)
+    lora_linear(x, weight("nf4", (40, 48), device), none, none.new_empty(40, 0), bias=bias).sum().backward()
+    assert torch.equal(bias.grad, torch.full_like(bias, 9))

@@ -311,3 +311,34 @@ def test_a_compiled_model_computes_what_the_report_says(change, monkeypatch):
         plain = bnb.nn.Linear4bit.forward
         monkeypatch.setattr(bnb.nn.Linear4bit, "forward", lambda self, x: 2 * plain(self, x))
         torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_few_rows_of_a_layer_in_training_and_of_fp8_on_a_cpu_are_fused(computed):
+    """Dropout needs the mode, and FP8Linear's own kernel a GPU."""
+    _, patched = pair()
+    other = quantised_llama(change=fp8).eval()
+    patch_peft(other)
+    for model in (patched.train(), other):
+        computed.clear()
+        with torch.no_grad():
+            model(input_ids=tokens()[0][:1, :8])
+        assert "lora_add" not in computed
+
+
+def test_autocast_to_another_dtype_than_the_layers_is_stocks():
+    _, patched = pair(compute_dtype=torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = explain(patched, input_ids=tokens()[0])
+    words = "the base layer computes in float16, inside autocast to bfloat16 and with x in "
+    assert all(layer.reason.startswith(words) for layer in found.layers)
+
+
+def test_a_bias_of_another_dtype_is_cast_as_the_layer_does(computed):
+    stock = quantised_llama(torch.bfloat16)
+    for module in stock.modules():
+        if isinstance(module, bnb.nn.Linear4bit) and module.bias is not None:
+            module.bias = nn.Parameter(module.bias.float(), requires_grad=False)
+    patched = copy.deepcopy(stock)
+    patch_peft(patched)
+    near(outcome(patched), outcome(stock), 0.1)
+    assert "lora_add" not in computed
