@@ -88,9 +88,19 @@ def save_state(layer: Any, destination: dict[str, Any], prefix: str, keep_vars: 
 
 
 def take_state(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
-    """Read the weight that `save_state` has written, and take its keys out of a state dict."""
+    """Read the weight that `save_state` has written, and take its keys out of a state dict.
+
+    Raises:
+        RuntimeError: The state dict has a packed weight without its quant_state, and the present one would not fit it.
+    """
     start = prefix + _STATE
     parts = {key.removeprefix(start): state_dict.pop(key) for key in [*state_dict] if key.startswith(start)}
-    if parts and (packed := state_dict.get(f"{prefix}weight")) is not None:
+    packed = state_dict.get(f"{prefix}weight")
+    if packed is not None and not parts and not hasattr(layer, "weight_scale_inv"):
+        raise RuntimeError(
+            f"LoRALinear: the state dict has {prefix}weight, which is packed, and no {start}absmax and the like, "
+            "by which it is read. Save the whole state_dict() of the layer."
+        )
+    if parts and packed is not None:
         kind, device = type(layer.weight), layer.weight.device
         put(layer, kind.from_prequantized(packed, parts, device=device))

@@ -95,6 +95,15 @@ def test_state_dict_copy_and_pickle(kind):
     assert torch.equal(torch.load(file, weights_only=False)(x), expected)
 
 
+def test_a_packed_weight_without_its_scales_is_refused():
+    made = adapted(four_bits)
+    state = {name: t for name, t in adapted(four_bits, seed=1).state_dict().items() if "weight." not in name}
+    y = made(x := torch.randn(2, 48))
+    with pytest.raises(RuntimeError, match=r"weight, which is packed, and no weight\.absmax"):
+        made.load_state_dict(state)
+    assert torch.equal(made(x), y)
+
+
 def test_the_keys_are_those_of_bitsandbytes():
     base = four_bits(linear())
     keys = set(LoRALinear.from_linear(base).state_dict())
