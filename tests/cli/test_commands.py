@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -109,8 +110,12 @@ def test_verify_quick_passes(tmp_path):
     layers = [case for case in cases if "layout" in case]
     assert all(0 < case["rule_1"] <= 1 for case in layers)
     assert all({f["name"] for f in case["findings"]} >= {"y", "dx", "d_lora_A", "d_lora_B"} for case in layers)
-    assert all(len(case["findings"]) == (8 if case["activation"] else 10) for case in cases if case not in layers)
-    assert {bool(case["activation"]) for case in cases if case not in layers} == {True, False}
+    blocks = [case for case in cases if case not in layers]
+    for case in blocks:  # each y, dx, and dA and dB of each adapter
+        assert len(case["findings"]) == (2 if case["activation"] else 4) + 2 * sum(map(bool, case["ranks"]))
+    assert {(bool(case["activation"]), bool(case["stored"])) for case in blocks} == set(
+        product((True, False), repeat=2)
+    )
     assert any(f["name"] == "dbias" for case in cases for f in case["findings"])
     ran = {case["dtype"] for case in cases if case["backend"] == "triton"}
     assert ran == ({"bf16", "fp16", "fp32"} if ON_GPU else {"fp16", "fp32"})
