@@ -6,13 +6,24 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from block_samples import MAKERS, WIDTH, Attention, Functional, Gated, adapted, block, exactly, ids, maker, outputs
+from block_samples import (
+    MAKERS,
+    WIDTH,
+    Attention,
+    Functional,
+    Gated,
+    Replayed,
+    adapted,
+    block,
+    exactly,
+    ids,
+    maker,
+    outputs,
+)
 from llama_samples import train
 from peft_samples import call, check, truth
 
@@ -121,15 +132,6 @@ def test_dropout_reaches_every_layer_of_an_mlp(joined):
     check(first, again, again, torch.float32)
     assert joined == ["lora_mlp"]
     assert not torch.equal(call(model, x)["y"], first["y"])
-
-
-class Replayed(nn.Module):
-    def __init__(self, model, reentrant):
-        super().__init__()
-        self.model, self.reentrant = model, reentrant
-
-    def forward(self, x):
-        return checkpoint(self.model, x, use_reentrant=self.reentrant)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -14,22 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from block_samples import SIZES, WIDTH, Attention, Gated, adapted, block, ids
+from block_samples import SIZES, WIDTH, Attention, Between, Gated, adapted, block, ids
 
 from lora_kernels import patch_peft
 from lora_kernels.peft import blocks, explain
-
-
-class Between(Attention):
-    """Something happens between q and k."""
-
-    happens = staticmethod(lambda part: None)
-
-    def forward(self, x):
-        q = self.q_proj(x)
-        self.happened = self.happens(self)
-        k, v = self.k_proj(x), self.v_proj(x)
-        return torch.cat([q, k, v], -1)
 
 
 @pytest.fixture

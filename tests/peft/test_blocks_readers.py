@@ -13,29 +13,17 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from block_samples import WIDTH, Attention, block
+from block_samples import WIDTH, Attention, Between, Replayed, block
 from peft.tuners.lora import Linear
 from peft_samples import call
 
 from lora_kernels import patch_peft
 from lora_kernels.peft.structure import ATTENTION, call_sites
-
-
-class Between(Attention):
-    """Something happens between q and k."""
-
-    happens = staticmethod(lambda part: None)
-
-    def forward(self, x):
-        q = self.q_proj(x)
-        self.happened = self.happens(self)
-        k, v = self.k_proj(x), self.v_proj(x)
-        return torch.cat([q, k, v], -1)
 
 
 def in_a_thread(part):
@@ -142,15 +130,6 @@ def test_hooks_around_a_block_and_after_its_layers_see_the_layers(joined):
     assert all(a is b for layers in seen for a, b in zip(layers, [*one.children()][:3], strict=True))
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, model, reentrant):
-        super().__init__()
-        self.model, self.reentrant = model, reentrant
-
-    def forward(self, x):
-        return checkpoint(self.model, x, use_reentrant=self.reentrant)
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_in_both_runs_of_a_checkpoint(reentrant, joined):
     stock, _ = block(Between())
@@ -160,7 +139,7 @@ def test_in_both_runs_of_a_checkpoint(reentrant, joined):
     one.happens = lambda part: seen.append(part.k_proj)
     x = torch.randn(3, WIDTH, requires_grad=True)
     with set_checkpoint_early_stop(False):
-        actual, expected = (call(Checkpointed(model, reentrant), x) for model in (patched, stock))
+        actual, expected = (call(Replayed(model, reentrant), x) for model in (patched, stock))
     assert "dx" in actual
     torch.testing.assert_close(actual, expected)
     assert joined == ["lora_projections"] * 2

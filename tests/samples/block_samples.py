@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 SIZES = dict(
     vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4,
@@ -120,3 +121,24 @@ def block(part, **changes):
     torch.manual_seed(0)
     model = adapted(Block(part), **changes)
     return model, model.base_model.model.part
+
+
+class Between(Attention):
+    """Something happens between q and k."""
+
+    happens = staticmethod(lambda part: None)
+
+    def forward(self, x):
+        q = self.q_proj(x)
+        self.happened = self.happens(self)
+        k, v = self.k_proj(x), self.v_proj(x)
+        return torch.cat([q, k, v], -1)
+
+
+class Replayed(nn.Module):
+    def __init__(self, model, reentrant):
+        super().__init__()
+        self.model, self.reentrant = model, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.model, x, use_reentrant=self.reentrant)
