@@ -102,7 +102,7 @@ def descriptor_path(capability: tuple[int, int] | None, dtype: torch.dtype) -> t
 @functools.lru_cache(maxsize=4096)
 def matmul_config(
     rows: int, inner: int, cols: int, dtype: torch.dtype, tma: bool, masked: bool, num_sms: int, tf32: bool = False,
-    place: int | None = None, strided: bool = False, many: bool = False,
+    place: int | None = None, strided: bool = False, many: bool = False, groups: int = 0,
 ) -> MatmulConfig:  # fmt: skip
     """Pick the tile for y `[rows, cols]`: the shipped tile that the model finishes first; on a tie, the least padded.
 
@@ -118,8 +118,12 @@ def matmul_config(
         place: Restrict the choice to this entry of `matmul_configs`; ignored past the end of the tuple.
         strided: Whether no two elements of a large operand are adjacent, so each element needs its own address.
         many: Whether there are more than six sources; a select among them costs registers beside a masked product.
+        groups: Number of groups of rows, each with operands of its own; 0 without groups. A tile belongs to one group.
     """
-    shipped = matmul_configs(dtype, tma, masked, tf32)
+    shipped = matmul_configs(dtype, tma, masked, tf32, groups > 0)
+    # The host does not know the rows of each group, so the tile serves groups of the average size.
+    parts = max(1, min(groups, rows))
+    rows = -(-rows // parts)
     if many and masked and tma and place is None:
         shipped = shipped[1:]
     if place is not None and place < len(shipped):
@@ -128,7 +132,10 @@ def matmul_config(
         # Many small programs run at once, because the write of y is most of the work.
         small = [config for config in shipped if config.block_m <= 64 and config.block_n <= 128]
         shipped = tuple(replace(config, num_stages=2, ctas_per_sm=2) for config in small)
-    best = min(shipped, key=lambda config: (_clocks(config, rows, cols, num_sms), _count_covered(config, rows, cols)))
+    best = min(
+        shipped,
+        key=lambda config: (_clocks(config, parts, rows, cols, num_sms), _count_covered(config, rows, cols)),
+    )
     if not tma:
         # Fit the tile to y, because pointers pay for every lane; descriptors zero-fill outside of y at no cost.
         block_m, block_n = fit(rows, best.block_m), fit(cols, best.block_n)
@@ -140,14 +147,16 @@ def matmul_config(
     return _square(best, num_sms)
 
 
-def matmul_configs(dtype: torch.dtype, tma: bool, masked: bool, tf32: bool = False) -> tuple[MatmulConfig, ...]:
+def matmul_configs(
+    dtype: torch.dtype, tma: bool, masked: bool, tf32: bool = False, grouped: bool = False
+) -> tuple[MatmulConfig, ...]:
     """Return the shipped tiles of a path, the largest first; `lora-kernels tune` stores places in this tuple.
 
     Tiles of a masked product are sliced more finely or spread over more warps, because a second accumulator of a whole
     tile spills.
     """
     if tma:
-        return _MASKED_TMA if masked else _TMA
+        return _MASKED_TMA if masked else _GROUPED_TMA if grouped else _TMA
     if dtype.itemsize == 2:
         return _MASKED_HALF if masked else _HALF
     if not tf32:
@@ -169,6 +178,8 @@ _TMA = (
     MatmulConfig(64, 64, 64, 8, 1, 4, 6, 2),
     MatmulConfig(64, 32, 128, 8, 1, 4, 4, 2),
 )
+# Tiles of groups of rows are stored by pointers, through shared memory.
+_GROUPED_TMA = _TMA[2:]
 _MASKED_TMA = (
     MatmulConfig(128, 256, 64, 8, 4, 8, 3),
     MatmulConfig(128, 128, 64, 8, 2, 8, 3),
@@ -190,8 +201,10 @@ _MASKED_HALF = (
 )
 
 
-def _clocks(config: MatmulConfig, rows: int, cols: int, num_sms: int) -> float:
-    """Estimate the clocks a multiprocessor is busy for 64 of K; the model ranks tiles and forecasts no time.
+def _clocks(config: MatmulConfig, parts: int, rows: int, cols: int, num_sms: int) -> float:
+    """Estimate the clocks a multiprocessor is busy for 64 of K, for `parts` products of `rows` rows each.
+
+    The model ranks tiles and forecasts no time.
 
     All tiles on a multiprocessor share its tensor cores. A K step takes the maximum of two times. The products run at
     2048 multiply-adds a clock, or slower where narrow instructions wait for shared memory at 128 bytes a clock
@@ -202,13 +215,13 @@ def _clocks(config: MatmulConfig, rows: int, cols: int, num_sms: int) -> float:
     instruction = max(n / 2, (64 * 32 + n * 32) / 128)
     products = max(1, m // 64) * 4 * instruction
     operands = (min(m, rows) + min(n, cols)) * 128 / 48
-    return -(-count_tiles(rows, cols, m, n) // num_sms) * max(products, operands)
+    return -(-parts * count_tiles(rows, cols, m, n) // num_sms) * max(products, operands)
 
 
 @functools.lru_cache(maxsize=4096)
 def shrink_config(
     rows: int, inner: int, rank: int, dtype: torch.dtype, dropout: bool = False, strided: bool = False,
-    shared: int = SHARED, adapters: int = 1, activated: bool = False, adapter_itemsize: int = 0,
+    shared: int = SHARED, adapters: int = 1, activated: bool = False, adapter_itemsize: int = 0, groups: int = 0,
 ) -> ShrinkConfig:  # fmt: skip
     """Pick the tile for s `[rows, rank]` summed over `inner`, and the split of the sum where rows are too few.
 
@@ -224,7 +237,10 @@ def shrink_config(
         adapters: Number of adapters; each has its own tile of A and, with dropout, its own masked tile of x.
         activated: Whether an activation makes x from two operands, which costs registers and one more tile.
         adapter_itemsize: Bytes per element of A, where A is wider than x.
+        groups: Number of groups of rows, each with an A of its own; 0 without groups.
     """
+    parts = max(1, min(groups, rows))
+    rows = -(-rows // parts)
     # 64 rows of fp32 with dropout spill. 64 rows of 16 bits would be a wgmma of an x in registers where x is masked or
     # made by an activation. Some versions of ptxas overwrite these registers too early (docs/traps.md), and a
     # multiprocessor would hold two programs where it holds five of 32 rows.
@@ -244,7 +260,7 @@ def shrink_config(
         block_k = max(TINY, block_k // (8 if crowded else 4 if dropout or wide else 2))
     elif activated:
         block_k = max(TINY, block_k // 2)
-    k_per_split = split_sum(inner, block_k, count_tiles(rows, rank, block_m, block_r))
+    k_per_split = split_sum(inner, block_k, parts * count_tiles(rows, rank, block_m, block_r))
     # Leave room for two programs, because two programs hide the latency of each other's loads.
     room = shared // 2 if block_r <= 32 else shared
     step = block_k * (block_m * (1 + activated) * of_x + block_r * adapters * of_a)

@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.kernels import _launch
-from lora_kernels.kernels._launch import Facts, thin_pitch, thin_rows
+from lora_kernels.kernels._launch import Facts, thin_pitch
 
 __all__ = ["Describe", "keeps"]
 
@@ -36,13 +36,23 @@ class Describe:
         block: Rows and columns of a tile.
         turned: Whether the descriptor describes the transpose of the tensor.
         keeps: Whether a descriptor may outlive its tensor. The interpreter's descriptors have to hold the tensor.
+        stack: Number of matrices and elements from one to the next, for a stack of which `operand` and `block` tell one
+            matrix; None for a matrix.
     """
 
-    def __init__(self, operand: Facts, block: tuple[int, int], turned: bool, keeps: bool) -> None:
+    def __init__(
+        self, operand: Facts, block: tuple[int, int], turned: bool, keeps: bool, stack: tuple[int, int] | None = None
+    ) -> None:
         self.copied, self.turned = not operand.rows_on_16_bytes(), turned
         self.keeps = keeps and not self.copied
-        strides = (thin_pitch(operand.shape[1], operand.dtype), 1) if self.copied else operand.strides
-        self.layout = list(operand.shape), list(strides), list(block)
+        shape, strides, block = operand.shape, operand.strides, tuple(block)
+        if self.copied:
+            strides = thin_pitch(shape[1], operand.dtype), 1
+        if stack:
+            number, pitch = stack
+            pitch = shape[0] * strides[0] if self.copied else pitch
+            shape, strides, block = (number, *shape), (pitch, *strides), (1, *block)
+        self.layout = list(shape), list(strides), list(block)
         self.known: dict[int, TensorDescriptor] = {}
         self.epoch = _epoch
 
@@ -57,8 +67,10 @@ class Describe:
             return found
         if self.copied:
             # Only thin operands ever need a copy.
-            t = t.t() if self.turned else t
-            t = thin_rows(t, t.shape[1]).copy_(t)
+            t = t.mT if self.turned else t
+            shape, strides, _ = self.layout
+            rows = t.new_empty(*shape[:-1], strides[-2])
+            t = rows[..., : shape[-1]].copy_(t)
         # The descriptor holds the only reference to a copy, so the launcher keeps the copy alive by the descriptor.
         return TensorDescriptor(t, *self.layout)
 

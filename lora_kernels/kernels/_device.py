@@ -10,7 +10,10 @@ from triton.language.target_info import current_target
 
 from lora_kernels.dropout import PHILOX_ROUNDS
 
-__all__ = ["halves", "keep_bits", "kept", "last_to_arrive", "load_kept", "sum_of_parts", "tile_position", "unpack_bits"]
+__all__ = [
+    "group_entry", "group_part", "halves", "keep_bits", "kept", "last_to_arrive", "load_kept", "sum_of_parts", "tile_position",
+    "unpack_bits",
+]  # fmt: skip
 
 _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 
@@ -23,6 +26,29 @@ def tile_position(tile, num_m, num_n, GROUP_M: tl.constexpr):
     height = tl.minimum(num_m - first_m, GROUP_M)
     inside = tile % per_group
     return first_m + inside % height, inside // height
+
+
+@triton.jit
+def group_entry(map_ptr, index, entries):
+    """Return the group, the first row and the end of an entry of a map that `segments` has made."""
+    return tl.load(map_ptr + index), tl.load(map_ptr + entries + index), tl.load(map_ptr + 2 * entries + index)
+
+
+@triton.jit
+def group_part(table_ptr, map_start, entry, entries, rows_per_part, groups):
+    """Return the group, first row and end of an entry, the place of the entry among its group's, and their number.
+
+    The number is 0 for an entry of no group. A group without rows has one entry.
+    """
+    group, first, end = group_entry(table_ptr + map_start, entry, entries)
+    belongs = (group >= 0) & (group < groups)
+    group = tl.where(belongs, group, 0)
+    # The table begins with the offsets of the groups.
+    begin, after = tl.load(table_ptr + group), tl.load(table_ptr + group + 1)
+    parts = tl.where(belongs, tl.maximum(tl.cdiv(after - begin, rows_per_part), 1), 0)
+    part = tl.where(belongs, (first - begin) // rows_per_part, 0)
+    first, end = tl.cast(first, tl.int64), tl.cast(tl.where(belongs, end, first), tl.int64)
+    return tl.cast(group, tl.int64), first, end, tl.cast(part, tl.int64), parts
 
 
 @triton.constexpr_function

@@ -42,6 +42,12 @@ class Facts(NamedTuple):
         """Return the facts of the transpose."""
         return self._replace(shape=self.shape[::-1], strides=self.strides[::-1])
 
+    def matrix(self) -> "Facts":
+        """Return the facts of one matrix of a stack `[G, rows, columns]`; it is aligned if all of them are."""
+        pitch = self.strides[0] * self.dtype.itemsize
+        aligned = self.aligned and (self.shape[0] == 1 or (pitch > 0 and pitch % 16 == 0))
+        return Facts(self.shape[1:], self.strides[1:], self.dtype, aligned)
+
     def by_element(self) -> bool:
         """Return whether Triton loads a tile element by element: none is adjacent, or rows are not on 16 elements."""
         (_, cols), (pitch, unit) = self.shape, self.strides

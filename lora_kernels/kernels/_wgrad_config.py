@@ -22,6 +22,9 @@ from lora_kernels.kernels._configs import (
 
 __all__ = ["WgradCase", "WgradConfig", "wgrad_config"]
 
+# Columns of the thin operand up to which the sums of groups are split. No rank is above; a gradient of W is.
+_MOST_SPLIT = 512
+
 
 @dataclass(frozen=True)
 class WgradConfig:
@@ -55,6 +58,7 @@ class WgradCase(NamedTuple):
         tf32: Whether fp32 products may use TF32.
         shared: Bytes of shared memory of a multiprocessor.
         num_sms: Multiprocessors of the device; with `activated` each runs one program at a time.
+        groups: Number of groups of rows, each with a sum of its own; 0 without groups.
     """
 
     rows: int
@@ -72,6 +76,7 @@ class WgradCase(NamedTuple):
     tf32: bool = False
     shared: int = SHARED
     num_sms: int = PROGRAMS // 2
+    groups: int = 0
 
 
 @functools.lru_cache(maxsize=4096)
@@ -132,6 +137,10 @@ def _most_rows(case: WgradCase) -> int:
 
 def _rows_per_split(case: WgradCase, block_m: int, tiles: int) -> int:
     """Return the rows that a program walks."""
+    if case.groups:
+        # `segments` makes maps for powers of two. Parts of a gradient of all of W would take more memory than W.
+        share = case.rows if case.thin > _MOST_SPLIT else split_sum(case.rows, block_m, tiles)
+        return max(TINY, 1 << max(share - 1, 0).bit_length())
     if not case.activated:
         return split_sum(case.rows, block_m, tiles)
     # Bytes of one split's parts over the bytes of g, u, dh, dg and du, which every launch moves.

@@ -48,8 +48,10 @@ from lora_kernels.constants import MAX_OUTPUTS
 from lora_kernels.kernels import _launch
 from lora_kernels.kernels._configs import MatmulConfig, descriptor_path, matmul_config
 from lora_kernels.kernels._descriptors import Describe, keeps
-from lora_kernels.kernels._device import halves, kept, load_kept, tile_position
+from lora_kernels.kernels._device import group_entry, halves, kept, tile_position
 from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, facts, new_facts, precision
+from lora_kernels.kernels._sources import load_tile, masked_tiles, source_of
+from lora_kernels.kernels.segments import Segments, place
 
 __all__ = ["matmul_expand", "matmul_expand_all"]
 
@@ -66,15 +68,15 @@ _describe = Describe.__call__
 @triton.jit
 def _matmul_expand_kernel(
     p0, p1, p2, p3, p4, p5, p6, p7, q0, q1, q2, q3, q4, q5, q6, q7, y0, y1, y2, y3,
-    masked_ps, masked_qs, keep_ptrs, bias_ptrs,
+    masked_ps, masked_qs, keep_ptrs, bias_ptrs, table_ptr,
     M, Ns, Ks, masked_Ks, biased_Ns,
     strides_pm, strides_pk, strides_qn, strides_qk,
-    strides_mpm, strides_mpk, strides_mqn, strides_mqk,
+    strides_mpm, strides_mpk, strides_mqn, strides_mqk, strides_qg, map_start, map_entries, groups,
     NUM_OUTPUTS: tl.constexpr, NUM_SOURCES: tl.constexpr, NUM_MASKED: tl.constexpr, ENDS: tl.constexpr,
     USE_TMA: tl.constexpr, Q_ROWS_ARE_N: tl.constexpr, STORE_TMA: tl.constexpr,
     HAS_BIAS: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, SUBTILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    GROUP_M: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
     """Walk tiles of the outputs in each program, and for each tile the K steps of its output's sources in turn."""
     if PDL:
@@ -99,6 +101,10 @@ def _matmul_expand_kernel(
         masked_firsts = masked_firsts + (masked_steps,)
         masked_steps += tl.cdiv(masked_Ks[j], BLOCK_R)
 
+    if GROUPED:
+        map_ptr = table_ptr + map_start
+        num_m = tl.load(map_ptr + 3 * map_entries)
+
     SLICE: tl.constexpr = BLOCK_N // SUBTILES
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=False):
         pid_m, pid_n = tile_position(tile, num_m, num_n, GROUP_M)
@@ -119,13 +125,27 @@ def _matmul_expand_kernel(
                 biased_N = tl.where(pid_n >= before, biased_Ns[o], biased_N)
             before += tl.cdiv(Ns[o], BLOCK_N)
         m0, n0 = pid_m * BLOCK_M, block_n * BLOCK_N
+        p_row, p_rows, y_rows, q_rows, tile_qs = m0, M, M, N, qs
+        if GROUPED:
+            group, m0, y_rows = group_entry(map_ptr, pid_m, map_entries)
+            # Rows behind the last group are 0: one step over operands out of bounds, and no bias.
+            belongs = group < groups
+            end = tl.where(belongs, end, begin)
+            p_row, p_rows, q_rows = tl.where(belongs, m0, M), tl.where(belongs, y_rows, 0), tl.where(belongs, N, 0)
+            if HAS_BIAS:
+                bias_ptr += tl.cast(group, tl.int64) * N
+                biased_N = tl.where(belongs, biased_N, 0)
+            if not USE_TMA:
+                tile_qs = ()
+                for i in tl.static_range(NUM_SOURCES):
+                    tile_qs = tile_qs + (qs[i] + tl.cast(group, tl.int64) * strides_qg[i],)
         # Offsets are 64-bit before any stride, because tensors may span more than 2^31 elements.
         offs_m = tl.cast(m0, tl.int64) + tl.arange(0, BLOCK_M)
         offs_n = tl.cast(n0, tl.int64) + tl.arange(0, BLOCK_N)
 
         # Prefetch the first masked tiles and the bias slices, so that their loads overlap the K loop.
         if NUM_MASKED > 0:
-            masked = _masked_tiles(
+            masked = masked_tiles(
                 0, n0, M, N, offs_m, masked_ps, masked_qs, keep_ptrs, masked_Ks, masked_firsts,
                 strides_mpm, strides_mpk, strides_mqn, strides_mqk, NUM_MASKED, SLICE, BLOCK_R,
             )  # fmt: skip
@@ -138,20 +158,24 @@ def _matmul_expand_kernel(
         if NUM_SOURCES > 0:
             # The trip count is at least 1, because Triton 3.6 serialises wgmma over a trip count that might be 0.
             for step in range(begin, tl.maximum(end, begin + 1)):
-                p, q, first, K, stride_pm, stride_pk, stride_qn, stride_qk = _source_of(
-                    step, firsts, ps, qs, Ks, strides_pm, strides_pk, strides_qn, strides_qk, NUM_SOURCES
+                p, q, first, K, stride_pm, stride_pk, stride_qn, stride_qk = source_of(
+                    step, firsts, ps, tile_qs, Ks, strides_pm, strides_pk, strides_qn, strides_qk, NUM_SOURCES
                 )
                 k0 = (step - first) * BLOCK_K
                 if USE_TMA:
-                    p_tile = p.load([m0, k0])
-                    if Q_ROWS_ARE_N:
+                    p_tile = p.load([p_row, k0])
+                    if GROUPED and Q_ROWS_ARE_N:
+                        q_tile = tl.reshape(q.load([group, n0, k0]), (BLOCK_N, BLOCK_K)).T
+                    elif GROUPED:
+                        q_tile = tl.reshape(q.load([group, k0, n0]), (BLOCK_K, BLOCK_N))
+                    elif Q_ROWS_ARE_N:
                         q_tile = q.load([n0, k0]).T
                     else:
                         q_tile = q.load([k0, n0])
                 else:
                     offs_k = tl.cast(k0, tl.int64) + tl.arange(0, BLOCK_K)
-                    p_tile = _load(p, offs_m[:, None], M, stride_pm, offs_k[None, :], K, stride_pk)
-                    q_tile = _load(q, offs_k[:, None], K, stride_qk, offs_n[None, :], N, stride_qn)
+                    p_tile = load_tile(p, offs_m[:, None], p_rows, stride_pm, offs_k[None, :], K, stride_pk)
+                    q_tile = load_tile(q, offs_k[:, None], K, stride_qk, offs_n[None, :], q_rows, stride_qn)
                 acc = tl.dot(p_tile, q_tile, acc, input_precision=PRECISION)
 
         # Process one column slice at a time, because the second accumulator of a masked product spills at full width.
@@ -172,7 +196,7 @@ def _matmul_expand_kernel(
                     ends = step + 1 == masked_steps
                     after = n0 + tl.where(ends, i + 1, i) * SLICE
                     more = after < n0 + BLOCK_N
-                    masked = _masked_tiles(
+                    masked = masked_tiles(
                         tl.where(ends, 0, step + 1), after, tl.where(more, M, 0), N, offs_m,
                         masked_ps, masked_qs, keep_ptrs, masked_Ks, masked_firsts,
                         strides_mpm, strides_mpk, strides_mqn, strides_mqk, NUM_MASKED, SLICE, BLOCK_R,
@@ -186,52 +210,7 @@ def _matmul_expand_kernel(
                 y.store([m0, n0 + i * SLICE], part.to(y.dtype))
             else:
                 y_ptrs = y + offs_m[:, None] * N + offs_n[None, :]
-                tl.store(y_ptrs, part.to(y.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
-
-
-@triton.jit
-def _source_of(step, firsts, ps, qs, Ks, strides_pm, strides_pk, strides_qn, strides_qk, COUNT: tl.constexpr):
-    """Return p, q, the first step, K and the strides of the source that owns a K step."""
-    p, q, first, K = ps[0], qs[0], 0, Ks[0]
-    stride_pm, stride_pk, stride_qn, stride_qk = strides_pm[0], strides_pk[0], strides_qn[0], strides_qk[0]
-    for i in tl.static_range(1, COUNT):
-        there = step >= firsts[i]
-        if there:
-            p = ps[i]
-            q = qs[i]
-        first = tl.where(there, firsts[i], first)
-        K = tl.where(there, Ks[i], K)
-        stride_pm = tl.where(there, strides_pm[i], stride_pm)
-        stride_pk = tl.where(there, strides_pk[i], stride_pk)
-        stride_qn = tl.where(there, strides_qn[i], stride_qn)
-        stride_qk = tl.where(there, strides_qk[i], stride_qk)
-    return p, q, first, K, stride_pm, stride_pk, stride_qn, stride_qk
-
-
-@triton.jit
-def _masked_tiles(
-    step, n0, M, N, offs_m, ps, qs, keep_ptrs, Ks, firsts, strides_pm, strides_pk, strides_qn, strides_qk,
-    NUM_MASKED: tl.constexpr, SLICE: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Load p, q and the mask words of one step of the masked products, for the columns from n0 on; 0 outside."""
-    p, q, first, K, stride_pm, stride_pk, stride_qn, stride_qk = _source_of(
-        step, firsts, ps, qs, Ks, strides_pm, strides_pk, strides_qn, strides_qk, NUM_MASKED
-    )
-    keep = keep_ptrs[0]
-    for j in tl.static_range(1, NUM_MASKED):
-        if step >= firsts[j]:
-            keep = keep_ptrs[j]
-    n0 = tl.cast(n0, tl.int64)
-    offs_n, offs_r = n0 + tl.arange(0, SLICE), tl.cast(step - first, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    p_tile = _load(p, offs_m[:, None], M, stride_pm, offs_r[None, :], K, stride_pk)
-    q_tile = _load(q, offs_r[:, None], K, stride_qk, offs_n[None, :], tl.where(M > 0, N, 0), stride_qn)
-    return p_tile, q_tile, load_kept(keep, offs_m, M, n0, N, SLICE)
-
-
-@triton.jit
-def _load(ptr, rows, num_rows, stride_row, cols, num_cols, stride_col):
-    """Load a tile by pointers; 0 outside the tensor."""
-    return tl.load(ptr + rows * stride_row + cols * stride_col, mask=(rows < num_rows) & (cols < num_cols), other=0)
+                tl.store(y_ptrs, part.to(y.dtype.element_ty), mask=(offs_m < y_rows)[:, None] & (offs_n < N)[None, :])
 
 
 def matmul_expand(
@@ -259,6 +238,7 @@ def matmul_expand(
 def matmul_expand_all(
     outputs: Sequence[Output], masked: Sequence[Masked] = (), wide: int = 1,
     config: MatmulConfig | int | None = None, tma: bool | None = None, slot: Slot | None = None,
+    segments: Segments | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Compute y `[M, Nₒ]` of every output over the same rows, in one launch.
 
@@ -269,6 +249,8 @@ def matmul_expand_all(
         config: As in `matmul_expand`.
         tma: As in `matmul_expand`.
         slot: As in `matmul_expand`.
+        segments: The groups of the rows, for one output without masked products; each q is then a stack `[G, N, Kᵢ]`,
+            and the bias `[G, N]`.
     """
     summed, biases = zip(*outputs, strict=True)
     sources = summed[0] if len(summed) == 1 else list(itertools.chain.from_iterable(summed))
@@ -281,8 +263,8 @@ def matmul_expand_all(
         like, (ps, qs) = (sources or masked)[0][0], zip(*sources, strict=True) if sources else ((), ())
         kinds = tuple(map(facts, ps)), tuple(map(facts, qs)), tuple(map(len, summed)), tuple(map(facts, biases))
         how = tuple([tuple(map(facts, product)) for product in masked]), wide, like.device, config, tma, precision(like)
-        settled = slot.keep(_settle(*kinds, *how, _launch.imagined))
-    return settled(sources, biases, masked)
+        settled = slot.keep(_settle(*kinds, *how, segments and segments.groups, _launch.imagined))
+    return settled(sources, biases, masked, segments)
 
 
 def _bias_per_output(biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
@@ -317,8 +299,9 @@ class SettledExpand(NamedTuple):
     ys: list[Describe]
 
     def __call__(
-        self, sources: Sequence[Source], biases: tuple[Tensor | None, ...], masked: Sequence[Masked]
-    ) -> list[Tensor]:
+        self, sources: Sequence[Source], biases: tuple[Tensor | None, ...], masked: Sequence[Masked],
+        segments: Segments | None,
+    ) -> list[Tensor]:  # fmt: skip
         launch, new_ys, (absent, no_ys), biased, tma, of_ps, of_qs, of_ys = self
         y_args = ys = [new() for new in new_ys]
         ps, qs = zip(*sources, strict=True) if sources else ((), ())
@@ -327,7 +310,8 @@ class SettledExpand(NamedTuple):
             y_args = map(_describe, of_ys, ys) if of_ys else ys
         masked_args = zip(*masked, strict=True) if masked else _NONE[:3]
         bias_args = _bias_per_output(biases) if biased else None
-        launch(*ps, *absent, *qs, *absent, *y_args, *no_ys, *masked_args, bias_args)
+        table = segments and segments.table
+        launch(*ps, *absent, *qs, *absent, *y_args, *no_ys, *masked_args, bias_args, table)
         return ys
 
 
@@ -335,8 +319,11 @@ class SettledExpand(NamedTuple):
 def _settle(
     ps: tuple[Facts, ...], qs: tuple[Facts, ...], counts: tuple[int, ...], biases: tuple[Facts | None, ...],
     masked: tuple[tuple[Facts, Facts, Facts], ...], wide: int, device: torch.device, config: MatmulConfig | int | None,
-    tma: bool | None, precision: str, imagined: object,
+    tma: bool | None, precision: str, groups: int | None, imagined: object,
 ) -> SettledExpand:  # fmt: skip
+    pitches = None
+    if groups:
+        qs, pitches = tuple(q.matrix() for q in qs), tuple(q.strides[0] for q in qs)
     sources, ends = tuple(zip(ps, qs, strict=True)), tuple(itertools.accumulate(counts))
     # Masks and biases are part of the cache key, because the kernel is compiled for their alignment.
     masked = tuple([(p, q) for p, q, _ in masked])
@@ -357,27 +344,30 @@ def _settle(
         crowded = bool(masked) or (len(sources) > 2 and not tma)
         config = matmul_config(
             rows, max(inner), sum(cols), dtype, tma, crowded, sms, precision == "tf32", place=config, strided=strided,
-            many=len(sources) > 6,
+            many=len(sources) > 6, groups=groups or 0,
         )  # fmt: skip
     ranks = [p.shape[1] for p, _ in masked]
     block_r = max(16, min(32, triton.next_power_of_2(max(ranks, default=0))))
-    store_tma = tma and all(n * dtype.itemsize % 16 == 0 for n in cols)
+    # A tile of a group may end among the rows of the next, which a descriptor would overwrite.
+    store_tma = tma and not groups and all(n * dtype.itemsize % 16 == 0 for n in cols)
     strides = [tuple(0 if tma else pair[side].strides[dim] for pair in sources) for side in (0, 1) for dim in (0, 1)]
     masked_strides = [tuple(pair[side].strides[dim] for pair in masked) or None for side in (0, 1) for dim in (0, 1)]
     pdl = _launch.dependent_launch(device)
-    tiles = triton.cdiv(rows, config.block_m) * sum(triton.cdiv(n, config.block_n) for n in cols)
+    where = place(rows, groups, config.block_m) if groups else (None, None)
+    tiles = (where[1] if groups else triton.cdiv(rows, config.block_m)) * sum(triton.cdiv(n, config.block_n) for n in cols)
     launch = Launch(
         _matmul_expand_kernel, (min(tiles, sms * config.ctas_per_sm),),
         (
             rows, cols, tuple(p.shape[1] for p, _ in sources) or None, tuple(ranks) or None,
             tuple(n if bias else 0 for n, bias in zip(cols, biases, strict=True)),
             *(stride or None for stride in strides), *masked_strides,
+            None if tma else pitches, *where, groups,
         ),
         dict(
             NUM_OUTPUTS=len(cols), NUM_SOURCES=len(sources), NUM_MASKED=len(masked), ENDS=ends,
             USE_TMA=tma, Q_ROWS_ARE_N=q_rows_are_n, STORE_TMA=store_tma, HAS_BIAS=any(biases), PDL=pdl,
             PRECISION=precision, SUBTILES=config.subtiles, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k, BLOCK_R=block_r, GROUP_M=config.group_m,
+            BLOCK_K=config.block_k, BLOCK_R=block_r, GROUP_M=config.group_m, GROUPED=groups is not None,
         ),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(pdl)), device,
     )  # fmt: skip
@@ -388,9 +378,10 @@ def _settle(
     m, n, k = config.block_m, config.block_n, config.block_k
     lasting, store_block = keeps(device), (m, n // config.subtiles)
     ps = [Describe(p, (m, k), False, lasting) for p, _ in sources]
+    stacks = [(groups, pitch) for pitch in pitches] if pitches else [None] * len(sources)
     qs = [
-        Describe(q, (n, k), False, lasting) if q_rows_are_n else Describe(q.t(), (k, n), True, lasting)
-        for _, q in sources
+        Describe(q, (n, k), False, lasting, stack) if q_rows_are_n else Describe(q.t(), (k, n), True, lasting, stack)
+        for (_, q), stack in zip(sources, stacks, strict=True)
     ]
     ys = [Describe(new_facts((rows, n), dtype), store_block, False, lasting) for n in cols if store_tma]
     return SettledExpand(launch, new_ys, absent, any(biases), tma, ps, qs, ys)

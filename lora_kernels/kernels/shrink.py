@@ -42,8 +42,9 @@ from lora_kernels.dropout import draw_seed, threshold
 from lora_kernels.kernels import _launch
 from lora_kernels.kernels._activation import activated
 from lora_kernels.kernels._configs import ShrinkConfig, shrink_config
-from lora_kernels.kernels._device import keep_bits, last_to_arrive, sum_of_parts, unpack_bits
+from lora_kernels.kernels._device import group_entry, keep_bits, last_to_arrive, sum_of_parts, unpack_bits
 from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, arrivals, facts, precision, thin_rows
+from lora_kernels.kernels.segments import Segments, place
 
 __all__ = ["Row", "activate_shrink", "draw_noise", "outputs", "shrink", "shrink_all"]
 
@@ -52,12 +53,13 @@ Row = tuple[Tensor, float, float]  # a [R, K], alpha, dropout_p
 
 @triton.jit
 def _shrink_kernel(
-    x_ptr, up_ptr, h_ptr, a_ptrs, s_ptrs, parts_ptr, arrivals_ptr, keep_ptrs, seed_ptr,
+    x_ptr, up_ptr, h_ptr, a_ptrs, s_ptrs, parts_ptr, arrivals_ptr, keep_ptrs, seed_ptr, table_ptr,
     alphas,
     thresholds, M, K, Rs, k_per_split,
     stride_xm, stride_xk, stride_um, stride_uk, strides_ar, strides_ak, stride_sm,
+    strides_ag, map_start, map_entries, groups,
     ROWS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_SPLIT: tl.constexpr, PDL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
     """Compute BLOCK_M rows by BLOCK_R columns of one split's part of each s in each program, in one walk over its K."""
     if PDL:
@@ -73,7 +75,16 @@ def _shrink_kernel(
     # Offsets are 64-bit before any stride, because tensors may span more than 2^31 elements.
     offs_m = (pid // num_r).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = pid_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_m = offs_m < M
+    end, tile_as = M, a_ptrs
+    if GROUPED:
+        group, first, end = group_entry(table_ptr + map_start, pid // num_r, map_entries)
+        # An entry of no group has no rows here.
+        end = tl.where((group >= 0) & (group < groups), end, 0)
+        offs_m = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_M)
+        tile_as = ()
+        for i in tl.static_range(ROWS):
+            tile_as = tile_as + (a_ptrs[i] + tl.where(end > 0, tl.cast(group, tl.int64), 0) * strides_ag[i],)
+    mask_m = offs_m < end
     if HAS_DROPOUT:
         # The bytes of whole words. The formula hides the factor 4 from Triton, which would shuffle bytes to store four.
         row_bytes = (K + 31) // 8 & ~3
@@ -88,6 +99,8 @@ def _shrink_kernel(
             seeds = seeds + (0,)
     # `k_per_split` is a multiple of BLOCK_K by construction.
     steps = tl.maximum(k_per_split // BLOCK_K, 1)
+    if GROUPED:
+        steps = tl.where(end > 0, steps, 1)
     for step in range(steps):
         k = tl.cast(split, tl.int64) * steps + step
         offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -118,7 +131,7 @@ def _shrink_kernel(
                 tl.store(keep_ptrs[i].to(tl.pointer_type(tl.uint8)) + counter, bits.to(tl.uint8), mask=inside)
                 kept = tl.where(unpack_bits(bits), x, tl.zeros((BLOCK_M, BLOCK_K), x.dtype))
             a = tl.load(
-                a_ptrs[i] + offs_k[:, None] * strides_ak[i] + offs_r[None, :] * strides_ar[i],
+                tile_as[i] + offs_k[:, None] * strides_ak[i] + offs_r[None, :] * strides_ar[i],
                 mask=mask_k[:, None] & (offs_r < Rs[i])[None, :], other=0.0,
             ).to(x.dtype)  # fmt: skip
             sums = sums + (tl.dot(kept, a, accs[i], input_precision=PRECISION),)
@@ -133,7 +146,7 @@ def _shrink_kernel(
             before += Rs[i]
         last = last_to_arrive(arrivals_ptr + pid, splits)
         # Only the last program to arrive stores s.
-        mask_m = offs_m < tl.where(last, M, 0)
+        mask_m = offs_m < tl.where(last, end, 0)
     before = 0
     for i in tl.static_range(ROWS):
         acc = accs[i]
@@ -174,7 +187,7 @@ def shrink(
 
 def shrink_all(
     x: Tensor, rows: Sequence[Row], config: ShrinkConfig | None = None, noise: Tensor | None = None,
-    slot: Slot | None = None,
+    slot: Slot | None = None, segments: Segments | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
     """Compute `shrink` for several adapters of one x, in one read of x.
 
@@ -184,12 +197,15 @@ def shrink_all(
         config: Tile to use instead of the rule's.
         noise: Seeds from an earlier `draw_noise(x, count)`, one for each row with dropout; None to draw them here.
         slot: As in `shrink`.
+        segments: The groups of the rows; each a is then a stack `[G, Rᵢ, K]`, there is no dropout, and the rows of no
+            group stay as they are allocated.
 
     Returns:
         Each s `[M, Rᵢ]`, side by side in one buffer, and each packed mask `[M, ceil(K/32)]`, None without dropout.
     """
     operands, alphas, ps = zip(*rows, strict=True)
-    return _settled_launch(slot, x, operands, ps, config, noise)(x, operands, alphas, noise)
+    settled = _settled_launch(slot, x, operands, ps, config, noise, segments=segments)
+    return settled(x, operands, alphas, noise, segments=segments)
 
 
 def activate_shrink(
@@ -241,7 +257,7 @@ class SettledShrink(NamedTuple):
 
     def __call__(
         self, x: Tensor, operands: tuple[Tensor, ...], alphas: tuple[float, ...], noise: Tensor | None,
-        up: Tensor | None = None, h: Tensor | None = None,
+        up: Tensor | None = None, h: Tensor | None = None, segments: Segments | None = None,
     ) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
         launch, ranks, pitches, new_s, new_keeps, masks, new_parts, blocks = self
         if not ranks:
@@ -254,12 +270,13 @@ class SettledShrink(NamedTuple):
         if noise is None and masks:
             noise = draw_noise(x, masks)
         parts, counters = (new_parts(), arrivals(x.device, blocks)) if new_parts else (None, None)
-        launch(x, up, h, operands, tuple(s), parts, counters, tuple(keeps), noise, alphas)
+        table = segments and segments.table
+        launch(x, up, h, operands, tuple(s), parts, counters, tuple(keeps), noise, table, alphas)
         return s, keeps
 
 
-# In place of the arguments a, s, parts, arrivals, keep, seed and alpha.
-_NO_ADAPTER = (None,) * 7
+# In place of the arguments a, s, parts, arrivals, keep, seed, table and alpha.
+_NO_ADAPTER = (None,) * 8
 
 
 def _new_mask(rows: int, inner: int, device: torch.device) -> Callable[[], Tensor]:
@@ -272,30 +289,35 @@ def _new_mask(rows: int, inner: int, device: torch.device) -> Callable[[], Tenso
 
 def _settled_launch(
     slot: Slot | None, x: Tensor, operands: tuple[Tensor, ...], ps: tuple[float, ...], config: ShrinkConfig | None,
-    noise: Tensor | None, activation: str | None = None, up: Tensor | None = None,
+    noise: Tensor | None, activation: str | None = None, up: Tensor | None = None, segments: Segments | None = None,
 ) -> SettledShrink:  # fmt: skip
     """Return the launch that the slot keeps, or settle one."""
     slot = slot or Slot()
     if slot.settled is not None:
         return slot.settled
     kinds, how = (facts(x), facts(up), facts(noise), tuple(map(facts, operands))), (precision(x), activation, config)
-    return slot.keep(_settle(*kinds, x.device, ps, *how, _launch.imagined))
+    return slot.keep(_settle(*kinds, x.device, ps, *how, segments and segments.groups, _launch.imagined))
 
 
 @functools.lru_cache(maxsize=4096)
 def _settle(
     x: Facts, up: Facts | None, noise: Facts | None, operands: tuple[Facts, ...], device: torch.device,
-    ps: tuple[float, ...], precision: str, activation: str | None, config: ShrinkConfig | None, imagined: object,
+    ps: tuple[float, ...], precision: str, activation: str | None, config: ShrinkConfig | None, groups: int | None,
+    imagined: object,
 ) -> SettledShrink:  # fmt: skip
     if max(ps, default=0) >= 1:
         raise ValueError(f"shrink: dropout_p must be below 1 but is {max(ps)}; nothing of x would be left to read.")
+    pitches_a = None
+    if groups:
+        operands, pitches_a = tuple(a.matrix() for a in operands), tuple(a.strides[0] for a in operands)
     (rows, inner), ranks, masks = x.shape, tuple(a.shape[0] for a in operands), sum(p > 0 for p in ps)
     widest, strided = max(ranks, default=1), any(t.by_element() for t in (x, up) if t is not None)
     config = config or shrink_config(
         rows, inner, widest, x.dtype, masks > 0, strided, _launch.shared_per_sm(device), len(ranks), bool(activation),
-        max((a.dtype.itemsize for a in operands), default=0),
+        max((a.dtype.itemsize for a in operands), default=0), groups or 0,
     )  # fmt: skip
-    blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(widest, config.block_r)
+    where = place(rows, groups, config.block_m) if groups else (None, triton.cdiv(rows, config.block_m))
+    blocks = where[1] * triton.cdiv(widest, config.block_r)
     splits = triton.cdiv(inner, config.k_per_split)
     pitches = tuple(_launch.thin_pitch(rank, x.dtype) for rank in ranks)
     launch = Launch(
@@ -303,12 +325,12 @@ def _settle(
         (
             tuple(map(threshold, ps)) or None, rows, inner, ranks or None, config.k_per_split, *x.strides,
             *(up.strides if up else (0, 0)), *(tuple(zip(*(a.strides for a in operands), strict=True)) or (None, None)),
-            sum(pitches),
+            sum(pitches), pitches_a, *(where if groups else (None, None)), groups,
         ),
         dict(
             ROWS=len(ranks), ACTIVATION=activation, HAS_DROPOUT=masks > 0, IS_SPLIT=splits > 1 and bool(ranks),
             PDL=_launch.dependent_launch(device), PRECISION=precision,
-            BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
+            BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r, GROUPED=groups is not None,
         ),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(False)), device,
     )  # fmt: skip

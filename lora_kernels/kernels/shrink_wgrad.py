@@ -12,7 +12,8 @@ from torch import Tensor
 from lora_kernels.kernels._configs import shrink_wgrad_pays
 from lora_kernels.kernels._launch import Slot
 from lora_kernels.kernels._wgrad_config import WgradConfig
-from lora_kernels.kernels.shrink import shrink
+from lora_kernels.kernels.segments import Segments
+from lora_kernels.kernels.shrink import shrink_all
 from lora_kernels.kernels.wgrad import ThinProduct, settle, wgrad
 
 __all__ = ["shrink_wgrad", "stack"]
@@ -21,6 +22,7 @@ __all__ = ["shrink_wgrad", "stack"]
 def shrink_wgrad(
     dy: Tensor, s: Tensor, lora_B: Tensor, alpha: float, out_dtype: torch.dtype, into: Tensor | None = None,
     ds: Tensor | None = None, config: WgradConfig | None = None, slot: Slot | None = None,
+    segments: Segments | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute ds = alpha · dy B, `[M, r]`, in the dtype of dy, and dB = dyᵀ s, `[out, r]`, in `out_dtype`.
 
@@ -34,16 +36,19 @@ def shrink_wgrad(
         ds: A result of `stack` to write ds to, or None; only for ranks up to 32, which `stack` serves.
         config: Tile of the one launch to use instead of the rule's.
         slot: A place of a plan that keeps the settled launches; all its calls must have tensors of one kind.
+        segments: The groups of the rows; B is then a stack `[G, out, r]`, and so is dB.
     """
     settled = slot and slot.settled
     if not settled:
         if not config and not shrink_wgrad_pays(s.shape[1]):
             if ds is None:
                 of_ds, of_dB = (slot.part("ds"), slot.part("dB")) if slot else (None, None)
-                return shrink(dy, lora_B.t(), alpha, slot=of_ds)[0], wgrad(dy, s, out_dtype, into=into, slot=of_dB)
+                (ds,), _ = shrink_all(dy, ((lora_B.mT, alpha, 0.0),), slot=of_ds, segments=segments)
+                return ds, wgrad(dy, s, out_dtype, into=into, slot=of_dB, segments=segments)
             raise ValueError(f"shrink_wgrad: ds is for ranks that one read of dy serves, and rank {s.shape[1]} is not.")
-        settled = settle(slot, dy, (ThinProduct(s, out_dtype, False, None, into, lora_B, ds),), config=config)
-    (d_lora_B,), (ds,) = settled(dy, (s,), (None,), (into,), (lora_B,), (ds,), (alpha,))
+        product = ThinProduct(s, out_dtype, False, None, into, lora_B, ds)
+        settled = settle(slot, dy, (product,), config=config, segments=segments)
+    (d_lora_B,), (ds,) = settled(dy, (s,), (None,), (into,), (lora_B,), (ds,), (alpha,), segments=segments)
     return ds, d_lora_B
 
 

@@ -39,8 +39,7 @@ arXiv:2510.00206 (idea; there by atomic adds). The last adds up: CUDA's threadFe
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -49,56 +48,26 @@ from torch import Tensor
 
 from lora_kernels.kernels import _launch
 from lora_kernels.kernels._activation import Activation, activation_gradient
-from lora_kernels.kernels._device import kept, last_to_arrive, load_kept, sum_of_parts
-from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, arrivals, facts, new_facts, new_rows, precision
+from lora_kernels.kernels._device import group_part, kept, last_to_arrive, load_kept, sum_of_parts
+from lora_kernels.kernels._launch import Facts, Launch, Slot, allocator, facts, new_facts, new_rows, precision
 from lora_kernels.kernels._wgrad_config import WgradCase, WgradConfig, wgrad_config
+from lora_kernels.kernels._wgrad_settled import DGATE, DUP, NO_ACTIVATION, H, SettledWgrad, ThinProduct
+from lora_kernels.kernels.segments import Segments, place
 
 __all__ = ["DGATE", "DUP", "H", "SettledWgrad", "ThinProduct", "settle", "wgrad", "wgrad_all"]
-
-# The wide operands that an activation makes.
-H, DGATE, DUP = range(3)
-
-
-class ThinProduct(NamedTuple):
-    """One g = wideᵀ thin of a launch.
-
-    Attributes:
-        thin: `[M, T]`.
-        dtype: The dtype of g.
-        turned: Whether g is `[T, W]` instead of `[W, T]`.
-        keep: Packed mask `[M, ceil(W/32)]` of the wide operand, or None.
-        into: A g to add the product to, any strides, or None.
-        b: `[W, T]`, to compute ds = alpha · wide b as well, `[M, T]`, or None; T at most a tile wide.
-        ds: The tensor to write ds to, or None.
-        alpha: Multiplies ds.
-        wide: H, DGATE or DUP: the wide operand, where an activation makes it.
-    """
-
-    thin: Tensor
-    dtype: torch.dtype
-    turned: bool
-    keep: Tensor | None = None
-    into: Tensor | None = None
-    b: Tensor | None = None
-    ds: Tensor | None = None
-    alpha: float = 1.0
-    wide: int = H
-
-
-_NO_ACTIVATION = Activation(None, None, None, None, None)
-
 
 @triton.jit
 def _wgrad_kernel(
     wide_ptr, up_ptr, dh_ptr, dgate_ptr, dup_ptr, thin_ptrs, keep_ptrs, b_ptrs, g_ptrs, g_parts_ptr, ds_ptrs,
-    ds_parts_ptr, arrivals_ptr,
+    ds_parts_ptr, arrivals_ptr, table_ptr,
     alphas,
     M, W, Ts, rows_per_split,
     stride_wm, stride_ww, stride_um, stride_uw, stride_hm, stride_hw,
     strides_tm, strides_tt, strides_bw, strides_bt, strides_gw, strides_gt, strides_dsm,
+    strides_bg, strides_gg, map_start, groups,
     ROWS: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_SHRINK: tl.constexpr,
     IS_SPLIT: tl.constexpr, ACCUMULATE: tl.constexpr, PDL: tl.constexpr, READY: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
     """Compute BLOCK_W by BLOCK_T elements of one split's part of every g in each program, in a walk over its rows."""
     # HAS_KEEP says whether any product has a mask; `inspect` cannot read that from the tuple `keep_ptrs`.
@@ -115,12 +84,27 @@ def _wgrad_kernel(
     offs_w = block * BLOCK_W + tl.arange(0, BLOCK_W)
     offs_t = pid_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_w = offs_w < W
+    # The rows of this program, and which of how many parts of a sum it makes.
+    first, end, nth, parts, columns = split * rows_per_split, M, split, splits, W
+    tile_bs, tile_gs = b_ptrs, g_ptrs
+    if GROUPED:
+        group, first, end, nth, parts = group_part(table_ptr, map_start, split, splits, rows_per_split, groups)
+        # An entry of no group has no columns here.
+        columns = tl.where(parts > 0, W, 0)
+        mask_w = offs_w < columns
+        tile_bs, tile_gs = (), ()
+        for i in tl.static_range(ROWS):
+            tile_gs = tile_gs + (g_ptrs[i] + group * strides_gg[i],)
+            if b_ptrs[i] is not None:
+                tile_bs = tile_bs + (b_ptrs[i] + group * strides_bg[i],)
+            else:
+                tile_bs = tile_bs + (0,)
     if HAS_SHRINK:
         bs = ()
         for i in tl.static_range(ROWS):
             if b_ptrs[i] is not None:
                 b = tl.load(
-                    b_ptrs[i] + offs_w[:, None] * strides_bw[i] + offs_t[None, :] * strides_bt[i],
+                    tile_bs[i] + offs_w[:, None] * strides_bw[i] + offs_t[None, :] * strides_bt[i],
                     mask=mask_w[:, None] & (offs_t < Ts[i])[None, :], other=0.0,
                 )  # fmt: skip
                 bs = bs + (b.to(wide_ptr.dtype.element_ty),)
@@ -132,9 +116,11 @@ def _wgrad_kernel(
         accs = accs + (tl.zeros((BLOCK_W, BLOCK_T), tl.float32),)
     # `rows_per_split` is a multiple of BLOCK_M by construction.
     steps = tl.maximum(rows_per_split // BLOCK_M, 1)
+    if GROUPED:
+        steps = tl.maximum(tl.cdiv(end - first, BLOCK_M), 1)
     for step in range(steps):
-        offs_m = split * rows_per_split + tl.cast(step, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < M
+        offs_m = first + tl.cast(step, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < end
         wide = tl.load(
             wide_ptr + offs_m[:, None] * stride_wm + offs_w[None, :] * stride_ww,
             mask=mask_m[:, None] & mask_w[None, :], other=0.0,
@@ -189,26 +175,40 @@ def _wgrad_kernel(
         for i in tl.static_range(ROWS):
             g_part_ptrs = g_parts_ptr + tl.cast(W, tl.int64) * before + offs_w[:, None] * Ts[i] + offs_t[None, :]
             mask_g = mask_w[:, None] & (offs_t < Ts[i])[None, :]
+            if GROUPED:
+                # A group with one part needs no sum.
+                mask_g = (offs_w < tl.where(parts > 1, W, 0))[:, None] & (offs_t < Ts[i])[None, :]
             tl.store(g_part_ptrs + split * part_size, accs[i], mask=mask_g)
             before += Ts[i]
-        last = last_to_arrive(arrivals_ptr + pid, splits)
+        if GROUPED:
+            last = last_to_arrive(arrivals_ptr + pid * splits + split - nth, tl.maximum(parts, 1))
+        else:
+            last = last_to_arrive(arrivals_ptr + pid, splits)
     before = 0
     for i in tl.static_range(ROWS):
         acc = accs[i]
         mask_g = mask_w[:, None] & (offs_t < Ts[i])[None, :]
         if IS_SPLIT:
             g_part_ptrs = g_parts_ptr + tl.cast(W, tl.int64) * before + offs_w[:, None] * Ts[i] + offs_t[None, :]
-            acc = sum_of_parts(g_part_ptrs, part_size, splits, last, mask_g, AT_ONCE)
+            if GROUPED:
+                g_part_ptrs += (split - nth) * part_size
+                total = sum_of_parts(g_part_ptrs, part_size, parts, last & (parts > 1), mask_g, AT_ONCE)
+                acc = tl.where(parts > 1, total, acc)
+            else:
+                acc = sum_of_parts(g_part_ptrs, part_size, splits, last, mask_g, AT_ONCE)
             before += Ts[i]
             # Only the last program to arrive stores g.
-            mask_g = (offs_w < tl.where(last, W, 0))[:, None] & (offs_t < Ts[i])[None, :]
-        g_block = g_ptrs[i] + offs_w[:, None] * strides_gw[i] + offs_t[None, :] * strides_gt[i]
+            mask_g = (offs_w < tl.where(last, columns, 0))[:, None] & (offs_t < Ts[i])[None, :]
+        g_block = tile_gs[i] + offs_w[:, None] * strides_gw[i] + offs_t[None, :] * strides_gt[i]
         if ACCUMULATE[i]:
             acc += tl.load(g_block, mask=mask_g, other=0.0).to(tl.float32)
         tl.store(g_block, acc.to(g_ptrs[i].dtype.element_ty), mask=mask_g)
 
     if HAS_SHRINK:
-        last = last_to_arrive(arrivals_ptr + tiles + split, tiles)
+        ds_arrivals_ptr = arrivals_ptr + tiles
+        if GROUPED:
+            ds_arrivals_ptr = arrivals_ptr + tiles * splits
+        last = last_to_arrive(ds_arrivals_ptr + split, tiles)
         blocks, before = tiles // num_t, 0
         # Number of parts in flight at a time, because one part after the other takes too long.
         DS_AT_ONCE: tl.constexpr = 128 // BLOCK_T
@@ -218,8 +218,8 @@ def _wgrad_kernel(
                 ds_parts_of_i = ds_parts_ptr + tl.cast(before, tl.int64) * M * blocks
                 before += Ts[i]
                 for step in range(tl.where(last, steps, 0)):
-                    offs_m = split * rows_per_split + tl.cast(step, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-                    mask = (offs_m < M)[:, None] & (offs_t < Ts[i])[None, :]
+                    offs_m = first + tl.cast(step, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+                    mask = (offs_m < end)[:, None] & (offs_t < Ts[i])[None, :]
                     ds = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
                     for j in range(0, blocks, DS_AT_ONCE):
                         # Add the parts one by one, because Triton 3.6 sums the first side of a tile through shared
@@ -240,6 +240,7 @@ def _wgrad_kernel(
 def wgrad(
     left: Tensor, right: Tensor, out_dtype: torch.dtype, keep: Tensor | None = None, *,
     into: Tensor | None = None, ready: bool = False, config: WgradConfig | None = None, slot: Slot | None = None,
+    segments: Segments | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Compute g = leftᵀ (right · keep), `[C, D]`, in `out_dtype`.
 
@@ -253,19 +254,22 @@ def wgrad(
             so that this launch may read them early.
         config: Tile to use instead of the rule's.
         slot: A place of a plan that keeps the settled launch; all its calls must have tensors of one kind.
+        segments: The groups of the rows; g is then a stack `[G, C, D]`, one product for the rows of each group.
     """
     # A mask makes `right` the wide side, whatever the widths.
     right_is_wide = keep is not None or right.shape[1] >= left.shape[1]
     wide, thin = (right, left) if right_is_wide else (left, right)
     settled = (slot and slot.settled) or settle(
-        slot, wide, (ThinProduct(thin, out_dtype, right_is_wide, keep, into),), ready=ready, config=config
+        slot, wide, (ThinProduct(thin, out_dtype, right_is_wide, keep, into),), ready=ready, config=config,
+        segments=segments,
     )  # fmt: skip
-    return settled(wide, (thin,), (keep,), (into,), (None,), (None,), (1.0,))[0][0]
+    return settled(wide, (thin,), (keep,), (into,), (None,), (None,), (1.0,), segments=segments)[0][0]
 
 
 def wgrad_all(
     rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor, ready: bool = False,
     config: WgradConfig | None = None, into: Sequence[Tensor | None] | None = None, slot: Slot | None = None,
+    segments: Segments | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Compute gᵢ = leftᵢᵀ (right · keepᵢ), `[Cᵢ, D]`, for several left operands, in one read of `right`.
 
@@ -277,65 +281,31 @@ def wgrad_all(
         into: For each row a tensor `[Cᵢ, D]` to which its g is added, or None. The tensors must be distinct. None is
             returned for a g that was added.
         slot: As in `wgrad`.
+        segments: As in `wgrad`.
     """
     nothing = (None,) * len(rows)
     intos, (lefts, dtypes, keeps) = tuple(into or nothing), zip(*rows, strict=True)
     settled = (slot and slot.settled) or settle(
-        slot, right, [*map(ThinProduct, lefts, dtypes, (True,) * len(rows), keeps, intos)], ready=ready, config=config
+        slot, right, [*map(ThinProduct, lefts, dtypes, (True,) * len(rows), keeps, intos)], ready=ready, config=config,
+        segments=segments,
     )  # fmt: skip
-    return settled(right, lefts, keeps, intos, nothing, nothing, (1.0,) * len(rows))[0]
-
-
-class SettledWgrad(NamedTuple):
-    """A launch for tensors of one kind. A call allocates and launches.
-
-    Attributes:
-        launch: The launch.
-        new_gs: Allocates each g; None for a g that is added to a gradient.
-        new_dss: Allocates each ds; None for a ds that is given or absent.
-        new_g_parts: Allocates the parts of all g; None without a split.
-        new_ds_parts: Allocates the parts of all ds, or None.
-        counted: Number of counters.
-    """
-
-    launch: Launch
-    new_gs: list[Callable[[], Tensor] | None]
-    new_dss: list[Callable[[], Tensor] | None]
-    new_g_parts: Callable[[], Tensor] | None
-    new_ds_parts: Callable[[], Tensor] | None
-    counted: int
-
-    def __call__(
-        self, wide: Tensor, thins: tuple[Tensor, ...] | None, keeps: tuple[Tensor | None, ...] | None,
-        intos: Sequence[Tensor | None], bs: tuple[Tensor | None, ...] | None, dss: Sequence[Tensor | None],
-        alphas: tuple[float, ...] | None, activation: Activation = _NO_ACTIVATION,
-    ) -> tuple[list[Tensor | None], Sequence[Tensor | None]]:  # fmt: skip
-        """Return each g, None for a g that was added; and each ds, None for an absent ds."""
-        start, new_gs, new_dss, new_g_parts, new_ds_parts, counted = self
-        gs: list[Tensor | None] = [new and new() for new in new_gs]
-        there = gs if None not in new_gs else [into if g is None else g for g, into in zip(gs, intos, strict=True)]
-        if new_ds_parts:
-            dss = [new() if new else ds for new, ds in zip(new_dss, dss, strict=True)]
-        g_parts, ds_parts = new_g_parts and new_g_parts(), new_ds_parts and new_ds_parts()
-        counters = arrivals(wide.device, counted) if counted else None
-        results = tuple(there) or None, g_parts, tuple(dss) or None, ds_parts
-        start(wide, *activation[1:], thins, keeps, bs, *results, counters, alphas)
-        return gs, dss
+    return settled(right, lefts, keeps, intos, nothing, nothing, (1.0,) * len(rows), segments=segments)[0]
 
 
 def settle(
-    slot: Slot | None, wide: Tensor, products: Sequence[ThinProduct], activation: Activation = _NO_ACTIVATION,
-    ready: bool = False, config: WgradConfig | None = None,
+    slot: Slot | None, wide: Tensor, products: Sequence[ThinProduct], activation: Activation = NO_ACTIVATION,
+    ready: bool = False, config: WgradConfig | None = None, segments: Segments | None = None,
 ) -> SettledWgrad:  # fmt: skip
     """Settle a launch for products of one wide operand, or of the operands that make it; keep the launch in the slot.
 
     `wide` is `[M, W]`; with `activation`, which stores dg and du on the way, it is the g of the formula, and there may
-    be no products. `ready` and `config` are as in `wgrad`.
+    be no products. `ready`, `config` and `segments` are as in `wgrad`; each b is then a stack `[G, W, T]`.
     """
     thins, dtypes, turned, keeps, intos, bs, dss, _, wides = tuple(zip(*products, strict=True)) or ((),) * 9
     kinds = [tuple(map(facts, ts)) for ts in (thins, intos, bs, dss, keeps)]
     made_of = facts(wide), facts(activation.up), facts(activation.dh)
-    how = activation.name, wide.device, ready, precision(wide), config, _launch.imagined
+    groups = segments and segments.groups
+    how = activation.name, wide.device, ready, precision(wide), config, groups, _launch.imagined
     return (slot or Slot()).keep(_settle(made_of, *kinds, dtypes, turned, wides, *how))
 
 
@@ -344,9 +314,13 @@ def _settle(
     made_of: tuple[Facts, Facts | None, Facts | None], thins: tuple[Facts, ...], intos: tuple[Facts | None, ...],
     bs: tuple[Facts | None, ...], dss: tuple[Facts | None, ...], keeps: tuple[Facts | None, ...],
     dtypes: tuple[torch.dtype, ...], turned: tuple[bool, ...], wides: tuple[int, ...], activation: str | None,
-    device: torch.device, ready: bool, precision: str, config: WgradConfig | None, imagined: object,
+    device: torch.device, ready: bool, precision: str, config: WgradConfig | None, groups: int | None,
+    imagined: object,
 ) -> SettledWgrad:  # fmt: skip
     (rows, width), _, dtype, _ = made_of[0]
+    pitches_b = None
+    if groups:
+        bs, pitches_b = tuple(b and b.matrix() for b in bs), tuple(b.strides[0] if b else 0 for b in bs)
     widths, shrunk = [thin.shape[1] for thin in thins], [b.shape[1] for b in bs if b is not None]
     if ready and (shrunk or activation):
         raise ValueError(
@@ -359,9 +333,12 @@ def _settle(
             mixed=any(keeps) and not all(keeps), activated=activation is not None, strided=strided,
             unaligned=not strided and any(t.by_element() for t in made_of if t),
             rounds=any(b.dtype != dtype for b in bs if b), tf32=precision == "tf32",
-            shared=_launch.shared_per_sm(device), num_sms=_launch.num_sms(device),
+            shared=_launch.shared_per_sm(device), num_sms=_launch.num_sms(device), groups=groups or 0,
         ))  # fmt: skip
-    splits = triton.cdiv(rows, config.rows_per_split)
+    start, splits = None, triton.cdiv(rows, config.rows_per_split)
+    is_split = splits > 1
+    if groups:
+        start, splits = place(rows, groups, config.rows_per_split)
     blocks = triton.cdiv(width, config.block_c)
     tiles = blocks * triton.cdiv(max(widths, default=1), config.block_r)
     dependent = _launch.dependent_launch(device)
@@ -373,25 +350,29 @@ def _settle(
     for columns, into, g_dtype, flip in zip(widths, intos, dtypes, turned, strict=True):
         shape = (columns, width) if flip else (width, columns)
         g = into or new_facts(shape, g_dtype)
-        gs.append((None if into else allocator(shape, g_dtype, device), g.t() if flip else g))
+        new = None if into else allocator((groups, *shape) if groups else shape, g_dtype, device)
+        gs.append((new, g.t() if flip else g))
     launch = Launch(
         _wgrad_kernel, (tiles, splits),
         (
             rows, width, tuple(widths) or None, config.rows_per_split,
             *(stride for t in made_of for stride in (t.strides if t else (0, 0))),
             *_strides(thins), *_strides(bs), *_strides([g for _, g in gs]), pitches or None,
+            pitches_b, tuple(width * n for n in widths) if groups else None, start, groups,
         ),
         dict(
             ROWS=len(thins), WIDE=wides or None, ACTIVATION=activation, HAS_KEEP=any(keeps), HAS_SHRINK=bool(shrunk),
-            IS_SPLIT=splits > 1 and bool(thins), ACCUMULATE=tuple(into is not None for into in intos) or None,
+            IS_SPLIT=is_split and bool(thins), ACCUMULATE=tuple(into is not None for into in intos) or None,
             PDL=(bool(shrunk) or activation is not None) and dependent, READY=ready, PRECISION=precision,
-            BLOCK_M=config.block_m, BLOCK_W=config.block_c, BLOCK_T=config.block_r,
+            BLOCK_M=config.block_m, BLOCK_W=config.block_c, BLOCK_T=config.block_r, GROUPED=groups is not None,
         ),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, **_launch.launch_options(ready)), device,
     )  # fmt: skip
-    sizes = splits * width * sum(widths) if splits > 1 else 0, blocks * rows * sum(shrunk)
+    sizes = splits * width * sum(widths) if is_split else 0, blocks * rows * sum(shrunk)
+    # Of groups, each part has a counter, and a group uses that of its first part.
+    counted = tiles * (splits if groups else 1) + splits
     new_parts = [allocator((size,), torch.float32, device) if size else None for size in sizes]
-    return SettledWgrad(launch, [new for new, _ in gs], new_dss, *new_parts, tiles + splits if any(sizes) else 0)
+    return SettledWgrad(launch, [new for new, _ in gs], new_dss, *new_parts, counted if any(sizes) else 0)
 
 
 def _strides(operands: Sequence[Facts | None]) -> tuple[tuple[int, ...] | None, ...]:
