@@ -84,13 +84,12 @@ def _wgrad_kernel(
     offs_w = block * BLOCK_W + tl.arange(0, BLOCK_W)
     offs_t = pid_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_w = offs_w < W
-    # The rows of this program, and which of how many parts of a sum it makes.
-    first, end, nth, parts, columns = split * rows_per_split, M, split, splits, W
-    tile_bs, tile_gs = b_ptrs, g_ptrs
+    end, columns, tile_bs, tile_gs = M, W, b_ptrs, g_ptrs
     if GROUPED:
-        group, first, end, nth, parts = group_part(table_ptr, map_start, split, splits, rows_per_split, groups)
+        # The rows of this program, and which of how many parts of its group's sum it makes.
+        group, first, end, nth, num_parts = group_part(table_ptr, map_start, split, splits, rows_per_split, groups)
         # An entry of no group has no columns here.
-        columns = tl.where(parts > 0, W, 0)
+        columns = tl.where(num_parts > 0, W, 0)
         mask_w = offs_w < columns
         tile_bs, tile_gs = (), ()
         for i in tl.static_range(ROWS):
@@ -119,7 +118,8 @@ def _wgrad_kernel(
     if GROUPED:
         steps = tl.maximum(tl.cdiv(end - first, BLOCK_M), 1)
     for step in range(steps):
-        offs_m = first + tl.cast(step, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        begin = first if GROUPED else split * rows_per_split
+        offs_m = begin + tl.cast(step, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < end
         wide = tl.load(
             wide_ptr + offs_m[:, None] * stride_wm + offs_w[None, :] * stride_ww,
@@ -177,11 +177,11 @@ def _wgrad_kernel(
             mask_g = mask_w[:, None] & (offs_t < Ts[i])[None, :]
             if GROUPED:
                 # A group with one part needs no sum.
-                mask_g = (offs_w < tl.where(parts > 1, W, 0))[:, None] & (offs_t < Ts[i])[None, :]
+                mask_g = (offs_w < tl.where(num_parts > 1, W, 0))[:, None] & (offs_t < Ts[i])[None, :]
             tl.store(g_part_ptrs + split * part_size, accs[i], mask=mask_g)
             before += Ts[i]
         if GROUPED:
-            last = last_to_arrive(arrivals_ptr + pid * splits + split - nth, tl.maximum(parts, 1))
+            last = last_to_arrive(arrivals_ptr + pid * splits + split - nth, tl.maximum(num_parts, 1))
         else:
             last = last_to_arrive(arrivals_ptr + pid, splits)
     before = 0
@@ -192,8 +192,8 @@ def _wgrad_kernel(
             g_part_ptrs = g_parts_ptr + tl.cast(W, tl.int64) * before + offs_w[:, None] * Ts[i] + offs_t[None, :]
             if GROUPED:
                 g_part_ptrs += (split - nth) * part_size
-                total = sum_of_parts(g_part_ptrs, part_size, parts, last & (parts > 1), mask_g, AT_ONCE)
-                acc = tl.where(parts > 1, total, acc)
+                total = sum_of_parts(g_part_ptrs, part_size, num_parts, last & (num_parts > 1), mask_g, AT_ONCE)
+                acc = tl.where(num_parts > 1, total, acc)
             else:
                 acc = sum_of_parts(g_part_ptrs, part_size, splits, last, mask_g, AT_ONCE)
             before += Ts[i]
@@ -218,7 +218,8 @@ def _wgrad_kernel(
                 ds_parts_of_i = ds_parts_ptr + tl.cast(before, tl.int64) * M * blocks
                 before += Ts[i]
                 for step in range(tl.where(last, steps, 0)):
-                    offs_m = first + tl.cast(step, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+                    begin = first if GROUPED else split * rows_per_split
+                    offs_m = begin + tl.cast(step, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
                     mask = (offs_m < end)[:, None] & (offs_t < Ts[i])[None, :]
                     ds = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
                     for j in range(0, blocks, DS_AT_ONCE):
