@@ -11,8 +11,8 @@ from triton.language.target_info import current_target
 from lora_kernels.dropout import PHILOX_ROUNDS
 
 __all__ = [
-    "group_entry", "group_part", "halves", "keep_bits", "kept", "last_to_arrive", "load_kept", "sum_of_parts", "tile_position",
-    "unpack_bits",
+    "group_entry", "group_part", "halves", "keep_bits", "kept", "last_to_arrive", "load_kept", "sum_of_parts",
+    "tile_position", "unpack_bits",
 ]  # fmt: skip
 
 _ROUNDS = tl.constexpr(PHILOX_ROUNDS)

@@ -353,8 +353,10 @@ def _settle(
     strides = [tuple(0 if tma else pair[side].strides[dim] for pair in sources) for side in (0, 1) for dim in (0, 1)]
     masked_strides = [tuple(pair[side].strides[dim] for pair in masked) or None for side in (0, 1) for dim in (0, 1)]
     pdl = _launch.dependent_launch(device)
-    where = place(rows, groups, config.block_m) if groups else (None, None)
-    tiles = (where[1] if groups else triton.cdiv(rows, config.block_m)) * sum(triton.cdiv(n, config.block_n) for n in cols)
+    where, high = (None, None), triton.cdiv(rows, config.block_m)
+    if groups:
+        where = _, high = place(rows, groups, config.block_m)
+    tiles = high * sum(triton.cdiv(n, config.block_n) for n in cols)
     launch = Launch(
         _matmul_expand_kernel, (min(tiles, sms * config.ctas_per_sm),),
         (

@@ -56,7 +56,9 @@ class Segments(NamedTuple):
 
 
 @triton.jit
-def _segments_kernel(offsets_ptr, table_ptr, M, G, BLOCK_G: tl.constexpr, SMALLEST: tl.constexpr, AT_ONCE: tl.constexpr):
+def _segments_kernel(
+    offsets_ptr, table_ptr, M, G, BLOCK_G: tl.constexpr, SMALLEST: tl.constexpr, AT_ONCE: tl.constexpr
+):
     """Write the entries of one group in one map in each program; the program after the last group writes the rest."""
     group, level = tl.program_id(0), tl.program_id(1)
     block = SMALLEST << level

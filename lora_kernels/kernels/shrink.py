@@ -316,8 +316,10 @@ def _settle(
         rows, inner, widest, x.dtype, masks > 0, strided, _launch.shared_per_sm(device), len(ranks), bool(activation),
         max((a.dtype.itemsize for a in operands), default=0), groups or 0,
     )  # fmt: skip
-    where = place(rows, groups, config.block_m) if groups else (None, triton.cdiv(rows, config.block_m))
-    blocks = where[1] * triton.cdiv(widest, config.block_r)
+    where, high = (None, None), triton.cdiv(rows, config.block_m)
+    if groups:
+        where = _, high = place(rows, groups, config.block_m)
+    blocks = high * triton.cdiv(widest, config.block_r)
     splits = triton.cdiv(inner, config.k_per_split)
     pitches = tuple(_launch.thin_pitch(rank, x.dtype) for rank in ranks)
     launch = Launch(
@@ -325,7 +327,7 @@ def _settle(
         (
             tuple(map(threshold, ps)) or None, rows, inner, ranks or None, config.k_per_split, *x.strides,
             *(up.strides if up else (0, 0)), *(tuple(zip(*(a.strides for a in operands), strict=True)) or (None, None)),
-            sum(pitches), pitches_a, *(where if groups else (None, None)), groups,
+            sum(pitches), pitches_a, *where, groups,
         ),
         dict(
             ROWS=len(ranks), ACTIVATION=activation, HAS_DROPOUT=masks > 0, IS_SPLIT=splits > 1 and bool(ranks),

@@ -181,7 +181,8 @@ def _wgrad_kernel(
             tl.store(g_part_ptrs + split * part_size, accs[i], mask=mask_g)
             before += Ts[i]
         if GROUPED:
-            last = last_to_arrive(arrivals_ptr + pid * splits + split - nth, tl.maximum(num_parts, 1))
+            counter_ptr = arrivals_ptr + tl.cast(pid, tl.int64) * splits + split - nth
+            last = last_to_arrive(counter_ptr, tl.maximum(num_parts, 1))
         else:
             last = last_to_arrive(arrivals_ptr + pid, splits)
     before = 0
@@ -207,7 +208,7 @@ def _wgrad_kernel(
     if HAS_SHRINK:
         ds_arrivals_ptr = arrivals_ptr + tiles
         if GROUPED:
-            ds_arrivals_ptr = arrivals_ptr + tiles * splits
+            ds_arrivals_ptr = arrivals_ptr + tl.cast(tiles, tl.int64) * splits
         last = last_to_arrive(ds_arrivals_ptr + split, tiles)
         blocks, before = tiles // num_t, 0
         # Number of parts in flight at a time, because one part after the other takes too long.
