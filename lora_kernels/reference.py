@@ -6,6 +6,8 @@
     dB   = dyᵀ (scaling · D(x) Aᵀ)
     dW   = dyᵀ x,    dbias = Σ dy over the rows
 
+    grouped      y_e = x_e W_eᵀ + Σᵢ scalingᵢ · x_e A_ieᵀ B_ieᵀ + bias_e, with x_e the rows of group e
+
     gated MLP    y = down(h),  h = a(gate(x)) · up(x), or a(up(x)) without a gate
 
 The tests check all kernels against these functions, in float64. The functions are written to be read, not to be fast,
@@ -39,6 +41,7 @@ __all__ = [
     "grad_x",
     "keep_mask",
     "lora_add",
+    "lora_grouped_linear",
     "lora_linear",
     "lora_mlp",
     "lora_projections",
@@ -290,6 +293,41 @@ def lora_add(
     """
     low_rank = scaling * (dropped(x, _mask(x, dropout_p, seed), dropout_p) @ lora_A.T) @ lora_B.T
     return (base + low_rank).to(base.dtype)
+
+
+def lora_grouped_linear(
+    x: Tensor, weight: Tensor, lora_A: Tensor | Sequence[Tensor], lora_B: Tensor | Sequence[Tensor], offsets: Tensor, *,
+    scaling: float | Sequence[float] = 1.0, bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Compute the same as `lora_kernels.lora_grouped_linear`, in plain differentiable PyTorch.
+
+    Every group multiplies all rows, those of other groups being zero, and keeps its own: so no offset is read by the
+    host, a NaN in a row reaches its own group alone, and the work grows with the number of groups.
+
+    Args:
+        x: `[S, in]`, rows sorted by group.
+        weight: W, `[E, out, in]`.
+        lora_A: A, `[E, r, in]`, or one for each of several adapters.
+        lora_B: B, `[E, out, r]`, or one for each adapter.
+        offsets: `[E + 1]`; rows offsets[e] to offsets[e + 1] belong to group e. Rows from offsets[E] on give zeros.
+        scaling: Multiplies the low-rank terms, or one for each adapter.
+        bias: `[E, out]` or None.
+
+    Returns:
+        y, `[S, out]`.
+    """
+    A, B = ([t] if isinstance(t, Tensor) else list(t) for t in (lora_A, lora_B))
+    factors = scaling if isinstance(scaling, (list, tuple)) else [scaling] * len(A)
+    row = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+    y = x.new_zeros(x.shape[0], weight.shape[1])
+    for e in range(weight.shape[0]):
+        own = (offsets[e] <= row) & (row < offsets[e + 1])
+        x_e = torch.where(own, x, 0)
+        y_e = _linear(x_e, weight[e], None if bias is None else bias[e])
+        for A_i, B_i, factor in zip(A, B, factors, strict=True):
+            y_e = y_e + factor * (x_e @ A_i[e].T) @ B_i[e].T
+        y = torch.where(own, y_e, y)
+    return y
 
 
 def _mask(x: Tensor, dropout_p: float, seed: Tensor | int | None) -> Tensor | None:

@@ -11,6 +11,9 @@ computed in fp32, tile by tile, and rounded once, because PyTorch's own 16-bit p
 
 Small calls do not pay for a Function in Python, whose two halves cost as much as twenty small operators. Such calls are
 composed of operators that PyTorch differentiates itself: `composes` and `linear_by_operators`.
+
+Contractions marked by `by_segments` take `segments` as well: then each group of rows has operands of its own, as
+`torch_segments` says.
 """
 
 import functools
@@ -26,25 +29,13 @@ from lora_kernels.activations import After, Before, activated, gradients
 from lora_kernels.constants import HALF
 from lora_kernels.dropout import keep_scale, threshold
 from lora_kernels.quantized.operators import dequantize
+from lora_kernels.torch_segments import by_segments, segments
 
 __all__ = [
-    "activate_shrink",
-    "activation_wgrad",
-    "composes",
-    "dequantize",
-    "draw_mask",
-    "draw_noise",
-    "linear_by_operators",
-    "matmul_expand",
-    "matmul_expand_all",
-    "outputs",
-    "shrink",
-    "shrink_all",
-    "shrink_wgrad",
-    "thin_pitch",
-    "wgrad",
-    "wgrad_all",
-]
+    "activate_shrink", "activation_wgrad", "composes", "dequantize", "draw_mask", "draw_noise", "linear_by_operators",
+    "matmul_expand", "matmul_expand_all", "outputs", "segments", "shrink", "shrink_all", "shrink_wgrad", "thin_pitch",
+    "wgrad", "wgrad_all",
+]  # fmt: skip
 
 # Elements of x or dy per block: a megabyte in fp32.
 _BLOCK = 1 << 18
@@ -161,6 +152,7 @@ def shrink(
     return s, keep
 
 
+@by_segments
 def shrink_all(
     x: Tensor, rows: Sequence[tuple[Tensor, float, float]], *, noise: Tensor | None = None, slot: None = None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -191,6 +183,7 @@ def matmul_expand(
     return _matmul_expand(summed, bias, ((*masked, keep),))
 
 
+@by_segments
 def matmul_expand_all(
     outputs: Sequence[tuple[Sequence[tuple[Tensor, Tensor]], Tensor | None]],
     masked: Sequence[tuple[Tensor, Tensor, Tensor]] = (), wide: int = 1, slot: None = None,
@@ -223,6 +216,7 @@ def _matmul_expand(
     return y
 
 
+@by_segments
 def wgrad(
     left: Tensor, right: Tensor, out_dtype: torch.dtype, keep: Tensor | None = None, *,
     into: Tensor | None = None, ready: bool = False, slot: None = None,
@@ -235,6 +229,7 @@ def wgrad(
     return _deliver(total, out_dtype, into)
 
 
+@by_segments
 def wgrad_all(
     rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor, ready: bool = False,
     into: Sequence[Tensor | None] | None = None, slot: None = None,
@@ -256,6 +251,7 @@ def _totals(rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Te
     return totals
 
 
+@by_segments
 def shrink_wgrad(
     dy: Tensor, s: Tensor, lora_B: Tensor, alpha: float, out_dtype: torch.dtype, into: Tensor | None = None,
     slot: None = None,

@@ -18,7 +18,8 @@ from lora_kernels.quantized import QuantizedWeight
 
 __all__ = [
     "check_activation", "check_add", "check_backend", "check_call", "check_counts", "check_dtypes", "check_flag",
-    "check_mlp", "check_number", "check_shard", "check_sharded", "is_sharded",
+    "check_kind", "check_mlp", "check_number", "check_shard", "check_sharded", "check_tensors",
+    "check_unrecorded", "is_sharded",
 ]  # fmt: skip
 
 _SUPPORTED = (*DTYPES.values(), torch.float64)
@@ -52,17 +53,17 @@ def check_call(
         ValueError: A shape, a device, `scaling` or `dropout_p` does not fit.
     """
     if torch._C._get_tracing_state() is not None:
-        return _check_unrecorded(check_call, x, weight, lora_A, lora_B, bias, scaling, dropout_p, call)
+        return check_unrecorded(check_call, x, weight, lora_A, lora_B, bias, scaling, dropout_p, call)
     tensors = (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
     device = x.device if isinstance(x, Tensor) else None
     for t in tensors:
         if type(t) not in _PLAIN or t.layout is not _STRIDED or t.dtype not in _SUPPORTED or t.device != device:
             sharded = all(map(is_sharded, tensors))
-            _check_tensors(dict(zip(_TENSORS, tensors, strict=False)), call, sharded)
+            check_tensors(dict(zip(_TENSORS, tensors, strict=False)), call, sharded)
             break
     # A nested tensor may have the layout of a plain one.
     if x.is_nested:
-        _check_kind("x", x, call)
+        check_kind("x", x, call)
     if x.dim() == 0:
         raise ValueError(f"{call}: x must have at least 1 dim (…, in_features), got a scalar.")
     for t in tensors[1:4]:
@@ -94,7 +95,7 @@ def check_call(
     _check_numbers(scaling, dropout_p, call)
 
 
-def _check_tensors(tensors: dict[str, Tensor], call: str, sharded: bool = False) -> None:
+def check_tensors(tensors: dict[str, Tensor], call: str, sharded: bool = False) -> None:
     """Check kinds, dtypes and devices of the tensors of one layer, and name the first that does not fit.
 
     x is the first of the tensors. With `sharded` all are DTensors, and may be.
@@ -107,7 +108,7 @@ def _check_tensors(tensors: dict[str, Tensor], call: str, sharded: bool = False)
             continue
         plain = type(t) in _PLAIN and t.layout is _STRIDED
         if not plain and not sharded:
-            _check_kind(name, t, call)
+            check_kind(name, t, call)
         if t.dtype not in _SUPPORTED:
             raise TypeError(
                 f"{call}: {name} has dtype {t.dtype}; supported: bfloat16, float16, float32 (float64 on CPU)."
@@ -124,11 +125,11 @@ def check_add(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
         ValueError: A shape, a device, `scaling` or `dropout_p` does not fit.
     """
     if torch._C._get_tracing_state() is not None:
-        return _check_unrecorded(check_add, base, x, lora_A, lora_B, scaling, dropout_p)
+        return check_unrecorded(check_add, base, x, lora_A, lora_B, scaling, dropout_p)
     device = x.device if isinstance(x, Tensor) else None
     for t in (x, base, lora_A, lora_B):
         if type(t) not in _PLAIN or t.layout is not _STRIDED or t.dtype not in _SUPPORTED or t.device != device:
-            _check_tensors({"x": x, "base": base, "lora_A": lora_A, "lora_B": lora_B}, "lora_add")
+            check_tensors({"x": x, "base": base, "lora_A": lora_A, "lora_B": lora_B}, "lora_add")
             break
     if x.dim() == 0 or base.dim() == 0 or base.shape[:-1] != x.shape[:-1]:
         raise ValueError(
@@ -293,7 +294,7 @@ def check_mlp(layers: dict[str, Any], activation: str) -> None:
         ValueError: Two layers differ in width, a layer has only one of A and B, or `activation` is not a known name.
     """
     if torch._C._get_tracing_state() is not None:
-        return _check_unrecorded(check_mlp, layers, activation)
+        return check_unrecorded(check_mlp, layers, activation)
     check_activation("lora_mlp", activation)
     for name, q in layers.items():
         if not hasattr(q, "_replace") or not hasattr(q, "lora_A"):
@@ -326,7 +327,7 @@ def check_number(call: str, name: str, number: object) -> None:
         raise TypeError(f"{call}: {name} must be a number, got {type(number).__name__} {number!r}.{hint}")
 
 
-def _check_unrecorded(check: Callable[..., None], *arguments: Any) -> None:
+def check_unrecorded(check: Callable[..., None], *arguments: Any) -> None:
     """Run a check outside of `torch.jit.trace`, which would warn of each comparison of sizes."""
     state = torch._C._get_tracing_state()
     set_state: Any = torch._C._set_tracing_state  # type: ignore[attr-defined]
@@ -347,7 +348,12 @@ def _check_numbers(scaling: float, dropout_p: float, call: str) -> None:
         raise ValueError(f"{call}: scaling must be finite, got {scaling}.")
 
 
-def _check_kind(name: str, t: object, call: str = "lora_linear") -> None:
+def check_kind(name: str, t: object, call: str = "lora_linear") -> None:
+    """Check that an argument is a plain dense tensor, or one that stands for such.
+
+    Raises:
+        TypeError: The argument is something else.
+    """
     if not isinstance(t, Tensor):
         raise TypeError(f"{call}: {name} must be a torch.Tensor, got {type(t).__name__}.")
     kind = type(t).__name__

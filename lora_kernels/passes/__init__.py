@@ -4,6 +4,6 @@ Each operation has a file, and `layer` has the types that passes take. The contr
 (`plan.contractions`).
 """
 
-from lora_kernels.passes import add, layer, linear, mlp, projections
+from lora_kernels.passes import add, grouped, layer, linear, mlp, projections
 
-__all__ = ["add", "layer", "linear", "mlp", "projections"]
+__all__ = ["add", "grouped", "layer", "linear", "mlp", "projections"]

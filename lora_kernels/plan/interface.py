@@ -24,7 +24,16 @@ class Contractions(Protocol):
 
     The backends document the functions in full. Both have further arguments, which passes do not use. `slot` is a place
     of a plan (`plan.Steps`), None for "torch".
+
+    `segments` is a result of the function of that name: the rows are those of several groups, and each group has
+    operands of its own. Then what is not of rows has one dim more, the groups: a `[G, R, K]`, q `[G, N, K]`, the bias
+    `[G, N]`, B `[G, out, r]`, and so have the results of `wgrad`, with zeros for a group without rows. Rows of no group
+    become zeros in the result of `matmul_expand_all`; other contractions do not read them, and what they write there is
+    not specified. There are no masks, no `into`, and one output.
     """
+
+    def segments(self, offsets: Tensor, rows: int, slot: Any = None) -> Any:
+        """Return where the rows of each group lie: from `offsets[g]` to `offsets[g + 1]`, of `rows` rows."""
 
     def draw_noise(self, x: Tensor, count: int = 1) -> Tensor:
         """Draw the noise that decides `count` masks of x."""
@@ -45,8 +54,9 @@ class Contractions(Protocol):
         """Compute s = alpha · (x · keep) aᵀ, and the mask."""
 
     def shrink_all(
-        self, x: Tensor, rows: Sequence[_Adapter], *, noise: Tensor | None = None, slot: Any = None
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        self, x: Tensor, rows: Sequence[_Adapter], *, noise: Tensor | None = None, slot: Any = None,
+        segments: Any = None,
+    ) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
         """Compute `shrink` for several adapters of one x."""
 
     def activate_shrink(
@@ -57,7 +67,7 @@ class Contractions(Protocol):
 
     def shrink_wgrad(
         self, dy: Tensor, s: Tensor, lora_B: Tensor, alpha: float, out_dtype: torch.dtype, into: Tensor | None = None,
-        slot: Any = None,
+        slot: Any = None, segments: Any = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Compute ds and dB from one read of dy."""
 
@@ -68,19 +78,19 @@ class Contractions(Protocol):
 
     def matmul_expand_all(
         self, outputs: Sequence[tuple[Sequence[_Source], Tensor | None]], masked: Sequence[_Masked] = (),
-        wide: int = 1, slot: Any = None,
+        wide: int = 1, slot: Any = None, segments: Any = None,
     ) -> list[Tensor]:  # fmt: skip
         """Compute a y for each output."""
 
     def wgrad(
         self, left: Tensor, right: Tensor, out_dtype: torch.dtype, keep: Tensor | None = None, *,
-        into: Tensor | None = None, ready: bool = False, slot: Any = None,
+        into: Tensor | None = None, ready: bool = False, slot: Any = None, segments: Any = None,
     ) -> Tensor | None:  # fmt: skip
         """Compute g = leftᵀ (right · keep), or add it to `into`."""
 
     def wgrad_all(
         self, rows: Sequence[tuple[Tensor, torch.dtype, Tensor | None]], right: Tensor, ready: bool = False, *,
-        into: Sequence[Tensor | None] | None = None, slot: Any = None,
+        into: Sequence[Tensor | None] | None = None, slot: Any = None, segments: Any = None,
     ) -> list[Tensor | None]:  # fmt: skip
         """Compute `wgrad` for several left operands of one right one."""
 
