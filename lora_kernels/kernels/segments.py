@@ -150,6 +150,6 @@ def _settle(offsets: Facts, rows: int, device: torch.device, imagined: object) -
     launch = Launch(
         _segments_kernel, (groups + 1, levels), (rows, groups),
         dict(BLOCK_G=triton.next_power_of_2(groups), SMALLEST=TINY, AT_ONCE=_AT_ONCE),
-        dict(num_warps=1, **_launch.launch_options(False)), device,
+        dict(num_warps=1, num_stages=1, **_launch.launch_options(False)), device,
     )  # fmt: skip
     return launch, start + 3 * entries + 1

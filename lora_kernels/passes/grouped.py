@@ -116,7 +116,9 @@ def _backward_pass(
     which = [i for i, need in enumerate(needed.lora_As) if need]
     if which:
         rows = [(made[i][0], dtypes[i][0], None) for i in which]
-        for i, d_lora_A in zip(which, ops.wgrad_all(rows, x, slot=steps["dA"], segments=segments), strict=True):
+        # The launch before is that of dx, which writes nothing that this one reads.
+        made_As = ops.wgrad_all(rows, x, ready=needed.x, slot=steps["dA"], segments=segments)
+        for i, d_lora_A in zip(which, made_As, strict=True):
             d_lora_As[i] = d_lora_A
     if needed.weight:
         dweight = ops.wgrad(dy, x, dtype, slot=steps["dW"], segments=segments)

@@ -14,7 +14,7 @@ from lora_kernels.functional import lora_linear, lora_mlp, lora_projections
 from lora_kernels.passes.layer import Projection
 from lora_kernels.verify.problems import every_other
 
-__all__ = ["mlp", "projections"]
+__all__ = ["mlp", "projections", "unequal"]
 
 # the largest integer up to which all are numbers of the dtype; TF32 has as many bits as fp16
 _WHOLE = {"bf16": 256, "fp16": 2048, "fp32": 1 << 24, "tf32": 2048}
@@ -33,7 +33,8 @@ class _Draw:
         return values, every_other(t) if self.strided else t
 
 
-def _unequal(got: dict[str, Tensor], want: dict[str, Tensor]) -> str:
+def unequal(got: dict[str, Tensor], want: dict[str, Tensor]) -> str:
+    """Return what is not the truth rounded once, or ""."""
     wrong = []
     for name, truth in want.items():
         bad = ~(got[name].double() == truth.to(got[name].dtype).double())
@@ -115,7 +116,7 @@ def projections(
             added = {name: 2 * t for name, t in want.items() if name[0] == "d" and name != "dx"}
             added = {name: t for name, t in added.items() if t.abs().max() <= _WHOLE[dtype]}
             want = {name: t for name, t in want.items() if name[0] == "y" or name == "dx"} | added
-        return _unequal(got, want)
+        return unequal(got, want)
 
     words = [precision] * (precision != "ieee") + ["accumulate"] * accumulate + ["strided"] * strided
     words += [] if place is None else [f"tile{place}"]
@@ -183,7 +184,7 @@ def mlp(dtype, m, k, hidden, r, precision="ieee", accumulate=False, gated=True) 
         if accumulate:
             want = {name: t if name in ("y", "dx") else 2 * t for name, t in want.items()}
             want = {name: t for name, t in want.items() if name in ("y", "dx") or t.abs().max() <= _WHOLE[dtype]}
-        return _unequal(got, want)
+        return unequal(got, want)
 
     words = [precision] * (precision != "ieee") + ["accumulate"] * accumulate + ["ungated"] * (not gated)
     name = f"exact mlp relu2 {dtype} {m}x{k}x{hidden} r{r}"

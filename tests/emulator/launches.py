@@ -16,12 +16,12 @@ _SHIPPED = "BLOCK_M", "BLOCK_N", "BLOCK_K", "SUBTILES"
 _FLAGS = (
     "ACTIVATION", "HAS_BIAS", "HAS_DROPOUT", "HAS_KEEP", "HAS_SHRINK", "IS_SPLIT", "ACCUMULATE", "READY", "PRECISION",
     "NUM_OUTPUTS", "NUM_SOURCES", "NUM_MASKED", "ROWS", "USE_TMA", "STORE_TMA", "Q_ROWS_ARE_N", "FORMAT", "NESTED",
-    "E8M0",
+    "E8M0", "GROUPED",
 )  # fmt: skip
 # by these a kernel's rule picks another tile, so each tile is executed with each
 _OF_TILES = {
-    "matmul_expand": ("PRECISION", "USE_TMA"), "shrink": ("HAS_DROPOUT", "ROWS"),
-    "wgrad": ("HAS_KEEP", "HAS_SHRINK", "PRECISION", "ROWS"), "dequantize": ("FORMAT",),
+    "matmul_expand": ("PRECISION", "USE_TMA", "GROUPED"), "shrink": ("HAS_DROPOUT", "ROWS", "GROUPED"),
+    "wgrad": ("HAS_KEEP", "HAS_SHRINK", "PRECISION", "ROWS", "GROUPED"), "dequantize": ("FORMAT",), "segments": (),
 }  # fmt: skip
 
 
@@ -29,7 +29,7 @@ class Seen(NamedTuple):
     """A kernel as it was launched.
 
     Attributes:
-        kernel: "matmul_expand", "shrink", "wgrad" or "dequantize".
+        kernel: "matmul_expand", "shrink", "wgrad", "dequantize" or "segments".
         itemsize: Bytes an element of its operands.
         sides: Its tile's sides and slices, by name.
         warps: Warps a program.
@@ -90,14 +90,14 @@ def _any(flag: Any) -> Any:
 
 
 def _itemsize(arguments: tuple) -> int:
-    """Bytes an element of the first operand that is a tensor of floats, or describes one."""
+    """Bytes an element of the first operand that is a tensor of floats, or describes one; of the last of none."""
     for argument in arguments:
         operands = argument if isinstance(argument, tuple) else (argument,)
         for operand in operands:
             dtype = getattr(getattr(operand, "base", operand), "dtype", None)
             if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
                 return dtype.itemsize
-    raise ValueError("a launch without operands")
+    return arguments[-1].dtype.itemsize
 
 
 def missing_tiles(seen: set[Seen], tma: bool) -> list[str]:

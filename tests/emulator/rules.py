@@ -8,7 +8,7 @@ are in the table alone. MLPs with no element next to another are left out, becau
 import itertools
 from collections.abc import Iterator
 
-from emulator import exact, stored
+from emulator import exact, grouped, stored
 from emulator.cases import Case, block, layer
 from emulator.launches import recorded
 from lora_kernels import plan
@@ -44,6 +44,7 @@ def _calls() -> Iterator[Case]:
             yield exact.projections("fp32", m, k, (136, 48, 48), (r, r, r), ps, "tf32", strided=strided)
         yield exact.mlp("fp32", m, k, 136, r, "tf32")
     yield from stored.grid()
+    yield from grouped.grid()
     for place, p in itertools.product(range(8), (0.0, 0.1)):
         yield layer("bf16", 300, 264, 528, 16, p=p, place=place)
         yield layer("fp16", 300, 136, 264, 16, "all sliced", p, place=place)

@@ -6,7 +6,7 @@ Widths that are multiples of 16 take other ways through Triton than those that a
 import itertools
 from collections.abc import Iterator
 
-from emulator import exact, stored
+from emulator import exact, grouped, stored
 from emulator.cases import Case, block, layer, ungated
 from lora_kernels.constants import DTYPES
 from lora_kernels.verify.layer_matrix import LAYOUTS
@@ -36,6 +36,7 @@ def quick(arch: str) -> Iterator[Case]:
     yield exact.projections("bf16", 100, 144, (200,), (16,), accumulate=True)
     yield exact.projections("fp32", 150, 208, (272,), (16,), precision="tf32")
     yield from stored.quick()
+    yield from grouped.quick()
 
 
 def table(arch: str) -> Iterator[Case]:
@@ -46,6 +47,7 @@ def table(arch: str) -> Iterator[Case]:
     yield from _exact(arch)
     yield from _blocks(arch)
     yield from stored.table()
+    yield from grouped.table(arch)
 
 
 def _layers() -> Iterator[Case]:

@@ -86,6 +86,18 @@ static void vote(Warp &w, const Instr &i) {
   put(w, i.o[0], t);
 }
 
+// The sum over the lanes of a mask, given to each; o: d, a, mask.
+static void reduce(Warp &w, const Instr &i) {
+  u32 *a = R<u32>(w, i.o[1]), *mask = R<u32>(w, i.o[2]), t[32];
+  for (int l = 0; l < 32; l++) {
+    if ((w.m >> l & 1) && (mask[l] & ~w.active)) problem(&w, "a reduction over a lane that is not there");
+    t[l] = 0;
+    for (int j = 0; j < 32; j++)
+      if (mask[l] >> j & 1) t[l] += a[j];
+  }
+  put(w, i.o[0], t);
+}
+
 static void activemask(Warp &w, const Instr &i) {
   u32 t[32];
   for (int l = 0; l < 32; l++) t[l] = w.active;
@@ -153,6 +165,14 @@ bool build_alu(Instr &i, Statement &s) {
     for (int k = 0; k < 3; k++) i.o[2 + k] = s.reg(1 + p + k, 32);
     i.cls = SHFL;
     i.fn = shuffle;
+    return true;
+  }
+  if (op == "redux") {
+    // Triton's sums of integers; a minimum or a maximum is not there.
+    if (!s.has("add")) return false;
+    for (int k = 0; k < 3; k++) i.o[k] = s.reg(k, 32);
+    i.cls = SHFL;
+    i.fn = reduce;
     return true;
   }
   if (op == "elect") {
