@@ -47,6 +47,8 @@ def broken_budgets(kernel: Kernel, gpu: Any) -> Iterator[str]:
     if kernel.name == "dequantize":
         yield from _dequantize(kernel)
         return
+    if kernel.name == "segments":
+        return
     yield from _tensor_cores(kernel)
     if kernel.name == "matmul_expand":
         yield from _matmul(kernel)

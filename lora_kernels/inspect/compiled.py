@@ -22,6 +22,8 @@ _SMALL = (2048, 1024, 1024)
 _MLP = (8192, 4096, 14336)
 # Keys and values of Llama-8B, beside its queries.
 _QKV = (1024, 1024)
+# Gate and up of Mixtral-8x7B at 8192 tokens, of gpt-oss-20b, and of Qwen3-30B-A3B.
+_EXPERTS, _TURNED_EXPERTS, _MANY_EXPERTS = (16384, 4096, 28672), (32768, 2880, 5760), (65536, 2048, 1536)
 # Weights as they are stored: how a `Case` names them.
 STORED = ("nf4", "nf4 nested", "fp8 block", "fp8 row", "int8")
 # Cases for every kernel and every rule of the budgets.
@@ -30,6 +32,7 @@ QUICK = (
     Case(*_SMALL, 16, "fp32", p=0.1), Case(*_LARGE, 16, p=0.1, others=_QKV), Case(*_MLP, 16, p=0.1, activation="silu"),
     Case(*_LARGE, 16, p=0.1, others=_QKV, mixed=True), Case(*_MLP, 16, activation="silu"),
     *(Case(*_LARGE, 0, storage=storage) for storage in STORED), Case(*_SMALL, 0, "fp32", storage="nf4 nested"),
+    *(Case(*_EXPERTS, 16, groups=8, place=place) for place in (0, 1, 3)),
 )  # fmt: skip
 # Cases for every tile of every path and for every flag.
 CASES = (
@@ -76,6 +79,14 @@ CASES = (
     *(Case(*_MLP, 16, p=p, activation="silu", fp32_adapters=True) for p in (0.0, 0.1)),
     *(Case(*_SMALL, 0, "fp16", storage=storage) for storage in STORED),
     *(Case(*shape, 0, "fp32", storage=storage) for shape in (_SMALL, _LARGE) for storage in STORED),
+    # Groups: every tile, layout, rank and dtype; few rows; a trained W.
+    *(Case(*_EXPERTS, 16, groups=8, place=place) for place in (2, 4, 5)),
+    *(Case(*_TURNED_EXPERTS, 16, groups=32, bias=True, transposed=True, place=place) for place in (0, 1, 3)),
+    *(Case(*_MANY_EXPERTS, r, groups=128) for r in (16, 64)), Case(64, 2048, 1536, 16, groups=128),
+    Case(*_MANY_EXPERTS, 16, groups=128, fp32_adapters=True), Case(*_MANY_EXPERTS, 16, "fp16", groups=128),
+    *(Case(*_SMALL, 16, "fp32", groups=8, tf32=tf32) for tf32 in (False, True)),
+    *(Case(*_SMALL, 16, groups=8, strided=True, place=place) for place in range(4)),
+    Case(2048, 1032, 1024, 16, groups=8),
     # rows off 16 elements, and a last block that is short
     *(Case(8, 1033, 1023, 0, storage=storage) for storage in STORED),
 )  # fmt: skip
@@ -159,6 +170,20 @@ def _dequantize(case: Case) -> None:
     dequantize(weight, DTYPES[case.dtype])
 
 
+def _grouped(case: Case, make: Any) -> torch.Tensor:
+    """Run the forward pass of groups of rows on tensors that `make` allocates."""
+    from lora_kernels.autograd.grouped import LoRAGroupedLinearFunction
+
+    groups, own = case.groups, DTYPES["fp32" if case.fp32_adapters else case.dtype]
+    weight = make(groups, case.k, case.n, grad=False).mT if case.transposed else make(groups, case.n, case.k, grad=False)
+    bias = make(groups, case.n, grad=False) if case.bias else None
+    adapters = make(groups, case.r, case.k, dtype=own), make(groups, case.n, case.r, dtype=own)
+    offsets = torch.zeros(groups + 1, dtype=torch.int32)
+    return LoRAGroupedLinearFunction.apply(
+        make(case.m, case.k), weight, offsets, bias, ((2.0,), "triton"), *adapters
+    )  # fmt: skip
+
+
 def _forward(case: Case) -> tuple[torch.Tensor, ...]:
     """Run the forward pass on tensors that are allocated and never touched; return the output of each projection.
 
@@ -181,6 +206,8 @@ def _forward(case: Case) -> tuple[torch.Tensor, ...]:
         bias, own = make(n, grad=False) if case.bias else None, DTYPES["fp32" if case.fp32_adapters else case.dtype]
         return make(n, k, grad=False), make(case.r, k, dtype=own), make(n, case.r, dtype=own), bias
 
+    if case.groups:
+        return (_grouped(case, make),)
     x, first = make(case.m, case.k), projection(case.n)
     # Scaling, drop probability, and whether backward may add to gradients itself, for each projection.
     numbers = [(2.0, 0.0 if case.mixed and i else case.p, False) for i in range(4)]

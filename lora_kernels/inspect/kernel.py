@@ -32,6 +32,8 @@ class Case:
         mixed: Whether only the first of several projections has dropout.
         storage: A stored weight `[n, k]` to dequantise in place of a layer: "nf4", "nf4 nested", "fp8 block", "fp8 row"
             or "int8"; "" for a layer.
+        groups: Number of groups of rows, each with a layer of its own, as experts have; 0 for one layer.
+        transposed: Whether W of groups is stored as `[G, k, n]`.
     """
 
     m: int
@@ -51,6 +53,8 @@ class Case:
     fp32_adapters: bool = False
     mixed: bool = False
     storage: str = ""
+    groups: int = 0
+    transposed: bool = False
 
     @property
     def unaligned(self) -> bool:
@@ -65,7 +69,8 @@ class Case:
     def __str__(self) -> str:
         if self.storage:
             return f"{self.n}x{self.k} {self.dtype} from {self.storage}"
-        words = _flag_words(self, "bias", "strided", "tf32", "accumulate", "fp32_adapters", "mixed")
+        words = _flag_words(self, "bias", "strided", "tf32", "accumulate", "fp32_adapters", "mixed", "transposed")
+        words += [f"{self.groups} groups"] if self.groups else []
         tile = [] if self.place is None else [f"tile {self.place}"]
         widths = "+".join(map(str, (self.n, *self.others)))
         mlp = [f"mlp {self.activation}"] if self.activation else []
@@ -78,7 +83,7 @@ class Kernel:
 
     Attributes:
         arch: "sm_90" or "gfx942".
-        name: "shrink", "matmul_expand", "wgrad" or "dequantize".
+        name: "shrink", "matmul_expand", "wgrad", "dequantize" or "segments".
         case: The first case that launches it.
         backward: Whether the first launch is in the backward pass.
         constants: Compile-time constants by name.
@@ -144,8 +149,9 @@ _SIDES = {
     "matmul_expand": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
     "wgrad": ("BLOCK_M", "BLOCK_W", "BLOCK_T"),
     "dequantize": ("BLOCK",),
+    "segments": ("BLOCK_G",),
 }
 _FLAGS = {"USE_TMA": "tma", "HAS_BIAS": "bias", "HAS_KEEP": "masked", "NUM_MASKED": "masked", "HAS_DROPOUT": "dropout",
-          "HAS_SHRINK": "shrinks", "ACCUMULATE": "adds"}  # fmt: skip
+          "HAS_SHRINK": "shrinks", "ACCUMULATE": "adds", "GROUPED": "groups"}  # fmt: skip
 # Counts to name where they exceed those of one layer: adapters of a thin product, products and results of a large one.
 _COUNTS = {"ROWS": ("rows", 1), "NUM_SOURCES": ("in", 2), "NUM_MASKED": ("masks", 1), "NUM_OUTPUTS": ("out", 1)}

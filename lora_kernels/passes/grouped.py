@@ -77,7 +77,7 @@ def _forward_pass(
         rows = [(readable(lora_A, x.dtype), alpha, 0.0) for (lora_A, _), alpha in zip(adapters, scalings, strict=True)]
         shrunk, _ = steps.ops.shrink_all(x, rows, slot=steps["s"], segments=segments)
     sources = [(x, weight), *zip(shrunk, rights, strict=True)]
-    (y,) = steps.ops.matmul_expand_all([(sources, bias)], slot=steps["y"], segments=segments)
+    (y,) = steps.grouped_expander("y").compute([(sources, bias)], segments=segments)
     return y, shrunk
 
 
@@ -109,15 +109,17 @@ def _backward_pass(
         for i, (q, right) in enumerate(zip(adapters, rights, strict=True))
     ]
     dx = dweight = dbias = None
+    overlaps = False
     if needed.x:
+        form = steps.grouped_expander("dx")
+        overlaps = form.overlaps
         sources = [(dy, weight.mT), *((ds, left) for (ds, _), left in zip(made, lefts, strict=True))]
-        (dx,) = ops.matmul_expand_all([(sources, None)], slot=steps["dx"], segments=segments)
+        (dx,) = form.compute([(sources, None)], segments=segments)
     d_lora_As: list[Tensor | None] = [None] * len(adapters)
     which = [i for i, need in enumerate(needed.lora_As) if need]
     if which:
         rows = [(made[i][0], dtypes[i][0], None) for i in which]
-        # The launch before is that of dx, which writes nothing that this one reads.
-        made_As = ops.wgrad_all(rows, x, ready=needed.x, slot=steps["dA"], segments=segments)
+        made_As = ops.wgrad_all(rows, x, ready=overlaps, slot=steps["dA"], segments=segments)
         for i, d_lora_A in zip(which, made_As, strict=True):
             d_lora_As[i] = d_lora_A
     if needed.weight:

@@ -15,7 +15,10 @@ from lora_kernels.plan import model, tuned
 from lora_kernels.plan.backend import contractions
 from lora_kernels.plan.model import Product
 
-__all__ = ["Expander", "Form", "expander", "force_form", "forget", "form", "fuses", "override", "rule", "stacks"]
+__all__ = [
+    "Expander", "Form", "expander", "force_form", "forget", "form", "fuses", "grouped_expander", "override", "rule",
+    "stacks",
+]  # fmt: skip
 
 
 class Form(NamedTuple):
@@ -72,6 +75,18 @@ def expander(
         chosen = Form("beta1")
     name, compute = chosen.strategy, functools.partial(ops.strategy(*chosen), slot=slot)
     return Expander(name, compute, overlaps=name == "fused", brings_ds=name == "joint")
+
+
+def grouped_expander(backend: str, slot: Any) -> Expander:
+    """Return the way to compute the large products of groups of rows: always fused, in a forced tile if there is one.
+
+    The libraries' grouped products take no result to add to, so every other form moves the results twice more.
+    """
+    if backend == "torch":
+        return Expander("operators", contractions(backend).matmul_expand_all)
+    ops = contractions("triton")
+    place = _forced.place if _forced else None
+    return Expander("fused", functools.partial(ops.strategy("fused", place), slot=slot), overlaps=True)
 
 
 def stacks(backend: str, dy: Tensor, adapters: Sequence[Tensor]) -> bool:

@@ -61,6 +61,10 @@ class Steps(collections.defaultdict):
             found = self._decided[name] = forms.expander(self.backend, self[name], *product)
         return found
 
+    def grouped_expander(self, name: str) -> Expander:
+        """Return the way to compute large products of groups of rows, with the slot of that name."""
+        return self.once(name, forms.grouped_expander, self.backend, self[name])
+
 
 def _no_slot() -> None:
     return None

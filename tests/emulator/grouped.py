@@ -13,9 +13,8 @@ from torch import Tensor
 
 from emulator.cases import Case, precision_of_products
 from emulator.exact import unequal
-from lora_kernels import lora_grouped_linear
+from lora_kernels import lora_grouped_linear, plan
 from lora_kernels.constants import DTYPES
-from lora_kernels.kernels import matmul_expand_all, segments, shrink_all
 from lora_kernels.kernels._configs import matmul_configs
 
 __all__ = ["grid", "layer", "quick", "table"]
@@ -25,7 +24,7 @@ _MANY = ([3, 0, 17, 1, 64, 0, 33, 5], 10)
 _LONG = ([300, 0, 20, 130], 14)
 
 
-def layer(dtype, counts, k, n, r, adapters=1, precision="ieee", **more) -> Case:
+def layer(dtype, counts, k, n, r, adapters=1, precision="ieee", place=None, **more) -> Case:
     """A layer of groups, forward and backward: y, dx, dA, dB and the gradients of W and of the bias.
 
     Args:
@@ -36,6 +35,7 @@ def layer(dtype, counts, k, n, r, adapters=1, precision="ieee", **more) -> Case:
         r: Rank.
         adapters: How often the adapter is there; the second gives the same again.
         precision: "ieee" or "tf32".
+        place: Of the large products' tile.
         more: As in `Groups.draw`; with `trained`, W and the bias require gradients.
     """
     trained = more.pop("trained", False)
@@ -48,7 +48,7 @@ def layer(dtype, counts, k, n, r, adapters=1, precision="ieee", **more) -> Case:
         leaves["bias"].requires_grad_(trained)
         pairs = [[t[name].detach().requires_grad_() for name in ("lora_A", "lora_B")] for _ in range(adapters)]
         how = dict(scaling=[1.0] * adapters, bias=leaves["bias"], backend="triton")
-        with precision_of_products(precision):
+        with plan.force_form("fused", place), precision_of_products(precision):
             y = lora_grouped_linear(
                 leaves["x"], leaves["weight"], [a for a, _ in pairs], [b for _, b in pairs], groups.offsets, **how
             )
@@ -72,28 +72,9 @@ def layer(dtype, counts, k, n, r, adapters=1, precision="ieee", **more) -> Case:
 
     words = [f"{adapters} adapters"] * (adapters > 1) + [precision] * (precision != "ieee") + ["trained"] * trained
     words += [name.replace("_", " ") for name, on in more.items() if on]
+    words += [] if place is None else [f"tile{place}"]
     rows = "+".join(map(str, counts[0])) + f" and {counts[1]}"
     return Case(" ".join([f"grouped {dtype} {rows} x{k}x{n} r{r}", *words]), judge, lambda: launched())
-
-
-def tile(dtype, counts, k, n, r, place, tma, transposed=False) -> Case:
-    """Forward by one of the shipped tiles."""
-
-    def launched() -> tuple[Groups, Tensor]:
-        groups = Groups.draw(*counts, k, n, r, DTYPES[dtype], factor=1, transposed=transposed)
-        t, seg = groups.tensors, segments(groups.offsets, groups.rows)
-        (s,), _ = shrink_all(t["x"], [(t["lora_A"], 1.0, 0.0)], segments=seg)
-        config = matmul_configs(DTYPES[dtype], tma, False, grouped=True)[place]
-        sources = [(t["x"], t["weight"]), (s, t["lora_B"])]
-        (y,) = matmul_expand_all([(sources, t["bias"])], config=config, segments=seg)
-        return groups, y
-
-    def judge() -> str:
-        groups, y = launched()
-        return unequal({"y": y}, {"y": groups.truth["y"].double()})
-
-    words = ["transposed"] if transposed else []
-    return Case(" ".join([f"grouped {dtype} {sum(counts[0])}x{k}x{n} r{r} tile{place}", *words]), judge, launched)
 
 
 def quick() -> Iterator[Case]:
@@ -118,10 +99,9 @@ def table(arch: str) -> Iterator[Case]:
     yield layer("fp32", _LONG, 96, 80, 40, precision="tf32", trained=True)
     hopper = arch != "sm_80"
     for place in range(len(matmul_configs(torch.bfloat16, hopper, False, grouped=True))):
-        yield tile("bf16", ([150, 0, 7, 129], 5), 208, 272, 16, place, hopper, transposed=place % 2 == 1)
-    if hopper:
-        for place in range(4):
-            yield tile("fp16", ([150, 0, 7], 5), 135, 201, 16, place, False)
+        yield layer("bf16", ([150, 0, 7, 129], 5), 208, 272, 16, place=place, transposed=place % 2 == 1)
+    for place in range(4):
+        yield layer("fp16", ([150, 0, 7], 5), 135, 201, 16, place=place)
 
 
 def grid() -> Iterator[Case]:
