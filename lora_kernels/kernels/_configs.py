@@ -178,8 +178,9 @@ _TMA = (
     MatmulConfig(64, 64, 64, 8, 1, 4, 6, 2),
     MatmulConfig(64, 32, 128, 8, 1, 4, 4, 2),
 )
-# Tiles of groups of rows are stored by pointers, through shared memory.
-_GROUPED_TMA = _TMA[2:]
+# Tiles of groups of rows are stored by pointers, through shared memory. With 4 warps, the K loop of a bias and of a W
+# stored as [in, out] at 128x128 is a fifth longer.
+_GROUPED_TMA = (_TMA[2], replace(_TMA[3], num_warps=8), *_TMA[4:])
 _MASKED_TMA = (
     MatmulConfig(128, 256, 64, 8, 4, 8, 3),
     MatmulConfig(128, 128, 64, 8, 2, 8, 3),
@@ -244,7 +245,9 @@ def shrink_config(
     # 64 rows of fp32 with dropout spill. 64 rows of 16 bits would be a wgmma of an x in registers where x is masked or
     # made by an activation. Some versions of ptxas overwrite these registers too early (docs/traps.md), and a
     # multiprocessor would hold two programs where it holds five of 32 rows.
-    block_m = fit(rows, 32 if dtype.itemsize == 4 or dropout or activated else 64)
+    # The addresses of a strided x and of the A of a group spill beside 64 rows.
+    addressed = strided and groups > 0
+    block_m = fit(rows, 32 if dtype.itemsize == 4 or dropout or activated or addressed else 64)
     block_r = fit(rank, 64 if adapters < 4 else 32)
     # A K step of 128 spills beside the mask and the addresses or sums; several adapters take a shorter step below.
     crowded = dropout and adapters == 1 and (strided or block_r == 64)

@@ -132,9 +132,6 @@ def _matmul_expand_kernel(
             belongs = group < groups
             end = tl.where(belongs, end, begin)
             p_row, p_rows, q_rows = tl.where(belongs, m0, M), tl.where(belongs, y_rows, 0), tl.where(belongs, N, 0)
-            if HAS_BIAS:
-                bias_ptr += tl.cast(group, tl.int64) * N
-                biased_N = tl.where(belongs, biased_N, 0)
             if not USE_TMA:
                 tile_qs = ()
                 for i in tl.static_range(NUM_SOURCES):
@@ -150,7 +147,7 @@ def _matmul_expand_kernel(
                 strides_mpm, strides_mpk, strides_mqn, strides_mqk, NUM_MASKED, SLICE, BLOCK_R,
             )  # fmt: skip
         biases = ()
-        for i in tl.static_range(SUBTILES if HAS_BIAS else 0):
+        for i in tl.static_range(SUBTILES if HAS_BIAS and not GROUPED else 0):
             cols = tl.cast(n0 + i * SLICE, tl.int64) + tl.arange(0, SLICE)
             biases = biases + (tl.load(bias_ptr + cols, mask=cols < biased_N, other=0.0),)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -204,7 +201,12 @@ def _matmul_expand_kernel(
                     product = tl.dot(p_tile, q_tile.to(p_tile.dtype), input_precision=PRECISION)
                     part += tl.where(kept(keep, SLICE), product, 0.0)
             offs_n = tl.cast(n0 + i * SLICE, tl.int64) + tl.arange(0, SLICE)
-            if HAS_BIAS:
+            if HAS_BIAS and GROUPED:
+                # No prefetch, because the loop has no registers to spare for an address that depends on the group.
+                bias_ptrs_n = bias_ptr + tl.cast(group, tl.int64) * N + offs_n
+                mask_n = offs_n < tl.where(group < groups, N, 0)
+                part += tl.load(bias_ptrs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+            elif HAS_BIAS:
                 part += biases[i].to(tl.float32)[None, :]
             if STORE_TMA:
                 y.store([m0, n0 + i * SLICE], part.to(y.dtype))
