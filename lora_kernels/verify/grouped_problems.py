@@ -2,10 +2,10 @@
 
     group e     y_e = x_e W_eᵀ + Σᵢ scalingᵢ · x_e A_ieᵀ B_ieᵀ + bias_e
 
-The rows of a group and its operands are a `numerics.Problem`, with the adapters side by side: [scaling₁ A₁; scaling₂ A₂]
-and [B₁ | B₂], whose scaling is 1. With scalings that are powers of two that is exact, and dAᵢ is scalingᵢ times its rows.
-So the bounds of `numerics` hold for each group. Rows of no group, which hold NaN in x and dy, must be exactly 0 in y and
-dx, and so must the gradients of a group without rows.
+The rows of a group and its operands are a `numerics.Problem`. Its adapters stand side by side, [scaling₁ A₁; …] and
+[B₁ | …], and its scaling is 1. With scalings that are powers of two that is exact, and dAᵢ is scalingᵢ times its rows.
+So the bounds of `numerics` hold for each group. Rows of no group, which hold NaN in x and dy, must be exactly 0 in y
+and dx, and so must the gradients of a group without rows.
 """
 
 import math
@@ -205,7 +205,7 @@ def _limits(problem: GroupedProblem, e: int, rows: slice, split: bool) -> dict[s
     more = len(problem.lora_As) - 1
     if split and more > 0:
         # Operators round the sum after each adapter but the last once more than `bounds` knows of.
-        x, weight, lora_A, lora_B, dy = (t.abs() for t in wide.values())
+        x, _, lora_A, lora_B, dy = (t.abs() for t in wide.values())
         signed = (wide["x"] @ wide["weight"].T).abs(), (wide["dy"] @ wide["weight"]).abs()
         parts = signed[0] + x @ lora_A.T @ lora_B.T, signed[1] + dy @ lora_B @ lora_A
         for name, part in zip(("y", "dx"), parts, strict=True):

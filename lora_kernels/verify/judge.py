@@ -1,8 +1,9 @@
 """Judge a provider against float64 before `bench` prints its time, and read its dropout masks off dx.
 
 This package is held to its own rules: `numerics.check` for a layer, `block_problems.check_projections` for projections
-of one x, `grouped_problems.check_grouped` for layers of groups. Other providers, and every MLP, choose their own roundings, so only rule 2 applies to them, on outputs of any
-size: an rms error of at most twice that of PyTorch's operators (`check_rms`).
+of one x, `grouped_problems.check_grouped` for layers of groups. Other providers, and every MLP, choose their own
+roundings, so only rule 2 applies to them, on outputs of any size: an rms error of at most twice that of PyTorch's
+operators (`check_rms`).
 
 The dropout masks are read off the provider itself. With all weights zero, dx = Σ Dᵢ(dsᵢ Aᵢ) is zero where x was
 dropped. With only one layer's dy nonzero, dx shows that layer's mask. For an MLP, the weights are chosen so that one
