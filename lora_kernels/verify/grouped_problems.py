@@ -126,8 +126,8 @@ def make_grouped(
     x[rows:], dy[rows:] = math.nan, math.nan
     return GroupedProblem(
         x=x,
-        weight=draw(groups, n, k, scale=k**-0.5),
-        lora_As=tuple(draw(groups, r, k, scale=k**-0.5, dtype=adapters) for r in ranks),
+        weight=draw(groups, n, k, scale=max(k, 1) ** -0.5),
+        lora_As=tuple(draw(groups, r, k, scale=max(k, 1) ** -0.5, dtype=adapters) for r in ranks),
         lora_Bs=tuple(draw(groups, n, r, scale=max(r, 1) ** -0.5, dtype=adapters) for r in ranks),
         scalings=tuple((2.0, 0.5)[i % 2] for i in range(len(ranks))),
         sizes=tuple(sizes),
