@@ -193,7 +193,7 @@ def _differentiated(
     adapters = [SavedAdapter(*own) for own in packing.unpack(tensors, places, len(scalings), _SAVED)]
     dx, dweight, dbias, low_rank = grouped_pass.backward(
         dy, x, weight, adapters, offsets, scalings, backend, [(dtype, dtype)] * len(adapters),
-        Needed(*needed, tuple(need_As), tuple(need_Bs)),  # type: ignore[arg-type]
+        Needed(needed[0], needed[1], needed[2], tuple(need_As), tuple(need_Bs)),
     )  # fmt: skip
     # `_fake_backward` promises contiguous results.
     return [g.contiguous() for g in (dx, dweight, dbias, *itertools.chain(*low_rank)) if g is not None]

@@ -21,6 +21,8 @@ __all__ = ["check_input", "explained", "watch"]
 
 # In autograd's message.
 _WRITTEN = "modified by an inplace operation"
+# Autograd's nodes of views.
+_VIEWS = {f"{name}Backward" for name in ("Permute", "Reshape", "Transpose", "T", "UnsafeView", "View", "Alias")}
 
 
 def watch(call: str, y: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -47,7 +49,7 @@ def _check(saved: tuple[Tensor, tuple[Any, ...]]) -> Tensor:
     needed = need_A or need_weight, need_x, need_x, need_x or need_A
     for i, (t, was, need) in enumerate(zip(tensors, (x_was, weight_was, A_was, B_was), needed, strict=True)):
         if need and t._version != was:
-            raise RuntimeError(_text(call, i == 0, tensors[1:]))
+            raise RuntimeError(_text(call, "x" if i == 0 else "weight", tensors[1:]))
     return transposed
 
 
@@ -61,8 +63,16 @@ def explained(call: str, node: Any, error: RuntimeError) -> RuntimeError | None:
     """
     if _WRITTEN not in str(error):
         return None
-    leaves = [getattr(after, "variable", None) for after, _ in node.next_functions]
-    return RuntimeError(_text(call, _is_x(node), [t for t in leaves if isinstance(t, nn.Parameter)]))
+    leaves = [_leaf(after) for after, _ in node.next_functions]
+    return RuntimeError(_text(call, _which(node), [t for t in leaves if isinstance(t, nn.Parameter)]))
+
+
+def _leaf(node: Any) -> Tensor | None:
+    """Return the leaf of which an input is a view, as the A and B of experts are of their parameters; None if none."""
+    while node is not None and not hasattr(node, "variable"):
+        before = node.next_functions
+        node = before[0][0] if len(before) == 1 and type(node).__name__.rstrip("0123456789") in _VIEWS else None
+    return getattr(node, "variable", None)
 
 
 def check_input(call: str, x: Tensor, version: int, tensors: Iterable[Tensor | None]) -> None:
@@ -72,36 +82,41 @@ def check_input(call: str, x: Tensor, version: int, tensors: Iterable[Tensor | N
         RuntimeError: x has another version.
     """
     if x._version != version:
-        raise RuntimeError(_text(call, True, [t for t in tensors if t is not None]))
+        raise RuntimeError(_text(call, "x", [t for t in tensors if t is not None]))
 
 
-def _is_x(node: Any) -> bool | None:
-    """Return whether x is the written tensor: it is saved first. None if that cannot be found out."""
+def _which(node: Any) -> str:
+    """Return which tensor is written: "x", which is saved first, "offsets" in the node's place for them, or "weight".
+
+    The result is "" if that cannot be found out.
+    """
     for i, saved in enumerate(getattr(node, "_raw_saved_tensors", ())):
         try:
             saved.unpack()
         except RuntimeError:
-            return i == 0
+            return "x" if i == 0 else "offsets" if i == getattr(node, "offsets_at", None) else "weight"
         except (AttributeError, TypeError):
             break
-    return None
+    return ""
 
 
-def _text(call: str, is_x: bool | None, tensors: Sequence[Tensor]) -> str:
+def _text(call: str, which: str, tensors: Sequence[Tensor]) -> str:
     what = {
-        True: "its input x",
-        False: "a weight or an adapter of it",
-        None: "its input x, a weight or an adapter of it",
+        "x": "its input x has",
+        "offsets": "its tensor of offsets has",
+        "weight": "a weight or an adapter of it has",
+        "": "its input x, a weight or an adapter of it has",
     }
     names = _layers_of(tensors)
     shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
     layer = f"layer {', '.join(names)}" if names else f"the layer with the tensors {shapes}, which no module has"
     of_x = "Write out of place (x = x + z, not x += z), or give the layer a copy: layer(x.clone())."
     of_weights = "Call backward before optimizer.step(), merge() and load_state_dict()."
-    advice = {True: of_x, False: of_weights, None: f"{of_x} {of_weights}"}
+    of_offsets = "Make new offsets for each call, or give it a copy: offsets.clone()."
+    advice = {"x": of_x, "offsets": of_offsets, "weight": of_weights, "": f"{of_x} {of_weights}"}
     return (
-        f"{call}, {layer}: {what[is_x]} has been {_WRITTEN} since the call, and backward needs it as it was. "
-        f"{advice[is_x]}"
+        f"{call}, {layer}: {what[which]} been {_WRITTEN} since the call, and backward needs it as it was. "
+        f"{advice[which]}"
     )
 
 

@@ -1,7 +1,7 @@
 """Check both backends against float64 on this machine: outputs, gradients, layouts, dropout, determinism.
 
-Every case runs a layer, or queries, keys and values, or a gated MLP, forward and backward. Two rules apply to each
-output (lora_kernels.verify.numerics; lora_kernels.verify.numerics_mlp for a gated MLP):
+Every case runs a layer, or queries, keys and values, or a gated MLP, or the layers of experts, forward and backward.
+Two rules apply to each output (lora_kernels.verify.numerics; lora_kernels.verify.numerics_mlp for a gated MLP):
   rule 1   every element within its own a-priori error bound
   rule 2   large outputs: rms error at most twice that of PyTorch's operators, or at most that of one long sum
 The table shows how much of each limit the worst output used; 1 and below passes. A case must also give the same bits

@@ -1,8 +1,9 @@
 """Judge a provider against float64 before `bench` prints its time, and read its dropout masks off dx.
 
 This package is held to its own rules: `numerics.check` for a layer, `block_problems.check_projections` for projections
-of one x. Other providers, and every MLP, choose their own roundings, so only rule 2 applies to them, on outputs of any
-size: an rms error of at most twice that of PyTorch's operators (`check_rms`).
+of one x, `grouped_problems.check_grouped` for layers of groups. Other providers, and every MLP, choose their own
+roundings, so only rule 2 applies to them, on outputs of any size: an rms error of at most twice that of PyTorch's
+operators (`check_rms`).
 
 The dropout masks are read off the provider itself. With all weights zero, dx = Σ Dᵢ(dsᵢ Aᵢ) is zero where x was
 dropped. With only one layer's dy nonzero, dx shows that layer's mask. For an MLP, the weights are chosen so that one
@@ -27,6 +28,7 @@ from torch import Tensor
 from lora_kernels.dropout import drop_probability
 from lora_kernels.verify import numerics, stored
 from lora_kernels.verify.block_problems import BlockProblem, Keeps, check_projections, outputs
+from lora_kernels.verify.grouped_problems import GroupedProblem, check_grouped, grouped_outputs
 from lora_kernels.verify.numerics import Finding, Problem
 from lora_kernels.verify.provider import Provider, Rounding
 
@@ -39,6 +41,8 @@ BY_RMS = "rms error at most twice that of PyTorch's operators"
 _SIGMAS = 6
 _FEW = 65_536
 
+# A problem of a provider.
+AnyProblem = Problem | BlockProblem | GroupedProblem
 # A function of upstream gradients that returns dx.
 Run = Callable[[tuple[Tensor, ...]], Tensor]
 
@@ -76,10 +80,10 @@ class Truth:
     """
 
     def __init__(self) -> None:
-        self._problem: Problem | BlockProblem | None = None
+        self._problem: AnyProblem | None = None
         self._outputs: tuple[dict[str, Tensor], ...] = ()
 
-    def of(self, problem: Problem | BlockProblem, keeps: Keeps) -> tuple[dict[str, Tensor], ...]:
+    def of(self, problem: AnyProblem, keeps: Keeps) -> tuple[dict[str, Tensor], ...]:
         """Return the float64 outputs and those of PyTorch's operators in x's dtype, with the masks `keeps`."""
         if keeps or self._problem is not problem:
             self._problem, self._outputs = None if keeps else problem, _exact_and_eager(problem, keeps)
@@ -90,7 +94,9 @@ class Truth:
         self._problem, self._outputs = None, ()
 
 
-def _exact_and_eager(problem: Problem | BlockProblem, keeps: Keeps) -> tuple[dict[str, Tensor], ...]:
+def _exact_and_eager(problem: AnyProblem, keeps: Keeps) -> tuple[dict[str, Tensor], ...]:
+    if isinstance(problem, GroupedProblem):
+        return grouped_outputs(problem), grouped_outputs(problem, exact=False)
     if isinstance(problem, BlockProblem):
         return tuple(outputs(problem, keeps, dtype) for dtype in (torch.float64, problem.x.dtype))
     problem = _with_mask(problem, keeps)
@@ -104,7 +110,8 @@ def _with_mask(problem: Problem, keeps: Keeps) -> Problem:
 def judge(provider: Provider, truth: Truth, seed: int = 1) -> Verdict:
     """Run a provider once, forward and backward, and check its results against float64."""
     problem = provider.problem
-    keeps = find_masks(problem, provider.leaves, lambda dys: run_once(provider, dys, seed)["dx"])
+    # layers of groups have no dropout
+    keeps = {} if isinstance(problem, GroupedProblem) else _find_masks_of(provider, problem, seed)
     for name, keep in keeps.items():
         reason = wrong_share(keep, drop_probability(problem.layers[name].dropout_p))
         if reason:
@@ -112,7 +119,7 @@ def judge(provider: Provider, truth: Truth, seed: int = 1) -> Verdict:
     poison(*problem.dys, *provider.leaves.values())
     actual = run_once(provider, problem.dys, seed)
     # a block has many outputs, and a mistake in one layer is seen in most of them
-    most = 3 if isinstance(problem, BlockProblem) else None
+    most = None if isinstance(problem, Problem) else 3
     if provider.rounding is Rounding.OWN or problem.activation:
         findings = check_rms(actual, *truth.of(problem, keeps), problem.x.dtype, problem.terms_summed)
         return Verdict.of(findings, BY_RMS, most)
@@ -120,8 +127,14 @@ def judge(provider: Provider, truth: Truth, seed: int = 1) -> Verdict:
     return Verdict.of(findings, "numerics rules 1 and 2", most)
 
 
-def _check(actual: dict[str, Tensor], problem: Problem | BlockProblem, keeps: Keeps, split: bool) -> list[Finding]:
-    """Hold the outputs of a layer or of projections to rules 1 and 2."""
+def _find_masks_of(provider: Provider, problem: Problem | BlockProblem, seed: int) -> dict[str, Tensor]:
+    return find_masks(problem, provider.leaves, lambda dys: run_once(provider, dys, seed)["dx"])
+
+
+def _check(actual: dict[str, Tensor], problem: AnyProblem, keeps: Keeps, split: bool) -> list[Finding]:
+    """Hold the outputs of a layer, of projections or of layers of groups to rules 1 and 2."""
+    if isinstance(problem, GroupedProblem):
+        return check_grouped(actual, problem, split)
     if isinstance(problem, BlockProblem):
         return check_projections(actual, problem, keeps, split)
     problem = _with_mask(problem, keeps)

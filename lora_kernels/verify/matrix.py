@@ -1,4 +1,4 @@
-"""All cases of `lora-kernels verify`, of layers and of blocks, and the result of a case."""
+"""All cases of `lora-kernels verify`, of layers, of blocks and of groups, and the result of a case."""
 
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -6,14 +6,15 @@ from typing import TypeAlias
 import torch
 
 from lora_kernels.constants import DTYPES
-from lora_kernels.verify import block_matrix, layer_matrix
+from lora_kernels.verify import block_matrix, grouped_matrix, layer_matrix
 from lora_kernels.verify.block_matrix import BlockCase
+from lora_kernels.verify.grouped_matrix import GroupedCase
 from lora_kernels.verify.layer_matrix import LayerCase
 from lora_kernels.verify.numerics import Finding
 
 __all__ = ["AnyCase", "Result", "examine", "matrix"]
 
-AnyCase: TypeAlias = LayerCase | BlockCase
+AnyCase: TypeAlias = LayerCase | BlockCase | GroupedCase
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,16 @@ class Result:
 
 def matrix(backend: str, dtype: str, on_gpu: bool, quick: bool) -> list[AnyCase]:
     """List the cases of a backend and a dtype, layers first."""
-    return [case for kind in (layer_matrix, block_matrix) for case in kind.matrix(backend, dtype, on_gpu, quick)]
+    kinds = layer_matrix, block_matrix, grouped_matrix
+    return [case for kind in kinds for case in kind.matrix(backend, dtype, on_gpu, quick)]
 
 
 def examine(case: AnyCase, device: torch.device, seed: int) -> Result:
     """Run a case twice and hold it to the rules."""
     if isinstance(case, BlockCase):
         findings, messages = block_matrix.examine(case, DTYPES[case.dtype], device, seed)
+    elif isinstance(case, GroupedCase):
+        findings, messages = grouped_matrix.examine(case, device, seed)
     else:
         findings, messages = layer_matrix.examine(case, device, seed)
     messages = [finding.message for finding in findings if not finding.ok] + messages

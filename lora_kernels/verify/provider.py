@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.verify.block_problems import BlockProblem
+from lora_kernels.verify.grouped_problems import GroupedProblem
 from lora_kernels.verify.numerics import Problem
 
 __all__ = ["Provider", "Rounding"]
@@ -32,15 +33,15 @@ class Provider:
         label: Its name in the tables; a dtype in it is that of the adapters.
         problem: The problem it computes; the adapters may be wider than the case's.
         forward: Computes y from the leaves, for a block the tuple of its outputs.
-        leaves: Gradient name (dx, d_lora_A, d_lora_B, dbias; for a block see `block_problems.leaves_of`) to the tensor
-            that it is the gradient of.
+        leaves: Gradient name (dx, d_lora_A, d_lora_B, dbias; for a block see `block_problems.leaves_of`, for layers of
+            groups `grouped_problems.grouped_leaves`) to the tensor that it is the gradient of.
         rounding: Where it rounds. An MLP is always held to the rule of `Rounding.OWN`.
         cost: Its formula in `cost.layer.COSTS`, for `lora_add` in `cost.add.COSTS`, for a block in `cost.block.COSTS`;
             "" where a compiler chooses its launches or no formula is written.
     """
 
     label: str
-    problem: Problem | BlockProblem
+    problem: Problem | BlockProblem | GroupedProblem
     forward: Callable[[], Tensor | tuple[Tensor, ...]]
     leaves: dict[str, Tensor] = field(default_factory=dict)
     rounding: Rounding = Rounding.OWN

@@ -1,4 +1,4 @@
-"""Every public function, class and operator is there under its name, and a call of it does what it did."""
+"""Every public function and class is there under its name, and a call of it does what it did."""
 
 import contextlib
 import importlib
@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
-from operator_samples import taken
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -77,6 +76,13 @@ def projections(lora_projections):
 def qkv(lora_qkv):
     for found in lora_qkv(X, [WEIGHT] * 3, [(A, B)] * 3, biases=[BIAS] * 3, scaling=SCALING):
         same(found, Y)
+
+
+def grouped(lora_grouped_linear):
+    """Rows 0 to 2 belong to a layer of zeros, the others but the last to the layer of Y."""
+    stacks = [torch.stack((torch.zeros_like(t), t)) for t in (WEIGHT, A, B, BIAS)]
+    y = lora_grouped_linear(X, *stacks[:3], torch.tensor([0, 2, 4]), scaling=SCALING, bias=stacks[3])
+    same(y, torch.cat((torch.zeros(2, OUT), Y[2:4], torch.zeros(1, OUT))))
 
 
 def mlp(lora_mlp):
@@ -282,7 +288,7 @@ def parallel(style):
         same(net(X), Y)
 
 
-LAYERS = {"lora_linear": linear, "lora_mlp": mlp, "lora_projections": projections}
+LAYERS = {"lora_grouped_linear": grouped, "lora_linear": linear, "lora_mlp": mlp, "lora_projections": projections}
 PEFT = {
     "explain": explained, "load_adapter": loaded, "merge_and_unload": merged, "patch_peft": patched,
     "save_adapter": saved, "swap_linear": swapped, "unpatch_peft": unpatched,
@@ -324,77 +330,3 @@ def test_no_name_is_lost_and_each_has_a_call_here(place):
 def test_a_call_does_what_it_did(place, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     CALLS[place][name](getattr(importlib.import_module(place), name))
-
-
-# The operators. Each of those in the table computes with a layer of X, WEIGHT, a and b, which others may follow.
-OPERATORS = {
-    "linear": (
-        lambda op, x, a, b, p: [op(x, WEIGHT, a, b, BIAS, SCALING, p, "torch")],
-        lambda x, a, b: [reference.lora_linear(x, WEIGHT, a, b, scaling=SCALING, bias=BIAS)],
-    ),
-    "add": (
-        lambda op, x, a, b, p: [op(BASE, x, a, b, SCALING, p, "torch")],
-        lambda x, a, b: [reference.lora_add(BASE, x, a, b, scaling=SCALING)],
-    ),
-    "projections": (
-        lambda op, x, a, b, p: op(x, [WEIGHT] * 2, [a, None], [b, None], [None] * 2, [SCALING] * 2, [p] * 2, "torch"),
-        lambda x, a, b: reference.lora_projections(x, [WEIGHT] * 2, [(a, b), None], scaling=SCALING),
-    ),
-    "mlp": (
-        lambda op, x, a, b, p: [
-            op(x, [WEIGHT, SQUARE], [a, None], [b, None], [BIAS, None], [SCALING] * 2, [p] * 2, "relu2", False, "torch")
-        ],
-        lambda x, a, b: [
-            reference.lora_mlp(
-                x, None, Projection(WEIGHT, a, b, BIAS, SCALING), Projection(SQUARE), activation="relu2"
-            )
-        ],
-    ),
-}  # fmt: skip
-
-
-def operator(name):
-    return getattr(torch.ops.lora_kernels, name).default
-
-
-def run(compute):
-    """What a function of x, a and b gives, and its gradients."""
-    leaves = [t.clone().requires_grad_() for t in (X, A, B)]
-    ys = compute(*leaves)
-    return ys, torch.autograd.grad(ys, leaves, [DY] * len(ys))
-
-
-def test_these_are_the_operators():
-    halves = [f"{name}{half}" for name in OPERATORS for half in ("", "_forward", "_backward")]
-    found = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lora_kernels::")}
-    assert found == {f"lora_kernels::{name}" for name in ["draw_noise", *halves]}
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-def test_an_operator_and_its_halves_compute(name):
-    call, exact = OPERATORS[name]
-
-    def compute(x, a, b):
-        return call(operator(name), x, a, b, 0.0)
-
-    (ys, grads), (expected, exact_grads) = run(compute), run(exact)
-    for found, right in zip((*ys, *grads), (*expected, *exact_grads), strict=True):
-        same(found, right)
-    forward, backward = operator(f"{name}_forward"), operator(f"{name}_backward")
-    found = forward(*taken(forward, lambda: run(compute)))[0]
-    for y, right in zip(found if isinstance(found, list) else [found], expected, strict=True):
-        same(y, right)
-    for grad, right in zip(backward(*taken(backward, lambda: run(compute))), exact_grads, strict=True):
-        same(grad, right)
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-def test_an_operator_draws_noise_by_the_operator_for_it(name):
-    call, _ = OPERATORS[name]
-    draw = operator("draw_noise")
-    arguments = taken(draw, lambda: run(lambda x, a, b: call(operator(name), x, a, b, 0.5)))
-    torch.manual_seed(0)
-    first = draw(*arguments)
-    assert not torch.equal(first, draw(*arguments))
-    torch.manual_seed(0)
-    assert torch.equal(first, draw(*arguments))

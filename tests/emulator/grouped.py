@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from samples.grouped_samples import COUNTS, Groups
+from samples.exact_groups import COUNTS, Groups
 from torch import Tensor
 
 from emulator.cases import Case, precision_of_products

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from samples.grouped_samples import COUNTS, Groups, tiles
+from samples.exact_groups import COUNTS, Groups, tiles
 
 from lora_kernels.kernels import _launch, matmul_expand_all, segments, shrink_all, shrink_wgrad, wgrad, wgrad_all
 from lora_kernels.kernels._configs import matmul_configs

@@ -1,77 +1,59 @@
-"""Groups of rows with an expert each: exact integers, and maps of tiles made in Python."""
-
-from dataclasses import dataclass
+"""Layers of groups: their tensors by name, the call on them, and the formula written group by group."""
 
 import torch
-from oracles import exact
 
-__all__ = ["COUNTS", "Groups", "tiles"]
+from lora_kernels import lora_grouped_linear
+from lora_kernels.verify.grouped_problems import make_grouped
 
-# Rows of each group, and rows of no group behind them.
-COUNTS = {
-    "one": ([37], 0),
-    "one of none": ([0], 5),
-    "uneven": ([1, 0, 70, 17], 9),
-    "all on one": ([0, 0, 90, 0], 0),
-    "around a tile": ([63, 64, 65, 0, 16, 15, 17, 1], 20),
-    "none": ([0, 0, 0], 12),
-}
+# the backends that tests of groups run on
+BACKENDS = ["torch"]
+# rows of each group, and two rows of none: none, one, and several
+SIZES, BEYOND = (0, 1, 7, 4), 2
+K, N, RANKS = 12, 10, (3, 2)
+E, S = len(SIZES), sum(SIZES) + BEYOND
 
 
-@dataclass
-class Groups:
-    """Exact-integer operands of groups of rows as tensors of one dtype, and what they must give, int64.
-
-    Attributes:
-        offsets: `[G + 1]`.
-        rows: All rows, those of no group as well.
-        tensors: x, dy, weight, lora_A, lora_B and bias.
-        truth: y, dx, s, ds, d_lora_A, d_lora_B and dweight.
-    """
-
-    offsets: torch.Tensor
-    rows: int
-    tensors: dict[str, torch.Tensor]
-    truth: dict[str, torch.Tensor]
-
-    @classmethod
-    def draw(cls, counts, tail, k, n, r, dtype, device="cpu", factor=2, transposed=False, expert_minor=False, seed=0):
-        cases = [exact.draw(rows, k, n, r, factor, seed=seed + i) for i, rows in enumerate(counts)]
-        of_none = exact.draw(tail, k, n, r, seed=seed + 1000)
-
-        def rows_of(name: str) -> torch.Tensor:
-            return torch.cat([getattr(case, name) for case in (*cases, of_none)])
-
-        def stack(name: str) -> torch.Tensor:
-            return torch.stack([getattr(case, name) for case in cases])
-
-        tensors = {name: rows_of(name) for name in ("x", "dy")}
-        tensors |= {name: stack(name) for name in ("weight", "lora_A", "lora_B", "bias")}
-        tensors = {name: t.to(device, dtype) for name, t in tensors.items()}
-        if transposed:
-            tensors["weight"] = tensors["weight"].mT.contiguous().mT
-        if expert_minor:
-            tensors["lora_B"] = tensors["lora_B"].permute(1, 2, 0).contiguous().permute(2, 0, 1)
-        truths = [case.truth() for case in cases]
-        truth = {
-            name: torch.cat([*(one[name] for one in truths), torch.zeros(tail, width, dtype=torch.int64)])
-            for name, width in (("y", n), ("dx", k))
-        }
-        truth |= {name: torch.stack([one[name] for one in truths]) for name in ("d_lora_A", "d_lora_B", "dbias")}
-        truth["dweight"] = torch.stack([case.dy.T @ case.x for case in cases])
-        truth["s"] = torch.cat([factor * (case.x @ case.lora_A.T) for case in cases])
-        truth["ds"] = torch.cat([factor * (case.dy @ case.lora_B) for case in cases])
-        offsets = torch.tensor([0, *counts]).cumsum(0).to(device)
-        return cls(offsets, sum(counts) + tail, tensors, truth)
+def draw(device, dtype=torch.float32, adapters=None, *, sizes=SIZES, beyond=BEYOND, k=K, n=N, ranks=RANKS, bias=True):
+    """x, weight, bias, A0, B0, A1, B1, ..., offsets and dy; finite in rows of no group, for other formulas' sake."""
+    q = make_grouped(sizes, k, n, ranks, dtype, device, beyond=beyond, adapter_dtype=adapters, bias=bias)
+    t = {"x": q.x.nan_to_num(0.5), "weight": q.weight, "bias": q.bias}
+    for i, pair in enumerate(zip(q.lora_As, q.lora_Bs, strict=True)):
+        t |= {f"{name}{i}": each for name, each in zip("AB", pair, strict=True)}
+    return t | {"offsets": q.offsets, "dy": q.dy.nan_to_num(0.5)}
 
 
-def tiles(counts: list[int], tail: int, block: int) -> list[tuple[int, int, int]]:
-    """Return the entries of the map of tiles of up to `block` rows, with those of no rows."""
-    entries, empty, first = [], [], 0
-    for group, rows in enumerate([*counts, tail]):
-        end = first + rows
-        entries += [(group, row, min(row + block, end)) for row in range(first, end, block)]
-        empty += [] if rows or group == len(counts) else [(group, first, first)]
-        first = end
-    capacity = -(-first // block) + len(counts) + 1
-    return entries + empty + [(-1, 0, 0)] * (capacity - len(entries) - len(empty))
+def leaves(t):
+    """The tensors that may need gradients."""
+    return {name: each for name, each in t.items() if each is not None and name not in ("offsets", "dy")}
+
+
+def adapters_of(t, name):
+    return [t[f"{name}{i}"] for i in range(len(t)) if f"{name}{i}" in t]
+
+
+def call(t, backend="torch", scaling=(1.5, -0.5), **options):
+    scaling = scaling[: len(adapters_of(t, "A"))] if isinstance(scaling, tuple) else scaling
+    lists = adapters_of(t, "A"), adapters_of(t, "B")
+    return lora_grouped_linear(
+        t["x"], t["weight"], *lists, t["offsets"], scaling=scaling, bias=t["bias"], backend=backend, **options
+    )
+
+
+def formula(t, scaling=(1.5, -0.5)):
+    """y of each group on its own: PEFT's W + scaling B A, folded."""
+    y, ends = t["x"].new_zeros(t["x"].shape[0], t["weight"].shape[1]), t["offsets"].tolist()
+    parts = []
+    for e in range(len(ends) - 1):
+        whole = t["weight"][e]
+        for lora_A, lora_B, factor in zip(adapters_of(t, "A"), adapters_of(t, "B"), scaling, strict=False):
+            whole = whole + factor * lora_B[e] @ lora_A[e]
+        part = t["x"][ends[e] : ends[e + 1]] @ whole.T
+        parts.append(part if t["bias"] is None else part + t["bias"][e])
+    return torch.cat([*parts, y[ends[-1] :]])
+
+
+def expert_minor(lora_B):
+    """The same B as PEFT stores it, `[out, r · E]`, viewed as `[E, out, r]`."""
+    groups, out, rank = lora_B.shape
+    stored = lora_B.permute(1, 2, 0).reshape(out, rank * groups)
+    return stored.view(out, rank, groups).permute(2, 0, 1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_kernels import cli, torch_backend
-from lora_kernels.verify import block_matrix, layer_matrix
+from lora_kernels.verify import block_matrix, grouped_matrix, layer_matrix
 from lora_kernels.verify.block_matrix import BlockCase, examine, matrix
 from lora_kernels.verify.block_problems import check_projections
 from lora_kernels.verify.numerics_mlp import ACTIVATIONS
@@ -95,7 +95,8 @@ def test_dx_is_held_to_the_sum_of_the_projections(monkeypatch):
 
 
 def test_the_command_shows_blocks(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(layer_matrix, "matrix", lambda *args: [])
+    for others in (layer_matrix, grouped_matrix):
+        monkeypatch.setattr(others, "matrix", lambda *args: [])
     file = tmp_path / "v.json"
     argv = ["verify", "--quick", "--device", "cpu", "--backend", "torch", "--dtype", "fp32", "--json", str(file)]
     assert cli.main(argv) == 0
