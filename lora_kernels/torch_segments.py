@@ -64,7 +64,9 @@ def by_segments(contraction: Callable) -> Callable:
     def call(*operands: Any, segments: Segments | None = None, **options: Any) -> Any:
         if segments is None:
             return contraction(*operands, **options)
-        options.pop("slot", None)
+        # What only the kernels use.
+        for name in ("slot", "ready"):
+            options.pop(name, None)
         return over_groups(contraction, segments, *operands, **options)
 
     return call

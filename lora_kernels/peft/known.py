@@ -13,7 +13,7 @@ from lora_kernels.peft.forwards import is_defined_by, replaced_member, stock_for
 
 __all__ = [
     "check_backend", "check_model", "check_no_wrapper", "check_not_peft", "classes", "imported_lora_layer",
-    "is_supported", "lora_layer", "multihead_attention",
+    "is_supported", "lora_layer", "multihead_attention", "param_wrapper",
 ]  # fmt: skip
 
 # From the source of PEFT 0.19 to 0.21. These classes differ (cast, clone, when the sum is rounded) by at most one
@@ -44,6 +44,11 @@ def imported_lora_layer() -> tuple[type[Any], ...]:
 def multihead_attention() -> type[Any]:
     """Return PEFT's layer that merges its adapters around the call of `nn.MultiheadAttention`."""
     return _peft("layer").MultiheadAttention
+
+
+def param_wrapper() -> Any:
+    """Return PEFT's wrapper of a parameter, as of a stack of experts; () if this PEFT has none."""
+    return getattr(_peft("layer"), "ParamWrapper", ())
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_kernels.peft import fast_path, known, readers
+from lora_kernels.peft import experts, fast_path, known, readers
 from lora_kernels.peft.blocks import block_forward, block_members
 from lora_kernels.peft.classes import give_back, give_class, members_of_others, patched_class, stock_class
 from lora_kernels.peft.forwards import at_work, class_forward, is_defined_by, is_ours, mark, stock_forward
@@ -31,6 +31,9 @@ def patch_peft(model: nn.Module, backend: str = "auto", blocks: bool = True) -> 
     with dropout from another stream of random numbers. The model is changed in place. Call `patch_peft` after
     `get_peft_model` or `PeftModel.from_pretrained`, before or after `fully_shard`; call it again for layers added
     later.
+
+    The experts of a mixture, whose parameters PEFT has wrapped, are computed by `lora_grouped_linear`, without a tensor
+    of the size of their weights.
 
     Q, K and V of an attention block share one call of `lora_projections`, and an MLP is one call of `lora_mlp`, if the
     block's forward computes exactly that. The names of the blocks' classes do not matter.
@@ -69,7 +72,7 @@ def patch_peft(model: nn.Module, backend: str = "auto", blocks: bool = True) -> 
         if cls is None or isinstance(module, fast_path.CallsLayers) or members_of_others(type(module)):
             continue
         if isinstance(module, known.lora_layer()):
-            if known.is_supported(cls):
+            if known.is_supported(cls) or cls is known.param_wrapper():
                 give_class(module, _accelerated_class(cls, backend, None, alone=not blocks))
             continue
         found = structure(module, class_forward(cls)) if blocks else None
@@ -77,6 +80,7 @@ def patch_peft(model: nn.Module, backend: str = "auto", blocks: bool = True) -> 
             give_class(module, _accelerated_class(cls, backend, found))
         elif cls is not type(module):
             give_class(module, cls)
+    experts.register()
     fast_path.call_adapted(model)
     names = {name: module for name, module in model.named_modules() if isinstance(module, known.lora_layer())}
     if lost := readers.without_effect(names, readers.peft_readings(model)):
@@ -132,7 +136,7 @@ def accelerate(on: bool = True, backend: str = "auto") -> None:
             cls.forward = stock
         elif is_defined_by(stock, cls):
             # Subclasses that inherit the forward follow.
-            cls.forward = at_work[cls] = mark(accelerated_forward(stock, backend), stock, None)
+            cls.forward = at_work[cls] = mark(_layer_forward(cls, stock, backend), stock, None)
 
 
 @contextlib.contextmanager
@@ -163,7 +167,14 @@ def accelerated(backend: str = "auto") -> Iterator[None]:
 
 def _classes_with_forward() -> list[Any]:
     """Return the known classes that define a forward."""
-    return [cls for cls in known.classes() if "forward" in vars(cls)]
+    wrapper = known.param_wrapper()
+    return [cls for cls in (*known.classes(), *((wrapper,) if wrapper else ())) if "forward" in vars(cls)]
+
+
+def _layer_forward(cls: type[nn.Module], stock: Any, backend: str) -> Any:
+    """Return the accelerated forward of a class of layers, or of the wrapper of experts."""
+    make = experts.wrapped_forward if cls is known.param_wrapper() else accelerated_forward
+    return make(stock, backend)
 
 
 def _accelerated_class(cls: type[nn.Module], backend: str, block: Structure | None, alone: bool = False) -> type[Any]:
@@ -171,7 +182,7 @@ def _accelerated_class(cls: type[nn.Module], backend: str, block: Structure | No
     stock = stock_forward(cls.forward)
 
     def members() -> dict[str, Any]:
-        own = block_forward(stock, block, backend) if block else accelerated_forward(stock, backend)
+        own = block_forward(stock, block, backend) if block else _layer_forward(cls, stock, backend)
         # `alone` is for the report: `patch_peft` was told to leave the layer's block alone.
         made = {"forward": mark(own, stock, cls), "_lora_kernels_alone": alone}
         return made | (block_members(block) if block else {})

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.peft import known
+from lora_kernels.peft import experts, known
 from lora_kernels.peft import layer as rules
 from lora_kernels.peft.bases import bare, base_of, quantized_base
 from lora_kernels.peft.forwards import describe, is_ours, replaced_member, replaced_part, replacement, stock_forward
@@ -19,13 +19,18 @@ _STATE = {"_disable_adapters", "merged_adapters", "_active_adapter", "lora_varia
 _SHARDED = " while the layer is not called; explain(model, inputs) looks inside a call"
 
 
-def stock_reason(module: nn.Module, x: Tensor | None = None) -> str:
+def stock_reason(module: nn.Module, x: Tensor | None = None, *more: Any, **named: Any) -> str:
     """Return why PEFT's own forward computes a layer, "" if it does not.
 
     Args:
         module: A LoRA layer.
         x: The layer's input, to explain a call.
+        *more: The further arguments of the call, which the experts of a mixture take.
+        **named: The keyword arguments of such a call.
     """
+    if isinstance(module, known.param_wrapper()):
+        found = forward_reason(module) or experts.read(module, x, *more, **named)
+        return found if isinstance(found, str) else ""
     return _class_reason(module) or _state_reason(module) or _call_reason(module, x)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lora_kernels.functional.gate import is_watched
-from lora_kernels.peft import fast_path, known, readers
+from lora_kernels.peft import experts, fast_path, known, readers
 from lora_kernels.peft.bases import storage
 from lora_kernels.peft.blocks import changed_part, patched_structure
 from lora_kernels.peft.forwards import class_forward, is_called_plainly, stock_forward
@@ -20,6 +20,7 @@ __all__ = ["BLOCK_FORMS", "FORMS", "BlockReport", "LayerReport", "Report", "expl
 
 BLOCK_FORMS = {"joined": "layers that belong together in one call", "per layer": "each layer as it is computed"}
 FORMS = {"fused": "base and low-rank in one pass", "low-rank": "the low-rank term alone", "stock": "PEFT's own forward"}
+_EXPERTS = "experts, by groups of rows"
 _PASSED_BY = "not called: the fast path of nn.TransformerEncoderLayer reads its weight; patch_peft switches that off"
 
 
@@ -97,11 +98,11 @@ def report(model: nn.Module) -> Report:
         id(module.base_layer.out_proj) for module in model.modules() if isinstance(module, known.multihead_attention())
     }
     layers: dict[int, LayerReport] = {}
-    read = readers.peft_readings(model)
+    read, outermost = readers.peft_readings(model), experts.inner_wrappers(model)
     for name, module in model.named_modules():
         if not isinstance(module, known.lora_layer()):
             continue
-        reason = stock_reason(module)
+        reason = stock_reason(outermost.get(id(module), module))
         if id(module) in parts_of_attention:
             reason = "lora.MultiheadAttention merges it around the call: its forward is not used"
         elif id(module) in read and not read[id(module)].also_called:
@@ -160,10 +161,17 @@ def _layer_report(name: str, module: nn.Module, reason: str, x: Tensor | None) -
     kind = f"{type(module).__name__} over {type(base).__name__}"
     if reason:
         return LayerReport(name, kind, "stock", reason)
+    if isinstance(module, known.param_wrapper()):
+        return LayerReport(name, kind, "fused", "", _note(module))
     reason = base_reason(base, x)
     return (
-        LayerReport(name, kind, "low-rank", reason) if reason else LayerReport(name, kind, "fused", "", storage(base))
+        LayerReport(name, kind, "low-rank", reason) if reason else LayerReport(name, kind, "fused", "", _note(module))
     )
+
+
+def _note(module: Any) -> str:
+    """Return how a fused layer reads its weight, "" for a plain one."""
+    return _EXPERTS if isinstance(module, known.param_wrapper()) else storage(module.base_layer)
 
 
 def _block_reports(
@@ -236,6 +244,10 @@ def _observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         def look(*given: Any, **named: Any) -> None:
             x = given[0] if given else named.get("x")
             more = [*(f"argument {i}" for i in range(1, len(given))), *(key for key in named if key != "x")]
+            if isinstance(layers[name], known.param_wrapper()):
+                found = _layer_report(name, layers[name], stock_reason(layers[name], *given, **named), x)
+                seen[name].append(_Outcome(found.form, found.reason))
+                return
             found = _layer_report(name, layers[name], stock_reason(layers[name], x), x)
             if found.form != "stock" and more:
                 found = replace(found, form="stock", reason=f"called with {', '.join(more)}")
@@ -261,7 +273,9 @@ def _observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
         return look
 
-    watched = [(module, layer_called(name)) for name, module in layers.items()]
+    # The outermost wrapper computes the experts in place of those inside.
+    inner = experts.inner_wrappers(model)
+    watched = [(module, layer_called(name)) for name, module in layers.items() if id(module) not in inner]
     watched += [(one, encoder_layer_called(one)) for one in fast_path.fast_layers(model)]
     watched += {
         id(child): (child, plain_called(own, child))
@@ -270,9 +284,12 @@ def _observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if id(child) not in names
     }.values()
     readers.call_watched(model, watched, args, kwargs)
+    for name, module in layers.items():
+        if id(module) in inner:
+            seen[name] = seen[names[id(inner[id(module)])]]
     for name, one in idle.items():
         outcome = _joined(seen[name]) if seen[name] else _Outcome("stock", one.reason or "not called")
-        note = storage(layers[name].base_layer) if outcome.form == "fused" else ""
+        note = _note(layers[name]) if outcome.form == "fused" else ""
         idle[name] = replace(one, form=outcome.form, reason=outcome.reason, note=note)
     by_layer = {id(module): idle[name] for name, module in layers.items()}
     called = {key: _joined(outcomes).reason for key, outcomes in plain.items()}
