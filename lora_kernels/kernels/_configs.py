@@ -140,6 +140,12 @@ def matmul_config(
         # Fit the tile to y, because pointers pay for every lane; descriptors zero-fill outside of y at no cost.
         block_m, block_n = fit(rows, best.block_m), fit(cols, best.block_n)
         best = replace(best, block_m=block_m, block_n=block_n, subtiles=min(best.subtiles, block_n // TINY))
+        if groups and block_m > 64:
+            # More warps share the addresses, which depend on the group.
+            best = replace(best, num_warps=8)
+    elif groups and cols % TINY:
+        # The addresses of single elements take the registers of a second program.
+        best = replace(best, ctas_per_sm=1)
     if strided:
         # The addresses of many elements spill, unless steps are short and more warps share the addresses.
         block_k = min(best.block_k, 32) if best.block_n >= 64 else best.block_k
@@ -245,9 +251,9 @@ def shrink_config(
     # 64 rows of fp32 with dropout spill. 64 rows of 16 bits would be a wgmma of an x in registers where x is masked or
     # made by an activation. Some versions of ptxas overwrite these registers too early (docs/traps.md), and a
     # multiprocessor would hold two programs where it holds five of 32 rows.
-    # The addresses of a strided x and of the A of a group spill beside 64 rows.
+    # The addresses of a strided x and of the A of a group spill beside more rows.
     addressed = strided and groups > 0
-    block_m = fit(rows, 32 if dtype.itemsize == 4 or dropout or activated or addressed else 64)
+    block_m = fit(rows, TINY if addressed else 32 if dtype.itemsize == 4 or dropout or activated else 64)
     block_r = fit(rank, 64 if adapters < 4 else 32)
     # A K step of 128 spills beside the mask and the addresses or sums; several adapters take a shorter step below.
     crowded = dropout and adapters == 1 and (strided or block_r == 64)
