@@ -30,7 +30,7 @@ from lora_kernels.autograd.common import autocast_off
 from lora_kernels.functional import lora_grouped_linear
 from lora_kernels.peft.bases import bare
 from lora_kernels.peft.classes import stock_class
-from lora_kernels.peft.forwards import call_replacement, describe, is_in_force, replaced_part, replacement
+from lora_kernels.peft.forwards import call_replacement, describe, is_in_force, parts_are_own, replaced_part, replacement
 from lora_kernels.peft.layer import is_dense, is_traced
 
 __all__ = ["Experts", "Term", "experts_forward", "inner_wrappers", "read", "register", "wrapped_forward"]
@@ -200,7 +200,7 @@ def read(wrapper: Any, x: Any = None, *args: Any, **kwargs: Any) -> Experts | st
 def _call_reason(x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     if is_traced():
         return "inside torch.func, forward-mode AD, torch.jit.trace, a TorchFunctionMode or a hook on all modules"
-    if part := replaced_part():
+    if not parts_are_own() and (part := replaced_part()):
         return f"{part[0]} was replaced by {describe(part[1])}"
     if x is None:
         return ""
@@ -217,10 +217,8 @@ def _state_reason(wrapper: Any) -> str:
     kind, fields = stock_class(type(wrapper)), wrapper.__dict__
     if kind is not _wrapper():
         return f"lora.{type(wrapper).__name__} is not PEFT's ParamWrapper itself"
-    for name in _MEMBERS:
-        member = getattr(kind, name, None)
-        if getattr(getattr(member, "__wrapped__", member), "__globals__", None) is not vars(sys.modules[kind.__module__]):
-            return f"{name} of lora.ParamWrapper is not PEFT's own"
+    if theirs := _foreign_member(kind):
+        return f"{theirs} of lora.ParamWrapper is not PEFT's own"
     if fields["_disable_adapters"]:
         return "adapters are disabled"
     if fields["merged_adapters"]:
@@ -230,9 +228,8 @@ def _state_reason(wrapper: Any) -> str:
 
 def _module_reason(module: Any) -> str:
     """Return why the wrapped module is not computed here."""
-    moe, kind = _moe(), type(module)
-    forward = getattr(kind, "forward", None)
-    if moe is None or getattr(forward, "__globals__", None) is not vars(moe) or not hasattr(forward, "__wrapped__"):
+    kind = type(module)
+    if not _is_dispatched(kind):
         return f"{kind.__name__} is no experts module of transformers (ExpertsInterface)"
     if not bare(module, kind):
         return "the experts have a hook, or their forward is replaced on the instance"
@@ -243,7 +240,7 @@ def _module_reason(module: Any) -> str:
     chosen = module.config._experts_implementation
     if chosen not in (_STOCK, _OWN):
         return f"the experts implementation is {chosen!r}, not {_STOCK!r}"
-    if moe.ALL_EXPERTS_FUNCTIONS.get(_STOCK) is not getattr(moe, f"{_STOCK}_experts_forward", None):
+    if not _stock_is_own():
         return f"the experts implementation {_STOCK!r} was replaced"
     return ""
 
@@ -288,6 +285,32 @@ def _term(wrapper: Any, name: str) -> Term | str:
     # PEFT keeps the experts side by side in the columns of B.
     lora_B = B.reshape(B.shape[0], -1, experts).permute(2, 0, 1)
     return Term(lora_A, lora_B, scaling)
+
+
+def _foreign_member(kind: type) -> str:
+    """Return the name of what the wrapper's forward calls of its class and others have set, "" if there is none."""
+    for name in _MEMBERS:
+        member = getattr(kind, name, None)
+        if getattr(getattr(member, "__wrapped__", member), "__globals__", None) is not vars(sys.modules[kind.__module__]):
+            return name
+    return ""
+
+
+def _is_dispatched(kind: type) -> bool:
+    """Return whether the forward of a class is that of transformers, which looks the implementation up."""
+    moe, forward = _moe(), getattr(kind, "forward", None)
+    return moe is not None and getattr(forward, "__globals__", None) is vars(moe) and hasattr(forward, "__wrapped__")
+
+
+def _stock_is_own() -> bool:
+    """Return whether the implementation that this one computes is still the one that transformers defines."""
+    moe = _moe()
+    return moe.ALL_EXPERTS_FUNCTIONS.get(_STOCK) is getattr(moe, f"{_STOCK}_experts_forward", None)
+
+
+# A compiler does not find the globals of a function to be those of its module.
+for _function in (_foreign_member, _is_dispatched, _stock_is_own):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _wrapper() -> Any:
