@@ -100,7 +100,7 @@ def _compute(
     lora_As, lora_Bs, scalings = ([each[i] for i in adding] for each in (lora_As, lora_Bs, scalings))  # type: ignore
     if is_watched():
         backend = plan.requested_backend(backend)
-        check_backend_runs(_CALL, x, [weight], [lora_A[0] for lora_A in lora_As], backend)
+        check_backend_runs(_CALL, x, [weight], lora_As, backend)
         numbers = list(map(as_number, scalings))
         y = autograd.grouped.grouped_linear(x, weight, lora_As, lora_Bs, offsets, bias, numbers, backend)
     else:
