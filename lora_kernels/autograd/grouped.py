@@ -243,7 +243,7 @@ def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
 
 def _differentiate(ctx: Context, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     # PyTorch takes an empty list of numbers for one of tensors, and asks for their gradients.
-    of_scalings = None if ctx.scalings else []
+    of_scalings: Any = None if ctx.scalings else []
     if dy is None:
         return None, None, [None] * len(ctx.dtypes), None, None, of_scalings, None
     with autocast_off(dy):
