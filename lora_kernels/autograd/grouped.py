@@ -242,11 +242,13 @@ def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
 
 
 def _differentiate(ctx: Context, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    # PyTorch takes an empty list of numbers for one of tensors, and asks for their gradients.
+    of_scalings: Any = None if ctx.scalings else []
     if dy is None:
-        return None, None, [None] * len(ctx.dtypes), *(None,) * 4
+        return None, None, [None] * len(ctx.dtypes), None, None, of_scalings, None
     with autocast_off(dy):
         dx, dweight, dbias, *low_rank = _gradients(ctx, dy)
-    return dx, dweight, low_rank, None, dbias, None, None
+    return dx, dweight, low_rank, None, dbias, of_scalings, None
 
 
 def _gradients(ctx: Context, dy: Tensor) -> list[Tensor | None]:

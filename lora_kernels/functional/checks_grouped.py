@@ -149,13 +149,12 @@ def _check_adapter(name_A: str, name_B: str, lora_A: Tensor, lora_B: Tensor, wei
 def _hint(name_A: str, name_B: str, lora_A: Tensor, lora_B: Tensor, weight: Tensor) -> str:
     """Return a hint if adapters would fit when viewed as PEFT's, exchanged or transposed, else an empty string."""
     groups, out_features, in_features = weight.shape
-    rank = lora_A.shape[0] // max(groups, 1)
+    rank = lora_A.shape[1] if lora_A.dim() == 3 else lora_A.shape[:1].numel() // max(groups, 1)
+    view_of_B = f"{name_B}.view({out_features}, {rank}, {groups}).permute(2, 0, 1)"
     if lora_A.shape == (rank * groups, in_features):
-        views = f"{name_A}.view({groups}, {rank}, {in_features})"
-        return (
-            f" They seem to be PEFT's: pass {views} and "
-            f"{name_B}.view({out_features}, {rank}, {groups}).permute(2, 0, 1)."
-        )
+        return f" They seem to be PEFT's: pass {name_A}.view({groups}, {rank}, {in_features}) and {view_of_B}."
+    if lora_B.shape == (out_features, rank * groups):
+        return f" It seems to be PEFT's: pass {view_of_B}."
     if lora_A.dim() == lora_B.dim() == 3:
         if lora_B.shape[::2] == (groups, in_features) and lora_A.shape == (groups, out_features, lora_B.shape[1]):
             return f" {name_A} and {name_B} seem to be swapped: exchanged, they would fit."

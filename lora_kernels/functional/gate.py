@@ -105,8 +105,9 @@ def check_backend_runs(
     """
     # A compiler traces the operator's own choice.
     if not torch.compiler.is_compiling():
-        rank = max(int(lora_A.shape[0]) for lora_A in lora_As)
-        empty = x.numel() == 0 or any(weight.shape[0] == 0 for weight in weights)
+        # The A and W of groups have one dim more, in front.
+        rank = max((int(lora_A.shape[-2]) for lora_A in lora_As), default=1)
+        empty = x.numel() == 0 or any(0 in weight.shape[:-1] for weight in weights)
         plan.choose(x.device, x.dtype, rank, empty, backend, call)
 
 

@@ -18,6 +18,7 @@ from lora_kernels.functional.gate import (
     nothing,
     record,
     takes_reference,
+    wait_for,
     without_autocast,
 )  # fmt: skip
 
@@ -67,9 +68,11 @@ def lora_grouped_linear(
 
     Source: Hu et al. 2021, arXiv:2106.09685, for the experts of a mixture (Shazeer et al. 2017, arXiv:1701.06538).
     """
-    if is_proxy(x):
-        how = dict(scaling=scaling, bias=bias, backend=backend)
-        return record(x, lora_grouped_linear, x, weight, lora_A, lora_B, offsets, **how)
+    if type(x) is not Tensor:
+        if is_proxy(x):
+            how = dict(scaling=scaling, bias=bias, backend=backend)
+            return record(x, lora_grouped_linear, x, weight, lora_A, lora_B, offsets, **how)
+        x = wait_for(x)
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
     autocast, adapters_fit = autocasts(device_type), False
     if autocast:
@@ -100,7 +103,7 @@ def _compute(
     lora_As, lora_Bs, scalings = ([each[i] for i in adding] for each in (lora_As, lora_Bs, scalings))  # type: ignore
     if is_watched():
         backend = plan.requested_backend(backend)
-        check_backend_runs(_CALL, x, [weight], [lora_A[0] for lora_A in lora_As], backend)
+        check_backend_runs(_CALL, x, [weight], lora_As, backend)
         numbers = list(map(as_number, scalings))
         y = autograd.grouped.grouped_linear(x, weight, lora_As, lora_Bs, offsets, bias, numbers, backend)
     else:

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from lora_kernels.constants import DTYPES
-from lora_kernels.verify.grouped_problems import GroupedProblem, check_grouped, make_grouped, run_grouped
+from lora_kernels.verify.grouped_problems import (
+    GROUPED_MM_ROUNDINGS,
+    GroupedProblem,
+    check_grouped,
+    make_grouped,
+    run_grouped,
+)
 from lora_kernels.verify.numerics import Finding
 from lora_kernels.verify.problems import every_other, same_bits, storages
 
@@ -132,4 +138,5 @@ def examine(case: GroupedCase, device: torch.device, seed: int) -> tuple[list[Fi
     after = storages(problem.operands)
     messages = [f"{name} was written to" for name in before if not torch.equal(before[name], after[name])]
     messages += [f"{name} differs from run to run" for name in actual if not same_bits(actual[name], again[name])]
-    return check_grouped(actual, problem, split=case.backend == "torch"), messages
+    roundings = GROUPED_MM_ROUNDINGS if device.type == "cuda" else 0
+    return check_grouped(actual, problem, case.backend == "torch", roundings), messages

@@ -20,7 +20,18 @@ from lora_kernels.functional import lora_grouped_linear
 from lora_kernels.verify import numerics
 from lora_kernels.verify.numerics import Finding, Problem
 
-__all__ = ["GroupedProblem", "check_grouped", "grouped_leaves", "grouped_outputs", "make_grouped", "run_grouped"]
+__all__ = [
+    "GROUPED_MM_ROUNDINGS",
+    "GroupedProblem",
+    "check_grouped",
+    "grouped_leaves",
+    "grouped_outputs",
+    "make_grouped",
+    "run_grouped",
+]
+
+# Roundings of y and dx by `torch_segments` on a GPU: of the first low-rank product, and of the sum before the bias.
+GROUPED_MM_ROUNDINGS = 2
 
 
 @dataclass(frozen=True)
@@ -172,18 +183,24 @@ def _outputs(q: Problem, function: object) -> dict[str, Tensor]:
     return function(q) | {"dweight": wide(q.dy).T @ wide(q.x)}  # type: ignore[operator]
 
 
-def check_grouped(actual: dict[str, Tensor], problem: GroupedProblem, split: bool = False) -> list[Finding]:
+def check_grouped(
+    actual: dict[str, Tensor], problem: GroupedProblem, split: bool = False, roundings: int = 0
+) -> list[Finding]:
     """Hold outputs to rules 1 and 2.
 
     Args:
         actual: Output name, as of `run_grouped`, to tensor.
         problem: The problem that was computed.
         split: See `numerics.bounds`; False for the kernels, True for the torch backend and other chains of operators.
+        roundings: With `split`, how often y and dx may be rounded beyond that and beyond once more for each further
+            adapter; see `GROUPED_MM_ROUNDINGS`.
 
     Returns:
         A finding for each output in `actual`, in its order.
     """
-    limits = _put_together(problem, {e: _limits(problem, e, rows, split) for e, rows in problem.filled}, True)
+    limits = _put_together(
+        problem, {e: _limits(problem, e, rows, split, roundings) for e, rows in problem.filled}, True
+    )
     truth, eager, summed = grouped_outputs(problem), grouped_outputs(problem, False), problem.terms_summed
     findings = []
     for name, tensor in actual.items():
@@ -197,14 +214,14 @@ def check_grouped(actual: dict[str, Tensor], problem: GroupedProblem, split: boo
     return findings
 
 
-def _limits(problem: GroupedProblem, e: int, rows: slice, split: bool) -> dict[str, Tensor]:
+def _limits(problem: GroupedProblem, e: int, rows: slice, split: bool, roundings: int) -> dict[str, Tensor]:
     """Compute rule 1's limit of each element of the outputs of a group, in float64."""
     q, dtype = problem.group(e, rows), problem.x.dtype
     wide = {name: getattr(q, name).detach().to(dtype).double() for name in ("x", "weight", "lora_A", "lora_B", "dy")}
     limits = numerics.bounds(q, split)
-    more = len(problem.lora_As) - 1
-    if split and more > 0:
-        # Operators round the sum after each adapter but the last once more than `bounds` knows of.
+    # Operators round the sum after each adapter but the last once more than `bounds` knows of.
+    more = max(len(problem.lora_As) - 1, 0) + roundings
+    if split and more:
         x, _, lora_A, lora_B, dy = (t.abs() for t in wide.values())
         signed = (wide["x"] @ wide["weight"].T).abs(), (wide["dy"] @ wide["weight"]).abs()
         parts = signed[0] + x @ lora_A.T @ lora_B.T, signed[1] + dy @ lora_B @ lora_A
