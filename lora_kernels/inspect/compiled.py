@@ -175,7 +175,9 @@ def _grouped(case: Case, make: Any) -> torch.Tensor:
     from lora_kernels.autograd.grouped import LoRAGroupedLinearFunction
 
     groups, own = case.groups, DTYPES["fp32" if case.fp32_adapters else case.dtype]
-    weight = make(groups, case.k, case.n, grad=False).mT if case.transposed else make(groups, case.n, case.k, grad=False)
+    weight = (
+        make(groups, case.k, case.n, grad=False).mT if case.transposed else make(groups, case.n, case.k, grad=False)
+    )
     bias = make(groups, case.n, grad=False) if case.bias else None
     adapters = make(groups, case.r, case.k, dtype=own), make(groups, case.n, case.r, dtype=own)
     offsets = torch.zeros(groups + 1, dtype=torch.int32)

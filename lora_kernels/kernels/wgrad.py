@@ -56,6 +56,7 @@ from lora_kernels.kernels.segments import Segments, place
 
 __all__ = ["DGATE", "DUP", "H", "SettledWgrad", "ThinProduct", "settle", "wgrad", "wgrad_all"]
 
+
 @triton.jit
 def _wgrad_kernel(
     wide_ptr, up_ptr, dh_ptr, dgate_ptr, dup_ptr, thin_ptrs, keep_ptrs, b_ptrs, g_ptrs, g_parts_ptr, ds_ptrs,

@@ -30,7 +30,14 @@ from lora_kernels.autograd.common import autocast_off
 from lora_kernels.functional import lora_grouped_linear
 from lora_kernels.peft.bases import bare
 from lora_kernels.peft.classes import stock_class
-from lora_kernels.peft.forwards import call_replacement, describe, is_in_force, parts_are_own, replaced_part, replacement
+from lora_kernels.peft.forwards import (
+    call_replacement,
+    describe,
+    is_in_force,
+    parts_are_own,
+    replaced_part,
+    replacement,
+)
 from lora_kernels.peft.layer import is_dense, is_traced
 
 __all__ = ["Experts", "Term", "experts_forward", "inner_wrappers", "read", "register", "wrapped_forward"]
@@ -291,7 +298,9 @@ def _foreign_member(kind: type) -> str:
     """Return the name of what the wrapper's forward calls of its class and others have set, "" if there is none."""
     for name in _MEMBERS:
         member = getattr(kind, name, None)
-        if getattr(getattr(member, "__wrapped__", member), "__globals__", None) is not vars(sys.modules[kind.__module__]):
+        if getattr(getattr(member, "__wrapped__", member), "__globals__", None) is not vars(
+            sys.modules[kind.__module__]
+        ):
             return name
     return ""
 
@@ -309,8 +318,9 @@ def _stock_is_own() -> bool:
 
 
 # A compiler does not find the globals of a function to be those of its module.
-for _function in (_foreign_member, _is_dispatched, _stock_is_own):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_foreign_member._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_dispatched._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_stock_is_own._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _wrapper() -> Any:

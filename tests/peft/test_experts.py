@@ -74,7 +74,9 @@ def test_training_is_that_of_stock(kind):
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-4, atol=1e-5)
     two.zero_grad()
     assert unpatch_peft(two) == 8
-    torch.testing.assert_close(two(input_ids=samples.ids()).logits, one(input_ids=samples.ids()).logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        two(input_ids=samples.ids()).logits, one(input_ids=samples.ids()).logits, rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", samples.KINDS)
