@@ -16,6 +16,7 @@ import torch
 
 from bench import counted
 from lora_kernels.bench.cost import block as block_cost
+from lora_kernels.bench.cost import grouped as grouped_cost
 from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.bench.cost import stored as stored_cost
 from lora_kernels.bench.cost import traffic
@@ -76,6 +77,13 @@ BLOCKS = {
     ),
     "gated MLP, 4096 to twice 14336 and back": lambda adapter: block_cost.mlp(8192, 4096, 14336, 16, 2, adapter),
 }
+# model to top k, experts, hidden and inner features
+EXPERTS = {
+    "Mixtral-8x7B": (2, 8, 4096, 14336),
+    "Qwen3-30B-A3B": (8, 128, 2048, 768),
+    "gpt-oss-20b": (4, 32, 2880, 2880),
+}
+EXPERT_CHAINS = {"frozen experts": "frozen", "PEFT": "peft", "split": "split", "lora_kernels": "ours"}
 
 _HEAD = """# Roofline
 
@@ -106,7 +114,17 @@ def seconds(cost: Cost, z: Size, limits: Limits) -> float:
 
 def render() -> str:
     """Render the page."""
-    parts = [_HEAD, *_launches(), *_stored(), *_counters(), *_chains(), *_blocks(), *_quantised(), *_forms()]
+    parts = [
+        _HEAD,
+        *_launches(),
+        *_stored(),
+        *_counters(),
+        *_chains(),
+        *_blocks(),
+        *_quantised(),
+        *_experts(),
+        *_forms(),
+    ]
     for name, limits in GPUS.items():
         parts += _times(name, limits)
     return "\n".join(part.strip("\n") + "\n" for part in parts)
@@ -255,6 +273,36 @@ def _quantised() -> list[str]:
             rows.append([name, *cells, f"{alone / MIB:.0f}"])
         head = ["chain", "p = 0", "p = 0.1", "launches, p = 0", "p = 0.1", "dequantised"]
         parts += [f"**{title[0].upper()}{title[1:]}**", _table(head, rows)]
+    return parts
+
+
+def _experts() -> list[str]:
+    """Tabulate the bytes of the experts of published models."""
+    limits = GPUS["H200 SXM"]
+    parts = [
+        "## Bytes of each layer of experts",
+        "Gate and up as one stack and down, 8192 tokens, r = 16, bf16, no dropout, MiB, forward + backward. Routing, "
+        "gathers and the activation are the same for all and left out. *PEFT* makes W + B A of all experts twice in "
+        "forward and a dense gradient of it in backward; *split* is a grouped product with W, two thin ones, a scale "
+        "and an add. B lies with its experts side by side, as PEFT keeps it: lora_kernels copies it once a pass. *Over "
+        "it* is the time that the bytes beyond the frozen experts' take at the memory's limit on an H200, "
+        f"{limits.bandwidth / 1e12:.1f} TB/s; *FLOPs* are a ratio to the frozen experts'.",
+    ]
+    for title, (top_k, count, hidden, inner) in EXPERTS.items():
+        stacks = grouped_cost.experts(8192, top_k, count, hidden, inner, 16, expert_minor=True)
+        moved = {name: [grouped_cost.COSTS[form](z, False) for z in stacks] for name, form in EXPERT_CHAINS.items()}
+        flops = {
+            name: sum(sum(grouped_cost.flops(form, z)) for z in stacks) for name, form in EXPERT_CHAINS.items()
+        }  # fmt: skip
+        least, least_flops = sum(cost.total for cost in moved["frozen experts"]), flops["frozen experts"]
+        rows = []
+        for name, costs in moved.items():
+            total, launches = sum(cost.total for cost in costs), sum(cost.launches for cost in costs)
+            over = (total - least) / limits.bandwidth * 1e6
+            ratio = f"{flops[name] / least_flops:.3f}"
+            rows.append([name, f"{total / MIB:.0f}", str(launches), f"{over:.0f}", ratio])
+        head = ["chain", "bytes", "launches", "over it, µs", "FLOPs"]
+        parts += [f"**{title}**: {count} experts, {top_k} a token, {hidden} and {inner} features", _table(head, rows)]
     return parts
 
 
