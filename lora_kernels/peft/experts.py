@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.autograd.common import autocast_off
+from lora_kernels.constants import MAX_ADAPTERS
 from lora_kernels.functional import lora_grouped_linear
 from lora_kernels.peft.bases import bare
 from lora_kernels.peft.classes import stock_class
@@ -199,6 +200,8 @@ def read(wrapper: Any, x: Any = None, *args: Any, **kwargs: Any) -> Experts | st
                 if isinstance(term, str):
                     return term
                 terms.append(term)
+        if len(terms) > MAX_ADAPTERS:
+            return f"{len(terms)} active adapters; one call adds {MAX_ADAPTERS}"
     if not any(adapters.values()):
         return "no active adapter on these experts"
     return Experts(inner, adapters)

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-__all__ = ["KINDS", "Alone", "Sizes", "call", "experts", "gradients", "ids", "model", "train", "twins"]
+__all__ = ["KINDS", "Alone", "Waits", "call", "experts", "gradients", "ids", "model", "train", "twins"]
 
 KINDS = ("qwen3", "mixtral", "gpt-oss")
 _PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -81,23 +81,14 @@ def train(of: nn.Module, steps: int, rate: float = 0.1) -> list[float]:
     return losses
 
 
-class Sizes(TorchDispatchMode):
-    """Counts the tensors of at least some number of elements that operators make, and refuses what waits for a GPU."""
+class Waits(TorchDispatchMode):
+    """Refuses what makes the host wait for the device."""
 
-    WAITING = ("_local_scalar_dense", "nonzero", "bincount", "unique")
-
-    def __init__(self, least: int) -> None:
-        super().__init__()
-        self.least, self.large = least, 0
+    WORDS = ("_local_scalar_dense", "nonzero", "bincount", "unique", "masked_select", "is_nonzero")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert not any(word in str(func) for word in self.WAITING), func
-        results = func(*args, **(kwargs or {}))
-        before = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
-        for t in results if isinstance(results, (tuple, list)) else (results,):
-            made = isinstance(t, torch.Tensor) and t.numel() >= self.least
-            self.large += made and t.untyped_storage().data_ptr() not in before
-        return results
+        assert not any(word in str(func) for word in self.WORDS), func
+        return func(*args, **(kwargs or {}))
 
 
 def experts(kind: str, number: int, dtype: torch.dtype = torch.float64, r: int = 3, **changes) -> nn.Module:
