@@ -19,11 +19,11 @@ from lora_kernels.verify.problems import every_other, same_bits, storages
 __all__ = ["GROUPED_LAYOUTS", "GroupedCase", "draw_grouped", "examine", "matrix"]
 
 GROUPED_LAYOUTS = (
-    "contiguous", "W transposed", "B expert-minor", "bias", "two adapters", "no adapter", "fp32 adapters",
+    "contiguous", "W transposed", "B as in PEFT", "bias", "two adapters", "no adapter", "fp32 adapters",
     "int64 offsets", "dy expanded", "all strided",
 )  # fmt: skip
 _FP32_ADAPTERS = "fp32 adapters"
-_QUICK_LAYOUTS = ("W transposed", "B expert-minor", "bias", "two adapters", _FP32_ADAPTERS)
+_QUICK_LAYOUTS = ("W transposed", "B as in PEFT", "bias", "two adapters", _FP32_ADAPTERS)
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,13 @@ class GroupedCase:
 
     @property
     def layout(self) -> str:
-        """Return the table's layout column: the number of groups, and what is unusual of the rows and tensors."""
-        rows = "" if any(self.sizes) else " empty"
-        experts = f"{len(self.sizes)} expert" + "s" * (len(self.sizes) > 1)
-        return experts + rows + (f" {self.strides}" if self.strides != "contiguous" else "")
+        """Return the table's layout column: what is unusual of the tensors."""
+        return "experts" if self.strides == "contiguous" else self.strides
 
     def shape(self) -> str:
-        """Format the shape as the table shows it: rows in groups and of none, inputs, outputs and rank."""
+        """Format the shape as the table shows it: rows in groups and of none, inputs, outputs, rank and groups."""
         beyond = f"+{self.beyond}" if self.beyond else ""
-        return f"{sum(self.sizes)}{beyond}x{self.k}x{self.n} r{self.r}"
+        return f"{sum(self.sizes)}{beyond}x{self.k}x{self.n} r{self.r} E{len(self.sizes)}"
 
 
 def _uneven(groups: int, rows: int) -> tuple[int, ...]:
@@ -120,7 +118,7 @@ def draw_grouped(case: GroupedCase, device: str, seed: int) -> GroupedProblem:
     if case.strides == "W transposed":
         return replace(problem, weight=problem.weight.mT.contiguous().mT)
     # as PEFT stores it: [out, r · E], the experts side by side
-    if case.strides in ("B expert-minor", _FP32_ADAPTERS, "two adapters"):
+    if case.strides in ("B as in PEFT", _FP32_ADAPTERS, "two adapters"):
         return replace(problem, lora_Bs=tuple(map(_expert_minor, problem.lora_Bs)))
     if case.strides == "int64 offsets":
         return replace(problem, offsets=problem.offsets.long())
