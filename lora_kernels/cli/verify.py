@@ -41,7 +41,8 @@ __all__ = ["add_arguments", "run"]
 _WRITE_EVERY = 10
 _LEGEND = """\
 rule 1, rule 2: the share of the limit that the worst output used; up to 1 passes.
-Blocks: r8/0/3 are ranks of their layers, 0 none; p is the largest; fp32 after a name is the adapters'."""
+Blocks: r8/0/3 are ranks of their layers, 0 none; p is the largest; fp32 after a name is the adapters'.
+Experts: E8 are eight of them; rows after a + are of none, as expert parallelism has."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -68,7 +68,8 @@ def outcome(run, t):
 @pytest.mark.parametrize("ranks", [(), (3,), RANKS], ids=str)
 @both
 def test_opcheck_of_the_operator_and_its_forward(backend, ranks, device):
-    t = trained(device, ranks=ranks)
+    # what the rows of s hold that belong to no group is not specified, so they cannot be compared
+    t = trained(device, ranks=ranks, beyond=0)
     opcheck(grouped_linear, arguments(t, backend))
     opcheck(grouped_linear_forward, halves(t, backend))
 

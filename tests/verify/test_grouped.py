@@ -36,8 +36,8 @@ def test_every_kind_of_group_is_in_the_matrix(dtype, backend, on_gpu):
     assert all(any(size == one for case in cases for size in case.sizes) for one in (0, 1))
     assert {case.strides for case in cases} == set(GROUPED_LAYOUTS) - ({"fp32 adapters"} if dtype == "fp32" else set())
     quick = matrix(backend, dtype, on_gpu, quick=True)
-    assert 128 in {len(case.sizes) for case in quick}
-    assert 6 <= len(quick) <= 7
+    assert (128 in {len(case.sizes) for case in quick}) == (on_gpu or backend == "torch")
+    assert 5 <= len(quick) <= 7
 
 
 @pytest.mark.parametrize("layout", GROUPED_LAYOUTS)
@@ -157,7 +157,7 @@ def test_the_command_shows_groups(tmp_path, capsys, monkeypatch):
     argv = ["verify", "--quick", "--device", "cpu", "--backend", "torch", "--dtype", "fp32", "--json", str(file)]
     assert cli.main(argv) == 0
     first, *_ = (line for line in capsys.readouterr().out.splitlines() if line.startswith("torch"))
-    assert first.split()[2:6] == ["325+5x96x136", "r8", "8", "experts"]
+    assert first.split()[2:6] == ["325+5x96x136", "r8", "E8", "experts"]
     records = json.loads(file.read_text())["cases"]
     assert all(0 < record["rule_1"] <= 1 for record in records)
     assert records[0]["sizes"] == [0, 63, 1, 65, 0, 64, 129, 3]
