@@ -26,7 +26,8 @@ from lora_kernels.constants import DTYPES
 from lora_kernels.inspect import compiled
 from lora_kernels.inspect.kernel import Case
 from lora_kernels.measure import presets
-from lora_kernels.verify import block_matrix, layer_matrix
+from lora_kernels.verify import block_matrix, grouped_matrix, layer_matrix
+from lora_kernels.verify.grouped_problems import run_grouped
 from lora_kernels.verify.problems import run_problem
 
 __all__ = ["main", "work"]
@@ -43,7 +44,7 @@ def work(on_gpu: bool, quick: bool) -> list[Work]:
     checked = [
         (case, case.form)
         for dtype in dtypes
-        for matrix in (layer_matrix.matrix, block_matrix.matrix)
+        for matrix in (layer_matrix.matrix, block_matrix.matrix, grouped_matrix.matrix)
         for case in matrix("triton", dtype, on_gpu, quick)
     ]
     raced = [Case(*shape, p=0.1, bias=True) for shape in (races.SMALL if quick else races.LARGE)]
@@ -154,6 +155,8 @@ def _run(case: Any) -> None:
     elif isinstance(case, block_matrix.BlockCase):
         problem = block_matrix._draw(case, DTYPES[case.dtype], "cpu", 0)
         block_matrix._run(problem, "triton", 0)
+    elif isinstance(case, grouped_matrix.GroupedCase):
+        run_grouped(grouped_matrix.draw_grouped(case, "cpu", 0), "triton", weight=True)
     else:
         run_problem(layer_matrix.draw(case, torch.device("cpu"), 0), "triton", 0)
 

@@ -76,6 +76,6 @@ def test_what_stores_on_the_way_is_not_ready_early(of):
     """A launch that makes ds, dg or du writes them before it waits, and that memory may still be read."""
     dy, s, b = (torch.zeros(size) for size in ((75, 40), (75, 5), (40, 5)))
     product = wgrad.ThinProduct(s, torch.float32, False, b=b if of == "b" else None)
-    activation = wgrad._NO_ACTIVATION if of == "b" else wgrad.Activation("silu", dy, dy, dy, dy)
+    activation = wgrad.NO_ACTIVATION if of == "b" else wgrad.Activation("silu", dy, dy, dy, dy)
     with pytest.raises(ValueError, match="pass ready=False"):
         wgrad.settle(None, dy, [product], activation, ready=True)

@@ -6,7 +6,7 @@ from lora_kernels import lora_grouped_linear
 from lora_kernels.verify.grouped_problems import make_grouped
 
 # the backends that tests of groups run on
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "triton"]
 # rows of each group, and two rows of none: none, one, and several
 SIZES, BEYOND = (0, 1, 7, 4), 2
 K, N, RANKS = 12, 10, (3, 2)

@@ -16,8 +16,9 @@ import lora_kernels
 
 PACKAGE = Path(lora_kernels.__file__).parent
 SMOKE = Path(__file__).parents[1] / "oracles" / "smoke.py"
-SHRINK, MATMUL, WGRAD, DEVICE, DEVICE_ACTIVATION, ACTIVATION_WGRAD = (
-    f"kernels/{n}.py" for n in ("shrink", "matmul_expand", "wgrad", "_device", "_activation", "activation_wgrad")
+SHRINK, MATMUL, SOURCES, WGRAD, DEVICE, DEVICE_ACTIVATION, ACTIVATION_WGRAD = (
+    f"kernels/{n}.py"
+    for n in ("shrink", "matmul_expand", "_sources", "wgrad", "_device", "_activation", "activation_wgrad")
 )
 
 # name: (file, text, replacement); the ones in ALWAYS run in every test run
@@ -34,7 +35,7 @@ MUTANTS = {
     "mask with the wrong pitch": (DEVICE, "row_words = tl.cdiv(cols, 32)", "row_words = tl.cdiv(cols, 32) - 1"),
     "mask bits reversed": (DEVICE, "1 << tl.arange(0, 8)", "1 << (7 - tl.arange(0, 8))"),
     "bytes of a mask reversed": (DEVICE, "8 * tl.arange(0, BYTES)", "8 * (BYTES - 1 - tl.arange(0, BYTES))"),
-    "mask of another slice in dx": (MATMUL, "load_kept(keep, offs_m, M, n0, N, SLICE)", "load_kept(keep, offs_m, M, n0 // (4 * SLICE) * (4 * SLICE), N, SLICE)"),
+    "mask of another slice in dx": (SOURCES, "load_kept(keep, offs_m, M, n0, N, SLICE)", "load_kept(keep, offs_m, M, n0 // (4 * SLICE) * (4 * SLICE), N, SLICE)"),
     "tiles of the step before in dx": (MATMUL, "tl.where(ends, 0, step + 1), after,", "tl.where(ends, 0, step), after,"),
     "tiles of the slice before in dx": (MATMUL, "n0 + tl.where(ends, i + 1, i) * SLICE", "n0 + i * SLICE"),
     "threshold off by much": ("dropout.py", "min(round(p * _STEPS)", "min(round((p + 0.01) * _STEPS)"),
@@ -50,25 +51,25 @@ MUTANTS = {
     "launch settled for other strides": ("kernels/_launch.py", "(t.shape, t.stride(), t.dtype, not", "(t.shape, t.stride() if t.is_contiguous() else (t.shape[1], 1), t.dtype, not"),
     "first to arrive adds up": (DEVICE, 'sem="acq_rel") == expected - 1', 'sem="acq_rel") == 0'),
     "counters not reset": (DEVICE, "tl.store(arrivals_ptr, 0)", "tl.store(arrivals_ptr, expected)"),
-    "counters shared by g and ds": (WGRAD, "arrivals_ptr + tiles + split", "arrivals_ptr + split"),
+    "counters shared by g and ds": (WGRAD, "ds_arrivals_ptr = arrivals_ptr + tiles\n", "ds_arrivals_ptr = arrivals_ptr\n"),
     "alpha missing in ds": (WGRAD, "ds * tl.cast(alphas[i], tl.float32)", "ds"),
     "seed fixed": (SHRINK, "return draw_seed(x.device, count)", "return draw_seed(x.device, count).fill_(1)"),
     "seed cut to 32 bits": (SHRINK, "tl.load(seed_ptr + drawn)", "tl.load(seed_ptr + drawn) & 0xFFFFFFFF"),
     "same mask in every row": (SHRINK, "keep_bits(seeds[i], counter, thresholds[i])", "keep_bits(seeds[i], counter * 0 + offs_byte[None, :], thresholds[i])"),
     "K tail mask missing": (SHRINK, "mask=mask_m[:, None] & mask_k[None, :], other=0.0,", "mask=mask_m[:, None], other=0.0,"),
-    "N tail mask missing at the store": (MATMUL, "mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])", "mask=(offs_m < M)[:, None])"),
+    "N tail mask missing at the store": (MATMUL, "mask=(offs_m < y_rows)[:, None] & (offs_n < N)[None, :])", "mask=(offs_m < y_rows)[:, None])"),
     "M tail mask missing": (WGRAD, "mask=mask_m[:, None] & mask_w[None, :], other=0.0,", "mask=mask_w[None, :], other=0.0,"),
     "last K tile skipped": (SHRINK, "splits = triton.cdiv(inner, config.k_per_split)", "splits = max(inner // config.k_per_split, 1)"),
-    "last row split skipped": (WGRAD, "splits = triton.cdiv(rows, config.rows_per_split)", "splits = max(rows // config.rows_per_split, 1)"),
+    "last row split skipped": (WGRAD, "None, triton.cdiv(rows, config.rows_per_split)", "None, max(rows // config.rows_per_split, 1)"),
     "low-rank source skipped": (MATMUL, "firsts = firsts + (steps,)\n        steps +=", "firsts = firsts + (steps,)\n        steps += 0 if i else"),
     "bias twice": (MATMUL, "part += biases[i].to(tl.float32)[None, :]", "part += 2 * biases[i].to(tl.float32)[None, :]"),
     "16-bit accumulator": (MATMUL, "acc = tl.dot(p_tile, q_tile, acc, input_precision=PRECISION)", "acc = tl.dot(p_tile, q_tile, acc, input_precision=PRECISION).to(tl.float16).to(tl.float32)"),
     "tiles overlap": (MATMUL, "m0, n0 = pid_m * BLOCK_M, block_n * BLOCK_N", "m0, n0 = pid_m * (BLOCK_M // 2), block_n * BLOCK_N"),
-    "grid one short": (SHRINK, "blocks = triton.cdiv(rows, config.block_m) *", "blocks = max(rows // config.block_m, 1) *"),
+    "grid one short": (SHRINK, "(None, None), triton.cdiv(rows, config.block_m)", "(None, None), max(rows // config.block_m, 1)"),
     "sources of the first output for all": (MATMUL, "begin = tl.where(pid_n >= before, firsts[ENDS[o - 1]], begin)", "begin = 0"),
     "columns of the first output for all": (MATMUL, "block_n = tl.where(pid_n >= before, pid_n - before, block_n)", "block_n = pid_n"),
     "bias of the first output for all": (MATMUL, "bias_ptr = bias_ptrs[o]", "bias_ptr = bias_ptrs[0]"),
-    "mask of the first product for all": (MATMUL, "keep = keep_ptrs[j]", "keep = keep_ptrs[0]"),
+    "mask of the first product for all": (SOURCES, "keep = keep_ptrs[j]", "keep = keep_ptrs[0]"),
     "mask of the first adapter for all": (SHRINK, "seed_ptr + drawn", "seed_ptr"),
     "alpha of the first adapter for all": (SHRINK, "tl.cast(alphas[i]", "tl.cast(alphas[0]"),
     "parts of s in one place": (SHRINK, "            before += Rs[i]\n        s = ", "        s = "),
