@@ -16,11 +16,16 @@ an output owns a range of them, so a second output is one more row in a list.
     forward    (x, W [out, in]), (s, B)       -                    y  = x Wᵀ + s Bᵀ + bias
     backward   (dy, Wᵀ), (ds, Aᵀ)             the last, by keep    dx = dy W + keep · (ds A)
     Q, K, V    (x, Wᵢ), (sᵢ, Bᵢ) each         -                    yᵢ = x Wᵢᵀ + sᵢ Bᵢᵀ + biasᵢ
+    experts    (x, W [G, out, in]), (s, B)    -                    y_g = x_g W_gᵀ + s_g B_gᵀ + bias_g
     backward   (dyᵢ, Wᵢᵀ)…, (dsᵢ, Aᵢᵀ)…       (dsᵢ, Aᵢᵀ, keepᵢ)…   dx = Σᵢ dyᵢ Wᵢ + keepᵢ · (dsᵢ Aᵢ)
 
 One kernel has two ways to load a tile. Pointers with masks load any operand. TMA descriptors do the addressing and the
 bounds where every operand is 16-bit and aligned to 16 bytes and the GPU is sm_90 or later. Either way, a select between
 two addresses picks the source of a K step, so the loop stays one software pipeline.
+
+Rows may come in groups, each with operands of its own: every q is then a stack `[G, N, Kᵢ]`, which a descriptor reads
+with the group as a coordinate. A tile belongs to one group, as the map of `segments` says. Its loads may reach the rows
+of the next group, and its store is masked. Rows of no group are 0.
 
 On sm_90 and later the launch is a programmatic dependent launch: its programs start while the shrink before it still
 runs, and wait for the end of that shrink before they touch memory.

@@ -18,6 +18,9 @@ Several adapters of one x (Q, K and V; gate and up) share the tile of x: x is re
 a dot. x may be the result of an activation, a(g) · u: the input of an MLP's last layer. The kernel then computes x from
 tiles of g and u [M, K] and stores x for later readers, and there may be no adapter at all.
 
+Rows may come in groups (`segments`), each with an A of its own: a is then a stack `[G, R, K]`, and the rows of no group
+are left as they are.
+
 Where rows are few, K is split among programs to fill the GPU. Each program stores its part in fp32, and the last one to
 finish adds the parts in a fixed order. The same inputs give the same bits.
 

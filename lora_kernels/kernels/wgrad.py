@@ -24,6 +24,10 @@ tiles of g, u and dh [M, W]. dg and du are stored, h is not.
 Either side may be the wide one. The wide side goes into the rows of the dot, because tiles of 64 rows and more use the
 fast tensor-core instructions. The output's strides carry the transpose.
 
+Rows may come in groups (`segments`), each with a sum of its own: g is then a stack `[G, C, D]`, and so is b. A program
+walks up to `rows_per_split` rows of one group, so a group's rows alone decide the order of its sum. A group without
+rows gets zeros.
+
 The rows and the wide columns are split among programs, so both results come in fp32 parts, in buffers of their own. The
 last program to finish a result adds its parts. The order of the sum is fixed, so the same inputs give the same bits
 whichever program is last, and no second launch is needed.
