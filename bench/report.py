@@ -30,8 +30,8 @@ from lora_kernels.measure.timing import host_bound
 
 __all__ = ["main", "pictures", "render", "status", "with_status"]
 
-_BLOCKS = ("qkv", "mlp")
-_WORDS = {"layer": "Layers", "qkv": "Queries, keys and values", "mlp": "Gated MLP"}
+_BLOCKS = ("qkv", "mlp", "experts")
+_WORDS = {"layer": "Layers", "qkv": "Queries, keys and values", "mlp": "Gated MLP", "experts": "Experts"}
 # prefix of the pictures, because they share their folder with others
 _PREFIX = "bench-"
 ROOT = Path(__file__).resolve().parent.parent
