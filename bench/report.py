@@ -47,8 +47,9 @@ _UNRUN = """**No GPU has run this code yet.** The kernels are interpreted, inspe
 CPU](docs/emulator.md): evidence of right results, not of speed. Which form a large product takes is decided by a model
 that nothing has measured, until you run `lora-kernels tune`. On AMD the kernels compile and have never run."""
 _NO_BLOCKS = """
-No block has been measured yet (queries, keys and values; the gated MLP): there is no result file of one. `lora-kernels
-bench --block qkv mlp layer --json FILE` makes one; what their launches move stands in [roofline](roofline.md).
+No block has been measured yet (queries, keys and values; the gated MLP; experts): there is no result file of one.
+`lora-kernels bench --block qkv mlp layer experts --json FILE` makes one; what their launches move stands in
+[roofline](roofline.md).
 """
 _HOW_TO_READ = """
 Medians in milliseconds, of forward + backward unless said; all providers taken in turn in one run, each checked before

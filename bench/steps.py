@@ -25,8 +25,8 @@ def everything(rehearse: bool) -> list[Stage]:
     """List the whole battery: correctness, then times and memory of every level."""
     return [
         (_warm_up(rehearse, 110),), _correctness(rehearse, 145, ""),
-        (_layers(rehearse, 80),), (_blocks(rehearse, 60),), (_experts(rehearse, 60),), (_kernels(rehearse, 50),),
-        (_model(rehearse, 50),),
+        (_layers(rehearse, 80),), (_blocks(rehearse, 60),), (_kernels(rehearse, 50),), (_model(rehearse, 50),),
+        (_experts(rehearse, 60),),
         (_bench("lorafusion", rehearse, 90, ("--preset", "lorafusion", "--m", "2048", "4096", "6144", "8192",
                 "--dtype", "bf16", "--p", "0", "0.1", *_LEAN), ("--m", "16", "32", "--p", "0.1")),),
         (_bench("large", rehearse, 90, ("--preset", "large", "--dtype", "bf16", "--p", "0", "0.1", *_LEAN),

@@ -6,9 +6,10 @@ split as LoRAFusion splits it. Each is checked against float64 first; a baseline
 are relative to a matmul measured in this run. Other levels time each launch alone (kernel), a whole decoder layer
 (decoder), and training steps of a small model (model). --model times training steps of transformers' Llama with PEFT's
 adapters, stock and patched. --block times the layers of a block together: q, k and v of one input (qkv), the gated MLP
-(mlp), a decoder layer (layer), the stacks of a mixture of experts (experts). --quantise stores the frozen weights in 4 or 8 bits, beside PEFT over bitsandbytes,
-bitsandbytes' dequantisation and a chain of addmm, and Unsloth's order of calls; the floor stays dense. On a CPU that
-other processes use, set OMP_NUM_THREADS=1: times are then the CPU time of that one thread, which is steadier.
+(mlp), a decoder layer (layer), the stacks of a mixture's experts (experts, beside PEFT's dense form and the split one).
+--quantise stores the frozen weights in 4 or 8 bits, beside PEFT over bitsandbytes, bitsandbytes' dequantisation and a
+chain of addmm, and Unsloth's order of calls; the floor stays dense. On a CPU that other processes use, set
+OMP_NUM_THREADS=1: times are then the CPU time of that one thread, which is steadier.
 
   lora-kernels bench                                              a preset that fits this machine
   lora-kernels bench --preset cpu-sweep --no-compile              a sweep for a CPU: 10 shapes, 2 ranks, dropout or none
@@ -68,7 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--level", choices=levels.LEVELS, help="a layer by default, the model with --model")
     what.add_argument("--block", choices=levels.OF_BLOCK, nargs="+", help="blocks of a decoder layer, or all of it")
     which = what.add_mutually_exclusive_group()
-    which.add_argument("--preset", choices=PRESETS, help="named shapes; on a GPU llama-8b by default, of experts qwen3-30b-a3b; on a CPU cpu")
+    which.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="named shapes; on a GPU llama-8b by default, of experts qwen3-30b-a3b; on a CPU cpu",
+    )
     which.add_argument(
         "--model", choices=MODELS, help="transformers' Llama with PEFT's adapters, stock and patched, in training steps"
     )
@@ -213,7 +218,9 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     ranks = args.r or (preset.r if preset else (16,))
     probabilities = args.p or ((0.0, 0.1) if args.block else preset.p if preset else (0.0,))
     if "experts" in chosen and args.p and 0 not in args.p:
-        raise ValueError(f"--p {' '.join(f'{p:g}' for p in args.p)}: experts have no dropout, in PEFT neither, so --p 0")
+        raise ValueError(
+            f"--p {' '.join(f'{p:g}' for p in args.p)}: experts have no dropout, in PEFT neither, so --p 0"
+        )
     of_model = {"--layers": args.layers, "--batch": args.batch, "--seq": args.seq}
     if args.model and args.level != "model":
         raise ValueError(f"--model {args.model}: a whole model, so not --level {args.level}")

@@ -2,8 +2,8 @@
 
     frozen        grouped_mm with W alone, the floor
     ours          `lora_grouped_linear`
-    peft          PEFT 0.21 over transformers 5: `baddbmm` makes W + scaling · B A of all experts, twice a forward (as the
-                  parametrization is registered, and as it is read), and grouped_mm takes it
+    peft          PEFT 0.21 over transformers 5: `baddbmm` makes W + scaling · B A of all experts, twice a forward, as
+                  the parametrization is registered and as it is read, and grouped_mm takes it
     peft_once     the same without the first `baddbmm`: the best that the dense form can be
     split         grouped_mm with W and with A and B, then a scale and an add over y; backward by autograd
     split_best    the split form at its best: the scale is on s, both adds are in place, backward is by hand
