@@ -30,8 +30,8 @@ from lora_kernels.measure.timing import host_bound
 
 __all__ = ["main", "pictures", "render", "status", "with_status"]
 
-_BLOCKS = ("qkv", "mlp")
-_WORDS = {"layer": "Layers", "qkv": "Queries, keys and values", "mlp": "Gated MLP"}
+_BLOCKS = ("qkv", "mlp", "experts")
+_WORDS = {"layer": "Layers", "qkv": "Queries, keys and values", "mlp": "Gated MLP", "experts": "Experts"}
 # prefix of the pictures, because they share their folder with others
 _PREFIX = "bench-"
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,8 +47,9 @@ _UNRUN = """**No GPU has run this code yet.** The kernels are interpreted, inspe
 CPU](docs/emulator.md): evidence of right results, not of speed. Which form a large product takes is decided by a model
 that nothing has measured, until you run `lora-kernels tune`. On AMD the kernels compile and have never run."""
 _NO_BLOCKS = """
-No block has been measured yet (queries, keys and values; the gated MLP): there is no result file of one. `lora-kernels
-bench --block qkv mlp layer --json FILE` makes one; what their launches move stands in [roofline](roofline.md).
+No block has been measured yet (queries, keys and values; the gated MLP; experts): there is no result file of one.
+`lora-kernels bench --block qkv mlp layer experts --json FILE` makes one; what their launches move stands in
+[roofline](roofline.md).
 """
 _HOW_TO_READ = """
 Medians in milliseconds, of forward + backward unless said; all providers taken in turn in one run, each checked before

@@ -26,6 +26,7 @@ def everything(rehearse: bool) -> list[Stage]:
     return [
         (_warm_up(rehearse, 110),), _correctness(rehearse, 145, ""),
         (_layers(rehearse, 80),), (_blocks(rehearse, 60),), (_kernels(rehearse, 50),), (_model(rehearse, 50),),
+        (_experts(rehearse, 60),),
         (_bench("lorafusion", rehearse, 90, ("--preset", "lorafusion", "--m", "2048", "4096", "6144", "8192",
                 "--dtype", "bf16", "--p", "0", "0.1", *_LEAN), ("--m", "16", "32", "--p", "0.1")),),
         (_bench("large", rehearse, 90, ("--preset", "large", "--dtype", "bf16", "--p", "0", "0.1", *_LEAN),
@@ -40,6 +41,7 @@ def first(rehearse: bool) -> list[Stage]:
         # a race needs launches that overlap, and another process would have the GPU between them
         (_races(rehearse, 60),), (_graphs(rehearse, 45),),
         (_kernels(rehearse, 50),), (_variants(rehearse, 80),), (_layers(rehearse, 80),), (_blocks(rehearse, 60),),
+        (_experts(rehearse, 60),),
     ]  # fmt: skip
 
 
@@ -111,6 +113,11 @@ def _layers(rehearse: bool, cap: float) -> Step:
 def _blocks(rehearse: bool, cap: float) -> Step:
     blocks = ("--block", *BLOCKS)
     return _bench("blocks", rehearse, cap, (*blocks, *_LLAMA, *_LEAN), (*blocks, "--p", "0.1"))
+
+
+def _experts(rehearse: bool, cap: float) -> Step:
+    block = ("--block", "experts")
+    return _bench("experts", rehearse, cap, (*block, "--preset", "qwen3-30b-a3b", "--dtype", "bf16", *_LEAN), block)
 
 
 def _model(rehearse: bool, cap: float) -> Step:

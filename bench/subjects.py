@@ -8,14 +8,16 @@ from typing import Any
 import torch
 
 from lora_kernels import plan
-from lora_kernels.bench.cases import block, kernel, layer
+from lora_kernels.bench.cases import block, grouped, kernel, layer
 from lora_kernels.bench.cases.layer import Settings
 from lora_kernels.bench.cost import add as add_cost
 from lora_kernels.bench.cost import block as block_cost
+from lora_kernels.bench.cost import grouped as grouped_cost
 from lora_kernels.bench.cost import layer as layer_cost
 from lora_kernels.bench.providers import add as add_providers
 from lora_kernels.bench.providers import block as block_providers
-from lora_kernels.measure.presets import PRESETS, Shape, block_shape
+from lora_kernels.bench.providers import grouped as grouped_providers
+from lora_kernels.measure.presets import PRESETS, ExpertShape, Shape, block_shape
 from lora_kernels.measure.timing import Calls
 from lora_kernels.verify import judge
 
@@ -48,6 +50,12 @@ class Options:
         if operation == "qkv":
             return found if len(found.widths) == 3 else replace(found, others=(found.n,) * 2)
         return replace(found, others=())
+
+    def stack(self) -> ExpertShape:
+        """Return the shape of a stack of experts: gate and up of a model's, or the options' shape by 8 experts."""
+        if self.shape is None:
+            return PRESETS["qwen3-30b-a3b" if self.settings.device.type == "cuda" else "tiny"].experts[0]
+        return ExpertShape(self.shape.m, self.shape.k, self.shape.n, experts=8)
 
     def chosen_backend(self) -> str:
         """Return the backend of this package's own rows."""
@@ -110,6 +118,8 @@ def names(operation: str, options: Options) -> list[str]:
         return settings.names(options.r)
     if operation == "add":
         return add_providers.names_for(settings.dtype, backend, settings.compiled)
+    if operation == "grouped":
+        return grouped_providers.names_for(settings.dtype)
     return block_providers.names_for(settings.dtype, settings.compiled)
 
 
@@ -175,6 +185,21 @@ def _block(kind: str, options: Options) -> Callable[[str], Admitted]:
     return admit
 
 
+def _grouped(options: Options) -> Callable[[str], Admitted]:
+    shape, settings = options.stack(), options.settings
+    problem, truth = grouped.draw(shape, options.r, settings), judge.Truth()
+    size = grouped.size_of(problem)
+
+    def admit(name: str) -> Admitted:
+        row, provider = grouped.admit(
+            name, lambda: grouped_providers.build(name, problem, settings.backend), truth, settings
+        )  # fmt: skip
+        flops = grouped_cost.flops("frozen" if name == "frozen" else "ours", size)
+        return _admitted("lora_grouped_linear", shape, name, row, provider, flops)
+
+    return admit
+
+
 def _contractions(options: Options) -> Callable[[str], Admitted]:
     shape, backend = options.shape_of("contractions"), options.chosen_backend()
     problem = layer.draw(shape, options.r, options.p, options.settings)
@@ -195,5 +220,5 @@ def _contractions(options: Options) -> Callable[[str], Admitted]:
 
 SUBJECTS: dict[str, Callable[[Options], Callable[[str], Admitted]]] = {
     "linear": _linear, "add": _add, "qkv": partial(_block, "qkv"), "mlp": partial(_block, "mlp"),
-    "contractions": _contractions,
+    "grouped": _grouped, "contractions": _contractions,
 }  # fmt: skip

@@ -1,31 +1,34 @@
 """The levels of `bench`: the cases and providers of each level, and the function that runs them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from lora_kernels.bench.cases import block as block_case
+from lora_kernels.bench.cases import grouped as grouped_case
 from lora_kernels.bench.cases import kernel as kernel_case
 from lora_kernels.bench.cases import layer as layer_case
 from lora_kernels.bench.cases import model as model_case
 from lora_kernels.bench.cases.block import BLOCKS
 from lora_kernels.bench.cases.layer import Settings
 from lora_kernels.bench.providers import block as block_providers
+from lora_kernels.bench.providers import grouped as grouped_providers
 from lora_kernels.bench.providers import layer as providers
 from lora_kernels.bench.providers.layer import of_format
 from lora_kernels.measure import presets
-from lora_kernels.measure.presets import Dims, HostedDims, Shape
+from lora_kernels.measure.presets import Dims, ExpertShape, HostedDims, Shape
 
 __all__ = ["LEVELS", "OF_BLOCK", "PROVIDERS", "names", "run", "subjects"]
 
 LEVELS = ("layer", "kernel", "decoder", "model")
 # --block's names to levels
-OF_BLOCK = {"qkv": "qkv", "mlp": "mlp", "layer": "decoder"}
+OF_BLOCK = {"qkv": "qkv", "mlp": "mlp", "layer": "decoder", "experts": "experts"}
 # Number of out_features that the level's --shape needs, if not 1.
 _WIDTHS = {"qkv": 3}
 _OF_LEVEL = {
     "layer": tuple(providers.PROVIDERS), "kernel": kernel_case.PROVIDERS,
     "decoder": model_case.PROVIDERS, "model": model_case.PROVIDERS,
-    **dict.fromkeys(BLOCKS, tuple(block_providers.PROVIDERS)),
+    **dict.fromkeys(BLOCKS, tuple(block_providers.PROVIDERS)), "experts": tuple(grouped_providers.PROVIDERS),
 }  # fmt: skip
 PROVIDERS = tuple(dict.fromkeys(name for names in _OF_LEVEL.values() for name in names))
 
@@ -37,7 +40,7 @@ def subjects(
     """List the subjects to time: shapes of a layer or a block, or models.
 
     Args:
-        level: One of `LEVELS`, or "qkv" or "mlp".
+        level: One of `LEVELS`, or "qkv", "mlp" or "experts".
         preset: One of `presets.PRESETS`; None if there are `shapes` or a `model`.
         shapes: Replace the preset's shapes.
         rows: Replace the numbers of rows, or of tokens.
@@ -55,6 +58,8 @@ def subjects(
         if len(shape.widths) != wanted:
             form = "+".join(["OUT"] * wanted)
             raise ValueError(f"--shape {shape}: here a shape is ROWSxINx{form}, {wanted} of out_features")
+    if level == "experts":
+        return list(_stacks(preset, bool(shapes), rows))
     if level in ("layer", "kernel"):
         found = presets.PRESETS[preset].shapes if preset else tuple(shapes or ())
         return list(presets.with_rows(found, rows) if rows else found)
@@ -72,6 +77,17 @@ def subjects(
     return [presets.with_tokens(dims, m) for m in rows] if rows else [dims]
 
 
+def _stacks(preset: str | None, given: bool, tokens: list[int] | None) -> tuple[ExpertShape, ...]:
+    """Return the stacks of a preset's experts, at other numbers of tokens if some are given."""
+    stacks = presets.PRESETS[preset].experts if preset else ()
+    if given or not stacks:
+        having = ", ".join(name for name, one in presets.PRESETS.items() if one.experts)
+        raise ValueError(f"--block experts takes a --preset that has experts: {having}")
+    if tokens is None:
+        return stacks
+    return tuple(replace(stack, m=count * stack.top_k) for stack in stacks for count in tokens)
+
+
 def names(level: str, settings: Settings, r: int, subject: Shape | Dims | None = None) -> list[str]:
     """List the providers of a case, in the tables' order.
 
@@ -80,13 +96,15 @@ def names(level: str, settings: Settings, r: int, subject: Shape | Dims | None =
     """
     known = of_format(_OF_LEVEL[level], settings.quantise)
     if unknown := [name for name in settings.only if name not in known]:
-        option = "--block" if level in BLOCKS else "--level"
+        option = "--block" if level in (*BLOCKS, "experts") else "--level"
         having = f" --quantise {settings.quantise}" * bool(settings.quantise)
         raise ValueError(f"--providers {' '.join(unknown)}: {option} {level}{having} has {', '.join(known)}")
     if level == "layer":
         return settings.names(r)
     if level == "kernel":
         return list(settings.only or kernel_case.PROVIDERS)
+    if level == "experts":
+        return list(settings.only) or grouped_providers.names_for(settings.dtype)
     if level in BLOCKS:
         return list(settings.only) or block_providers.names_for(settings.dtype, settings.compiled, settings.quantise)
     hosted = isinstance(subject, HostedDims)
@@ -101,6 +119,8 @@ def run(
         return kernel_case.run_case(subject, r, p, settings, tick)
     if level == "layer":
         return [layer_case.run_case(subject, r, p, settings, tick)]
+    if isinstance(subject, ExpertShape):
+        return [grouped_case.run_case(subject, r, settings, tick)]
     if level in BLOCKS:
         return [block_case.run_case(level, subject, r, p, settings, tick)]
     return [model_case.run_case(subject, r, p, settings, tick, whole=level == "model")]

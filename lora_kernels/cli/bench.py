@@ -6,9 +6,10 @@ split as LoRAFusion splits it. Each is checked against float64 first; a baseline
 are relative to a matmul measured in this run. Other levels time each launch alone (kernel), a whole decoder layer
 (decoder), and training steps of a small model (model). --model times training steps of transformers' Llama with PEFT's
 adapters, stock and patched. --block times the layers of a block together: q, k and v of one input (qkv), the gated MLP
-(mlp), a decoder layer (layer). --quantise stores the frozen weights in 4 or 8 bits, beside PEFT over bitsandbytes,
-bitsandbytes' dequantisation and a chain of addmm, and Unsloth's order of calls; the floor stays dense. On a CPU that
-other processes use, set OMP_NUM_THREADS=1: times are then the CPU time of that one thread, which is steadier.
+(mlp), a decoder layer (layer), the stacks of a mixture's experts (experts, beside PEFT's dense form and the split one).
+--quantise stores the frozen weights in 4 or 8 bits, beside PEFT over bitsandbytes, bitsandbytes' dequantisation and a
+chain of addmm, and Unsloth's order of calls; the floor stays dense. On a CPU that other processes use, set
+OMP_NUM_THREADS=1: times are then the CPU time of that one thread, which is steadier.
 
   lora-kernels bench                                              a preset that fits this machine
   lora-kernels bench --preset cpu-sweep --no-compile              a sweep for a CPU: 10 shapes, 2 ranks, dropout or none
@@ -20,6 +21,7 @@ For a GPU; on a CPU these take long, and bench warns:
   lora-kernels bench --level model --m 4096                       training steps, 4096 tokens each
   lora-kernels bench --model llama-1b --layers 4 --p 0.1          training steps of a PEFT model, stock and patched
   lora-kernels bench --block qkv mlp layer --preset llama-8b      blocks, without dropout and with 0.1
+  lora-kernels bench --block experts --preset qwen3-30b-a3b       the experts of a published model
 """
 
 import argparse
@@ -67,7 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--level", choices=levels.LEVELS, help="a layer by default, the model with --model")
     what.add_argument("--block", choices=levels.OF_BLOCK, nargs="+", help="blocks of a decoder layer, or all of it")
     which = what.add_mutually_exclusive_group()
-    which.add_argument("--preset", choices=PRESETS, help="named shapes; llama-8b on a GPU, cpu on a CPU by default")
+    which.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="named shapes; on a GPU llama-8b by default, of experts qwen3-30b-a3b; on a CPU cpu",
+    )
     which.add_argument(
         "--model", choices=MODELS, help="transformers' Llama with PEFT's adapters, stock and patched, in training steps"
     )
@@ -191,7 +197,8 @@ def _write(args: argparse.Namespace, settings: Settings, done: list, skipped: li
 def _preset_name(args: argparse.Namespace) -> str | None:
     if args.shape or args.model:
         return None
-    return args.preset or ("quick" if args.quick else "llama-8b" if _device(args).type == "cuda" else "cpu")
+    large = "qwen3-30b-a3b" if args.block and set(args.block) == {"experts"} else "llama-8b"
+    return args.preset or ("quick" if args.quick else large if _device(args).type == "cuda" else "cpu")
 
 
 def _device(args: argparse.Namespace) -> torch.device:
@@ -206,8 +213,14 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     args.level = chosen[0] if len(chosen) == 1 else "blocks"
     name = _preset_name(args)
     preset = PRESETS[name] if name else None
+    if preset and not preset.shapes and set(chosen) != {"experts"}:
+        raise ValueError(f"--preset {name} has experts alone, so it goes with --block experts and nothing else")
     ranks = args.r or (preset.r if preset else (16,))
     probabilities = args.p or ((0.0, 0.1) if args.block else preset.p if preset else (0.0,))
+    if "experts" in chosen and args.p and 0 not in args.p:
+        raise ValueError(
+            f"--p {' '.join(f'{p:g}' for p in args.p)}: experts have no dropout, in PEFT neither, so --p 0"
+        )
     of_model = {"--layers": args.layers, "--batch": args.batch, "--seq": args.seq}
     if args.model and args.level != "model":
         raise ValueError(f"--model {args.model}: a whole model, so not --level {args.level}")
@@ -226,7 +239,11 @@ def _cases(args: argparse.Namespace) -> list[Case]:
             raise ValueError(f"--p {p:g}: a dropout probability is at least 0 and below 1")
     sizes = name, args.shape, args.m, args.model, args.layers, args.batch, args.seq
     subjects = [(level, subject) for level in chosen for subject in levels.subjects(level, *sizes)]
-    return [(*subject, r, p) for subject in subjects for r in ranks for p in probabilities]
+    # experts have no dropout
+    return [
+        (level, subject, r, p)
+        for level, subject in subjects for r in ranks for p in probabilities if p == 0 or level != "experts"
+    ]  # fmt: skip
 
 
 def _settings(args: argparse.Namespace, chosen: set[str]) -> Settings:
@@ -248,6 +265,8 @@ def _settings(args: argparse.Namespace, chosen: set[str]) -> Settings:
         raise ValueError(f"--target-modules {' '.join(unknown)}: a model has {', '.join(PROJECTIONS)}")
     if args.quantise and "kernel" in chosen:
         raise ValueError("--quantise: of layers, blocks and models, not of --level kernel")
+    if args.quantise and "experts" in chosen:
+        raise ValueError("--quantise: of layers, the other blocks and models, not of --block experts")
     if args.quantise == "fp8" and models:
         raise ValueError(
             "--quantise fp8: of layers, --block qkv and mlp, because PEFT's layers over transformers' FP8Linear "

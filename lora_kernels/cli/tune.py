@@ -46,7 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lora-kernels tune`."""
     what = parser.add_argument_group("what is tuned")
     which = what.add_mutually_exclusive_group()
-    which.add_argument("--preset", choices=PRESETS, default="llama-8b", help="named shapes (default: llama-8b)")
+    which.add_argument(
+        "--preset",
+        choices=[name for name, preset in PRESETS.items() if preset.shapes],
+        default="llama-8b",
+        help="named shapes (default: llama-8b)",
+    )
     which.add_argument("--shape", nargs="+", metavar="MxINxOUT", help="rows x in_features x out_features")
     what.add_argument("--m", type=int, nargs="+", metavar="ROWS", help="other numbers of rows for the same layers")
     what.add_argument("--r", type=int, nargs="+", metavar="RANK", help="ranks; the preset's, or 16")

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 
 __all__ = [
-    "MLP", "MODELS", "PRESETS", "PROJECTIONS", "QKV", "Dims", "HostedDims", "Preset", "Shape", "block_shape",
-    "parse_shape", "resize", "with_rows", "with_tokens",
+    "MLP", "MODELS", "PRESETS", "PROJECTIONS", "QKV", "Dims", "ExpertShape", "HostedDims", "Preset", "Shape",
+    "block_shape", "parse_shape", "resize", "with_rows", "with_tokens",
 ]  # fmt: skip
 
 # The linear layers of each block, and of a decoder layer.
@@ -37,6 +37,23 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{self.m}x{self.k}x{'+'.join(map(str, self.widths))}"
+
+
+@dataclass(frozen=True)
+class ExpertShape(Shape):
+    """The shape of a stack of experts: x `[m, k]`, sorted by expert, times a weight `[n, k]` of each expert.
+
+    Attributes:
+        m: Rows of all experts together: tokens times `top_k`.
+        experts: Number of experts.
+        top_k: How many experts each token goes to.
+    """
+
+    experts: int = 1
+    top_k: int = 1
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} of {self.experts} experts"
 
 
 @dataclass(frozen=True)
@@ -93,13 +110,17 @@ class HostedDims(Dims):
 
 @dataclass(frozen=True)
 class Preset:
-    """Shapes with their usual ranks and drop probabilities, and the model of the shapes, if they come from one."""
+    """Shapes with their usual ranks and drop probabilities, and the model of the shapes, if they come from one.
+
+    The shapes of experts are apart, because only `bench --block experts` times them.
+    """
 
     shapes: tuple[Shape, ...]
     r: tuple[int, ...] = (16,)
     p: tuple[float, ...] = (0.0,)
     note: str = ""
     model: Dims | None = None
+    experts: tuple[ExpertShape, ...] = ()
 
 
 def _decoder(dims: Dims, note: str) -> Preset:
@@ -114,6 +135,15 @@ def _decoder(dims: Dims, note: str) -> Preset:
         ),
         note=note, model=dims,
     )  # fmt: skip
+
+
+def _experts(tokens: int, top_k: int, experts: int, hidden: int, inner: int) -> tuple[ExpertShape, ...]:
+    """Return the two stacks of a layer of experts: gate and up side by side, and down."""
+    m = tokens * top_k
+    return (
+        ExpertShape(m, hidden, 2 * inner, "gate and up", experts=experts, top_k=top_k),
+        ExpertShape(m, inner, hidden, "down", experts=experts, top_k=top_k),
+    )
 
 
 _QWEN_32B = _decoder(Dims(5120, 40, 8, 27648), "Qwen2.5-32B")
@@ -133,6 +163,7 @@ PRESETS: dict[str, Preset] = {
     "cpu": Preset(
         (Shape(512, 1024, 1024),), note="fits two CPU cores",
         model=Dims(512, 8, 2, 1408, vocab=1024, layers=2, batch=2, seq=128),
+        experts=_experts(512, 2, 16, 512, 384),
     ),
     "cpu-sweep": Preset(
         tuple(
@@ -147,11 +178,17 @@ PRESETS: dict[str, Preset] = {
         r=(8, 64), p=(0.0, 0.1),
         note="small to middling layers, a few minutes on two CPU cores in fp32",
     ),
-    "tiny": _decoder(Dims(256, 4, 2, 688, vocab=1024, layers=2, batch=2, seq=128), "a second or two on a CPU"),
+    "tiny": replace(
+        _decoder(Dims(256, 4, 2, 688, vocab=1024, layers=2, batch=2, seq=128), "a second or two on a CPU"),
+        experts=_experts(256, 2, 8, 256, 192),
+    ),
     "quick": Preset(
         (Shape(64, 256, 192),), note="only to see that everything works",
-        model=Dims(64, 4, 2, 96, vocab=128, layers=2, batch=2, seq=32),
+        model=Dims(64, 4, 2, 96, vocab=128, layers=2, batch=2, seq=32), experts=_experts(32, 2, 4, 64, 48),
     ),
+    "mixtral-8x7b": Preset((), note="its experts alone", experts=_experts(8192, 2, 8, 4096, 14336)),
+    "qwen3-30b-a3b": Preset((), note="its experts alone", experts=_experts(8192, 8, 128, 2048, 768)),
+    "gpt-oss-20b": Preset((), note="its experts alone", experts=_experts(8192, 4, 32, 2880, 2880)),
 }  # fmt: skip
 
 MODELS: dict[str, HostedDims] = {

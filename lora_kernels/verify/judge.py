@@ -28,7 +28,7 @@ from torch import Tensor
 from lora_kernels.dropout import drop_probability
 from lora_kernels.verify import numerics, stored
 from lora_kernels.verify.block_problems import BlockProblem, Keeps, check_projections, outputs
-from lora_kernels.verify.grouped_problems import GroupedProblem, check_grouped, grouped_outputs
+from lora_kernels.verify.grouped_problems import GROUPED_MM_ROUNDINGS, GroupedProblem, check_grouped, grouped_outputs
 from lora_kernels.verify.numerics import Finding, Problem
 from lora_kernels.verify.provider import Provider, Rounding
 
@@ -134,7 +134,7 @@ def _find_masks_of(provider: Provider, problem: Problem | BlockProblem, seed: in
 def _check(actual: dict[str, Tensor], problem: AnyProblem, keeps: Keeps, split: bool) -> list[Finding]:
     """Hold the outputs of a layer, of projections or of layers of groups to rules 1 and 2."""
     if isinstance(problem, GroupedProblem):
-        return check_grouped(actual, problem, split)
+        return check_grouped(actual, problem, split, GROUPED_MM_ROUNDINGS if split and problem.x.is_cuda else 0)
     if isinstance(problem, BlockProblem):
         return check_projections(actual, problem, keeps, split)
     problem = _with_mask(problem, keeps)

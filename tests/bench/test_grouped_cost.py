@@ -17,7 +17,7 @@ ADAPTER_PASSES = {"frozen": 0, "peft": 4, "split": 3, "ours": 3}
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("form", grouped.COSTS)
+@pytest.mark.parametrize("form", ADAPTER_PASSES)
 def test_published_models(name, form):
     (top_k, count, hidden, inner), expected = MODELS[name]
     stacks = grouped.experts(8192, top_k, count, hidden, inner, 16)
@@ -55,6 +55,18 @@ def test_flops_of_peft_agree_with_a_count_of_its_calls():
     assert grouped.flops("peft", z) == (forward.get_total_flops(), backward.get_total_flops())
 
 
+def test_a_merge_left_out_and_passes_left_out():
+    z = grouped.GroupSize(24, 16, 20, 4, experts=3)
+    cost = {form: grouped.COSTS[form](z, False) for form in grouped.COSTS}
+    assert cost["peft"].total - cost["peft_once"].total == 2 * z.w + z.a + z.b
+    assert grouped.flops("peft", z)[0] - grouped.flops("peft_once", z)[0] == 2 * 3 * 20 * 16 * 4
+    assert grouped.flops("peft", z)[1] == grouped.flops("peft_once", z)[1]
+    # The scale of y and of dy are passes over y there and over s here.
+    assert cost["split"].total - cost["split_best"].total == 4 * z.y - 4 * z.s
+
+
 def test_an_unknown_form_is_an_error():
-    with pytest.raises(ValueError, match="form is 'fused', but it must be one of frozen, peft, split, ours"):
+    with pytest.raises(
+        ValueError, match="form is 'fused', but it must be one of frozen, peft, peft_once, split, split_best, ours"
+    ):
         grouped.flops("fused", grouped.GroupSize(8, 8, 8, 4))

@@ -70,11 +70,11 @@ def flops(form: str, z: GroupSize) -> tuple[int, int]:
         raise ValueError(f"form is {form!r}, but it must be one of {', '.join(COSTS)}")
     if form == "frozen":
         return layer_cost.flops(z.m, z.k, z.n, 0)
-    if form != "peft":
+    if form not in ("peft", "peft_once"):
         return layer_cost.flops(z.m, z.k, z.n, z.r)
     base, merge = 2 * z.m * z.k * z.n, 2 * z.experts * z.n * z.k * z.r
     # B A twice in forward; in backward dx, the dense gradient, and its two products with A and B
-    return base + 2 * merge, 2 * base + 2 * merge
+    return base + (1 if form == "peft_once" else 2) * merge, 2 * base + 2 * merge
 
 
 def _peft(z: GroupSize, dropout: bool) -> Cost:
@@ -87,11 +87,26 @@ def _peft(z: GroupSize, dropout: bool) -> Cost:
     )
 
 
+def _peft_once(z: GroupSize, dropout: bool) -> Cost:
+    """Cost the dense form that makes W + B A once a forward."""
+    cost = _peft(z, dropout)
+    return Cost(cost.forward[1:], cost.backward, cost.base)
+
+
 def _split(z: GroupSize, dropout: bool) -> Cost:
     """Cost a grouped product with W and two thin ones, then a scale and an add over y; backward by autograd."""
     return Cost(
         (z.base, z.x + z.a + z.s, z.s + z.b + z.y, 2 * z.y, 3 * z.y),
         (2 * z.y, z.y + z.b + z.s, z.y + z.s + z.b, z.s + z.a + z.x, z.s + z.x + z.a, z.base, 3 * z.x),
+        (z.base, z.base),
+    )
+
+
+def _split_best(z: GroupSize, dropout: bool) -> Cost:
+    """Cost the split form by hand: s and ds are scaled in place, and y and dx are added to in place."""
+    return Cost(
+        (z.x + z.a + z.s, 2 * z.s, z.base, z.s + z.b + z.y, 3 * z.y),
+        (z.y + z.b + z.s, 2 * z.s, z.base, z.s + z.a + z.x, 3 * z.x, z.s + z.x + z.a, z.y + z.s + z.b),
         (z.base, z.base),
     )
 
@@ -104,5 +119,6 @@ def _ours(z: GroupSize, dropout: bool) -> Cost:
 
 
 COSTS: dict[str, Callable[[GroupSize, bool], Cost]] = {
-    "frozen": layer_cost.COSTS["frozen"], "peft": _peft, "split": _split, "ours": _ours,
+    "frozen": layer_cost.COSTS["frozen"], "peft": _peft, "peft_once": _peft_once, "split": _split,
+    "split_best": _split_best, "ours": _ours,
 }  # fmt: skip

@@ -26,7 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Levels whose cases are shapes.
-SHAPED = ("layer", "qkv", "mlp")
+SHAPED = ("layer", "qkv", "mlp", "experts")
 # Up to this many cases have a table each; more cases have one row each.
 _FULL_UP_TO = 3
 _MEMORY = (

@@ -50,7 +50,9 @@ _SWEEP_COLUMNS = (
     "peft_fp32_compiled",
     "addmm",
     "unsloth",
+    "peft_once",
     "split",
+    "split_best",
 )
 
 
@@ -78,6 +80,8 @@ def case_title(case: dict[str, Any]) -> str:
     """Describe a case in words: block, rows x in x out, label, rank, p and dtype."""
     label = f" ({case['shape']['label']})" if case["shape"]["label"] else ""
     what = {"qkv": "Queries, keys and values: ", "mlp": "Gated MLP: "}.get(case["level"], "")
+    if case["level"] == "experts":
+        what = f"{case['shape']['experts']} experts, {case['shape']['top_k']} a token: "
     return f"{what}{shape_words(case)}{label}, r={case['r']}, p={case['p']:g}, {dtype_words(case)}"
 
 
