@@ -110,7 +110,9 @@ def test_verify_quick_passes(tmp_path):
     layers = [case for case in cases if "layout" in case]
     assert all(0 < case["rule_1"] <= 1 for case in layers)
     assert all({f["name"] for f in case["findings"]} >= {"y", "dx", "d_lora_A", "d_lora_B"} for case in layers)
-    blocks = [case for case in cases if case not in layers]
+    groups = [case for case in cases if "sizes" in case]
+    assert {case["backend"] for case in groups} == {"triton", "torch"}
+    blocks = [case for case in cases if case not in layers and case not in groups]
     for case in blocks:  # each y, dx, and dA and dB of each adapter
         assert len(case["findings"]) == (2 if case["activation"] else 4) + 2 * sum(map(bool, case["ranks"]))
     assert {(bool(case["activation"]), bool(case["stored"])) for case in blocks} == set(
