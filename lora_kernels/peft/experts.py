@@ -21,7 +21,7 @@ import math
 import sys
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from lora_kernels.peft.classes import stock_class
 from lora_kernels.peft.forwards import (
     call_replacement,
     describe,
+    is_called_plainly,
     is_in_force,
     parts_are_own,
     replaced_part,
@@ -181,6 +182,8 @@ def read(wrapper: Any, x: Any = None, *args: Any, **kwargs: Any) -> Experts | st
     while isinstance(inner := chain[-1].__dict__["_modules"]["base_layer"], _wrapper()):
         if not bare(inner, type(inner)):
             return f"the wrapper of {inner.parameter_name} has a hook, or its forward is replaced on the instance"
+        if not is_called_plainly(type(inner)):
+            return f"the wrapper of {inner.parameter_name} has a call of its class's own"
         if not is_in_force(type(inner).forward):
             return f"the wrapper of {inner.parameter_name} is not patched, or its forward was replaced"
         chain.append(inner)
@@ -243,6 +246,8 @@ def _module_reason(module: Any) -> str:
         return f"{kind.__name__} is no experts module of transformers (ExpertsInterface)"
     if not bare(module, kind):
         return "the experts have a hook, or their forward is replaced on the instance"
+    if not is_called_plainly(kind):
+        return f"{kind.__name__} has a call of its own"
     if "parametrizations" in module.__dict__["_modules"]:
         return f"parametrized: {', '.join(module.parametrizations)}"
     if missing := [name for name in _STATE if not hasattr(module, name)]:
@@ -250,8 +255,8 @@ def _module_reason(module: Any) -> str:
     chosen = module.config._experts_implementation
     if chosen not in (_STOCK, _OWN):
         return f"the experts implementation is {chosen!r}, not {_STOCK!r}"
-    if not _stock_is_own():
-        return f"the experts implementation {_STOCK!r} was replaced"
+    if not _finds_own(kind, chosen):
+        return f"the experts implementation {chosen!r} was replaced"
     return ""
 
 
@@ -314,16 +319,22 @@ def _is_dispatched(kind: type) -> bool:
     return moe is not None and getattr(forward, "__globals__", None) is vars(moe) and hasattr(forward, "__wrapped__")
 
 
-def _stock_is_own() -> bool:
-    """Return whether the implementation that this one computes is still the one that transformers defines."""
-    moe = _moe()
-    return moe.ALL_EXPERTS_FUNCTIONS.get(_STOCK) is getattr(moe, f"{_STOCK}_experts_forward", None)
+def _finds_own(kind: type, chosen: str) -> bool:
+    """Return whether a class of experts finds, by a name, the function that transformers or this module defines."""
+    moe, forward = _moe(), cast(Any, kind).forward
+    names = forward.__code__.co_freevars
+    if "experts_interface" not in names:
+        return False
+    # `use_experts_implementation` takes another interface than transformers' own, too.
+    interface = forward.__closure__[names.index("experts_interface")].cell_contents
+    own = experts_forward if chosen == _OWN else getattr(moe, f"{_STOCK}_experts_forward", None)
+    return interface.get(chosen) is own
 
 
 # A compiler does not find the globals of a function to be those of its module.
 _foreign_member._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _is_dispatched._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_stock_is_own._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_finds_own._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _wrapper() -> Any:

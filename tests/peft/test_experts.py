@@ -6,7 +6,10 @@ import pytest
 import torch
 from peft import PeftModel
 from samples import expert_samples as samples
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from transformers.integrations import moe
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from lora_kernels import explain, patch_peft, unpatch_peft
 from lora_kernels.peft import accelerated
@@ -202,6 +205,51 @@ def test_what_others_have_set_goes_to_pefts_forward():
 
 def _inputs(number: int) -> tuple[torch.Tensor, ...]:
     return torch.randn(5, 16), torch.randint(0, number, (5, 2)), torch.rand(5, 2)
+
+
+def _tripled(module, *given):
+    return 3 * moe.grouped_mm_experts_forward(module, *given)
+
+
+def test_what_others_registered_computes_the_experts(monkeypatch):
+    of, given = samples.experts("qwen3", 4, torch.float32), _inputs(4)
+    patch_peft(of)
+    base = of.base_model.model.experts.get_base_layer()
+    y = of(*given)
+    for name in ("grouped_mm", "lora_kernels"):
+        base.config._experts_implementation = name
+        torch.testing.assert_close(of(*given), y)
+        with monkeypatch.context() as change:
+            change.setitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, name, _tripled)
+            torch.testing.assert_close(of(*given), 3 * y)
+            assert f"{name!r} was replaced" in explain(of, *given).layers[0].reason
+
+
+def test_an_interface_of_the_class_s_own_computes_the_experts():
+    class Experts(Qwen3MoeExperts):
+        pass
+
+    of, given = samples.experts("qwen3", 4, torch.float32), _inputs(4)
+    want, interface = of(*given), moe.ExpertsInterface()
+    interface["grouped_mm"] = _tripled
+    of.base_model.model.experts.get_base_layer().__class__ = moe.use_experts_implementation(
+        Experts, experts_interface=interface
+    )
+    patch_peft(of)
+    torch.testing.assert_close(of(*given), 3 * want)
+    assert "'grouped_mm' was replaced" in explain(of, *given).layers[0].reason
+
+
+def test_a_class_s_own_call_computes_the_experts(monkeypatch):
+    of, given = samples.experts("qwen3", 4, torch.float32), _inputs(4)
+    patch_peft(of)
+    y = of(*given)
+    wrapper = of.base_model.model.experts
+    for kind in (type(wrapper.get_base_layer()), type(wrapper.base_layer)):
+        with monkeypatch.context() as change:
+            change.setattr(kind, "__call__", lambda self, *args: 2 * nn.Module.__call__(self, *args), raising=False)
+            # The outer wrapper has the class of the inner one.
+            torch.testing.assert_close(of(*given), (2 if kind is not type(wrapper) else 4) * y)
 
 
 def test_accelerated_computes_later_models_and_ends():
