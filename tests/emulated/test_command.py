@@ -26,7 +26,8 @@ def checkout(tmp_path, monkeypatch):
     """A copy of the sources, whose kernels are taken."""
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "lora_kernels", tmp_path / "lora_kernels", ignore=ignore)
-    shutil.copytree(ROOT / "tests" / "emulator", tmp_path / "tests" / "emulator", ignore=ignore)
+    for folder in ("emulator", "oracles", "samples"):
+        shutil.copytree(ROOT / "tests" / folder, tmp_path / "tests" / folder, ignore=ignore)
     monkeypatch.setattr(emulate, "_CHECKOUT", tmp_path)
     return tmp_path
 
