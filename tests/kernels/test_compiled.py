@@ -68,7 +68,7 @@ def test_every_kernel_keeps_its_budgets(tmp_path):
     kernels = json.loads(path.read_text())["kernels"]
     assert {(k["name"], k["case"]["dtype"]) for k in kernels} == {
         (name, dtype) for name in ("shrink", "matmul_expand", "wgrad", "dequantize") for dtype in ("bf16", "fp32")
-    }
+    } | {("segments", "bf16")}
     assert {k["backward"] for k in kernels} == {True, False}
     flags = ("USE_TMA", "HAS_BIAS", "HAS_KEEP", "HAS_DROPOUT", "HAS_SHRINK", "IS_SPLIT", "PDL", "Q_ROWS_ARE_N", "READY")
     for flag in flags:
