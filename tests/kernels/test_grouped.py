@@ -118,6 +118,13 @@ def test_several_adapters_share_a_read_of_x(device):
     assert not y[last:].any()
 
 
+def test_sums_of_one_two_and_more_parts(device):
+    groups = Groups.draw([20, 40, 100, 0, 64], 5, 40, 48, 6, F32, device, FACTOR)
+    t, seg = groups.tensors, segments(groups.offsets, groups.rows)
+    dweight = wgrad(t["dy"], t["x"], F32, config=WgradConfig(16, 32, 16, 32, 4, 2), segments=seg)
+    assert_exact(dweight, groups.truth["dweight"], "dweight")
+
+
 def test_a_gradient_of_a_group_depends_on_its_rows_alone(device):
     generator = torch.Generator().manual_seed(0)
     rows, k, r, mine = 400, 40, 6, 150

@@ -48,6 +48,9 @@ class Groups:
         tensors = {name: rows_of(name) for name in ("x", "dy")}
         tensors |= {name: stack(name) for name in ("weight", "lora_A", "lora_B", "bias")}
         tensors = {name: t.to(device, dtype) for name, t in tensors.items()}
+        # What rows of no group hold must reach nothing.
+        for name in ("x", "dy"):
+            tensors[name][sum(counts) :] = torch.nan
         if transposed:
             tensors["weight"] = tensors["weight"].mT.contiguous().mT
         if expert_minor:
